@@ -1,0 +1,194 @@
+"""Options: :class:`TilingConfig`, a frozen and validated dataclass with the paper's presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from tbn_compiler.errors import ConfigError
+
+AlphaMode = Literal["layer", "tile"]
+AlphaSource = Literal["A", "W"]
+TileDType = Literal["binary", "float"]
+SmallLayers = Literal["binary", "float"]
+
+# The fields that `overrides` may set for the layers a pattern matches.
+_PER_LAYER = ("p", "alpha", "alpha_source", "tile_dtype", "min_size", "small")
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a filter function sees of a layer.
+
+    Attributes:
+        name: qualified name of the module, or of the weight for a functional call.
+        kind: ``"linear"``, ``"conv1d"``, ``"conv2d"`` or ``"conv3d"``.
+        shape: shape of the weight.
+        groups: convolution groups (1 for linear layers).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    groups: int = 1
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def _check_int(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ConfigError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _check_field_names(given: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    for name in given:
+        if name not in allowed:
+            close = difflib.get_close_matches(name, allowed, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{where} has no field {name!r}{hint} Known fields: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """The options that hold for one layer once the overrides are applied."""
+
+    p: int
+    alpha: AlphaMode
+    alpha_source: AlphaSource
+    tile_dtype: TileDType
+    min_size: int
+    small: SmallLayers
+
+
+@dataclass(frozen=True)
+class TilingConfig:
+    """How to tile a model. Frozen and hashable; change one with :meth:`replace`.
+
+    Args:
+        p: number of copies of the tile in each layer (Eq. 1). A layer whose size ``p`` does not divide takes the
+            largest divisor of its size not above ``p``. ``p=1`` is a plain binary-weight network.
+        alpha: ``"layer"``, one scale per layer (Eq. 7), or ``"tile"``, one per copy (Eq. 9).
+        alpha_source: ``"A"``, scales come from a second trainable tensor of the weight's shape, or ``"W"``, from
+            the weight itself.
+        tile_dtype: ``"binary"`` (1 bit per tile element) or ``"float"`` (no sign is taken: the tile keeps the
+            full-precision sums of Eq. 2).
+        min_size: the paper's lambda, in weight elements: smaller layers are not tiled.
+        small: what becomes of layers under ``min_size``: ``"binary"`` (``p=1``, as in the paper) or ``"float"``.
+        float_layers: name patterns (``fnmatch``) of layers to keep in full precision.
+        overrides: name pattern -> options for the layers it matches, e.g. ``{"blocks.*.fc1": {"p": 8}}``. All
+            matching patterns apply in order. An override that names ``p`` also lifts ``min_size``, unless it
+            sets that too.
+        filter: called with a :class:`LayerInfo` for every layer; ``False`` keeps the layer in full precision.
+
+    Raises:
+        ConfigError: a value is out of range, or a field of an override is unknown.
+
+    Example:
+        >>> config = TilingConfig(p=4, alpha="tile", overrides={"head": {"p": 1}})
+        >>> config.for_layer("head").p
+        1
+    """
+
+    p: int = 4
+    alpha: AlphaMode = "layer"
+    alpha_source: AlphaSource = "A"
+    tile_dtype: TileDType = "binary"
+    min_size: int = 64_000
+    small: SmallLayers = "binary"
+    float_layers: tuple[str, ...] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    filter: Callable[[LayerInfo], bool] | None = None
+
+    def __init__(self, **options: Any) -> None:
+        """Set the fields by keyword, checking names before values so that a typing error is named as one."""
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        _check_field_names(options, tuple(fields), "TilingConfig")
+        for name, f in fields.items():
+            default = {} if f.default is dataclasses.MISSING else f.default
+            object.__setattr__(self, name, options.get(name, default))
+        self._validate()
+
+    def _validate(self) -> None:
+        _check_int("p", self.p, 1)
+        _check_int("min_size", self.min_size, 0)
+        _check_choice("alpha", self.alpha, get_args(AlphaMode))
+        _check_choice("alpha_source", self.alpha_source, get_args(AlphaSource))
+        _check_choice("tile_dtype", self.tile_dtype, get_args(TileDType))
+        _check_choice("small", self.small, get_args(SmallLayers))
+        if isinstance(self.float_layers, str):
+            raise ConfigError(f"float_layers must be a sequence of patterns, got the string {self.float_layers!r}")
+        object.__setattr__(self, "float_layers", tuple(self.float_layers))
+        if self.filter is not None and not callable(self.filter):
+            raise ConfigError(f"filter must be callable, got {self.filter!r}")
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"overrides must map name patterns to options, got {self.overrides!r}")
+        for pattern, options in self.overrides.items():
+            if not isinstance(options, Mapping):
+                raise ConfigError(f"overrides[{pattern!r}] must be a mapping of options, got {options!r}")
+            _check_field_names(options, _PER_LAYER, f"overrides[{pattern!r}]")
+            try:
+                TilingConfig(**options)
+            except ConfigError as error:
+                raise ConfigError(f"overrides[{pattern!r}]: {error}") from None
+        object.__setattr__(self, "overrides", {k: dict(v) for k, v in self.overrides.items()})
+
+    def __hash__(self) -> int:
+        overrides = tuple((k, tuple(sorted(v.items()))) for k, v in self.overrides.items())
+        values = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "overrides")
+        return hash((*values, overrides))
+
+    def replace(self, **changes: Any) -> TilingConfig:
+        """Return a copy with some fields changed.
+
+        Raises:
+            ConfigError: a field is unknown or a value out of range.
+        """
+        return TilingConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes)
+
+    def for_layer(self, name: str) -> LayerOptions:
+        """Return the options of the layer ``name`` after all matching overrides."""
+        options = {key: getattr(self, key) for key in _PER_LAYER}
+        for pattern, override in self.overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                if "p" in override:
+                    options["min_size"] = 0
+                options |= override
+        return LayerOptions(**options)
+
+    def keeps_float(self, layer: LayerInfo) -> str | None:
+        """Return why the config keeps ``layer`` in full precision, or ``None`` if it does not."""
+        for pattern in self.float_layers:
+            if fnmatch.fnmatchcase(layer.name, pattern):
+                return f"kept in float by name (float_layers pattern {pattern!r})"
+        if self.filter is not None and not self.filter(layer):
+            return "kept in float by the filter function"
+        return None
+
+    def unmatched_patterns(self, names: list[str]) -> list[str]:
+        """Return the patterns of ``float_layers`` and ``overrides`` that match none of ``names``."""
+        patterns = [*self.float_layers, *self.overrides]
+        return [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+
+    @classmethod
+    def paper(cls, **changes: Any) -> TilingConfig:
+        """The paper's general setting: lambda = 64,000 and a separate alpha source ``A``."""
+        return cls(**{"min_size": 64_000, "alpha_source": "A"} | changes)
+
+    @classmethod
+    def imagenet(cls, **changes: Any) -> TilingConfig:
+        """The paper's ImageNet setting: lambda = 150,000 and alphas from ``W``."""
+        return cls(**{"min_size": 150_000, "alpha_source": "W"} | changes)
+
+    @classmethod
+    def time_series(cls, **changes: Any) -> TilingConfig:
+        """The paper's time-series setting: lambda = 32,000."""
+        return cls(**{"min_size": 32_000, "alpha_source": "A"} | changes)

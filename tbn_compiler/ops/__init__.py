@@ -1,0 +1,23 @@
+"""Operators of the ``tbn`` namespace of ``torch.library``.
+
+========================  ==========================================================================
+``tbn::tile``             weight -> replicated tile ``B`` (Eq. 2-5), straight-through gradient (Eq. 6)
+``tbn::scale``            ``B`` and the alpha source -> the weight that the layer uses (Eq. 7, 9)
+``tbn::unpack``           packed tile -> +1 / -1
+``tbn::linear``           inference: linear layer on a stored tile
+``tbn::conv1d/2d/3d``     inference: convolution on a stored tile
+========================  ==========================================================================
+
+:mod:`schemas` holds names, types and fakes; :mod:`reference` the kernels that run on any device; :mod:`autograd`
+the gradients. A backend registers a faster kernel for its device on :data:`LIBRARY`.
+"""
+
+from __future__ import annotations
+
+from tbn_compiler.ops import autograd, reference
+from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY
+
+autograd.register()
+reference.register()
+
+__all__ = ["CONV_OPS", "LIBRARY"]

@@ -1,0 +1,129 @@
+"""Kernels of the ``tbn::`` operators in PyTorch: they run on every device and define what the others must equal.
+
+The inference kernels unpack the different rows only, multiply with those, and replicate the results with the
+alphas; where no rows repeat (a misaligned tile with one alpha per copy) they use the whole weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tbn_compiler import tiling
+from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY, check_tile_operands, conv_layout, linear_layout, make_layout
+from tbn_compiler.packing import unpack_bits
+from tbn_compiler.tiling import TileLayout
+
+
+def decode(tile: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tensor:
+    """The tile of shape ``[q]`` in ``dtype`` from its stored form (packed ``uint8`` or floating point)."""
+    if tile.dtype == torch.uint8:
+        return unpack_bits(tile, layout.tile_size, dtype)
+    return tile.to(dtype)
+
+
+def dense_weight(tile: Tensor, alpha: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tensor:
+    """The whole weight ``alpha * B`` of ``layout.shape``, for the cases in which no row repeats."""
+    return layout.scale(layout.replicate(decode(tile, layout, dtype)), alpha.to(dtype))
+
+
+def tile(weight: Tensor, p: int, *, binary: bool = True) -> Tensor:
+    """``B``: the tile of ``weight`` replicated to its shape (Eq. 2-5)."""
+    layout = make_layout(weight.shape, p)
+    return layout.replicate(tiling.tile_vector(weight, layout, binary=binary))
+
+
+def scale(bits: Tensor, source: Tensor, num_alphas: int) -> Tensor:
+    """``alpha * B`` with ``alpha`` from ``source`` (Eq. 7, 9), in the dtype of ``bits``."""
+    alpha = tiling.alphas(source, num_alphas).to(bits.dtype)
+    return (alpha[:, None] * bits.reshape(num_alphas, -1)).reshape(bits.shape)
+
+
+def unpack(packed: Tensor, numel: int, *, dtype: torch.dtype) -> Tensor:
+    """+1 and -1 from packed bits."""
+    return unpack_bits(packed, numel, dtype)
+
+
+def linear(input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, out_features: int, p: int) -> Tensor:
+    """``input [..., n] -> [..., m]``: R unique rows are multiplied, then replicated with the alphas."""
+    layout = linear_layout(input, out_features, p)
+    check_tile_operands("linear", input, tile, alpha, bias, layout)
+    dtype = input.dtype
+    bias = None if bias is None else bias.to(dtype)
+    if layout.distinct_rows(alpha.numel()) == layout.rows > layout.unique_rows:
+        return F.linear(input, dense_weight(tile, alpha, layout, dtype), bias)
+    z = F.linear(input, layout.unique_weight(decode(tile, layout, dtype)))
+    copies = layout.rows // layout.unique_rows
+    # out[..., i * R + u] = alpha_i * z[..., u]
+    out = (z.unsqueeze(-2) * alpha.to(dtype)[:, None]).expand(*z.shape[:-1], copies, layout.unique_rows)
+    out = out.reshape(*z.shape[:-1], out_features)
+    return out if bias is None else out + bias
+
+
+def _conv(
+    d: int,
+    input: Tensor,
+    tile: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    p: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    layout = conv_layout(input, out_channels, kernel_size, p, groups)
+    check_tile_operands(CONV_OPS[d], input, tile, alpha, bias, layout)
+    conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    dtype = input.dtype
+    bias = None if bias is None else bias.to(dtype)
+    per_group, computed = out_channels // groups, layout.rows_per_group(alpha.numel(), groups)
+    if computed == per_group:
+        return conv(input, dense_weight(tile, alpha, layout, dtype), bias, *geometry)
+    # Group k holds rows k * per_group + j; its first `computed` rows differ and row j repeats row j % computed.
+    unique = layout.unique_weight(decode(tile, layout, dtype))
+    first = torch.arange(groups, device=tile.device)[:, None] * per_group
+    rows = (first + torch.arange(computed, device=tile.device)) % layout.unique_rows
+    filters = unique[rows.reshape(-1)].reshape(groups * computed, *layout.shape[1:])
+    z = conv(input, filters, None, *geometry)
+    channel = z.dim() - d - 1
+    z = z.unflatten(channel, (groups, computed))
+    source = torch.arange(per_group, device=tile.device) % computed
+    out = z.index_select(channel + 1, source).flatten(channel, channel + 1)
+    per_channel = (-1,) + (1,) * d
+    out = out * layout.row_alphas(alpha.to(dtype)).view(per_channel)
+    return out if bias is None else out + bias.view(per_channel)
+
+
+def _make_conv(d: int) -> Callable[..., Tensor]:
+    def conv(
+        input: Tensor,
+        tile: Tensor,
+        alpha: Tensor,
+        bias: Tensor | None,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        p: int,
+        *,
+        stride: Sequence[int] = (1,) * d,
+        padding: Sequence[int] = (0,) * d,
+        dilation: Sequence[int] = (1,) * d,
+        groups: int = 1,
+    ) -> Tensor:
+        return _conv(d, input, tile, alpha, bias, out_channels, kernel_size, p, stride, padding, dilation, groups)
+
+    conv.__name__ = CONV_OPS[d]
+    conv.__doc__ = f"``input [N, C, *{d} sizes]``: convolution by the different filters, channels replicated."
+    return conv
+
+
+def register() -> None:
+    """Register the kernels for every device that has no faster one."""
+    for kernel in (tile, scale, unpack, linear, *map(_make_conv, CONV_OPS)):
+        LIBRARY.impl(kernel.__name__, kernel, "CompositeExplicitAutograd")

@@ -1,0 +1,168 @@
+"""Schemas and fakes of the ``tbn::`` operators. A bad call fails here, while tracing.
+
+In the inference operators ``tile`` is a packed tile (``uint8 [ceil(q / 8)]``) or a full-precision tile
+(floating point ``[q]``), ``alpha`` has 1 or ``p`` elements, and the result has the dtype of ``input``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tbn_compiler.packing import packed_size
+from tbn_compiler.tiling import TileLayout
+
+LIBRARY = torch.library.Library("tbn", "DEF")
+
+CONV_OPS = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
+
+_CONV_SCHEMA = (
+    "{name}(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int out_channels, int[{d}] kernel_size, int p, *, "
+    "int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1) -> Tensor"
+)
+
+LIBRARY.define("tile(Tensor weight, int p, *, bool binary=True) -> Tensor")
+LIBRARY.define("scale(Tensor bits, Tensor source, int num_alphas) -> Tensor")
+LIBRARY.define("unpack(Tensor packed, int numel, *, ScalarType dtype) -> Tensor")
+LIBRARY.define("linear(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int out_features, int p) -> Tensor")
+for _d, _name in CONV_OPS.items():
+    LIBRARY.define(_CONV_SCHEMA.format(name=_name, d=_d))
+
+
+def make_layout(shape: Sequence[int], p: int) -> TileLayout:
+    """The layout of a weight. Weight shapes are static: dynamic shapes specialise on them, never on the batch."""
+    return TileLayout(tuple(int(size) for size in shape), p)
+
+
+def check_tile_operands(
+    op: str, input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, layout: TileLayout
+) -> None:
+    """Check dtypes, sizes and devices of the operands of an inference op."""
+    torch._check_type(input.is_floating_point(), lambda: f"tbn::{op}: input must be floating point, got {input.dtype}")
+    packed = tile.dtype == torch.uint8
+    torch._check_type(
+        packed or tile.is_floating_point(),
+        lambda: f"tbn::{op}: tile must be uint8 (packed bits) or floating point, got {tile.dtype}",
+    )
+    expected = packed_size(layout.tile_size) if packed else layout.tile_size
+    torch._check_value(
+        tuple(tile.shape) == (expected,),
+        lambda: (
+            f"tbn::{op}: tile of a weight {layout.shape} with p={layout.p} must have shape ({expected},) "
+            f"as {tile.dtype}, got {tuple(tile.shape)}"
+        ),
+    )
+    torch._check_value(
+        alpha.dim() == 1 and alpha.shape[0] in (1, layout.p),
+        lambda: f"tbn::{op}: alpha must have shape (1,) or ({layout.p},), got {tuple(alpha.shape)}",
+    )
+    if bias is not None:
+        torch._check_value(
+            tuple(bias.shape) == (layout.rows,),
+            lambda: f"tbn::{op}: bias must have shape ({layout.rows},), got {tuple(bias.shape)}",
+        )
+    for name, operand in (("tile", tile), ("alpha", alpha), ("bias", bias)):
+        torch._check_value(
+            operand is None or operand.device == input.device,
+            lambda name=name, operand=operand: f"tbn::{op}: {name} is on {operand.device}, input on {input.device}",
+        )
+
+
+def linear_layout(input: Tensor, out_features: int, p: int) -> TileLayout:
+    """Layout of the weight ``[out_features, input.shape[-1]]``."""
+    torch._check_value(input.dim() >= 1, lambda: "tbn::linear: input must have at least one dimension")
+    return make_layout((out_features, input.shape[-1]), p)
+
+
+def conv_layout(input: Tensor, out_channels: int, kernel_size: Sequence[int], p: int, groups: int) -> TileLayout:
+    """Layout of the weight ``[out_channels, in_channels / groups, *kernel_size]`` (OIHW)."""
+    d = len(kernel_size)
+    op = CONV_OPS[d]
+    torch._check_value(
+        input.dim() in (d + 1, d + 2),
+        lambda: f"tbn::{op}: input must have {d + 1} (unbatched) or {d + 2} dimensions, got {input.dim()}",
+    )
+    channels = input.shape[-d - 1]
+    torch._check_value(
+        groups >= 1 and channels % groups == 0 and out_channels % groups == 0,
+        lambda: f"tbn::{op}: groups={groups} must divide {channels} input and {out_channels} output channels",
+    )
+    return make_layout((out_channels, channels // groups, *kernel_size), p)
+
+
+def _floating(op: str, name: str, tensor: Tensor) -> None:
+    torch._check_type(
+        tensor.is_floating_point(), lambda: f"tbn::{op}: {name} must be floating point, got {tensor.dtype}"
+    )
+
+
+@torch.library.register_fake("tbn::tile", lib=LIBRARY)
+def _tile(weight: Tensor, p: int, *, binary: bool = True) -> Tensor:
+    _floating("tile", "weight", weight)
+    make_layout(weight.shape, p)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("tbn::scale", lib=LIBRARY)
+def _scale(bits: Tensor, source: Tensor, num_alphas: int) -> Tensor:
+    _floating("scale", "source", source)
+    torch._check_value(
+        bits.shape == source.shape,
+        lambda: f"tbn::scale: bits {tuple(bits.shape)} and source {tuple(source.shape)} must have the same shape",
+    )
+    torch._check_value(
+        num_alphas >= 1 and bits.numel() % num_alphas == 0,
+        lambda: f"tbn::scale: num_alphas={num_alphas} does not divide the {bits.numel()} elements of the weight",
+    )
+    return torch.empty_like(bits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("tbn::unpack", lib=LIBRARY)
+def _unpack(packed: Tensor, numel: int, *, dtype: torch.dtype) -> Tensor:
+    torch._check_type(packed.dtype == torch.uint8, lambda: f"tbn::unpack: packed must be uint8, got {packed.dtype}")
+    torch._check_value(
+        tuple(packed.shape) == (packed_size(numel),),
+        lambda: f"tbn::unpack: {numel} elements take {packed_size(numel)} bytes, got shape {tuple(packed.shape)}",
+    )
+    return packed.new_empty(numel, dtype=dtype)
+
+
+@torch.library.register_fake("tbn::linear", lib=LIBRARY)
+def _linear(input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, out_features: int, p: int) -> Tensor:
+    check_tile_operands("linear", input, tile, alpha, bias, linear_layout(input, out_features, p))
+    return input.new_empty((*input.shape[:-1], out_features))
+
+
+def _register_conv_fake(op: str, d: int) -> None:
+    @torch.library.register_fake(f"tbn::{op}", lib=LIBRARY)
+    def _conv(
+        input: Tensor,
+        tile: Tensor,
+        alpha: Tensor,
+        bias: Tensor | None,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        p: int,
+        *,
+        stride: Sequence[int] = (1,) * d,
+        padding: Sequence[int] = (0,) * d,
+        dilation: Sequence[int] = (1,) * d,
+        groups: int = 1,
+    ) -> Tensor:
+        layout = conv_layout(input, out_channels, kernel_size, p, groups)
+        check_tile_operands(op, input, tile, alpha, bias, layout)
+        spatial = [
+            (size + 2 * pad - dil * (k - 1) - 1) // step + 1
+            for size, k, step, pad, dil in zip(input.shape[-d:], kernel_size, stride, padding, dilation, strict=True)
+        ]
+        torch._check_value(
+            all(size >= 1 for size in spatial),
+            lambda: f"tbn::{op}: kernel {list(kernel_size)} does not fit the input {list(input.shape)}",
+        )
+        return input.new_empty((*input.shape[: -d - 1], out_channels, *spatial))
+
+
+for _d, _name in CONV_OPS.items():
+    _register_conv_fake(_name, _d)

@@ -1,0 +1,54 @@
+"""The contract of a pass: rewrite a graph in place, say truthfully whether anything changed."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from typing import Any
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from tbn_compiler.errors import TBNError
+
+
+class GraphPass(PassBase):
+    """Base of every pass.
+
+    A subclass implements :meth:`run`; this class then removes dead nodes, checks the graph and recompiles it, so
+    that a pass cannot forget to. A pass that is run a second time on its own result reports ``modified=False``.
+    """
+
+    @abstractmethod
+    def run(self, gm: fx.GraphModule) -> bool:
+        """Rewrite ``gm.graph`` and the module tree in place; return whether anything changed."""
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Run the pass and leave a clean, checked, recompiled graph."""
+        modified = self.run(graph_module)
+        if modified:
+            graph_module.graph.eliminate_dead_code()
+            try:
+                graph_module.graph.lint()
+            except RuntimeError as error:
+                raise TBNError(f"pass {type(self).__name__} left a malformed graph: {error}") from error
+            graph_module.recompile()
+        return PassResult(graph_module, modified)
+
+
+def run_passes(gm: fx.GraphModule, passes: list[GraphPass]) -> fx.GraphModule:
+    """Run a pipeline in order on ``gm``, in place, and return it."""
+    for graph_pass in passes:
+        graph_pass(gm)
+    return gm
+
+
+def copy_meta(source: fx.Node, *targets: fx.Node) -> None:
+    """Give new nodes the metadata (module stack, stack trace) of the node that they replace."""
+    for target in targets:
+        target.meta = copy.copy(source.meta)
+
+
+def normalize_sizes(value: Any, dims: int) -> tuple[int, ...]:
+    """A size option of a convolution as one integer per spatial dimension."""
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)

@@ -1,0 +1,156 @@
+"""Replace ``tile -> scale -> layer`` by one inference operator on the stored tile.
+
+Before::
+
+    bits = tbn.tile(weight, p)
+    used = tbn.scale(bits, alpha_source, k)
+    y = linear(x, used, bias)
+
+After::
+
+    y = tbn.linear(x, weight_tile, weight_alpha, bias, out_features, p)
+
+``weight_tile`` holds the packed tile (``uint8 [ceil(q / 8)]``; ``[q]`` floats for a full-precision tile) and
+``weight_alpha`` the ``k`` alphas. The float weight and its alpha source are removed under every name they have.
+Layers left in float are not touched.
+
+This is a required lowering: a non-finite weight or a subgraph that was edited beyond recognition raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tbn_compiler.errors import LoweringError
+from tbn_compiler.layers import (
+    INFERENCE_OPS,
+    LayerCall,
+    LayerRecord,
+    alpha_key,
+    alpha_source_key,
+    function_arguments,
+    get_records,
+    layer_calls,
+    module_kind,
+    split_key,
+    tile_key,
+    weight_chain,
+)
+from tbn_compiler.packing import pack_bits
+from tbn_compiler.passes.base import GraphPass, copy_meta
+from tbn_compiler.tiling import alphas, tile_vector
+
+
+class PackedLayer(nn.Module):
+    """Holds the stored tensors of a lowered layer in place of its float module; it has no ``forward`` of its own."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__()
+        self.description = description
+
+    def extra_repr(self) -> str:
+        """Kind, shape and tiling of the layer."""
+        return self.description
+
+
+class LowerTiles(GraphPass):
+    """Lower every tiled layer of a graph that :class:`TileWeights` has rewritten."""
+
+    def run(self, gm: fx.GraphModule) -> bool:
+        """Match, check, rewrite."""
+        records = {key: record for record in get_records(gm) or () for key in (record.weight, *record.tied)}
+        calls = [call for call in layer_calls(gm) if call.form == "tiled"]
+        for call in calls:
+            _check(gm, call, records)
+        keys = list(dict.fromkeys(records[str(call.weight)].weight for call in calls))
+        for key in keys:
+            _store(gm, records[key])
+        for call in calls:
+            _lower_call(gm, call, records[str(call.weight)])
+        gm.graph.eliminate_dead_code()
+        _remove_float_weights(gm, [records[key] for key in keys])
+        return bool(calls)
+
+
+def _check(gm: fx.GraphModule, call: LayerCall, records: dict[str, LayerRecord]) -> None:
+    record = records.get(str(call.weight))
+    if record is None or record.spec is None:
+        raise LoweringError(
+            f"node {call.node.name} uses tiled weight {call.weight!r}, of which there is no record; "
+            "transform the model with tbn_compiler.transform"
+        )
+    weight = gm.get_parameter(record.weight)
+    source_key = alpha_source_key(record.weight) if record.spec.alpha_source == "A" else record.weight
+    for key, tensor in ((record.weight, weight), (source_key, gm.get_parameter(source_key))):
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise LoweringError(
+                f"{key} of shape {tuple(tensor.shape)} has {bad} non-finite values (NaN or infinity): "
+                "its tile is not defined. Check the training run before lowering."
+            )
+    weight_node, tile, scale = weight_chain(call.node) or (None, None, None)
+    assert weight_node is not None
+    assert tile is not None
+    assert scale is not None
+    for node, allowed in ((weight_node, {tile, scale}), (tile, {scale})):
+        for user in node.users:
+            if user not in allowed and weight_chain(user) is None and user.target is not torch.ops.tbn.tile.default:
+                raise LoweringError(
+                    f"node {user.name} reads {node.name}, which lowering removes (weight {record.weight!r}, shape "
+                    f"{record.shape}); remove that use or keep the layer in float"
+                )
+
+
+def _store(gm: fx.GraphModule, record: LayerRecord) -> None:
+    """Register the stored tile and the alphas where the weight is; layer modules make room for plain holders."""
+    spec = record.spec
+    assert spec is not None
+    weight = gm.get_parameter(record.weight).detach()
+    key = alpha_source_key(record.weight) if spec.alpha_source == "A" else record.weight
+    source = gm.get_parameter(key).detach()
+    binary = spec.tile_dtype == "binary"
+    tile = tile_vector(weight, spec.layout, binary=binary)
+    for path, _ in map(split_key, (record.weight, *record.tied)):
+        if path and module_kind(gm.get_submodule(path)):
+            _replace_by_holder(gm, path, record)
+    path, _ = split_key(record.weight)
+    owner = gm.get_submodule(path)
+    owner.register_buffer(split_key(tile_key(record.weight))[1], pack_bits(tile) if binary else tile)
+    owner.register_buffer(split_key(alpha_key(record.weight))[1], alphas(source, spec.num_alphas))
+
+
+def _replace_by_holder(gm: fx.GraphModule, path: str, record: LayerRecord) -> None:
+    assert record.spec is not None
+    module, (parent, name) = gm.get_submodule(path), split_key(path)
+    holder = PackedLayer(
+        f"{record.kind}, shape={record.shape}, p={record.spec.layout.p}, alphas={record.spec.num_alphas}"
+    )
+    holder._parameters.update({key: value for key, value in module._parameters.items() if value is not None})
+    setattr(gm.get_submodule(parent), name, holder)
+
+
+def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> None:
+    graph, node, spec = gm.graph, call.node, record.spec
+    assert spec is not None
+    arguments = function_arguments(node)
+    with graph.inserting_before(node):
+        tile, alpha = graph.get_attr(tile_key(record.weight)), graph.get_attr(alpha_key(record.weight))
+        operands: tuple[Any, ...] = (arguments["input"], tile, alpha, arguments.get("bias"), record.shape[0])
+        options: dict[str, Any] = {}
+        if call.kind != "linear":
+            operands += (record.shape[2:],)
+            options = {name: arguments[name] for name in ("stride", "padding", "dilation", "groups")}
+        new = graph.call_function(INFERENCE_OPS[call.kind], (*operands, spec.layout.p), options)
+    copy_meta(node, new)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _remove_float_weights(gm: fx.GraphModule, records: list[LayerRecord]) -> None:
+    for record in records:
+        for key in (record.weight, *record.tied, alpha_source_key(record.weight)):
+            path, name = split_key(key)
+            gm.get_submodule(path)._parameters.pop(name, None)

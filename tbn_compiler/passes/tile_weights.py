@@ -1,0 +1,330 @@
+"""Tile the weights of linear and convolution layers for quantisation-aware training.
+
+Before::
+
+    y = linear(x, weight, bias)                     # nn.Linear, F.linear, nn.Conv*d, F.conv*d
+
+After::
+
+    bits = tbn.tile(weight, p)                      # B,         Eq. 2-5, straight-through gradient (Eq. 6)
+    used = tbn.scale(bits, alpha_source, k)         # alpha * B, Eq. 7 (k = 1) or Eq. 9 (k = p)
+    y = linear(x, used, bias)
+
+``weight`` stays the model's own parameter under its own name, so a float checkpoint still loads; the one new
+parameter is ``<layer>.alpha_source``. A weight that several layers or calls share is tiled once.
+
+Left alone, each with a recorded reason: layers that the config keeps in float; weights that are computed (views,
+parametrizations), are no floating-point parameter, or are also used outside linear and convolution layers;
+modules with hooks, which a functional call would skip; layers that the graph does not reach.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from tbn_compiler.config import LayerInfo, TilingConfig
+from tbn_compiler.layers import (
+
+    MODULE_KINDS,
+    UNSUPPORTED_FUNCTIONS,
+    UNSUPPORTED_MODULES,
+    LayerCall,
+    LayerRecord,
+    alpha_source_key,
+    function_arguments,
+    get_records,
+    join_key,
+    layer_calls,
+    set_records,
+    split_key,
+)
+from tbn_compiler.passes.base import GraphPass, copy_meta, normalize_sizes
+from tbn_compiler.tiling import TileLayout, TileSpec, largest_divisor
+
+_CONV_FUNCTIONS: dict[str, Any] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+_MIN_TILE = 8  # a tile under one byte stores nothing worth sharing
+
+
+class TileWeights(GraphPass):
+    """Rewrite every eligible layer to ``tile -> scale -> layer`` and record what became of each one.
+
+    Args:
+        config: options; ignored where ``specs`` is given.
+        specs: exact tilings by weight key, as read from a file: these weights are tiled, no others.
+    """
+
+    def __init__(self, config: TilingConfig, specs: dict[str, TileSpec] | None = None) -> None:
+        self.config = config
+        self.specs = specs
+
+    def run(self, gm: fx.GraphModule) -> bool:
+        """Match, check, rewrite."""
+        earlier = {record.weight: record for record in get_records(gm) or ()}
+        calls = list(layer_calls(gm))
+        records, work = [], []
+        for group in _by_weight(gm, calls):
+            if any(call.form != "float" for call in group):  # tiled by an earlier run
+                records.append(earlier[str(group[0].weight)])
+                continue
+            record = self._check(gm, group)
+            records.append(record)
+            if record.spec:
+                work += [(call, record) for call in group]
+        set_records(gm, [*records, *_uncovered(gm, records)])
+        _rewrite(gm, work)
+        return bool(work)
+
+    def _check(self, gm: fx.GraphModule, calls: list[LayerCall]) -> LayerRecord:
+        """Decide on one weight from all its calls in float form."""
+        first = calls[0]
+        name, shape, groups = _describe(gm, first)
+        weight = first.weight or f"{name}.weight"
+
+        def alone(reason: str) -> LayerRecord:
+            return LayerRecord(name, first.kind, weight, shape, groups, reason=reason)
+
+        reason = _unusable(gm, calls)
+        if reason:
+            return alone(reason)
+        tied = tuple(key for key in _names_of(gm, gm.get_parameter(weight)) if key != weight)
+        if self.specs is not None:
+            spec = self.specs.get(weight)
+            return LayerRecord(name, first.kind, weight, shape, groups, spec, tied=tied) if spec else alone("float")
+        reason = self.config.keeps_float(LayerInfo(name, first.kind, shape, groups))
+        if reason:
+            return alone(reason)
+        spec, text = self._choose(name, shape)
+        if spec is None:
+            return alone(text or "")
+        return LayerRecord(name, first.kind, weight, shape, groups, spec, note=text, tied=tied)
+
+    def _choose(self, name: str, shape: tuple[int, ...]) -> tuple[TileSpec | None, str | None]:
+        """The tiling of a weight with a note, or ``None`` with the reason for leaving it alone."""
+        options, numel = self.config.for_layer(name), math.prod(shape)
+        p, note = options.p, None
+        if numel < options.min_size:
+            if options.small == "float":
+                return None, f"{numel} weights, under min_size={options.min_size}, kept in float by small='float'"
+            if p > 1:
+                note = f"under min_size={options.min_size}: binary, p=1"
+            p = 1
+        elif numel % p:
+            p = largest_divisor(numel, options.p)
+            note = f"p={options.p} does not divide {numel}: p={p}"
+        if p > 1 and numel // p < _MIN_TILE:
+            return None, f"p={p} leaves a tile of {numel // p} weights, under {_MIN_TILE}"
+        layout = TileLayout(shape, p)
+        num_alphas = p if options.alpha == "tile" else 1
+        return TileSpec(layout, num_alphas, options.alpha_source, options.tile_dtype), note
+
+
+def _by_weight(gm: fx.GraphModule, calls: list[LayerCall]) -> Iterator[list[LayerCall]]:
+    """Group the calls by the weight tensor that they use; a computed weight is its own group."""
+    groups: dict[Any, list[LayerCall]] = {}
+    for call in calls:
+        key: Any = call.node
+        if call.weight is not None:
+            tensor = _get_tensor(gm, call.weight)
+            key = call.weight if tensor is None else id(tensor)
+        groups.setdefault(key, []).append(call)
+    yield from groups.values()
+
+
+def _get_tensor(gm: fx.GraphModule, key: str) -> Tensor | None:
+    """The parameter or buffer registered under ``key``, or ``None``."""
+    path, name = split_key(key)
+    owner = gm.get_submodule(path)
+    return owner._parameters.get(name, owner._buffers.get(name))
+
+
+def _names_of(gm: nn.Module, tensor: Tensor) -> list[str]:
+    return [key for key, value in gm.named_parameters(remove_duplicate=False) if value is tensor]
+
+
+def _describe(gm: fx.GraphModule, call: LayerCall) -> tuple[str, tuple[int, ...], int]:
+    """Name, weight shape and groups of a layer."""
+    node = call.node
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        weight: Any = module.weight
+        return str(node.target), tuple(weight.shape), int(getattr(module, "groups", 1))
+    groups = function_arguments(node).get("groups", 1)
+    if call.weight is None:
+        return node.name, (), groups
+    path, name = split_key(call.weight)
+    tensor = _get_tensor(gm, call.weight)
+    return (path if name == "weight" else call.weight), () if tensor is None else tuple(tensor.shape), groups
+
+
+def _unusable(gm: fx.GraphModule, calls: list[LayerCall]) -> str | None:
+    """Why a weight cannot be tiled whatever the config says, or ``None``."""
+    call = calls[0]
+    if call.weight is None:
+        source = function_arguments(call.node).get("weight")
+        return f"its weight is computed in the graph ({source}), not a parameter"
+    path, name = split_key(call.weight)
+    weight = gm.get_submodule(path)._parameters.get(name)
+    if weight is None:
+        return "its weight is not a plain parameter (a buffer, or computed by a parametrization)"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialised yet: run one forward pass of the lazy module first"
+    if not weight.is_floating_point() or weight.layout != torch.strided:
+        return f"its weight is {weight.layout} {weight.dtype}, not a dense floating-point tensor"
+    for other in calls:
+        if other.node.op == "call_module":
+            module = gm.get_submodule(str(other.node.target))
+            if _has_hooks(module):
+                return "the module has hooks, which a functional call would skip"
+    return _outside_use(gm, weight, calls)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in hooks)
+
+
+def _outside_use(gm: fx.GraphModule, weight: Tensor, calls: list[LayerCall]) -> str | None:
+    """The use of a weight outside the matched calls that needs it in float, if there is one."""
+    keys = set(_names_of(gm, weight))
+    nodes = {call.node for call in calls}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and node.target in keys:
+            for user in node.users:
+                if user not in nodes or function_arguments(user).get("weight") is not node:
+                    return f"its weight is also read by node {user.name}"
+        if node.op == "call_module" and node not in nodes:
+            for path, module in gm.get_submodule(str(node.target)).named_modules():
+                if any(parameter is weight for parameter in module._parameters.values()):
+                    where = join_key(str(node.target), path) if path else str(node.target)
+                    return f"its weight is shared with {type(module).__name__} {where!r}, which needs it in float"
+    return None
+
+
+def _uncovered(gm: fx.GraphModule, covered: list[LayerRecord]) -> Iterator[LayerRecord]:
+    """Records of the layers that no supported call covers, so that a summary lists every one."""
+    keys = {key for record in covered for key in (record.weight, *record.tied)}
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    for path, module in gm.named_modules():
+        kind = module_kind_or_name(module)
+        key = join_key(path, "weight")
+        if kind is None or key in keys:
+            continue
+        weight = next((value for value in module._parameters.values() if value is not None), None)
+        parents = [path[:i] for i, char in enumerate(path) if char == "."]
+        leaf = next((parent for parent in parents if parent in called), None)
+        if leaf is not None:
+            parent = type(gm.get_submodule(leaf)).__name__
+            reason = f"inside {parent} {leaf!r}, which is not decomposed"
+        elif isinstance(module, UNSUPPORTED_MODULES):
+            reason = f"{type(module).__name__} is not supported yet"
+        else:
+            reason = "the traced graph does not call it"
+        yield LayerRecord(path, kind, key, () if weight is None else tuple(weight.shape), reason=reason)
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in UNSUPPORTED_FUNCTIONS:
+            kind = UNSUPPORTED_FUNCTIONS[node.target]
+            yield LayerRecord(node.name, kind, f"{node.name}.weight", (), reason=f"{kind} is not supported yet")
+
+
+def module_kind_or_name(module: nn.Module) -> str | None:
+    """Kind of a linear or convolution module, or the class name of one that no pass tiles."""
+    for cls, kind in MODULE_KINDS.items():
+        if isinstance(module, cls):
+            return kind
+    return type(module).__name__ if isinstance(module, UNSUPPORTED_MODULES) else None
+
+
+def _rewrite(gm: fx.GraphModule, calls: list[tuple[LayerCall, LayerRecord]]) -> None:
+    """Insert one ``tile -> scale`` per weight before its first call and point all calls to it."""
+    used: dict[str, fx.Node] = {}
+    for call, record in calls:
+        node = call.node
+        with gm.graph.inserting_before(node):
+            if record.weight not in used:
+                used[record.weight] = _tile_and_scale(gm, record)
+            new = _functional_call(gm, call, used[record.weight])
+        copy_meta(node, new)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
+def _tile_and_scale(gm: fx.GraphModule, record: LayerRecord) -> fx.Node:
+    graph, spec = gm.graph, record.spec
+    assert spec is not None
+    weight = graph.get_attr(record.weight)
+    source = weight
+    if spec.alpha_source == "A":
+        source = graph.get_attr(_register_alpha_source(gm, record))
+    options: dict[str, Any] = {} if spec.tile_dtype == "binary" else {"binary": False}
+    bits = graph.call_function(torch.ops.tbn.tile.default, (weight, spec.layout.p), options)
+    return graph.call_function(torch.ops.tbn.scale.default, (bits, source, spec.num_alphas))
+
+
+def _register_alpha_source(gm: fx.GraphModule, record: LayerRecord) -> str:
+    """Create the trainable tensor ``A``, drawn independently of ``W`` as PyTorch initialises a layer's weight."""
+    key = alpha_source_key(record.weight)
+    path, name = split_key(key)
+    owner, weight = gm.get_submodule(path), gm.get_parameter(record.weight)
+    if not hasattr(owner, name):
+        source = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        bound = 1 / math.sqrt(record.spec.layout.row_size) if record.spec else 0.0
+        nn.init.uniform_(source, -bound, bound)
+        owner.register_parameter(name, nn.Parameter(source, requires_grad=weight.requires_grad))
+    return key
+
+
+def _functional_call(gm: fx.GraphModule, call: LayerCall, weight: fx.Node) -> fx.Node:
+    """The functional form of a call on ``weight``, with integer padding."""
+    graph, node = gm.graph, call.node
+    if node.op == "call_module":
+        arguments, padding_mode = _module_arguments(gm, node)
+    else:
+        arguments, padding_mode = function_arguments(node), "zeros"
+    x, bias = arguments["input"], arguments.get("bias")
+    if call.kind == "linear":
+        return graph.call_function(F.linear, (x, weight, bias))
+    dims = int(call.kind[4])
+    shape = gm.get_parameter(str(call.weight)).shape
+    stride, dilation = (normalize_sizes(arguments.get(name, 1), dims) for name in ("stride", "dilation"))
+    before, after = _padding(arguments.get("padding", 0), tuple(shape[2:]), dilation)
+    if padding_mode != "zeros" or before != after:
+        # F.pad counts from the last dimension: (left, right, top, bottom, ...).
+        pads = [size for pair in zip(reversed(before), reversed(after), strict=True) for size in pair]
+        x = graph.call_function(F.pad, (x, pads), {"mode": "constant" if padding_mode == "zeros" else padding_mode})
+        before = (0,) * dims
+    groups = arguments.get("groups", 1)
+    return graph.call_function(_CONV_FUNCTIONS[call.kind], (x, weight, bias, stride, before, dilation, groups))
+
+
+def _module_arguments(gm: fx.GraphModule, node: fx.Node) -> tuple[dict[str, Any], str]:
+    """Arguments of a layer module's call as those of its function, and its padding mode."""
+    module: Any = gm.get_submodule(str(node.target))
+    arguments: dict[str, Any] = {"input": node.args[0] if node.args else next(iter(node.kwargs.values()))}
+    if module.bias is not None:
+        arguments["bias"] = gm.graph.get_attr(join_key(str(node.target), "bias"))
+    for name in ("stride", "padding", "dilation", "groups"):
+        if hasattr(module, name):
+            arguments[name] = getattr(module, name)
+    return arguments, getattr(module, "padding_mode", "zeros")
+
+
+def _padding(
+    padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Padding before and after each spatial dimension; "same" puts the odd element after, as PyTorch does."""
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        total = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+        before = tuple(size // 2 for size in total)
+        return before, tuple(size - left for size, left in zip(total, before, strict=True))
+    sizes = normalize_sizes(padding, len(kernel))
+    return sizes, sizes
+
+

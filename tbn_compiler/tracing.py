@@ -1,0 +1,146 @@
+"""From an ``nn.Module`` to a graph module that shares its tensors and keeps its module tree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tbn_compiler.errors import TransformError
+
+_FLAG = "tbn_training_flag"
+
+
+class TrainingFlag(nn.Module):
+    """Returns whether the module is in training mode, so that a graph can follow ``train()`` and ``eval()``."""
+
+    def forward(self) -> bool:
+        """The module's ``training`` flag."""
+        return self.training
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    for submodule in module.modules():
+        for value in (*submodule.__dict__.values(), *submodule._parameters.values(), *submodule._buffers.values()):
+            if isinstance(value, torch.Tensor):
+                yield value
+
+
+def share_tensors_copy(module: nn.Module) -> Any:
+    """Copy a module's structure; the copy holds the very same parameters and buffers.
+
+    Nothing that a pass then does to the copy's module tree is seen by the original, and no weight is duplicated.
+    """
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+
+
+@contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Put every submodule into one mode and restore each one's own mode after."""
+    before = {submodule: submodule.training for submodule in module.modules()}
+    module.train(training)
+    try:
+        yield
+    finally:
+        for submodule, mode in before.items():
+            submodule.training = mode
+
+
+def _trace_in_mode(model: nn.Module, training: bool, concrete_args: dict[str, Any] | None) -> fx.Graph:
+    with _mode(model, training):
+        return fx.Tracer().trace(model, concrete_args)
+
+
+def _merge_modes(train: fx.Graph, eval_: fx.Graph, model: nn.Module) -> None:
+    """Make ``train`` right in both modes, given the graph that the model has in eval mode.
+
+    Tracing turns ``self.training`` into a constant. Where the two graphs differ only in such constants
+    (``F.dropout(x, p, training=self.training)``), they are computed from a training flag in the graph.
+    """
+    if len(train.nodes) != len(eval_.nodes):
+        raise TransformError("its operations differ between training and evaluation mode")
+    twin = dict(zip(eval_.nodes, train.nodes, strict=True))
+    flag: fx.Node | None = None
+
+    def merge(a: Any, b: Any, node: fx.Node) -> Any:
+        nonlocal flag
+        if isinstance(a, tuple | list) and isinstance(b, tuple | list) and len(a) == len(b):
+            return type(a)(merge(x, y, node) for x, y in zip(a, b, strict=True))
+        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+            return {key: merge(a[key], b[key], node) for key in a}
+        same_type = type(a) is type(b) or {type(a), type(b)} <= {int, float}
+        if same_type and (a == b or a is twin.get(b)):
+            return a
+        is_flag = a is True and b is False
+        if not is_flag and not (isinstance(a, float) and b == 0):  # the second is `p if self.training else 0`
+            raise TransformError(f"argument {a!r} of {node.format_node()} becomes {b!r} in evaluation mode")
+        if flag is None:
+            with train.inserting_before(next(n for n in train.nodes if n.op != "placeholder")):
+                flag = train.call_module(_FLAG)
+        if is_flag:
+            return flag
+        with train.inserting_before(node):
+            return train.call_function(value_in_training, (flag, a))
+
+    for b, a in list(twin.items()):
+        if a.op != b.op or (a.target != b.target and not _same_constant(a, b, model)):
+            raise TransformError(f"{a.format_node()} becomes {b.format_node()} in evaluation mode")
+        a.args, a.kwargs = merge(a.args, b.args, a), merge(a.kwargs, b.kwargs, a)
+    if flag is not None:
+        model.add_module(_FLAG, TrainingFlag())
+
+
+def value_in_training(training: bool, value: float) -> float:
+    """``value if training else 0.0``, as one node of a graph (a dropout probability)."""
+    return value if training else 0.0
+
+
+def _same_constant(a: fx.Node, b: fx.Node, model: nn.Module) -> bool:
+    """Whether two graphs refer to equal tensors that tracing stored as constants of the root."""
+    if a.op != "get_attr":
+        return False
+    left, right = (getattr(model, str(node.target), None) for node in (a, b))
+    return isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and torch.equal(left, right)
+
+
+def _adopt(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module with the whole module tree of ``root``: every ``state_dict`` key survives, in order."""
+    gm = fx.GraphModule(root, graph, type(root).__name__)
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        setattr(gm, name, getattr(root, name))
+    gm.training = root.training
+    return gm
+
+
+def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.GraphModule:
+    """Trace a model symbolically, or copy a graph module; either way the result shares the model's tensors.
+
+    The result follows ``train()`` and ``eval()`` also where the model passes ``self.training`` to a function.
+
+    Args:
+        model: any module that ``torch.fx`` can trace, or a ``GraphModule``.
+        concrete_args: arguments to fix, as in :func:`torch.fx.symbolic_trace`.
+
+    Raises:
+        TransformError: the model cannot be copied or traced; the cause is chained.
+    """
+    name = type(model).__name__
+    try:
+        model = share_tensors_copy(model)
+    except Exception as error:
+        raise TransformError(f"cannot copy the structure of {name}: {error}") from error
+    if isinstance(model, fx.GraphModule):
+        return model
+    try:
+        graph = _trace_in_mode(model, True, concrete_args)
+        _merge_modes(graph, _trace_in_mode(model, False, concrete_args), model)
+        return _adopt(model, graph)
+    except Exception as error:
+        raise TransformError(
+            f"torch.fx cannot trace {name} as a whole: {error}. Transform the submodules that hold the layers "
+            "instead, or fix arguments with concrete_args."
+        ) from error
