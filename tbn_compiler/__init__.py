@@ -8,6 +8,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING, Any
+
 from tbn_compiler.compiler import lower, transform
 from tbn_compiler.config import LayerInfo, TilingConfig
 from tbn_compiler.errors import (
@@ -18,8 +21,30 @@ from tbn_compiler.errors import (
     TBNError,
     TransformError,
 )
+from tbn_compiler.serialize import load, save
+from tbn_compiler.summary import Summary, summary
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tbn_compiler.backends.c import Plan
 
 __version__ = "0.1.0"
+
+
+def export_c(
+    module: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "model",
+    scratch: str = "static",
+) -> Plan:
+    """Write a lowered module as one standalone C99 file and a header; see :func:`tbn_compiler.backends.c.export_c`."""
+    from tbn_compiler.backends.c import export_c as export  # backends load when used
+
+    return export(module, example_inputs, path, name=name, scratch=scratch)
+
 
 __all__ = [
     "ConfigError",
@@ -27,9 +52,14 @@ __all__ = [
     "LayerInfo",
     "LoweringError",
     "SerializationError",
+    "Summary",
     "TBNError",
     "TilingConfig",
     "TransformError",
+    "export_c",
+    "load",
     "lower",
+    "save",
+    "summary",
     "transform",
 ]

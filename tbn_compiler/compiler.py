@@ -71,10 +71,11 @@ def lower(module: nn.Module) -> fx.GraphModule:
     Raises:
         LoweringError: the module was not transformed, or a weight is not finite.
     """
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
     if get_records(module) is None:
         raise LoweringError(
-            f"{type(module).__name__} was not made by tbn_compiler.transform (torch.compile, pickling and retracing "
-            "drop the records): lower the module that transform returned"
+            f"{type(module).__name__} was not made by tbn_compiler.transform, or was traced again since: "
+            "lower the module that transform returned"
         )
     gm: fx.GraphModule = share_tensors_copy(module)
     return run_passes(gm, inference_pipeline()).eval()

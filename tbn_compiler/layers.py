@@ -62,7 +62,7 @@ UNSUPPORTED_FUNCTIONS: dict[Any, str] = {
     F.bilinear: "bilinear",
 }
 
-_META_KEY = "tbn_layers"
+_RECORDS = "tbn_layers"
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -127,12 +127,17 @@ class LayerRecord:
 def get_records(module: nn.Module) -> tuple[LayerRecord, ...] | None:
     """The layer records of a transformed or lowered module; ``None`` for any other module."""
     meta = getattr(module, "meta", None)
-    return meta.get(_META_KEY) if isinstance(meta, dict) else None
+    found = meta.get(_RECORDS) if isinstance(meta, dict) else None
+    return found if found is not None else module.__dict__.get(_RECORDS)
 
 
 def set_records(gm: fx.GraphModule, records: Iterable[LayerRecord]) -> None:
-    """Attach layer records to a graph module; they follow it through ``copy.deepcopy``."""
-    gm.meta[_META_KEY] = tuple(records)
+    """Attach layer records to a graph module.
+
+    ``copy.deepcopy`` keeps a graph module's ``meta`` and drops its plain attributes, pickling does the opposite: the
+    records are held in both places so that they follow the module through either.
+    """
+    gm.meta[_RECORDS] = gm.__dict__[_RECORDS] = tuple(records)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from tbn_compiler.errors import TransformError
+from tbn_compiler.layers import get_records, set_records
 
 _FLAG = "tbn_training_flag"
 
@@ -35,7 +36,11 @@ def share_tensors_copy(module: nn.Module) -> Any:
 
     Nothing that a pass then does to the copy's module tree is seen by the original, and no weight is duplicated.
     """
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+    result = copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+    records = get_records(module)
+    if records is not None:
+        set_records(result, records)
+    return result
 
 
 @contextmanager

@@ -19,10 +19,11 @@ This is a required lowering: a non-finite weight or a subgraph that was edited b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from tbn_compiler.errors import LoweringError
 from tbn_compiler.layers import (
@@ -57,17 +58,26 @@ class PackedLayer(nn.Module):
 
 
 class LowerTiles(GraphPass):
-    """Lower every tiled layer of a graph that :class:`TileWeights` has rewritten."""
+    """Lower every tiled layer of a graph that :class:`TileWeights` has rewritten.
+
+    Args:
+        stored: tiles and alphas by ``state_dict`` key, as read from a file; default: computed from the weights.
+    """
+
+    def __init__(self, stored: Mapping[str, Tensor] | None = None) -> None:
+        self.stored = stored
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""
         records = {key: record for record in get_records(gm) or () for key in (record.weight, *record.tied)}
         calls = [call for call in layer_calls(gm) if call.form == "tiled"]
         for call in calls:
-            _check(gm, call, records)
+            record = _check(gm, call, records)
+            if self.stored is None:
+                _check_finite(gm, record)
         keys = list(dict.fromkeys(records[str(call.weight)].weight for call in calls))
         for key in keys:
-            _store(gm, records[key])
+            _store(gm, records[key], self.stored)
         for call in calls:
             _lower_call(gm, call, records[str(call.weight)])
         gm.graph.eliminate_dead_code()
@@ -75,22 +85,14 @@ class LowerTiles(GraphPass):
         return bool(calls)
 
 
-def _check(gm: fx.GraphModule, call: LayerCall, records: dict[str, LayerRecord]) -> None:
+def _check(gm: fx.GraphModule, call: LayerCall, records: dict[str, LayerRecord]) -> LayerRecord:
+    """The record behind a call, once its subgraph is known to have no other reader."""
     record = records.get(str(call.weight))
     if record is None or record.spec is None:
         raise LoweringError(
             f"node {call.node.name} uses tiled weight {call.weight!r}, of which there is no record; "
             "transform the model with tbn_compiler.transform"
         )
-    weight = gm.get_parameter(record.weight)
-    source_key = alpha_source_key(record.weight) if record.spec.alpha_source == "A" else record.weight
-    for key, tensor in ((record.weight, weight), (source_key, gm.get_parameter(source_key))):
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise LoweringError(
-                f"{key} of shape {tuple(tensor.shape)} has {bad} non-finite values (NaN or infinity): "
-                "its tile is not defined. Check the training run before lowering."
-            )
     weight_node, tile, scale = weight_chain(call.node) or (None, None, None)
     assert weight_node is not None
     assert tile is not None
@@ -102,24 +104,52 @@ def _check(gm: fx.GraphModule, call: LayerCall, records: dict[str, LayerRecord])
                     f"node {user.name} reads {node.name}, which lowering removes (weight {record.weight!r}, shape "
                     f"{record.shape}); remove that use or keep the layer in float"
                 )
+    return record
 
 
-def _store(gm: fx.GraphModule, record: LayerRecord) -> None:
-    """Register the stored tile and the alphas where the weight is; layer modules make room for plain holders."""
+def _check_finite(gm: fx.GraphModule, record: LayerRecord) -> None:
+    for key in (record.weight, _source_key(record)):
+        tensor = gm.get_parameter(key)
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise LoweringError(
+                f"{key} of shape {tuple(tensor.shape)} has {bad} non-finite values (NaN or infinity): "
+                "its tile is not defined. Check the training run before lowering."
+            )
+
+
+def _source_key(record: LayerRecord) -> str:
+    assert record.spec is not None
+    return alpha_source_key(record.weight) if record.spec.alpha_source == "A" else record.weight
+
+
+def _compute(gm: fx.GraphModule, record: LayerRecord) -> tuple[Tensor, Tensor]:
+    """The stored tile and the alphas of a trained weight."""
     spec = record.spec
     assert spec is not None
-    weight = gm.get_parameter(record.weight).detach()
-    key = alpha_source_key(record.weight) if spec.alpha_source == "A" else record.weight
-    source = gm.get_parameter(key).detach()
     binary = spec.tile_dtype == "binary"
-    tile = tile_vector(weight, spec.layout, binary=binary)
+    tile = tile_vector(gm.get_parameter(record.weight).detach(), spec.layout, binary=binary)
+    alpha = alphas(gm.get_parameter(_source_key(record)).detach(), spec.num_alphas)
+    return pack_bits(tile) if binary else tile, alpha
+
+
+def _store(gm: fx.GraphModule, record: LayerRecord, stored: Mapping[str, Tensor] | None) -> None:
+    """Register the stored tile and the alphas where the weight is; layer modules make room for plain holders."""
+    keys = (tile_key(record.weight), alpha_key(record.weight))
+    if stored is None:
+        tensors = _compute(gm, record)
+    else:
+        missing = [key for key in keys if key not in stored]
+        if missing:
+            raise LoweringError(f"the stored tensors lack {', '.join(missing)} of layer {record.name!r}")
+        tensors = (stored[keys[0]], stored[keys[1]])
     for path, _ in map(split_key, (record.weight, *record.tied)):
         if path and module_kind(gm.get_submodule(path)):
             _replace_by_holder(gm, path, record)
     path, _ = split_key(record.weight)
     owner = gm.get_submodule(path)
-    owner.register_buffer(split_key(tile_key(record.weight))[1], pack_bits(tile) if binary else tile)
-    owner.register_buffer(split_key(alpha_key(record.weight))[1], alphas(source, spec.num_alphas))
+    for key, tensor in zip(keys, tensors, strict=True):
+        owner.register_buffer(split_key(key)[1], tensor)
 
 
 def _replace_by_holder(gm: fx.GraphModule, path: str, record: LayerRecord) -> None:

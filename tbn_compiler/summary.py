@@ -1,0 +1,295 @@
+"""What was tiled and what it saves: bits, alphas and multiply-adds per layer, or why a layer was left alone.
+
+Bits are counted as in the paper: the stored bits of linear and convolution weights (``q`` for a binary tile),
+with alphas listed beside them; biases, norms and embeddings are not part of the count. A total in millions is the
+paper's "#Params (M-Bit)".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tbn_compiler.errors import TBNError
+from tbn_compiler.layers import LayerRecord, get_records, layer_calls
+
+_FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One row of a summary.
+
+    Attributes:
+        name: qualified name of the layer.
+        kind: ``"linear"``, ``"conv2d"``, ...
+        shape: shape of the weight; empty if the weight is computed in the graph.
+        weights: ``N``, number of weight elements.
+        p: number of copies; ``None`` for a layer left in float, as are the next three.
+        tile_size: ``q``, number of tile elements.
+        unique_rows: rows with different sign patterns.
+        alphas: number of stored scales.
+        stored_bits: stored bits of the weight, without alphas.
+        macs: multiply-adds of the dense layer (per output position, or per call of the example inputs).
+        macs_tiled: multiply-adds when only the rows that differ are computed.
+        note: why the layer was left alone, or a remark on how it was tiled.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weights: int
+    p: int | None
+    tile_size: int | None
+    unique_rows: int | None
+    alphas: int | None
+    stored_bits: int
+    macs: int | None
+    macs_tiled: int | None
+    note: str
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the layer is tiled."""
+        return self.p is not None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each weight element; alphas are not counted."""
+        return self.stored_bits / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The summary of a transformed or lowered module.
+
+    Attributes:
+        layers: one row per linear or convolution weight.
+        per_position: multiply-adds are per output position; otherwise for the whole example input.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    per_position: bool
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums over all layers: weights, stored bits, alphas, multiply-adds, and the ratios that follow."""
+        weights = sum(row.weights for row in self.layers)
+        bits = sum(row.stored_bits for row in self.layers)
+        macs = sum(row.macs or 0 for row in self.layers)
+        macs_tiled = sum(row.macs_tiled or 0 for row in self.layers)
+        return {
+            "weights": weights,
+            "stored_bits": bits,
+            "stored_megabits": bits / 1e6,
+            "bits_per_weight": bits / weights if weights else 0.0,
+            "alphas": sum(row.alphas or 0 for row in self.layers),
+            "macs": macs,
+            "macs_tiled": macs_tiled,
+            "tiled_layers": sum(row.tiled for row in self.layers),
+            "float_layers": sum(not row.tiled for row in self.layers),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as plain data (ready for JSON): ``{"layers": [...], "totals": {...}}``."""
+        layers = [dataclasses.asdict(row) | {"bits_per_weight": row.bits_per_weight} for row in self.layers]
+        return {"layers": layers, "totals": self.totals, "macs_per_position": self.per_position}
+
+    def to_markdown(self) -> str:
+        """The summary as a GitHub-flavoured Markdown table."""
+        header, rows = self._cells()
+        aligns = ["---" if title in _LEFT else "---:" for title in header]
+        lines = [header, aligns, *rows, self._total_cells()]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+    def table(self) -> Table:
+        """The summary as a ``rich`` table."""
+        table = Table(title="Tiled Bit Network", caption=self._caption(), title_justify="left", show_footer=True)
+        header, rows = self._cells()
+        for title, total in zip(header, self._total_cells(), strict=True):
+            left = title in _LEFT
+            table.add_column(title, total, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=200, color_system=None)
+        console.print(self.table())
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    def _caption(self) -> str:
+        unit = "per output position" if self.per_position else "for the example input"
+        return f"bits: stored bits of the weights, alphas not counted; MACs: multiply-adds {unit}"
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        return list(_COLUMNS), [_row_cells(row) for row in self.layers]
+
+    def _total_cells(self) -> list[str]:
+        t = self.totals
+        return [
+            "total",
+            "",
+            "",
+            f"{t['weights']:,}",
+            "",
+            "",
+            "",
+            f"{t['alphas']:,}",
+            f"{t['stored_bits']:,}",
+            f"{t['bits_per_weight']:.3f}",
+            f"{t['macs']:,}",
+            f"{t['macs_tiled']:,}",
+            f"{t['tiled_layers']} tiled, {t['float_layers']} left alone",
+        ]
+
+
+_COLUMNS = (
+    "layer",
+    "kind",
+    "shape",
+    "N",
+    "p",
+    "q",
+    "unique rows",
+    "alphas",
+    "bits",
+    "bits/weight",
+    "MACs dense",
+    "MACs tiled",
+    "note",
+)
+_LEFT = ("layer", "kind", "note")
+
+
+def _row_cells(row: LayerSummary) -> list[str]:
+    def number(value: int | None) -> str:
+        return "-" if value is None else f"{value:,}"
+
+    return [
+        row.name,
+        row.kind,
+        "x".join(map(str, row.shape)) or "-",
+        number(row.weights),
+        number(row.p),
+        number(row.tile_size),
+        number(row.unique_rows),
+        number(row.alphas),
+        number(row.stored_bits),
+        f"{row.bits_per_weight:.3f}",
+        number(row.macs),
+        number(row.macs_tiled),
+        row.note,
+    ]
+
+
+def summary(module: nn.Module, example_inputs: Any = None) -> Summary:
+    """Summarise a module that :func:`~tbn_compiler.transform` or :func:`~tbn_compiler.lower` returned.
+
+    Args:
+        module: the transformed or lowered module.
+        example_inputs: a tensor or a tuple of the arguments of ``forward``. With it multiply-adds are counted for
+            this input, every call of a layer included; without it they are given per output position. Nothing
+            is computed: shapes are propagated.
+
+    Returns:
+        A :class:`Summary`: ``print`` gives a table, ``to_dict()`` and ``to_markdown()`` give data.
+
+    Raises:
+        TBNError: the module holds no layer records.
+    """
+    records = get_records(module)
+    if records is None or not isinstance(module, fx.GraphModule):
+        raise TBNError(
+            f"{type(module).__name__} has no layer records: pass the module that transform or lower returned"
+        )
+    positions = None if example_inputs is None else _count_positions(module, records, example_inputs)
+    rows = tuple(_summarize(record, positions) for record in records)
+    return Summary(rows, per_position=positions is None)
+
+
+def _summarize(record: LayerRecord, positions: dict[str, int] | None) -> LayerSummary:
+    numel = math.prod(record.shape) if record.shape else 0
+    countable = bool(record.shape) and record.kind.startswith(("linear", "conv"))
+    times = 1 if positions is None else positions.get(record.weight, 0)
+    macs = numel * times if countable else None
+    if record.spec is None:
+        return LayerSummary(
+            record.name,
+            record.kind,
+            record.shape,
+            numel,
+            p=None,
+            tile_size=None,
+            unique_rows=None,
+            alphas=None,
+            stored_bits=_FLOAT_BITS * numel,
+            macs=macs,
+            macs_tiled=macs,
+            note=f"left alone: {record.reason}",
+        )
+    layout, num_alphas = record.spec.layout, record.spec.num_alphas
+    computed = record.groups * layout.rows_per_group(num_alphas, record.groups)
+    notes = [record.note] if record.note else []
+    if record.tied:
+        notes.append(f"shared with {', '.join(record.tied)}")
+    if layout.p > 1 and not layout.aligned:
+        notes.append(f"misaligned: p does not divide {layout.rows} rows")
+    return LayerSummary(
+        record.name,
+        record.kind,
+        record.shape,
+        numel,
+        p=layout.p,
+        tile_size=layout.tile_size,
+        unique_rows=layout.unique_rows,
+        alphas=num_alphas,
+        stored_bits=record.spec.tile_bits,
+        macs=macs,
+        macs_tiled=computed * layout.row_size * times,
+        note="; ".join(notes),
+    )
+
+
+class _OutputSizes(fx.Interpreter):
+    """Runs a graph on fake tensors and keeps the number of output elements of the layer calls."""
+
+    def __init__(self, gm: fx.GraphModule, nodes: set[fx.Node]) -> None:
+        super().__init__(gm)
+        self.nodes = nodes
+        self.numel: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node and note its size."""
+        result = super().run_node(n)
+        if n in self.nodes:
+            self.numel[n] = result.numel()
+        return result
+
+
+def _count_positions(gm: fx.GraphModule, records: tuple[LayerRecord, ...], example_inputs: Any) -> dict[str, int]:
+    """Number of output positions (elements / rows) of each weight, over all its calls."""
+    by_key = {key: record for record in records for key in (record.weight, *record.tied)}
+    calls = {call.node: call.weight or f"{call.node.name}.weight" for call in layer_calls(gm)}
+    arguments = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fakes = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments]
+        sizes = _OutputSizes(gm, set(calls))
+        sizes.run(*fakes)
+    positions: dict[str, int] = {}
+    for node, numel in sizes.numel.items():
+        record = by_key.get(calls[node])
+        if record is not None and record.shape:
+            positions[record.weight] = positions.get(record.weight, 0) + numel // record.shape[0]
+    return positions

@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tbn_compiler as tbn
+
+
+def paper_mlp():
+    return nn.Sequential(nn.Linear(784, 128, bias=False), nn.ReLU(), nn.Linear(128, 10, bias=False))
+
+
+class ConvNet(nn.Module):
+    """Two convolutions (one called twice, one grouped), an embedding-free head and layers that are left alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.body = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(16, 16, 2)
+        self.unused = nn.Linear(4, 4)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.body(self.body(self.stem(x).relu()))
+        return self.head(self.up(x).mean((2, 3)))
+
+
+def rows_by_name(summary):
+    return {row.name: row for row in summary.layers}
+
+
+@pytest.mark.parametrize(("p", "bits"), [(1, 101_632), (4, 26_368)])
+def test_stored_bits_of_the_papers_microcontroller_model(p, bits):
+    # Table 6: 12.70 KB binary; 3.32 KB tiled by 4 (3,296 B of tiles and 5 alphas).
+    summary = tbn.summary(tbn.transform(paper_mlp(), tbn.TilingConfig(p=p, alpha="tile")))
+    assert summary.totals["stored_bits"] == bits
+    assert summary.totals["weights"] == 101_632
+    assert bits // 8 + 4 * summary.totals["alphas"] == {1: 12_712, 4: 3_316}[p]
+
+
+def test_rows_describe_the_tiling():
+    summary = tbn.summary(tbn.transform(paper_mlp(), tbn.TilingConfig(p=4, alpha="tile")))
+    first, last = summary.layers
+    assert (first.p, first.tile_size, first.unique_rows, first.alphas) == (4, 25_088, 32, 4)
+    assert (first.macs, first.macs_tiled, first.bits_per_weight) == (100_352, 25_088, 0.25)
+    assert (last.p, last.tile_size, last.unique_rows, last.alphas) == (1, 1_280, 10, 1)
+    assert "min_size=64000" in last.note
+    assert summary.per_position
+
+
+def test_example_inputs_count_positions_and_calls():
+    qat = tbn.transform(ConvNet(), tbn.TilingConfig(p=4, min_size=0))
+    for module in (qat, tbn.lower(qat)):
+        rows = rows_by_name(tbn.summary(module, torch.zeros(2, 3, 8, 8)))
+        positions = 2 * 4 * 4
+        assert rows["stem"].macs == 16 * 27 * positions
+        assert rows["stem"].macs_tiled == 4 * 27 * positions
+        # Called twice. Each group of 8 rows repeats the 4 unique rows: 2 x 4 of 16 rows are computed.
+        assert rows["body"].macs == 2 * 16 * 72 * positions
+        assert rows["body"].macs_tiled == 2 * 8 * 72 * positions
+        assert rows["head"].macs == 10 * 16 * 2
+        assert rows["unused"].macs == 0
+
+
+def test_every_layer_is_listed_with_its_reason():
+    summary = tbn.summary(tbn.transform(ConvNet(), tbn.TilingConfig(p=4, min_size=0, float_layers=("head",))))
+    rows = rows_by_name(summary)
+    assert set(rows) == {"stem", "body", "up", "unused", "head"}
+    assert "float_layers pattern 'head'" in rows["head"].note
+    assert "does not call it" in rows["unused"].note
+    assert "ConvTranspose2d" in rows["up"].note
+    assert rows["head"].stored_bits == 32 * 160
+    assert rows["head"].macs == rows["head"].macs_tiled == 160
+    assert summary.totals["tiled_layers"] == 2
+    assert summary.totals["float_layers"] == 3
+
+
+def test_float_tiles_count_32_bits():
+    config = tbn.TilingConfig(p=4, min_size=0, tile_dtype="float")
+    summary = tbn.summary(tbn.transform(nn.Sequential(nn.Linear(8, 8)), config))
+    assert summary.layers[0].stored_bits == 32 * 16
+    assert summary.layers[0].bits_per_weight == 8.0
+
+
+def test_misaligned_tiles_are_pointed_out():
+    config = tbn.TilingConfig(p=4, min_size=0, alpha="tile")
+    row = tbn.summary(tbn.transform(nn.Sequential(nn.Linear(8, 10)), config)).layers[0]
+    assert "misaligned" in row.note
+    assert row.macs_tiled == row.macs  # alphas change inside rows: every row is its own
+
+
+def test_outputs_agree():
+    summary = tbn.summary(tbn.transform(ConvNet(), tbn.TilingConfig(p=4, min_size=0)))
+    data = json.loads(json.dumps(summary.to_dict()))
+    assert [layer["name"] for layer in data["layers"]] == [row.name for row in summary.layers]
+    assert data["totals"] == summary.totals
+    text, markdown = str(summary), summary.to_markdown()
+    lines = markdown.splitlines()
+    assert len(lines) == 2 + len(summary.layers) + 1
+    assert len({line.count("|") for line in lines}) == 1
+    for row in summary.layers:
+        assert row.name in text
+        assert f"{row.stored_bits:,}" in text
+        assert f"| {row.name} |" in markdown
+    assert f"{summary.totals['stored_bits']:,}" in text
+
+
+def test_summary_is_kept_by_lowering():
+    qat = tbn.transform(ConvNet(), tbn.TilingConfig(p=4, min_size=0))
+    assert tbn.summary(tbn.lower(qat)) == tbn.summary(qat)
+
+
+def test_summary_of_an_untransformed_module():
+    with pytest.raises(tbn.TBNError, match=r"Sequential has no layer records: pass the module that transform"):
+        tbn.summary(paper_mlp())
