@@ -131,13 +131,13 @@ def get_records(module: nn.Module) -> tuple[LayerRecord, ...] | None:
     return found if found is not None else module.__dict__.get(_RECORDS)
 
 
-def set_records(gm: fx.GraphModule, records: Iterable[LayerRecord]) -> None:
-    """Attach layer records to a graph module.
+def set_records(module: nn.Module, records: Iterable[LayerRecord]) -> None:
+    """Attach layer records to a transformed or lowered module.
 
     ``copy.deepcopy`` keeps a graph module's ``meta`` and drops its plain attributes, pickling does the opposite: the
     records are held in both places so that they follow the module through either.
     """
-    gm.meta[_RECORDS] = gm.__dict__[_RECORDS] = tuple(records)
+    module.__dict__.setdefault("meta", {})[_RECORDS] = module.__dict__[_RECORDS] = tuple(records)
 
 
 @dataclass(frozen=True)

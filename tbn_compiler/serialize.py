@@ -1,7 +1,8 @@
 """Files of packed models: safetensors with one JSON header entry; never pickle.
 
 The header entry ``tbn`` holds the format version; for each stored tile its weight's shape, ``p``, number of alphas
-and dtype; and for each layer left alone the reason. Tensors keep their ``state_dict`` names; a tensor that several names share is stored once.
+and dtype; and for each layer left alone the reason. Tensors keep their ``state_dict`` names; a tensor that several
+names share is stored once.
 """
 
 from __future__ import annotations

@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -106,53 +109,44 @@ class Summary:
         return {"layers": layers, "totals": self.totals, "macs_per_position": self.per_position}
 
     def to_markdown(self) -> str:
-        """The summary as a GitHub-flavoured Markdown table."""
-        header, rows = self._cells()
-        aligns = ["---" if title in _LEFT else "---:" for title in header]
-        lines = [header, aligns, *rows, self._total_cells()]
+        """The summary as a GitHub-flavoured Markdown table, with exact numbers and a column of notes."""
+        titles = [*(title.replace("\n", " ") for title in _COLUMNS), "note"]
+        aligns = ["---" if title in _LEFT else "---:" for title in titles]
+        t = self.totals
+        counts = f"{t['tiled_layers']} tiled, {t['float_layers']} left alone"
+        rows = [[*_cells(row, "{:,}".format), row.note] for row in self.layers]
+        lines = [titles, aligns, *rows, [*self._total_cells("{:,}".format), counts]]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
-    def table(self) -> Table:
-        """The summary as a ``rich`` table."""
-        table = Table(title="Tiled Bit Network", caption=self._caption(), title_justify="left", show_footer=True)
-        header, rows = self._cells()
-        for title, total in zip(header, self._total_cells(), strict=True):
+    def table(self) -> RenderableType:
+        """The summary as a ``rich`` table with rounded numbers, and the notes under it."""
+        table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, show_footer=True)
+        for title, total in zip(_COLUMNS, self._total_cells(_compact), strict=True):
             left = title in _LEFT
-            table.add_column(title, total, justify="left" if left else "right", overflow="fold", no_wrap=not left)
-        for row in rows:
-            table.add_row(*map(escape, row))
-        return table
+            # Names may fold on a narrow terminal, numbers never do.
+            width = 6 if left else None
+            table.add_column(
+                title, total, justify="left" if left else "right", overflow="fold", min_width=width, no_wrap=not left
+            )
+        for row in self.layers:
+            table.add_row(*map(escape, _cells(row, _compact)))
+        t = self.totals
+        unit = "per output position" if self.per_position else "for the example input"
+        lines = [f"{t['tiled_layers']} layers tiled, {t['float_layers']} left alone; multiply-adds (MACs) {unit}"]
+        lines += [f"{row.name}: {row.note}" for row in self.layers if row.note]
+        return Group(table, *map(Text, lines))
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=200, color_system=None)
+        console = Console(file=io.StringIO(), width=120, color_system=None)
         console.print(self.table())
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
 
-    def _caption(self) -> str:
-        unit = "per output position" if self.per_position else "for the example input"
-        return f"bits: stored bits of the weights, alphas not counted; MACs: multiply-adds {unit}"
-
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        return list(_COLUMNS), [_row_cells(row) for row in self.layers]
-
-    def _total_cells(self) -> list[str]:
+    def _total_cells(self, number: Callable[[int], str]) -> list[str]:
         t = self.totals
-        return [
-            "total",
-            "",
-            "",
-            f"{t['weights']:,}",
-            "",
-            "",
-            "",
-            f"{t['alphas']:,}",
-            f"{t['stored_bits']:,}",
-            f"{t['bits_per_weight']:.3f}",
-            f"{t['macs']:,}",
-            f"{t['macs_tiled']:,}",
-            f"{t['tiled_layers']} tiled, {t['float_layers']} left alone",
-        ]
+        sums = [number(t[key]) for key in ("weights", "alphas", "stored_bits", "macs", "macs_tiled")]
+        bits_per_weight = f"{t['bits_per_weight']:.3f}"
+        return ["total", "", "", sums[0], "", "", "", sums[1], sums[2], bits_per_weight, sums[3], sums[4]]
 
 
 _COLUMNS = (
@@ -162,36 +156,33 @@ _COLUMNS = (
     "N",
     "p",
     "q",
-    "unique rows",
+    "unique\nrows",
     "alphas",
-    "bits",
-    "bits/weight",
-    "MACs dense",
-    "MACs tiled",
-    "note",
+    "stored\nbits",
+    "bits/\nweight",
+    "MACs\ndense",
+    "MACs\ntiled",
 )
 _LEFT = ("layer", "kind", "note")
 
 
-def _row_cells(row: LayerSummary) -> list[str]:
-    def number(value: int | None) -> str:
-        return "-" if value is None else f"{value:,}"
+def _compact(value: int) -> str:
+    """A number in at most six characters: exact below 10,000, else with a decimal prefix (k, M, G, T)."""
+    if value < 10_000:
+        return str(value)
+    power = min((len(str(value)) - 1) // 3, 4)
+    return f"{value / 1000**power:.1f}{' kMGT'[power]}"
 
-    return [
-        row.name,
-        row.kind,
-        "x".join(map(str, row.shape)) or "-",
-        number(row.weights),
-        number(row.p),
-        number(row.tile_size),
-        number(row.unique_rows),
-        number(row.alphas),
-        number(row.stored_bits),
-        f"{row.bits_per_weight:.3f}",
-        number(row.macs),
-        number(row.macs_tiled),
-        row.note,
-    ]
+
+def _cells(row: LayerSummary, number: Callable[[int], str]) -> list[str]:
+    def optional(value: int | None) -> str:
+        return "-" if value is None else number(value)
+
+    counts = (row.p, row.tile_size, row.unique_rows, row.alphas, row.stored_bits)
+    shape = "x".join(map(str, row.shape)) or "-"
+    bits_per_weight = f"{row.bits_per_weight:.3f}"
+    macs = (optional(row.macs), optional(row.macs_tiled))
+    return [row.name, row.kind, shape, number(row.weights), *map(optional, counts), bits_per_weight, *macs]
 
 
 def summary(module: nn.Module, example_inputs: Any = None) -> Summary:

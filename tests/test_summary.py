@@ -1,10 +1,12 @@
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import tbn_compiler as tbn
+from tbn_compiler.summary import _compact
 
 
 def paper_mlp():
@@ -101,10 +103,11 @@ def test_outputs_agree():
     assert len(lines) == 2 + len(summary.layers) + 1
     assert len({line.count("|") for line in lines}) == 1
     for row in summary.layers:
-        assert row.name in text
-        assert f"{row.stored_bits:,}" in text
+        assert re.search(rf"^ *{row.name} +{row.kind} .* {_compact(row.stored_bits)} ", text, re.MULTILINE)
+        assert not row.note or f"{row.name}: {row.note}" in text.replace("\n", "")
         assert f"| {row.name} |" in markdown
-    assert f"{summary.totals['stored_bits']:,}" in text
+    assert f" {_compact(summary.totals['stored_bits'])} " in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 120
 
 
 def test_summary_is_kept_by_lowering():
@@ -115,3 +118,11 @@ def test_summary_is_kept_by_lowering():
 def test_summary_of_an_untransformed_module():
     with pytest.raises(tbn.TBNError, match=r"Sequential has no layer records: pass the module that transform"):
         tbn.summary(paper_mlp())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (9_999, "9999"), (10_000, "10.0k"), (999_949, "999.9k"), (1_048_576, "1.0M"), (2**41, "2.2T")],
+)
+def test_rounded_numbers(value, text):
+    assert _compact(value) == text
