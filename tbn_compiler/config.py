@@ -6,18 +6,21 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from tbn_compiler.errors import ConfigError
 
-AlphaMode = Literal["layer", "tile"]
+AlphaMode = Literal["layer", "output", "tile"]
 AlphaSource = Literal["A", "W"]
 TileDType = Literal["binary", "float"]
 SmallLayers = Literal["binary", "float"]
+Replication = Literal["repeat", "roll"]
+
+Overrides = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 # The fields that `overrides` may set for the layers a pattern matches.
-_PER_LAYER = ("p", "alpha", "alpha_source", "tile_dtype", "min_size", "small")
+_PER_LAYER = ("p", "alpha", "alpha_source", "tile_dtype", "min_size", "small", "replicate", "shift")
 
 
 @dataclass(frozen=True)
@@ -61,27 +64,37 @@ def _check_field_names(given: Mapping[str, Any], allowed: tuple[str, ...], where
 class LayerOptions:
     """The options that hold for one layer once the overrides are applied."""
 
-    p: int
+    p: int | tuple[int, int]
     alpha: AlphaMode
     alpha_source: AlphaSource
     tile_dtype: TileDType
     min_size: int
     small: SmallLayers
+    replicate: Replication
+    shift: int
 
 
 @dataclass(frozen=True)
 class TilingConfig:
     """How to tile a model. Frozen and hashable; change one with :meth:`replace`.
 
+    ``overrides`` is given as a mapping and kept as a tuple of ``(pattern, ((option, value), ...))``.
+
     Args:
         p: number of copies of the tile in each layer (Eq. 1). A layer whose size ``p`` does not divide takes the
-            largest divisor of its size not above ``p``. ``p=1`` is a plain binary-weight network.
-        alpha: ``"layer"``, one scale per layer (Eq. 7), or ``"tile"``, one per copy (Eq. 9).
+            largest divisor of its size not above ``p``. ``p=1`` is a plain binary-weight network. A pair
+            ``(p_out, p_in)`` copies the tile along both axes (see :class:`~tbn_compiler.tiling.TileLayout`); each
+            takes the largest divisor of its own axis.
+        alpha: ``"layer"``, one scale per layer (Eq. 7), or ``"tile"``, one per copy (Eq. 9). With a pair ``p``,
+            ``"output"`` gives one scale per copy along the output.
         alpha_source: ``"A"``, scales come from a second trainable tensor of the weight's shape, or ``"W"``, from
             the weight itself.
         tile_dtype: ``"binary"`` (1 bit per tile element) or ``"float"`` (no sign is taken: the tile keeps the
             full-precision sums of Eq. 2).
         min_size: the paper's lambda, in weight elements: smaller layers are not tiled.
+        replicate: ``"repeat"``, copies are equal, or ``"roll"``, copy ``i`` is the tile rolled by ``i * shift``
+            elements: no rows repeat, and the saving in arithmetic is given up. Not with a pair ``p``.
+        shift: elements by which ``replicate="roll"`` rolls each further copy.
         small: what becomes of layers under ``min_size``: ``"binary"`` (``p=1``, as in the paper) or ``"float"``.
         float_layers: name patterns (``fnmatch``) of layers to keep in full precision.
         overrides: name pattern -> options for the layers it matches, e.g. ``{"blocks.*.fc1": {"p": 8}}``. All
@@ -98,14 +111,16 @@ class TilingConfig:
         1
     """
 
-    p: int = 4
+    p: int | tuple[int, int] = 4
     alpha: AlphaMode = "layer"
     alpha_source: AlphaSource = "A"
     tile_dtype: TileDType = "binary"
     min_size: int = 64_000
     small: SmallLayers = "binary"
+    replicate: Replication = "repeat"
+    shift: int = 1
     float_layers: tuple[str, ...] = ()
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    overrides: Overrides = ()
     filter: Callable[[LayerInfo], bool] | None = None
 
     def __init__(self, **options: Any) -> None:
@@ -113,13 +128,23 @@ class TilingConfig:
         fields = {f.name: f for f in dataclasses.fields(self)}
         _check_field_names(options, tuple(fields), "TilingConfig")
         for name, f in fields.items():
-            default = {} if f.default is dataclasses.MISSING else f.default
-            object.__setattr__(self, name, options.get(name, default))
+            object.__setattr__(self, name, options.get(name, f.default))
         self._validate()
 
     def _validate(self) -> None:
-        _check_int("p", self.p, 1)
+        if isinstance(self.p, tuple | list):
+            if len(self.p) != 2:
+                raise ConfigError(f"p must be an integer or a pair (p_out, p_in), got {self.p!r}")
+            for name, value in zip(("p_out", "p_in"), self.p, strict=True):
+                _check_int(name, value, 1)
+            object.__setattr__(self, "p", tuple(self.p))
+            if self.replicate == "roll":
+                raise ConfigError(f"replicate='roll' takes an integer p, got the pair {self.p!r}")
+        else:
+            _check_int("p", self.p, 1)
         _check_int("min_size", self.min_size, 0)
+        _check_int("shift", self.shift, 1)
+        _check_choice("replicate", self.replicate, get_args(Replication))
         _check_choice("alpha", self.alpha, get_args(AlphaMode))
         _check_choice("alpha_source", self.alpha_source, get_args(AlphaSource))
         _check_choice("tile_dtype", self.tile_dtype, get_args(TileDType))
@@ -129,22 +154,26 @@ class TilingConfig:
         object.__setattr__(self, "float_layers", tuple(self.float_layers))
         if self.filter is not None and not callable(self.filter):
             raise ConfigError(f"filter must be callable, got {self.filter!r}")
-        if not isinstance(self.overrides, Mapping):
-            raise ConfigError(f"overrides must map name patterns to options, got {self.overrides!r}")
-        for pattern, options in self.overrides.items():
-            if not isinstance(options, Mapping):
-                raise ConfigError(f"overrides[{pattern!r}] must be a mapping of options, got {options!r}")
+        object.__setattr__(self, "overrides", self._freeze_overrides())
+
+    def _freeze_overrides(self) -> Overrides:
+        try:
+            overrides = dict(self.overrides)
+        except (TypeError, ValueError):
+            raise ConfigError(f"overrides must map name patterns to options, got {self.overrides!r}") from None
+        frozen = []
+        for pattern, given in overrides.items():
+            try:
+                options = dict(given)
+            except (TypeError, ValueError):
+                raise ConfigError(f"overrides[{pattern!r}] must be a mapping of options, got {given!r}") from None
             _check_field_names(options, _PER_LAYER, f"overrides[{pattern!r}]")
             try:
-                TilingConfig(**options)
+                checked = TilingConfig(**options)
             except ConfigError as error:
                 raise ConfigError(f"overrides[{pattern!r}]: {error}") from None
-        object.__setattr__(self, "overrides", {k: dict(v) for k, v in self.overrides.items()})
-
-    def __hash__(self) -> int:
-        overrides = tuple((k, tuple(sorted(v.items()))) for k, v in self.overrides.items())
-        values = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "overrides")
-        return hash((*values, overrides))
+            frozen.append((pattern, tuple((name, getattr(checked, name)) for name in sorted(options))))
+        return tuple(frozen)
 
     def replace(self, **changes: Any) -> TilingConfig:
         """Return a copy with some fields changed.
@@ -157,11 +186,11 @@ class TilingConfig:
     def for_layer(self, name: str) -> LayerOptions:
         """Return the options of the layer ``name`` after all matching overrides."""
         options = {key: getattr(self, key) for key in _PER_LAYER}
-        for pattern, override in self.overrides.items():
+        for pattern, override in self.overrides:
             if fnmatch.fnmatchcase(name, pattern):
-                if "p" in override:
+                if "p" in dict(override):
                     options["min_size"] = 0
-                options |= override
+                options |= dict(override)
         return LayerOptions(**options)
 
     def keeps_float(self, layer: LayerInfo) -> str | None:
@@ -175,7 +204,7 @@ class TilingConfig:
 
     def unmatched_patterns(self, names: list[str]) -> list[str]:
         """Return the patterns of ``float_layers`` and ``overrides`` that match none of ``names``."""
-        patterns = [*self.float_layers, *self.overrides]
+        patterns = [*self.float_layers, *(pattern for pattern, _ in self.overrides)]
         return [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
 
     @classmethod

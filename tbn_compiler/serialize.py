@@ -123,6 +123,8 @@ def _describe(record: LayerRecord) -> dict[str, Any]:
     return {
         "shape": list(record.shape),
         "p": spec.layout.p,
+        "p_in": spec.layout.p_in,
+        "shift": spec.layout.shift,
         "alphas": spec.num_alphas,
         "alpha_source": spec.alpha_source,
         "tile_dtype": spec.tile_dtype,
@@ -132,7 +134,7 @@ def _describe(record: LayerRecord) -> dict[str, Any]:
 
 def _parse(name: str, layer: dict[str, Any], path: Any) -> TileSpec:
     try:
-        layout = TileLayout(tuple(layer["shape"]), layer["p"])
+        layout = TileLayout(tuple(layer["shape"]), layer["p"], layer["p_in"], layer["shift"])
         return TileSpec(layout, layer["alphas"], layer["alpha_source"], layer["tile_dtype"])
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise SerializationError(f"{path}: the header entry of layer {name!r} is damaged: {error!r}") from error

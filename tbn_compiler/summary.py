@@ -38,7 +38,8 @@ class LayerSummary:
         kind: ``"linear"``, ``"conv2d"``, ...
         shape: shape of the weight; empty if the weight is computed in the graph.
         weights: ``N``, number of weight elements.
-        p: number of copies; ``None`` for a layer left in float, as are the next three.
+        p: number of copies; ``None`` for a layer left in float, as are the next four.
+        p_in: copies along the input axis, 1 in the paper's layout.
         tile_size: ``q``, number of tile elements.
         unique_rows: rows with different sign patterns.
         alphas: number of stored scales.
@@ -53,6 +54,7 @@ class LayerSummary:
     shape: tuple[int, ...]
     weights: int
     p: int | None
+    p_in: int | None
     tile_size: int | None
     unique_rows: int | None
     alphas: int | None
@@ -178,11 +180,14 @@ def _cells(row: LayerSummary, number: Callable[[int], str]) -> list[str]:
     def optional(value: int | None) -> str:
         return "-" if value is None else number(value)
 
-    counts = (row.p, row.tile_size, row.unique_rows, row.alphas, row.stored_bits)
+    counts = (row.tile_size, row.unique_rows, row.alphas, row.stored_bits)
+    p = optional(row.p)
+    if row.p is not None and row.p_in is not None and row.p_in > 1:
+        p = f"{row.p // row.p_in}x{row.p_in}"
     shape = "x".join(map(str, row.shape)) or "-"
     bits_per_weight = f"{row.bits_per_weight:.3f}"
     macs = (optional(row.macs), optional(row.macs_tiled))
-    return [row.name, row.kind, shape, number(row.weights), *map(optional, counts), bits_per_weight, *macs]
+    return [row.name, row.kind, shape, number(row.weights), p, *map(optional, counts), bits_per_weight, *macs]
 
 
 def summary(module: nn.Module, example_inputs: Any = None) -> Summary:
@@ -222,6 +227,7 @@ def _summarize(record: LayerRecord, positions: dict[str, int] | None) -> LayerSu
             record.shape,
             numel,
             p=None,
+            p_in=None,
             tile_size=None,
             unique_rows=None,
             alphas=None,
@@ -235,7 +241,9 @@ def _summarize(record: LayerRecord, positions: dict[str, int] | None) -> LayerSu
     notes = [record.note] if record.note else []
     if record.tied:
         notes.append(f"shared with {', '.join(record.tied)}")
-    if layout.p > 1 and not layout.aligned:
+    if layout.shift:
+        notes.append(f"copies rolled by {layout.shift}: no rows repeat")
+    elif layout.p > 1 and not layout.aligned:
         notes.append(f"misaligned: p does not divide {layout.rows} rows")
     return LayerSummary(
         record.name,
@@ -243,12 +251,13 @@ def _summarize(record: LayerRecord, positions: dict[str, int] | None) -> LayerSu
         record.shape,
         numel,
         p=layout.p,
+        p_in=layout.p_in,
         tile_size=layout.tile_size,
         unique_rows=layout.unique_rows,
         alphas=num_alphas,
         stored_bits=record.spec.tile_bits,
         macs=macs,
-        macs_tiled=computed * layout.row_size * times,
+        macs_tiled=computed * layout.inputs_per_row(num_alphas) * times,
         note="; ".join(notes),
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from tbn_compiler.errors import TransformError
-from tbn_compiler.layers import get_records, set_records
+from tbn_compiler.layers import get_records, join_key, set_records
 
 _FLAG = "tbn_training_flag"
 
@@ -64,39 +64,52 @@ def _merge_modes(train: fx.Graph, eval_: fx.Graph, model: nn.Module) -> None:
     """Make ``train`` right in both modes, given the graph that the model has in eval mode.
 
     Tracing turns ``self.training`` into a constant. Where the two graphs differ only in such constants
-    (``F.dropout(x, p, training=self.training)``), they are computed from a training flag in the graph.
+    (``F.dropout(x, p, training=self.training)``), they are computed from a flag of the module that asked.
     """
     if len(train.nodes) != len(eval_.nodes):
         raise TransformError("its operations differ between training and evaluation mode")
     twin = dict(zip(eval_.nodes, train.nodes, strict=True))
-    flag: fx.Node | None = None
-
-    def merge(a: Any, b: Any, node: fx.Node) -> Any:
-        nonlocal flag
-        if isinstance(a, tuple | list) and isinstance(b, tuple | list) and len(a) == len(b):
-            return type(a)(merge(x, y, node) for x, y in zip(a, b, strict=True))
-        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-            return {key: merge(a[key], b[key], node) for key in a}
-        same_type = type(a) is type(b) or {type(a), type(b)} <= {int, float}
-        if same_type and (a == b or a is twin.get(b)):
-            return a
-        is_flag = a is True and b is False
-        if not is_flag and not (isinstance(a, float) and b == 0):  # the second is `p if self.training else 0`
-            raise TransformError(f"argument {a!r} of {node.format_node()} becomes {b!r} in evaluation mode")
-        if flag is None:
-            with train.inserting_before(next(n for n in train.nodes if n.op != "placeholder")):
-                flag = train.call_module(_FLAG)
-        if is_flag:
-            return flag
-        with train.inserting_before(node):
-            return train.call_function(value_in_training, (flag, a))
-
     for b, a in list(twin.items()):
         if a.op != b.op or (a.target != b.target and not _same_constant(a, b, model)):
             raise TransformError(f"{a.format_node()} becomes {b.format_node()} in evaluation mode")
-        a.args, a.kwargs = merge(a.args, b.args, a), merge(a.kwargs, b.kwargs, a)
-    if flag is not None:
-        model.add_module(_FLAG, TrainingFlag())
+        a.args, a.kwargs = (_merge(x, y, a, twin, model) for x, y in ((a.args, b.args), (a.kwargs, b.kwargs)))
+
+
+def _merge(a: Any, b: Any, node: fx.Node, twin: dict[fx.Node, fx.Node], model: nn.Module) -> Any:
+    """An argument of ``node`` that is ``a`` in training mode and ``b`` in evaluation mode."""
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list) and len(a) == len(b):
+        return type(a)(_merge(x, y, node, twin, model) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return {key: _merge(a[key], b[key], node, twin, model) for key in a}
+    if isinstance(a, slice) and isinstance(b, slice):
+        parts = zip((a.start, a.stop, a.step), (b.start, b.stop, b.step), strict=True)
+        return slice(*(_merge(x, y, node, twin, model) for x, y in parts))
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        same = a is twin.get(b)
+    else:
+        same = type(a) is type(b) and (a == b or a != a)  # the last is NaN
+    if same:
+        return a
+    if a is True and b is False:
+        return _training_flag(node, model)
+    if isinstance(a, float) and b == 0:  # p if self.training else 0
+        flag = _training_flag(node, model)
+        with node.graph.inserting_before(node):
+            return node.graph.call_function(value_in_training, (flag, a))
+    raise TransformError(f"argument {a!r} of {node.format_node()} becomes {b!r} in evaluation mode")
+
+
+def _training_flag(node: fx.Node, model: nn.Module) -> fx.Node:
+    """A node for the training flag of the module whose ``forward`` made ``node``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    target = join_key(path, _FLAG)
+    owner = model.get_submodule(path)
+    if not hasattr(owner, _FLAG):
+        owner.add_module(_FLAG, TrainingFlag())
+        owner.get_submodule(_FLAG).training = owner.training
+    with node.graph.inserting_before(node):
+        return node.graph.call_module(target)
 
 
 def value_in_training(training: bool, value: float) -> float:
@@ -115,8 +128,13 @@ def _same_constant(a: fx.Node, b: fx.Node, model: nn.Module) -> bool:
 def _adopt(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """A graph module with the whole module tree of ``root``: every ``state_dict`` key survives, in order."""
     gm = fx.GraphModule(root, graph, type(root).__name__)
+    constants = {name: value for name, value in gm._buffers.items() if name not in root._buffers}
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         setattr(gm, name, getattr(root, name))
+    # Plain tensors that the graph reads move with the module, but are no new state_dict keys.
+    for name, value in constants.items():
+        gm.__dict__.pop(name, None)
+        gm.register_buffer(name, value, persistent=False)
     gm.training = root.training
     return gm
 

@@ -23,8 +23,9 @@ Grads = tuple[Tensor | None, ...]
 
 def _tile_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     weight, p = inputs
-    ctx.layout = make_layout(weight.shape, p)
-    ctx.binary = keyword_only_inputs["binary"]
+    options = keyword_only_inputs
+    ctx.layout = make_layout(weight.shape, p, options["p_in"], options["shift"])
+    ctx.binary = options["binary"]
 
 
 def _tile_backward(ctx: Any, grad: Tensor) -> Grads:
@@ -33,33 +34,34 @@ def _tile_backward(ctx: Any, grad: Tensor) -> Grads:
     return ctx.layout.replicate(ctx.layout.aggregate(grad)), None
 
 
-def _scale_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _scale_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     bits, source, ctx.num_alphas = inputs
+    ctx.layout = make_layout(bits.shape, ctx.num_alphas, keyword_only_inputs["p_in"])
     ctx.save_for_backward(bits, source)
 
 
 def _scale_backward(ctx: Any, grad: Tensor) -> Grads:
     bits, source = ctx.saved_tensors
-    k = ctx.num_alphas
+    layout, k = ctx.layout, ctx.num_alphas
     grad_bits = grad_source = None
     if ctx.needs_input_grad[0]:
-        alpha = source.reshape(k, -1).abs().mean(1, keepdim=True).to(grad.dtype)
-        grad_bits = (alpha * grad.reshape(k, -1)).reshape(bits.shape)
+        grad_bits = layout.scale(grad, layout.alphas(source, k).to(grad.dtype))
     if ctx.needs_input_grad[1]:
-        grad_alpha = (grad * bits).reshape(k, -1).sum(1, keepdim=True) / (source.numel() // k)
-        grad_source = (source.reshape(k, -1).sign() * grad_alpha.to(source.dtype)).reshape(source.shape)
+        count = source.numel() // k
+        grad_alpha = layout.alpha_groups(grad * bits, k).sum((1, 3)).reshape(-1) / count
+        grad_source = layout.scale(source.sign(), grad_alpha.to(source.dtype))
     return grad_bits, grad_source, None
 
 
 def _weight_to_alpha(grad_weight: Tensor, tile: Tensor, alpha: Tensor, layout: TileLayout) -> Tensor:
     """Gradient of alpha from the gradient of ``alpha * B``: the sum over the elements that alpha scales."""
     bits = layout.replicate(decode(tile, layout, grad_weight.dtype))
-    return (grad_weight * bits).reshape(alpha.numel(), -1).sum(1).to(alpha.dtype)
+    return layout.alpha_groups(grad_weight * bits, alpha.numel()).sum((1, 3)).reshape(-1).to(alpha.dtype)
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     input, tile, alpha, bias, out_features, p = inputs
-    ctx.layout = linear_layout(input, out_features, p)
+    ctx.layout = linear_layout(input, out_features, p, **keyword_only_inputs)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(input, tile, alpha)
 
@@ -80,8 +82,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> Grads:
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     input, tile, alpha, bias, out_channels, kernel_size, p = inputs
-    ctx.geometry = keyword_only_inputs
-    ctx.layout = conv_layout(input, out_channels, kernel_size, p, ctx.geometry["groups"])
+    ctx.geometry = options = keyword_only_inputs
+    ctx.layout = conv_layout(input, out_channels, kernel_size, p, options["p_in"], options["shift"], options["groups"])
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(input, tile, alpha)
 

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tbn_compiler import tiling
-from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY, check_tile_operands, conv_layout, linear_layout, make_layout
+from tbn_compiler.ops.schemas import (
+    CONV_OPS,
+    LIBRARY,
+    check_tile_operands,
+    check_unpack,
+    conv_layout,
+    linear_layout,
+    scale_layout,
+    tile_layout,
+)
 from tbn_compiler.packing import unpack_bits
 from tbn_compiler.tiling import TileLayout
 
@@ -30,35 +39,53 @@ def dense_weight(tile: Tensor, alpha: Tensor, layout: TileLayout, dtype: torch.d
     return layout.scale(layout.replicate(decode(tile, layout, dtype)), alpha.to(dtype))
 
 
-def tile(weight: Tensor, p: int, *, binary: bool = True) -> Tensor:
+def tile(weight: Tensor, p: int, *, p_in: int = 1, shift: int = 0, binary: bool = True) -> Tensor:
     """``B``: the tile of ``weight`` replicated to its shape (Eq. 2-5)."""
-    layout = make_layout(weight.shape, p)
+    layout = tile_layout(weight, p, p_in, shift)
     return layout.replicate(tiling.tile_vector(weight, layout, binary=binary))
 
 
-def scale(bits: Tensor, source: Tensor, num_alphas: int) -> Tensor:
-    """``alpha * B`` with ``alpha`` from ``source`` (Eq. 7, 9), in the dtype of ``bits``."""
-    alpha = tiling.alphas(source, num_alphas).to(bits.dtype)
-    return (alpha[:, None] * bits.reshape(num_alphas, -1)).reshape(bits.shape)
+def scale(bits: Tensor, source: Tensor, num_alphas: int, *, p_in: int = 1) -> Tensor:
+    """``alpha * B`` with ``alpha`` from ``source`` (Eq. 7, 9), in the dtype of ``bits``.
+
+    ``p_in`` of the alphas lie along the input axis (1: each alpha scales whole rows or a run of elements).
+    """
+    layout = scale_layout(bits, source, num_alphas, p_in)
+    return layout.scale(bits, layout.alphas(source, num_alphas).to(bits.dtype)).contiguous()
 
 
 def unpack(packed: Tensor, numel: int, *, dtype: torch.dtype) -> Tensor:
     """+1 and -1 from packed bits."""
+    check_unpack(packed, numel)
     return unpack_bits(packed, numel, dtype)
 
 
-def linear(input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, out_features: int, p: int) -> Tensor:
+def linear(
+    input: Tensor,
+    tile: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    p: int,
+    *,
+    p_in: int = 1,
+    shift: int = 0,
+) -> Tensor:
     """``input [..., n] -> [..., m]``: R unique rows are multiplied, then replicated with the alphas."""
-    layout = linear_layout(input, out_features, p)
+    layout = linear_layout(input, out_features, p, p_in, shift)
     check_tile_operands("linear", input, tile, alpha, bias, layout)
     dtype = input.dtype
     bias = None if bias is None else bias.to(dtype)
-    if layout.distinct_rows(alpha.numel()) == layout.rows > layout.unique_rows:
+    if layout.distinct_rows(alpha.numel()) == layout.rows and layout.p > 1:
         return F.linear(input, dense_weight(tile, alpha, layout, dtype), bias)
-    z = F.linear(input, layout.unique_weight(decode(tile, layout, dtype)))
+    unique = layout.unique_weight(decode(tile, layout, dtype))
+    z = F.linear(layout.sum_inputs(input, -1), unique)
     copies = layout.rows // layout.unique_rows
-    # out[..., i * R + u] = alpha_i * z[..., u]
-    out = (z.unsqueeze(-2) * alpha.to(dtype)[:, None]).expand(*z.shape[:-1], copies, layout.unique_rows)
+    # Row i * R + u repeats row u, times its own factor.
+    factors = layout.row_alphas(alpha.to(dtype))
+    if factors.numel() > 1:
+        factors = factors.view(copies, layout.unique_rows)
+    out = (z.unsqueeze(-2) * factors).expand(*z.shape[:-1], copies, layout.unique_rows)
     out = out.reshape(*z.shape[:-1], out_features)
     return out if bias is None else out + bias
 
@@ -72,33 +99,36 @@ def _conv(
     out_channels: int,
     kernel_size: Sequence[int],
     p: int,
+    p_in: int,
+    shift: int,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    layout = conv_layout(input, out_channels, kernel_size, p, groups)
+    layout = conv_layout(input, out_channels, kernel_size, p, p_in, shift, groups)
     check_tile_operands(CONV_OPS[d], input, tile, alpha, bias, layout)
     conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
     geometry = (list(stride), list(padding), list(dilation), groups)
     dtype = input.dtype
     bias = None if bias is None else bias.to(dtype)
     per_group, computed = out_channels // groups, layout.rows_per_group(alpha.numel(), groups)
-    if computed == per_group:
-        return conv(input, dense_weight(tile, alpha, layout, dtype), bias, *geometry)
+    shares_inputs = layout.inputs_per_row(alpha.numel()) < layout.row_size
+    if computed == per_group and not shares_inputs:
+        return conv(input, dense_weight(tile, alpha, layout, dtype), bias, *geometry).contiguous()
     # Group k holds rows k * per_group + j; its first `computed` rows differ and row j repeats row j % computed.
     unique = layout.unique_weight(decode(tile, layout, dtype))
     first = torch.arange(groups, device=tile.device)[:, None] * per_group
     rows = (first + torch.arange(computed, device=tile.device)) % layout.unique_rows
-    filters = unique[rows.reshape(-1)].reshape(groups * computed, *layout.shape[1:])
-    z = conv(input, filters, None, *geometry)
-    channel = z.dim() - d - 1
+    filters = unique[rows.reshape(-1)].reshape(groups * computed, -1, *layout.shape[2:])
+    channel = input.dim() - d - 1
+    z = conv(layout.sum_inputs(input, channel), filters, None, *geometry)
     z = z.unflatten(channel, (groups, computed))
     source = torch.arange(per_group, device=tile.device) % computed
     out = z.index_select(channel + 1, source).flatten(channel, channel + 1)
     per_channel = (-1,) + (1,) * d
     out = out * layout.row_alphas(alpha.to(dtype)).view(per_channel)
-    return out if bias is None else out + bias.view(per_channel)
+    return (out if bias is None else out + bias.view(per_channel)).contiguous()
 
 
 def _make_conv(d: int) -> Callable[..., Tensor]:
@@ -111,12 +141,16 @@ def _make_conv(d: int) -> Callable[..., Tensor]:
         kernel_size: Sequence[int],
         p: int,
         *,
+        p_in: int = 1,
+        shift: int = 0,
         stride: Sequence[int] = (1,) * d,
         padding: Sequence[int] = (0,) * d,
         dilation: Sequence[int] = (1,) * d,
         groups: int = 1,
     ) -> Tensor:
-        return _conv(d, input, tile, alpha, bias, out_channels, kernel_size, p, stride, padding, dilation, groups)
+        return _conv(
+            d, input, tile, alpha, bias, out_channels, kernel_size, p, p_in, shift, stride, padding, dilation, groups
+        )
 
     conv.__name__ = CONV_OPS[d]
     conv.__doc__ = f"``input [N, C, *{d} sizes]``: convolution by the different filters, channels replicated."

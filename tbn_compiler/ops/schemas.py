@@ -20,20 +20,23 @@ CONV_OPS = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
 
 _CONV_SCHEMA = (
     "{name}(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int out_channels, int[{d}] kernel_size, int p, *, "
-    "int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1) -> Tensor"
+    "int p_in=1, int shift=0, int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1) -> Tensor"
 )
 
-LIBRARY.define("tile(Tensor weight, int p, *, bool binary=True) -> Tensor")
-LIBRARY.define("scale(Tensor bits, Tensor source, int num_alphas) -> Tensor")
+LIBRARY.define("tile(Tensor weight, int p, *, int p_in=1, int shift=0, bool binary=True) -> Tensor")
+LIBRARY.define("scale(Tensor bits, Tensor source, int num_alphas, *, int p_in=1) -> Tensor")
 LIBRARY.define("unpack(Tensor packed, int numel, *, ScalarType dtype) -> Tensor")
-LIBRARY.define("linear(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int out_features, int p) -> Tensor")
+LIBRARY.define(
+    "linear(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int out_features, int p, *, "
+    "int p_in=1, int shift=0) -> Tensor"
+)
 for _d, _name in CONV_OPS.items():
     LIBRARY.define(_CONV_SCHEMA.format(name=_name, d=_d))
 
 
-def make_layout(shape: Sequence[int], p: int) -> TileLayout:
+def make_layout(shape: Sequence[int], p: int, p_in: int = 1, shift: int = 0) -> TileLayout:
     """The layout of a weight. Weight shapes are static: dynamic shapes specialise on them, never on the batch."""
-    return TileLayout(tuple(int(size) for size in shape), p)
+    return TileLayout(tuple(int(size) for size in shape), p, p_in, shift)
 
 
 def check_tile_operands(
@@ -55,8 +58,11 @@ def check_tile_operands(
         ),
     )
     torch._check_value(
-        alpha.dim() == 1 and alpha.shape[0] in (1, layout.p),
-        lambda: f"tbn::{op}: alpha must have shape (1,) or ({layout.p},), got {tuple(alpha.shape)}",
+        alpha.dim() == 1 and layout.allows_alphas(int(alpha.shape[0])),
+        lambda: (
+            f"tbn::{op}: alpha must have one element, or one per copy ({layout.p}), per output copy ({layout.p_out}) "
+            f"or per row ({layout.rows}), got shape {tuple(alpha.shape)}"
+        ),
     )
     if bias is not None:
         torch._check_value(
@@ -70,13 +76,15 @@ def check_tile_operands(
         )
 
 
-def linear_layout(input: Tensor, out_features: int, p: int) -> TileLayout:
+def linear_layout(input: Tensor, out_features: int, p: int, p_in: int, shift: int) -> TileLayout:
     """Layout of the weight ``[out_features, input.shape[-1]]``."""
     torch._check_value(input.dim() >= 1, lambda: "tbn::linear: input must have at least one dimension")
-    return make_layout((out_features, input.shape[-1]), p)
+    return make_layout((out_features, input.shape[-1]), p, p_in, shift)
 
 
-def conv_layout(input: Tensor, out_channels: int, kernel_size: Sequence[int], p: int, groups: int) -> TileLayout:
+def conv_layout(
+    input: Tensor, out_channels: int, kernel_size: Sequence[int], p: int, p_in: int, shift: int, groups: int
+) -> TileLayout:
     """Layout of the weight ``[out_channels, in_channels / groups, *kernel_size]`` (OIHW)."""
     d = len(kernel_size)
     op = CONV_OPS[d]
@@ -89,7 +97,7 @@ def conv_layout(input: Tensor, out_channels: int, kernel_size: Sequence[int], p:
         groups >= 1 and channels % groups == 0 and out_channels % groups == 0,
         lambda: f"tbn::{op}: groups={groups} must divide {channels} input and {out_channels} output channels",
     )
-    return make_layout((out_channels, channels // groups, *kernel_size), p)
+    return make_layout((out_channels, channels // groups, *kernel_size), p, p_in, shift)
 
 
 def _floating(op: str, name: str, tensor: Tensor) -> None:
@@ -98,15 +106,14 @@ def _floating(op: str, name: str, tensor: Tensor) -> None:
     )
 
 
-@torch.library.register_fake("tbn::tile", lib=LIBRARY)
-def _tile(weight: Tensor, p: int, *, binary: bool = True) -> Tensor:
+def tile_layout(weight: Tensor, p: int, p_in: int, shift: int) -> TileLayout:
+    """Check the operands of ``tbn::tile`` and return the layout."""
     _floating("tile", "weight", weight)
-    make_layout(weight.shape, p)
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return make_layout(weight.shape, p, p_in, shift)
 
 
-@torch.library.register_fake("tbn::scale", lib=LIBRARY)
-def _scale(bits: Tensor, source: Tensor, num_alphas: int) -> Tensor:
+def scale_layout(bits: Tensor, source: Tensor, num_alphas: int, p_in: int) -> TileLayout:
+    """Check the operands of ``tbn::scale`` and return a layout with one copy for each alpha."""
     _floating("scale", "source", source)
     torch._check_value(
         bits.shape == source.shape,
@@ -116,22 +123,49 @@ def _scale(bits: Tensor, source: Tensor, num_alphas: int) -> Tensor:
         num_alphas >= 1 and bits.numel() % num_alphas == 0,
         lambda: f"tbn::scale: num_alphas={num_alphas} does not divide the {bits.numel()} elements of the weight",
     )
-    return torch.empty_like(bits, memory_format=torch.contiguous_format)
+    return make_layout(bits.shape, num_alphas, p_in)
 
 
-@torch.library.register_fake("tbn::unpack", lib=LIBRARY)
-def _unpack(packed: Tensor, numel: int, *, dtype: torch.dtype) -> Tensor:
+def check_unpack(packed: Tensor, numel: int) -> None:
+    """Check the operands of ``tbn::unpack``."""
     torch._check_type(packed.dtype == torch.uint8, lambda: f"tbn::unpack: packed must be uint8, got {packed.dtype}")
     torch._check_value(
         tuple(packed.shape) == (packed_size(numel),),
         lambda: f"tbn::unpack: {numel} elements take {packed_size(numel)} bytes, got shape {tuple(packed.shape)}",
     )
+
+
+@torch.library.register_fake("tbn::tile", lib=LIBRARY)
+def _tile(weight: Tensor, p: int, *, p_in: int = 1, shift: int = 0, binary: bool = True) -> Tensor:
+    tile_layout(weight, p, p_in, shift)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("tbn::scale", lib=LIBRARY)
+def _scale(bits: Tensor, source: Tensor, num_alphas: int, *, p_in: int = 1) -> Tensor:
+    scale_layout(bits, source, num_alphas, p_in)
+    return torch.empty_like(bits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("tbn::unpack", lib=LIBRARY)
+def _unpack(packed: Tensor, numel: int, *, dtype: torch.dtype) -> Tensor:
+    check_unpack(packed, numel)
     return packed.new_empty(numel, dtype=dtype)
 
 
 @torch.library.register_fake("tbn::linear", lib=LIBRARY)
-def _linear(input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, out_features: int, p: int) -> Tensor:
-    check_tile_operands("linear", input, tile, alpha, bias, linear_layout(input, out_features, p))
+def _linear(
+    input: Tensor,
+    tile: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    p: int,
+    *,
+    p_in: int = 1,
+    shift: int = 0,
+) -> Tensor:
+    check_tile_operands("linear", input, tile, alpha, bias, linear_layout(input, out_features, p, p_in, shift))
     return input.new_empty((*input.shape[:-1], out_features))
 
 
@@ -146,12 +180,14 @@ def _register_conv_fake(op: str, d: int) -> None:
         kernel_size: Sequence[int],
         p: int,
         *,
+        p_in: int = 1,
+        shift: int = 0,
         stride: Sequence[int] = (1,) * d,
         padding: Sequence[int] = (0,) * d,
         dilation: Sequence[int] = (1,) * d,
         groups: int = 1,
     ) -> Tensor:
-        layout = conv_layout(input, out_channels, kernel_size, p, groups)
+        layout = conv_layout(input, out_channels, kernel_size, p, p_in, shift, groups)
         check_tile_operands(op, input, tile, alpha, bias, layout)
         spatial = [
             (size + 2 * pad - dil * (k - 1) - 1) // step + 1

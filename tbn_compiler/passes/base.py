@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from tbn_compiler.errors import TBNError
+from tbn_compiler.tiling import TileLayout
 
 
 class GraphPass(PassBase):
@@ -52,3 +53,8 @@ def copy_meta(source: fx.Node, *targets: fx.Node) -> None:
 def normalize_sizes(value: Any, dims: int) -> tuple[int, ...]:
     """A size option of a convolution as one integer per spatial dimension."""
     return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
+
+
+def layout_options(layout: TileLayout) -> dict[str, Any]:
+    """The operator options that a layout needs beyond ``p``; none for the paper's."""
+    return {name: value for name, value, usual in (("p_in", layout.p_in, 1), ("shift", layout.shift, 0)) if value != usual}

@@ -41,8 +41,8 @@ from tbn_compiler.layers import (
     weight_chain,
 )
 from tbn_compiler.packing import pack_bits
-from tbn_compiler.passes.base import GraphPass, copy_meta
-from tbn_compiler.tiling import alphas, tile_vector
+from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options
+from tbn_compiler.tiling import tile_vector
 
 
 class PackedLayer(nn.Module):
@@ -129,7 +129,7 @@ def _compute(gm: fx.GraphModule, record: LayerRecord) -> tuple[Tensor, Tensor]:
     assert spec is not None
     binary = spec.tile_dtype == "binary"
     tile = tile_vector(gm.get_parameter(record.weight).detach(), spec.layout, binary=binary)
-    alpha = alphas(gm.get_parameter(_source_key(record)).detach(), spec.num_alphas)
+    alpha = spec.layout.alphas(gm.get_parameter(_source_key(record)).detach(), spec.num_alphas)
     return pack_bits(tile) if binary else tile, alpha
 
 
@@ -169,10 +169,10 @@ def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> Non
     with graph.inserting_before(node):
         tile, alpha = graph.get_attr(tile_key(record.weight)), graph.get_attr(alpha_key(record.weight))
         operands: tuple[Any, ...] = (arguments["input"], tile, alpha, arguments.get("bias"), record.shape[0])
-        options: dict[str, Any] = {}
+        options = layout_options(spec.layout)
         if call.kind != "linear":
             operands += (record.shape[2:],)
-            options = {name: arguments[name] for name in ("stride", "padding", "dilation", "groups")}
+            options |= {name: arguments[name] for name in ("stride", "padding", "dilation", "groups")}
         new = graph.call_function(INFERENCE_OPS[call.kind], (*operands, spec.layout.p), options)
     copy_meta(node, new)
     node.replace_all_uses_with(new)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tbn_compiler.config import LayerInfo, TilingConfig
+from tbn_compiler.config import LayerInfo, LayerOptions, TilingConfig
 from tbn_compiler.layers import (
 
     MODULE_KINDS,
@@ -44,7 +44,7 @@ from tbn_compiler.layers import (
     set_records,
     split_key,
 )
-from tbn_compiler.passes.base import GraphPass, copy_meta, normalize_sizes
+from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, normalize_sizes
 from tbn_compiler.tiling import TileLayout, TileSpec, largest_divisor
 
 _CONV_FUNCTIONS: dict[str, Any] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
@@ -107,21 +107,32 @@ class TileWeights(GraphPass):
     def _choose(self, name: str, shape: tuple[int, ...]) -> tuple[TileSpec | None, str | None]:
         """The tiling of a weight with a note, or ``None`` with the reason for leaving it alone."""
         options, numel = self.config.for_layer(name), math.prod(shape)
-        p, note = options.p, None
+        note = None
         if numel < options.min_size:
             if options.small == "float":
                 return None, f"{numel} weights, under min_size={options.min_size}, kept in float by small='float'"
-            if p > 1:
+            if options.p not in (1, (1, 1)):
                 note = f"under min_size={options.min_size}: binary, p=1"
-            p = 1
-        elif numel % p:
-            p = largest_divisor(numel, options.p)
-            note = f"p={options.p} does not divide {numel}: p={p}"
-        if p > 1 and numel // p < _MIN_TILE:
-            return None, f"p={p} leaves a tile of {numel // p} weights, under {_MIN_TILE}"
-        layout = TileLayout(shape, p)
-        num_alphas = p if options.alpha == "tile" else 1
+            layout = TileLayout(shape, 1)
+        else:
+            layout, note = _fit(shape, options)
+        if layout.p > 1 and layout.tile_size < _MIN_TILE:
+            return None, f"p={layout.p} leaves a tile of {layout.tile_size} weights, under {_MIN_TILE}"
+        num_alphas = {"layer": 1, "output": layout.p_out, "tile": layout.p}[options.alpha]
         return TileSpec(layout, num_alphas, options.alpha_source, options.tile_dtype), note
+
+
+def _fit(shape: tuple[int, ...], options: LayerOptions) -> tuple[TileLayout, str | None]:
+    """The layout that the options ask for, by the divisor rule where it does not fit, and a note if it did not."""
+    if isinstance(options.p, tuple):
+        p_out, p_in = (largest_divisor(size, p) for size, p in zip(shape, options.p, strict=False))
+        note = f"p={options.p} does not divide the axes {shape[:2]}: p={(p_out, p_in)}"
+        return TileLayout(shape, p_out * p_in, p_in), None if (p_out, p_in) == options.p else note
+    numel = math.prod(shape)
+    p = largest_divisor(numel, options.p)
+    note = f"p={options.p} does not divide {numel}: p={p}"
+    shift = options.shift if options.replicate == "roll" and p > 1 else 0
+    return TileLayout(shape, p, shift=shift), None if p == options.p else note
 
 
 def _by_weight(gm: fx.GraphModule, calls: list[LayerCall]) -> Iterator[list[LayerCall]]:
@@ -261,9 +272,11 @@ def _tile_and_scale(gm: fx.GraphModule, record: LayerRecord) -> fx.Node:
     source = weight
     if spec.alpha_source == "A":
         source = graph.get_attr(_register_alpha_source(gm, record))
-    options: dict[str, Any] = {} if spec.tile_dtype == "binary" else {"binary": False}
-    bits = graph.call_function(torch.ops.tbn.tile.default, (weight, spec.layout.p), options)
-    return graph.call_function(torch.ops.tbn.scale.default, (bits, source, spec.num_alphas))
+    layout, a_in = spec.layout, spec.layout.alphas_in(spec.num_alphas)
+    options = layout_options(layout) | ({} if spec.tile_dtype == "binary" else {"binary": False})
+    bits = graph.call_function(torch.ops.tbn.tile.default, (weight, layout.p), options)
+    options = {} if a_in == 1 else {"p_in": a_in}
+    return graph.call_function(torch.ops.tbn.scale.default, (bits, source, spec.num_alphas), options)
 
 
 def _register_alpha_source(gm: fx.GraphModule, record: LayerRecord) -> str:
