@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbn_compiler.ops.reference import decode, dense_weight
+from tbn_compiler.ops.reference import decode, dense_weight, fold_replicas
 from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY, conv_layout, linear_layout, make_layout
 from tbn_compiler.tiling import TileLayout
 
@@ -53,51 +53,90 @@ def _scale_backward(ctx: Any, grad: Tensor) -> Grads:
     return grad_bits, grad_source, None
 
 
-def _weight_to_alpha(grad_weight: Tensor, tile: Tensor, alpha: Tensor, layout: TileLayout) -> Tensor:
-    """Gradient of alpha from the gradient of ``alpha * B``: the sum over the elements that alpha scales."""
-    bits = layout.replicate(decode(tile, layout, grad_weight.dtype))
-    return layout.alpha_groups(grad_weight * bits, alpha.numel()).sum((1, 3)).reshape(-1).to(alpha.dtype)
+def _save_operands(ctx: Any, inputs: tuple[Any, ...], layout: TileLayout) -> None:
+    """Keep what the gradient of an inference operator needs."""
+    input, tile, alpha, bias = inputs[:4]
+    ctx.layout, ctx.num_inputs = layout, len(inputs)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(input, tile, alpha, inputs[-1])
+
+
+def _used_weight(ctx: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The dense weight, and the one that the input sees: with the blocks of a replicated input summed."""
+    _, tile, alpha, input_alpha = ctx.saved_tensors
+    dense = dense_weight(tile, alpha, ctx.layout, dtype)
+    return dense, dense if input_alpha is None else fold_replicas(dense, input_alpha)
+
+
+def _gradients(
+    ctx: Any, grad_input: Tensor | None, grad_used: Tensor | None, grad_bias: Tensor | None, dense: Tensor
+) -> Grads:
+    """All gradients of an inference operator from that of the weight that the input sees."""
+    _, tile, alpha, input_alpha = ctx.saved_tensors
+    layout = ctx.layout
+    grad_alpha = grad_input_alpha = None
+    if grad_used is not None:
+        grad_dense = grad_used
+        if input_alpha is not None:
+            blocks = dense.unflatten(1, (input_alpha.numel(), -1)) * grad_used.unsqueeze(1)
+            grad_input_alpha = blocks.transpose(0, 1).flatten(1).sum(1).to(input_alpha.dtype)
+            scale = input_alpha.to(grad_used.dtype).view(-1, *[1] * (grad_used.dim() - 1))
+            grad_dense = (grad_used.unsqueeze(1) * scale).flatten(1, 2)
+        # Each alpha scales its elements of B.
+        bits = layout.replicate(decode(tile, layout, grad_dense.dtype))
+        grad_alpha = layout.alpha_groups(grad_dense * bits, alpha.numel()).sum((1, 3)).reshape(-1).to(alpha.dtype)
+    grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
+    fixed = (None,) * (ctx.num_inputs - 5)
+    return grad_input, None, grad_alpha, grad_bias, *fixed, grad_input_alpha
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    input, tile, alpha, bias, out_features, p = inputs
-    ctx.layout = linear_layout(input, out_features, p, **keyword_only_inputs)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(input, tile, alpha)
+    input, _, _, _, in_features, out_features, p, input_alpha = inputs
+    layout = linear_layout(input, in_features, out_features, p, input_alpha, **keyword_only_inputs)
+    _save_operands(ctx, inputs, layout)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> Grads:
-    input, tile, alpha = ctx.saved_tensors
-    grad_input = grad_alpha = grad_bias = None
+    input = ctx.saved_tensors[0]
+    dense, used = _used_weight(ctx, grad.dtype)
     rows = grad.reshape(-1, ctx.layout.rows)
-    if ctx.needs_input_grad[0]:
-        grad_input = grad @ dense_weight(tile, alpha, ctx.layout, grad.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_weight = rows.t() @ input.reshape(rows.shape[0], -1)
-        grad_alpha = _weight_to_alpha(grad_weight, tile, alpha, ctx.layout)
-    if ctx.needs_input_grad[3]:
-        grad_bias = rows.sum(0).to(ctx.bias_dtype)
-    return grad_input, None, grad_alpha, grad_bias, None, None
+    need_input, _, need_alpha, need_bias = ctx.needs_input_grad[:4]
+    grad_used = None
+    if need_alpha or ctx.needs_input_grad[-1]:
+        grad_used = rows.t() @ input.reshape(rows.shape[0], -1)
+    grad_input = grad @ used if need_input else None
+    return _gradients(ctx, grad_input, grad_used, rows.sum(0) if need_bias else None, dense)
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    input, tile, alpha, bias, out_channels, kernel_size, p = inputs
+    input, _, _, _, in_channels, out_channels, kernel_size, p, input_alpha = inputs
     ctx.geometry = options = keyword_only_inputs
-    ctx.layout = conv_layout(input, out_channels, kernel_size, p, options["p_in"], options["shift"], options["groups"])
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(input, tile, alpha)
+    layout = conv_layout(
+        input,
+        in_channels,
+        out_channels,
+        kernel_size,
+        p,
+        input_alpha,
+        options["p_in"],
+        options["shift"],
+        options["groups"],
+    )
+    _save_operands(ctx, inputs, layout)
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> Grads:
-    input, tile, alpha = ctx.saved_tensors
+    input = ctx.saved_tensors[0]
     d = len(ctx.layout.shape) - 2
     if unbatched := input.dim() == d + 1:
         input, grad = input.unsqueeze(0), grad.unsqueeze(0)
     geometry = ctx.geometry
-    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
+    dense, used = _used_weight(ctx, grad.dtype)
+    need_input, _, need_alpha, need_bias = ctx.needs_input_grad[:4]
+    grad_input, grad_used, grad_bias = torch.ops.aten.convolution_backward.default(
         grad,
         input,
-        dense_weight(tile, alpha, ctx.layout, grad.dtype),
+        used,
         [ctx.layout.rows],
         list(geometry["stride"]),
         list(geometry["padding"]),
@@ -105,13 +144,11 @@ def _conv_backward(ctx: Any, grad: Tensor) -> Grads:
         False,
         [0] * d,
         geometry["groups"],
-        [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]],
+        [need_input, need_alpha or ctx.needs_input_grad[-1], need_bias],
     )
     if unbatched and grad_input is not None:
         grad_input = grad_input.squeeze(0)
-    grad_alpha = None if grad_weight is None else _weight_to_alpha(grad_weight, tile, alpha, ctx.layout)
-    grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
-    return grad_input, None, grad_alpha, grad_bias, None, None, None
+    return _gradients(ctx, grad_input, grad_used, grad_bias, dense)
 
 
 def register() -> None:

@@ -60,26 +60,49 @@ def unpack(packed: Tensor, numel: int, *, dtype: torch.dtype) -> Tensor:
     return unpack_bits(packed, numel, dtype)
 
 
+def fold_replicas(weight: Tensor, input_alpha: Tensor) -> Tensor:
+    """Sum the ``k`` blocks of inputs of ``weight [rows, inputs, ...]``, times the ``k`` input alphas."""
+    blocks = weight.unflatten(1, (input_alpha.numel(), -1))
+    return (blocks * input_alpha.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))).sum(1)
+
+
+def _shares(layout: TileLayout, num_alphas: int, groups: int, input_alpha: Tensor | None) -> bool:
+    """Whether computing the unique rows on summed inputs saves anything and is exact."""
+    if layout.inputs_per_row(num_alphas) < layout.row_size:
+        # Neighbours that share a weight must lie in the same replica of the input.
+        return input_alpha is None or (layout.shape[1] // input_alpha.numel()) % layout.p_in == 0
+    return layout.rows_per_group(num_alphas, groups) < layout.rows // groups
+
+
 def linear(
     input: Tensor,
     tile: Tensor,
     alpha: Tensor,
     bias: Tensor | None,
+    in_features: int,
     out_features: int,
     p: int,
+    input_alpha: Tensor | None = None,
     *,
     p_in: int = 1,
     shift: int = 0,
 ) -> Tensor:
     """``input [..., n] -> [..., m]``: R unique rows are multiplied, then replicated with the alphas."""
-    layout = linear_layout(input, out_features, p, p_in, shift)
+    layout = linear_layout(input, in_features, out_features, p, input_alpha, p_in, shift)
     check_tile_operands("linear", input, tile, alpha, bias, layout)
     dtype = input.dtype
     bias = None if bias is None else bias.to(dtype)
-    if layout.distinct_rows(alpha.numel()) == layout.rows and layout.p > 1:
-        return F.linear(input, dense_weight(tile, alpha, layout, dtype), bias)
-    unique = layout.unique_weight(decode(tile, layout, dtype))
-    z = F.linear(layout.sum_inputs(input, -1), unique)
+    shares = _shares(layout, alpha.numel(), 1, input_alpha)
+    if shares:
+        weight = layout.unique_weight(decode(tile, layout, dtype))
+        input = layout.sum_inputs(input, -1)
+    else:
+        weight = dense_weight(tile, alpha, layout, dtype)
+    if input_alpha is not None:
+        weight = fold_replicas(weight, input_alpha)
+    if not shares:
+        return F.linear(input, weight, bias)
+    z = F.linear(input, weight)
     copies = layout.rows // layout.unique_rows
     # Row i * R + u repeats row u, times its own factor.
     factors = layout.row_alphas(alpha.to(dtype))
@@ -91,36 +114,36 @@ def linear(
 
 
 def _conv(
-    d: int,
     input: Tensor,
     tile: Tensor,
     alpha: Tensor,
     bias: Tensor | None,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    p: int,
-    p_in: int,
-    shift: int,
+    layout: TileLayout,
+    input_alpha: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    layout = conv_layout(input, out_channels, kernel_size, p, p_in, shift, groups)
+    d = len(layout.shape) - 2
     check_tile_operands(CONV_OPS[d], input, tile, alpha, bias, layout)
     conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
     geometry = (list(stride), list(padding), list(dilation), groups)
     dtype = input.dtype
     bias = None if bias is None else bias.to(dtype)
-    per_group, computed = out_channels // groups, layout.rows_per_group(alpha.numel(), groups)
-    shares_inputs = layout.inputs_per_row(alpha.numel()) < layout.row_size
-    if computed == per_group and not shares_inputs:
-        return conv(input, dense_weight(tile, alpha, layout, dtype), bias, *geometry).contiguous()
+    if not _shares(layout, alpha.numel(), groups, input_alpha):
+        weight = dense_weight(tile, alpha, layout, dtype)
+        if input_alpha is not None:
+            weight = fold_replicas(weight, input_alpha)
+        return conv(input, weight, bias, *geometry).contiguous()
     # Group k holds rows k * per_group + j; its first `computed` rows differ and row j repeats row j % computed.
+    per_group, computed = layout.rows // groups, layout.rows_per_group(alpha.numel(), groups)
     unique = layout.unique_weight(decode(tile, layout, dtype))
     first = torch.arange(groups, device=tile.device)[:, None] * per_group
     rows = (first + torch.arange(computed, device=tile.device)) % layout.unique_rows
     filters = unique[rows.reshape(-1)].reshape(groups * computed, -1, *layout.shape[2:])
+    if input_alpha is not None:
+        filters = fold_replicas(filters, input_alpha)
     channel = input.dim() - d - 1
     z = conv(layout.sum_inputs(input, channel), filters, None, *geometry)
     z = z.unflatten(channel, (groups, computed))
@@ -137,9 +160,11 @@ def _make_conv(d: int) -> Callable[..., Tensor]:
         tile: Tensor,
         alpha: Tensor,
         bias: Tensor | None,
+        in_channels: int,
         out_channels: int,
         kernel_size: Sequence[int],
         p: int,
+        input_alpha: Tensor | None = None,
         *,
         p_in: int = 1,
         shift: int = 0,
@@ -148,9 +173,8 @@ def _make_conv(d: int) -> Callable[..., Tensor]:
         dilation: Sequence[int] = (1,) * d,
         groups: int = 1,
     ) -> Tensor:
-        return _conv(
-            d, input, tile, alpha, bias, out_channels, kernel_size, p, p_in, shift, stride, padding, dilation, groups
-        )
+        layout = conv_layout(input, in_channels, out_channels, kernel_size, p, input_alpha, p_in, shift, groups)
+        return _conv(input, tile, alpha, bias, layout, input_alpha, stride, padding, dilation, groups)
 
     conv.__name__ = CONV_OPS[d]
     conv.__doc__ = f"``input [N, C, *{d} sizes]``: convolution by the different filters, channels replicated."

@@ -1,7 +1,12 @@
 """Schemas and fakes of the ``tbn::`` operators. A bad call fails here, while tracing.
 
 In the inference operators ``tile`` is a packed tile (``uint8 [ceil(q / 8)]``) or a full-precision tile
-(floating point ``[q]``), ``alpha`` has 1 or ``p`` elements, and the result has the dtype of ``input``.
+(floating point ``[q]``), ``alpha`` is one scale, one per copy or one per row, and the result has the dtype of
+``input`` and is contiguous.
+
+``input_alpha`` of shape ``[k]`` says that ``input`` holds ``z`` and stands for ``k`` scaled copies of it, one behind
+the other along the features or channels: ``cat([a * z for a in input_alpha])``. The layer then sums the ``k``
+column blocks of its weight, times the ``input_alpha``, instead of reading the copies.
 """
 
 from __future__ import annotations
@@ -19,16 +24,17 @@ LIBRARY = torch.library.Library("tbn", "DEF")
 CONV_OPS = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
 
 _CONV_SCHEMA = (
-    "{name}(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int out_channels, int[{d}] kernel_size, int p, *, "
-    "int p_in=1, int shift=0, int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1) -> Tensor"
+    "{name}(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int in_channels, int out_channels, "
+    "int[{d}] kernel_size, int p, Tensor? input_alpha=None, *, int p_in=1, int shift=0, "
+    "int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1) -> Tensor"
 )
 
 LIBRARY.define("tile(Tensor weight, int p, *, int p_in=1, int shift=0, bool binary=True) -> Tensor")
 LIBRARY.define("scale(Tensor bits, Tensor source, int num_alphas, *, int p_in=1) -> Tensor")
 LIBRARY.define("unpack(Tensor packed, int numel, *, ScalarType dtype) -> Tensor")
 LIBRARY.define(
-    "linear(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int out_features, int p, *, "
-    "int p_in=1, int shift=0) -> Tensor"
+    "linear(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int in_features, int out_features, int p, "
+    "Tensor? input_alpha=None, *, int p_in=1, int shift=0) -> Tensor"
 )
 for _d, _name in CONV_OPS.items():
     LIBRARY.define(_CONV_SCHEMA.format(name=_name, d=_d))
@@ -76,28 +82,57 @@ def check_tile_operands(
         )
 
 
-def linear_layout(input: Tensor, out_features: int, p: int, p_in: int, shift: int) -> TileLayout:
-    """Layout of the weight ``[out_features, input.shape[-1]]``."""
+def _check_inputs(op: str, what: str, size: int, expected: int, input_alpha: Tensor | None) -> None:
+    """Check the number of features or channels of the input, ``1 / k`` of the layer's for ``k`` replicas."""
+    if input_alpha is not None:
+        k = input_alpha.numel()
+        torch._check_value(
+            input_alpha.dim() == 1 and expected % k == 0,
+            lambda: (
+                f"tbn::{op}: input_alpha {tuple(input_alpha.shape)} must be a vector that divides {expected} {what}"
+            ),
+        )
+        expected //= k
+    torch._check_value(size == expected, lambda: f"tbn::{op}: expected {expected} {what}, got an input with {size}")
+
+
+def linear_layout(
+    input: Tensor, in_features: int, out_features: int, p: int, input_alpha: Tensor | None, p_in: int, shift: int
+) -> TileLayout:
+    """Check the input of ``tbn::linear``; layout of the weight ``[out_features, in_features]``."""
     torch._check_value(input.dim() >= 1, lambda: "tbn::linear: input must have at least one dimension")
-    return make_layout((out_features, input.shape[-1]), p, p_in, shift)
+    _check_inputs("linear", "input features", input.shape[-1], in_features, input_alpha)
+    return make_layout((out_features, in_features), p, p_in, shift)
 
 
 def conv_layout(
-    input: Tensor, out_channels: int, kernel_size: Sequence[int], p: int, p_in: int, shift: int, groups: int
+    input: Tensor,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    p: int,
+    input_alpha: Tensor | None,
+    p_in: int,
+    shift: int,
+    groups: int,
 ) -> TileLayout:
-    """Layout of the weight ``[out_channels, in_channels / groups, *kernel_size]`` (OIHW)."""
+    """Check the input of a convolution; layout of the weight ``[out_channels, in_channels / groups, *kernel_size]``."""
     d = len(kernel_size)
     op = CONV_OPS[d]
     torch._check_value(
         input.dim() in (d + 1, d + 2),
         lambda: f"tbn::{op}: input must have {d + 1} (unbatched) or {d + 2} dimensions, got {input.dim()}",
     )
-    channels = input.shape[-d - 1]
+    _check_inputs(op, "input channels", input.shape[-d - 1], in_channels, input_alpha)
     torch._check_value(
-        groups >= 1 and channels % groups == 0 and out_channels % groups == 0,
-        lambda: f"tbn::{op}: groups={groups} must divide {channels} input and {out_channels} output channels",
+        groups >= 1 and in_channels % groups == 0 and out_channels % groups == 0,
+        lambda: f"tbn::{op}: groups={groups} must divide {in_channels} input and {out_channels} output channels",
     )
-    return make_layout((out_channels, channels // groups, *kernel_size), p, p_in, shift)
+    torch._check_value(
+        input_alpha is None or groups == 1,
+        lambda: f"tbn::{op}: input_alpha needs groups=1, got groups={groups}: the groups read different copies",
+    )
+    return make_layout((out_channels, in_channels // groups, *kernel_size), p, p_in, shift)
 
 
 def _floating(op: str, name: str, tensor: Tensor) -> None:
@@ -159,13 +194,16 @@ def _linear(
     tile: Tensor,
     alpha: Tensor,
     bias: Tensor | None,
+    in_features: int,
     out_features: int,
     p: int,
+    input_alpha: Tensor | None = None,
     *,
     p_in: int = 1,
     shift: int = 0,
 ) -> Tensor:
-    check_tile_operands("linear", input, tile, alpha, bias, linear_layout(input, out_features, p, p_in, shift))
+    layout = linear_layout(input, in_features, out_features, p, input_alpha, p_in, shift)
+    check_tile_operands("linear", input, tile, alpha, bias, layout)
     return input.new_empty((*input.shape[:-1], out_features))
 
 
@@ -176,9 +214,11 @@ def _register_conv_fake(op: str, d: int) -> None:
         tile: Tensor,
         alpha: Tensor,
         bias: Tensor | None,
+        in_channels: int,
         out_channels: int,
         kernel_size: Sequence[int],
         p: int,
+        input_alpha: Tensor | None = None,
         *,
         p_in: int = 1,
         shift: int = 0,
@@ -187,7 +227,7 @@ def _register_conv_fake(op: str, d: int) -> None:
         dilation: Sequence[int] = (1,) * d,
         groups: int = 1,
     ) -> Tensor:
-        layout = conv_layout(input, out_channels, kernel_size, p, p_in, shift, groups)
+        layout = conv_layout(input, in_channels, out_channels, kernel_size, p, input_alpha, p_in, shift, groups)
         check_tile_operands(op, input, tile, alpha, bias, layout)
         spatial = [
             (size + 2 * pad - dil * (k - 1) - 1) // step + 1

@@ -168,7 +168,8 @@ def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> Non
     arguments = function_arguments(node)
     with graph.inserting_before(node):
         tile, alpha = graph.get_attr(tile_key(record.weight)), graph.get_attr(alpha_key(record.weight))
-        operands: tuple[Any, ...] = (arguments["input"], tile, alpha, arguments.get("bias"), record.shape[0])
+        inputs = record.shape[1] * record.groups
+        operands: tuple[Any, ...] = (arguments["input"], tile, alpha, arguments.get("bias"), inputs, record.shape[0])
         options = layout_options(spec.layout)
         if call.kind != "linear":
             operands += (record.shape[2:],)
