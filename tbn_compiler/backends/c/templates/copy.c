@@ -1,0 +1,4 @@
+static void {{ name }}_copy(const float *x, float *y, size_t size)
+{
+    memcpy(y, x, size * sizeof(float));
+}

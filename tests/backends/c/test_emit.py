@@ -1,0 +1,194 @@
+"""The text of the C file: golden files, structure, and that compilers take it as C and as C++."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tbn_compiler as tbn
+from tbn_compiler.backends.c import export_c, host
+from tbn_compiler.backends.c.emit import c_float
+from tbn_compiler.backends.c.plan import KERNELS
+from tests.backends.c.toolchain import WARNINGS, needs_cc, needs_cxx
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class SmallNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(16, 8), nn.ReLU())
+        self.body = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.flatten(1))
+        return torch.softmax(self.head(x + self.body(x)), -1)
+
+
+def small_net() -> nn.Module:
+    """A network with fixed weights, all multiples of 1/8, so that every platform computes the same alphas."""
+    config = tbn.TilingConfig(p=4, alpha="tile", min_size=0, float_layers=("head",))
+    qat = tbn.transform(SmallNet(), config)
+    with torch.no_grad():
+        for index, parameter in enumerate(qat.parameters()):
+            values = torch.arange(parameter.numel()) * (7 + 2 * index) % 11 - 5
+            parameter.copy_((values / 8).reshape(parameter.shape))
+    return qat
+
+
+def test_golden_files(tmp_path: Path) -> None:
+    """TBN_UPDATE_GOLDENS=1 accepts a change; read the difference before committing it."""
+    export_c(small_net(), torch.zeros(1, 4, 4), tmp_path / "small.c", name="small")
+    for file in ("small.c", "small.h"):
+        text = (tmp_path / file).read_text()
+        if os.environ.get("TBN_UPDATE_GOLDENS") == "1":
+            (GOLDEN / file).write_text(text)
+        assert text == (GOLDEN / file).read_text(), f"{file} changed; TBN_UPDATE_GOLDENS=1 accepts it"
+
+
+def test_output_depends_on_nothing_but_the_model_and_the_file_name(tmp_path: Path) -> None:
+    texts = set()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "small.c"
+        export_c(small_net(), torch.ones(1, 4, 4), path, name="small")
+        texts.add(path.read_text() + path.with_suffix(".h").read_text())
+    assert len(texts) == 1
+    assert str(tmp_path) not in texts.pop()
+
+
+def _functions(text: str, name: str) -> set[str]:
+    return set(re.findall(rf"^(?:static )?\w+ {name}_(\w+)\(", text, re.MULTILINE))
+
+
+def test_only_the_kernels_in_use_are_printed(tmp_path: Path) -> None:
+    plan = export_c(small_net(), torch.zeros(1, 4, 4), tmp_path / "small.c", name="small")
+    assert plan.kernels == ("add", "softmax", "linear", "tiled_linear_bytes")
+    helpers = {"activate", "tiled_linear_store", "run"}
+    assert _functions((tmp_path / "small.c").read_text(), "small") == {*plan.kernels, *helpers}
+    export_c(nn.ReLU(), torch.zeros(1, 4), tmp_path / "relu.c", name="small")
+    text = (tmp_path / "relu.c").read_text()
+    assert _functions(text, "small") == {"relu", "run"}
+    assert re.findall(r"#include <(.*)>", text) == ["stddef.h"]
+
+
+@pytest.mark.parametrize("scratch", ["static", "caller"])
+def test_no_allocation_and_no_other_state_than_the_scratch_block(scratch: str, tmp_path: Path) -> None:
+    export_c(small_net(), torch.zeros(1, 4, 4), tmp_path / "small.c", name="small", scratch=scratch)
+    text = (tmp_path / "small.c").read_text()
+    assert "alloc" not in text
+    variables = re.findall(r"^static (?!const).*;$", text, re.MULTILINE)
+    block = ["static float small_scratch[SMALL_SCRATCH_BYTES / sizeof(float)];"]
+    assert variables == (block if scratch == "static" else [])
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_tile_is_stored_once_in_its_packed_form(tmp_path: Path) -> None:
+    module = tbn.lower(small_net())
+    export_c(module, torch.zeros(1, 4, 4), tmp_path / "small.c", name="small")
+    text = (tmp_path / "small.c").read_text()
+    for key, symbol in (("stem.0.weight_tile", "stem_0_weight_tile"), ("body.0.weight_tile", "body_0_weight_tile")):
+        (table,) = re.findall(rf"small_{symbol}\[\d+\] = {{([^}}]*)}}", text)
+        assert [int(byte, 16) for byte in table.split(",")] == module.state_dict()[key].tolist()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-45, 3.4028235e38, 0.1, 1 / 3, -2.5e-7, 123456792.0])
+def test_float_constants_round_trip(value: float) -> None:
+    text = c_float(float(np.float32(value)))
+    assert re.fullmatch(r"-?\d+(\.\d+)?(e[+-]\d+)?f", text)
+    assert "." in text or "e" in text
+    assert np.float32(text[:-1]) == np.float32(value)
+
+
+def test_names_cannot_break_out_of_a_comment(tmp_path: Path) -> None:
+    module = nn.Sequential()
+    module.add_module("odd*/name/*", nn.Linear(2, 2))
+    export_c(module, torch.zeros(1, 2), tmp_path / "net.c")
+    assert "odd* /name/ *: float linear" in (tmp_path / "net.c").read_text()
+
+
+ALL_KERNELS = [
+    (8, 8, 4, "tile", "binary"),
+    (7, 8, 4, "tile", "binary"),
+    (8, 10, 4, "tile", "binary"),
+    (8, 8, 4, "tile", "float"),
+    (8, 10, 4, "tile", "float"),
+]
+
+
+class Everything(nn.Module):
+    """A network that uses every kernel but ``copy``, which only a model without operations needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tiled = nn.ModuleList(nn.Linear(n, m) for n, m, *_ in ALL_KERNELS)
+        self.dense = nn.ModuleList(nn.Linear(8, n) for n, *_ in ALL_KERNELS)
+        self.back = nn.ModuleList(nn.Linear(m, 8) for _, m, *_ in ALL_KERNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for dense, tiled, back in zip(self.dense, self.tiled, self.back, strict=True):
+            x = x + back(tiled(dense(x)) + 1).relu()
+        return torch.softmax(x, -1).relu()
+
+
+def everything() -> nn.Module:
+    overrides = {
+        f"tiled.{index}": {"p": p, "alpha": alpha, "tile_dtype": dtype}
+        for index, (_, _, p, alpha, dtype) in enumerate(ALL_KERNELS)
+    }
+    config = tbn.TilingConfig(min_size=0, overrides=overrides, float_layers=("dense.*", "back.*"))
+    return tbn.transform(Everything(), config)
+
+
+def _compile(*arguments: object) -> None:
+    result = subprocess.run(list(map(str, arguments)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_cc
+@pytest.mark.parametrize("scratch", ["static", "caller"])
+@pytest.mark.parametrize("optimize", ["-O0", "-O2", "-O3", "-Os"])
+def test_every_kernel_compiles_without_warning(scratch: str, optimize: str, tmp_path: Path) -> None:
+    plan = export_c(everything(), torch.zeros(1, 8), tmp_path / "net.c", scratch=scratch)
+    assert set(plan.kernels) == set(KERNELS) - {"copy"}
+    compiler = shlex.split(host.find_compiler() or "cc")
+    _compile(*compiler, "-std=c99", optimize, *WARNINGS, "-c", tmp_path / "net.c", "-o", tmp_path / "net.o")
+
+
+@needs_cxx
+@pytest.mark.parametrize("module", [everything(), nn.Identity()], ids=["everything", "copy"])
+def test_it_is_cxx11_too(module: nn.Module, tmp_path: Path) -> None:
+    export_c(module, torch.zeros(1, 8), tmp_path / "net.c")
+    command = ["g++", "-x", "c++", "-std=c++11", "-O2", *WARNINGS, "-c"]
+    _compile(*command, tmp_path / "net.c", "-o", tmp_path / "net.o")
+    (tmp_path / "user.cpp").write_text('#include "net.h"\nint main() { (void)model_run; return 0; }\n')
+    compiler = shlex.split(host.find_compiler() or "gcc")
+    _compile(*compiler, "-std=c99", "-c", tmp_path / "net.c", "-o", tmp_path / "net.o")
+    _compile("g++", "-std=c++11", tmp_path / "user.cpp", tmp_path / "net.o", "-lm", "-o", tmp_path / "user")
+
+
+@needs_cc
+def test_two_models_link_into_one_program(tmp_path: Path) -> None:
+    for name, module in (("first", small_net()), ("second", everything())):
+        example = torch.zeros(1, 16 if name == "first" else 8)
+        export_c(module, example, tmp_path / f"{name}.c", name=name)
+    (tmp_path / "main.c").write_text(
+        '#include "first.h"\n#include "second.h"\n'
+        "static float x[FIRST_INPUT_SIZE + SECOND_INPUT_SIZE], y[FIRST_OUTPUT_SIZE + SECOND_OUTPUT_SIZE];\n"
+        "int main(void) { first_run(x, y); second_run(x, y); return 0; }\n"
+    )
+    compiler = shlex.split(host.find_compiler() or "cc")
+    sources = [tmp_path / f"{name}.c" for name in ("first", "second", "main")]
+    _compile(*compiler, "-std=c99", *WARNINGS, *sources, "-lm", "-o", tmp_path / "main")
+    # One translation unit of both works as well: no type or function is shared.
+    (tmp_path / "both.c").write_text('#include "first.c"\n#include "second.c"\n')
+    _compile(*compiler, "-std=c99", *WARNINGS, "-c", tmp_path / "both.c", "-o", tmp_path / "both.o")

@@ -1,0 +1,122 @@
+"""What cannot be exported gets one error that says why, and no file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tbn_compiler as tbn
+from tbn_compiler import ExportError
+from tbn_compiler.backends.c import export_c, supported_operators
+
+
+class Function(nn.Module):
+    """A model that is one function of its inputs."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.ones(4))
+        self.register_buffer("count", torch.zeros(4))
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self, *inputs)
+
+
+def _refused(module: nn.Module, inputs: Any, path: Path, match: str, **options: str) -> str:
+    with pytest.raises(ExportError, match=match) as caught:
+        export_c(module, inputs, path / "net.c", **options)
+    assert list(path.iterdir()) == []
+    return str(caught.value)
+
+
+def test_an_unsupported_operator_is_named_with_shapes_layer_and_what_is_supported(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4))
+    message = _refused(net, torch.zeros(1, 3, 8, 8), tmp_path, "does not support this operator")
+    assert "node 'conv2d' (aten.conv2d.default) of layer '0'" in message
+    assert "inputs [1, 3, 8, 8], [8, 3, 3, 3], [8] -> output [1, 8, 6, 6]" in message
+    assert message.endswith(f"Supported operators: {', '.join(supported_operators())}")
+    assert "tbn.linear.default" in message
+
+
+@pytest.mark.parametrize(
+    ("function", "match"),
+    [
+        (lambda m, x: torch.add(x, x, alpha=2), "alpha=2 is not 1"),
+        (lambda m, x: x + m.weight, "operand p_weight is not computed from the input"),
+        (lambda m, x: x + x[:, :1], "does not support this operator"),
+        (lambda m, x: x.view(1, 1, 4) + x.view(1, 4, 1), "both operands must have the shape of the result"),
+        (lambda m, x: x + float("inf"), "the number inf is not finite"),
+        (lambda m, x: torch.softmax(x, 0), "dim=0 is not the last dimension"),
+        (lambda m, x: nn.functional.dropout(x, 0.5, True), "'native_dropout' .* does not support this operator"),
+        (lambda m, x: nn.functional.linear(x, x.relu()), "computed while the model runs, not a stored tensor"),
+        (lambda m, x: nn.functional.linear(x, m.weight), "the weight is not a matrix"),
+        (lambda m, x: x.double(), "gives torch.float64; export in float32"),
+        (lambda m, x: (x, x.relu()), "one output tensor, the model has 2 outputs: inputs_0, relu"),
+        (lambda m, x: m.weight.relu(), "operand p_weight is not computed from the input"),
+        (lambda m, x: m.weight + 0, "operand p_weight is not computed from the input"),
+        (lambda m, x: x + m.count.add_(1), "changes 'count' while it runs"),
+        (lambda m, x: x if x.sum() > 0 else -x, "torch.export cannot trace Function on inputs"),
+        (lambda m, x: x[:, :0].relu(), "does not support this operator|empty tensor"),
+    ],
+)
+def test_unsupported_uses_say_why(function: Any, match: str, tmp_path: Path) -> None:
+    _refused(Function(function), torch.ones(1, 4), tmp_path, match)
+
+
+def test_inputs_must_be_one_float32_tensor(tmp_path: Path) -> None:
+    two = Function(lambda m, x, y: x + y)
+    inputs = (torch.ones(1, 4), torch.ones(1, 4))
+    _refused(two, inputs, tmp_path, r"one input, the model has 2: inputs_0 \[1, 4\], inputs_1 \[1, 4\]")
+    _refused(nn.ReLU(), torch.ones(1, 4, dtype=torch.int32), tmp_path, "torch.int32")
+    _refused(nn.ReLU().half(), torch.ones(1, 4).half(), tmp_path, "float16")
+    _refused(nn.ReLU(), (3,), tmp_path, r"tuple of tensors, got \(int\)")
+    _refused(nn.ReLU(), (), tmp_path, "torch.export cannot trace ReLU")
+
+
+def test_weights_must_be_finite(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    with torch.no_grad():
+        net[0].bias[1] = float("nan")
+    _refused(net, torch.ones(1, 4), tmp_path, r"0\.bias \[4\] holds values that are not finite")
+
+
+def test_a_trained_part_of_a_larger_module_must_be_lowered_first(tmp_path: Path) -> None:
+    part = tbn.transform(nn.Sequential(nn.Linear(8, 8)), tbn.TilingConfig(min_size=0))
+    _refused(nn.Sequential(part), torch.ones(1, 8), tmp_path, "tbn_compiler.lower on that part")
+    export_c(nn.Sequential(tbn.lower(part)), torch.ones(1, 8), tmp_path / "net.c")
+
+
+def test_the_module_is_not_changed(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout()).train()
+    export_c(module, torch.ones(1, 4), tmp_path / "net.c")
+    assert all(part.training for part in module.modules())
+
+
+@pytest.mark.parametrize("name", ["int", "2net", "my-net", "_net"])
+def test_the_name_must_be_a_c_identifier(name: str, tmp_path: Path) -> None:
+    _refused(nn.ReLU(), torch.ones(1, 4), tmp_path, re.escape(repr(name)), name=name)
+
+
+def test_options_and_paths_are_checked(tmp_path: Path) -> None:
+    _refused(nn.ReLU(), torch.ones(1, 4), tmp_path, "scratch='heap' is not one of 'static', 'caller'", scratch="heap")
+    for path in ("net", "net.h", 'a"b.c'):
+        with pytest.raises(ExportError, match=r"must end in \.c"):
+            export_c(nn.ReLU(), torch.ones(1, 4), tmp_path / path)
+
+
+def test_an_unwritable_path_leaves_no_file_behind(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"cannot write .*missing.*net\.c: No such file"):
+        export_c(nn.ReLU(), torch.ones(1, 4), tmp_path / "missing" / "net.c")
+    # The header cannot be written: the C file that is there already must survive.
+    (tmp_path / "net.c").write_text("old")
+    (tmp_path / "net.h").mkdir()
+    with pytest.raises(ExportError, match=r"cannot write .*net\.h: Is a directory"):
+        export_c(nn.ReLU(), torch.ones(1, 4), tmp_path / "net.c")
+    assert (tmp_path / "net.c").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.c", "net.h"]

@@ -1,0 +1,185 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+
+import tbn_compiler as tbn
+from tbn_compiler.cli import main
+
+FACTORY = """
+import torch
+from torch import nn
+import tbn_compiler as tbn
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+
+def tiled():
+    return tbn.transform(mlp(), tbn.TilingConfig(p=8, min_size=0))
+
+def number():
+    return 3
+
+def curved():
+    return nn.Sequential(nn.Linear(16, 32), nn.Softplus())
+"""
+
+
+@pytest.fixture
+def factory(tmp_path, monkeypatch):
+    """A user's module in the current folder; its name is returned."""
+    name = f"models_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield name
+    sys.modules.pop(name, None)
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    return status, *capsys.readouterr()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"tbn-compiler {tbn.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["demo"], ["summary"], ["export-c"]])
+def test_help_names_every_option(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--help"])
+    assert stop.value.code == 0
+    assert "usage: tbn-compiler" in capsys.readouterr().out
+
+
+def test_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "tbn_compiler.cli", "--version"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert result.stdout.startswith("tbn-compiler ")
+
+
+def test_summary_formats(capsys, factory):
+    arguments = ("summary", f"{factory}:mlp", "--min-size", 0, "--p", 4)
+    status, out, _ = run(capsys, *arguments, "--format", "json", "--input", "2,16")
+    data = json.loads(out)
+    assert status == 0
+    assert [layer["p"] for layer in data["layers"]] == [4, 4]
+    assert data["totals"]["macs"] == 2 * (16 * 32 + 32 * 4)
+    assert run(capsys, *arguments, "--format", "markdown")[1].startswith("| layer | kind |")
+    assert "2 layers tiled, 0 left alone" in run(capsys, *arguments)[1]
+
+
+def test_tiling_options(capsys, factory):
+    status, out, _ = run(
+        capsys, "summary", f"{factory}:mlp", "--preset", "imagenet", "--min-size", 0, "--p", 2, "--alpha", "tile",
+        "--keep-float", "2", "--format", "json",
+    )  # fmt: skip
+    first, last = json.loads(out)["layers"]
+    assert status == 0
+    assert (first["p"], first["alphas"]) == (2, 2)
+    assert last["p"] is None
+
+
+def test_a_tiled_model_keeps_its_tiling(capsys, factory):
+    _, out, _ = run(capsys, "summary", f"{factory}:tiled", "--p", 2, "--format", "json")
+    assert [layer["p"] for layer in json.loads(out)["layers"]] == [8, 8]
+
+
+def test_export_c_from_every_kind_of_checkpoint(capsys, factory, tmp_path):
+    sys.path.insert(0, str(tmp_path))
+    models = __import__(factory)
+    qat = tbn.transform(models.mlp(), tbn.TilingConfig(p=4, min_size=0))
+    with torch.no_grad():
+        for parameter in qat.parameters():
+            parameter.normal_()
+    tbn.save(tbn.lower(qat), "packed.safetensors")
+    torch.save(qat.state_dict(), "qat.pt")
+    safetensors.torch.save_file(qat.state_dict(), "qat.safetensors")
+    written = []
+    for checkpoint in ("packed.safetensors", "qat.pt", "qat.safetensors"):
+        status, out, err = run(
+            capsys, "export-c", f"{factory}:mlp", "--checkpoint", checkpoint, "--input", "1,16", "--min-size", 0,
+            "-o", "net.c", "--name", "net",
+        )  # fmt: skip
+        assert status == 0, err
+        assert "bytes of constants" in out
+        assert (tmp_path / "net.h").is_file()
+        written.append((tmp_path / "net.c").read_text())
+    assert written[0] == written[1] == written[2]
+    assert "net_run" in written[0]
+
+
+def test_float_checkpoint_is_taken_with_a_note(capsys, factory, tmp_path):
+    sys.path.insert(0, str(tmp_path))
+    torch.save(__import__(factory).mlp().state_dict(), "float.pt")
+    arguments = ("summary", f"{factory}:mlp", "--min-size", 0, "--checkpoint", "float.pt")
+    status, _, err = run(capsys, *arguments)
+    assert status == 0
+    assert "2 alpha sources keep their initial values" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}"], "is not of the form module:factory"),
+        (["nowhere_to_be_found:mlp"], "cannot import 'nowhere_to_be_found'"),
+        (["{}:absent"], "has no 'absent'"),
+        (["{}:number"], "returned a int, not an nn.Module"),
+        (["{}:mlp", "--min-size", "-1"], "min_size must be at least 0"),
+        (["{}:mlp", "--checkpoint", "absent.pt"], "absent.pt"),
+        (["{}:mlp", "--checkpoint", "other.pt"], r"does not fit the model: missing \['0.weight'"),
+        (["{}:mlp", "--checkpoint", "broken.safetensors"], "is truncated or no safetensors file"),
+        (["{}:mlp", "--keep-float", "*"], "nothing to tile"),
+    ],
+)
+def test_errors_are_one_line_and_status_1(capsys, factory, arguments, message):
+    torch.save({"other": torch.zeros(1)}, "other.pt")
+    with open("broken.safetensors", "wb") as file:
+        file.write(b"broken")
+    status, out, err = run(capsys, "summary", *(argument.format(factory) for argument in arguments))
+    assert status == 1
+    assert not out
+    assert err.startswith("tbn-compiler: error: ")
+    assert "Traceback" not in err
+    assert re.search(message, err)
+
+
+@pytest.mark.parametrize("arguments", [["--p", "0"], ["--p", "x"], ["--input", "1,,3"], ["--input", "0"]])
+def test_bad_options_are_usage_errors(capsys, factory, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(["summary", f"{factory}:mlp", *arguments])
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_export_of_an_unsupported_model_writes_nothing(capsys, factory, tmp_path):
+    before = set(tmp_path.iterdir())
+    status, _, err = run(capsys, "export-c", f"{factory}:curved", "--input", "1,16", "-o", "net.c")
+    assert status == 1
+    assert "softplus" in err
+    assert {path.name for path in set(tmp_path.iterdir()) - before} <= {"__pycache__"}
+
+
+def test_demo(capsys, tmp_path):
+    pytest.importorskip("sklearn")
+    status, out, err = run(capsys, "demo", "--out", tmp_path / "demo", "--epochs", 8)
+    assert status == 0, err
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert results["TBN (p = 4)"]["bits_per_weight"] < results["binary (p = 1)"]["bits_per_weight"] == 1.0
+    # Far above chance (10 %): the networks have learned, in PyTorch and in C alike.
+    assert min(results[name]["accuracy"] for name in ("float", "binary (p = 1)", "TBN (p = 4)")) > 85
+    if results["c"]["compiler"]:
+        assert results["c"]["same_class"] == 1.0
+        assert results["c"]["relative_error"] < 1e-5
+    names = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert names == {"digits.c", "digits.h", "digits.safetensors", "results.json"}
+    assert "written to" in out
