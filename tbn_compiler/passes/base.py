@@ -28,13 +28,22 @@ class GraphPass(PassBase):
         """Run the pass and leave a clean, checked, recompiled graph."""
         modified = self.run(graph_module)
         if modified:
-            graph_module.graph.eliminate_dead_code()
+            graph_module.graph.eliminate_dead_code(_has_effect)
             try:
                 graph_module.graph.lint()
             except RuntimeError as error:
                 raise TBNError(f"pass {type(self).__name__} left a malformed graph: {error}") from error
             graph_module.recompile()
         return PassResult(graph_module, modified)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node without users must stay: a write into a tensor, which torch.fx does not count as an effect."""
+    if node.is_impure():
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return node.op in ("call_method", "call_function") and (in_place or name == "setitem" or "out" in node.kwargs)
 
 
 def run_passes(gm: fx.GraphModule, passes: list[GraphPass]) -> fx.GraphModule:

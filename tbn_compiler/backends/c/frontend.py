@@ -252,13 +252,13 @@ def _tiled_linear(importer: _Importer, node: fx.Node, args: _Arguments) -> ir.Op
     tile = importer.constant(node, args["tile"])
     layer = tile.name.removesuffix("_tile").removesuffix(".weight")
     head = importer.head(node, args["input"], layer=layer)
-    in_features = args["input"].meta["val"].shape[-1]
+    layout = TileLayout((args["out_features"], args["in_features"]), args["p"], args["p_in"], args["shift"])
     return ir.TiledLinear(
         **head,
         tile=tile,
         alpha=importer.constant(node, args["alpha"]),
         bias=importer.optional_constant(node, args["bias"]),
-        layout=TileLayout((args["out_features"], in_features), args["p"]),
+        layout=layout,
     )
 
 
