@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 import tbn_compiler.ops  # noqa: F401  (the operators that the tables below name)
 from tbn_compiler.tiling import TileSpec
@@ -99,9 +99,12 @@ class LayerRecord:
     Attributes:
         name: qualified name of the module, or of the weight where it is used by a function.
         kind: ``"linear"``, ``"conv2d"``, ... or the class name of a module that is left alone.
-        weight: ``state_dict`` key of the weight.
-        shape: shape of the weight.
+        weight: name of the weight, unique in the model: its ``state_dict`` key, with a number if the layer uses one of
+            several views of a parameter (``in_proj_weight_0``). Stored tensors are named after it.
+        shape: shape of the weight as the layer uses it.
         groups: convolution groups.
+        view: the view of the parameter that the layer uses, e.g. ``chunk(3)[0]``; empty if it uses the whole.
+        parameter: ``state_dict`` key of the parameter; default ``weight``.
         spec: the tiling; ``None`` for a layer left alone.
         reason: why the layer was left alone; ``None`` for a tiled one.
         note: what a user should know of a tiled layer, such as a ``p`` that had to be changed.
@@ -113,6 +116,8 @@ class LayerRecord:
     weight: str
     shape: tuple[int, ...]
     groups: int = 1
+    view: str = ""
+    parameter: str = ""
     spec: TileSpec | None = None
     reason: str | None = None
     note: str | None = None
@@ -120,6 +125,8 @@ class LayerRecord:
 
     def __post_init__(self) -> None:
         """A layer is either tiled or has the reason why not."""
+        if not self.parameter:
+            object.__setattr__(self, "parameter", self.weight)
         if (self.spec is None) == (self.reason is None):
             raise ValueError(f"{self.name}: exactly one of spec and reason must be given")
 
@@ -147,14 +154,74 @@ class LayerCall:
     Attributes:
         node: the calling node.
         kind: ``"linear"``, ``"conv2d"``, ...
-        weight: ``state_dict`` key of the weight; ``None`` if the weight is computed in the graph.
+        weight: ``state_dict`` key of the parameter, or the record's weight name in a lowered call; ``None`` if the
+            weight is computed in the graph.
         form: ``"float"``, ``"tiled"`` (on a ``tile -> scale`` subgraph) or ``"lowered"``.
+        view: the view nodes between parameter and layer, first to last.
     """
 
     node: fx.Node
     kind: str
     weight: str | None
     form: str
+    view: tuple[fx.Node, ...] = ()
+
+    @property
+    def view_text(self) -> str:
+        """The view in words, equal for equal views."""
+        return "".join(_view_text(node) for node in self.view)
+
+
+# Operations that give a view of their first argument, by name; all other arguments must be constants.
+_VIEWS = frozenset(
+    {
+        *("t", "T", "mT", "transpose", "swapaxes", "permute", "movedim", "view", "reshape", "flatten", "unflatten"),
+        *("squeeze", "unsqueeze", "narrow", "select", "chunk", "split", "getitem", "contiguous"),
+    }
+)
+
+
+def _view_name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op == "call_function":
+        if node.target is getattr:
+            return str(node.args[1])
+        if isinstance(node.target, torch._ops.OpOverload):
+            return node.target._schema.name.rpartition("::")[2]
+        return getattr(node.target, "__name__", "")
+    return ""
+
+
+def _view_text(node: fx.Node) -> str:
+    name = _view_name(node)
+    rest = [*node.args[1:], *(f"{key}={value}" for key, value in node.kwargs.items())]
+    if name == "getitem":
+        return f"[{rest[0]}]"
+    return f".{name}" if node.target is getattr else f".{name}({', '.join(map(str, rest))})"
+
+
+def parameter_view(node: Any) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """The ``get_attr`` node behind a weight and the view nodes in between; ``None`` if it is computed otherwise."""
+    view: list[fx.Node] = []
+    while isinstance(node, fx.Node) and node.op != "get_attr":
+        if _view_name(node) not in _VIEWS or not node.args or len(node.all_input_nodes) != 1:
+            return None
+        view.append(node)
+        node = node.args[0]
+    return (node, tuple(reversed(view))) if isinstance(node, fx.Node) else None
+
+
+def apply_view(tensor: Tensor, view: Iterable[fx.Node]) -> Tensor:
+    """The view of ``tensor`` that the nodes take."""
+    value: Any = tensor
+    for node in view:
+        if node.op == "call_method":
+            value = getattr(value, str(node.target))(*node.args[1:], **node.kwargs)
+        else:
+            assert callable(node.target)
+            value = node.target(value, *node.args[1:], **node.kwargs)
+    return value
 
 
 def function_arguments(node: fx.Node) -> dict[str, Any]:
@@ -175,16 +242,13 @@ def _is_call(value: Any, target: Any) -> TypeGuard[Any]:
     return isinstance(value, fx.Node) and value.op == "call_function" and value.target is target
 
 
-def weight_chain(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """The ``(get_attr, tile, scale)`` nodes behind a functional call on a tiled weight, else ``None``."""
+def weight_chain(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The ``tile`` and ``scale`` nodes behind a functional call on a tiled weight, else ``None``."""
     scale = function_arguments(node).get("weight")
     if not _is_call(scale, _tbn.scale.default):
         return None
     tile = scale.args[0]
-    if not _is_call(tile, _tbn.tile.default):
-        return None
-    weight = tile.args[0]
-    return (weight, tile, scale) if weight.op == "get_attr" else None
+    return (tile, scale) if _is_call(tile, _tbn.tile.default) else None
 
 
 def layer_calls(gm: fx.GraphModule) -> Iterator[LayerCall]:
@@ -195,15 +259,26 @@ def layer_calls(gm: fx.GraphModule) -> Iterator[LayerCall]:
             if kind:
                 yield LayerCall(node, kind, join_key(node.target, "weight"), "float")
         elif node.op == "call_function" and node.target in FUNCTION_KINDS:
-            kind = FUNCTION_KINDS[node.target]
             chain = weight_chain(node)
-            weight: Any = function_arguments(node).get("weight")
-            if chain:
-                yield LayerCall(node, kind, str(chain[0].target), "tiled")
-            else:
-                is_attr = isinstance(weight, fx.Node) and weight.op == "get_attr"
-                yield LayerCall(node, kind, str(weight.target) if is_attr else None, "float")
+            weight: Any = chain[0].args[0] if chain else function_arguments(node).get("weight")
+            found = parameter_view(weight)
+            key, view = (str(found[0].target), found[1]) if found else (None, ())
+            yield LayerCall(node, FUNCTION_KINDS[node.target], key, "tiled" if chain else "float", view)
         elif node.op == "call_function" and node.target in _INFERENCE_KINDS:
             tile: Any = node.args[1]
             key = str(tile.target).removesuffix("_tile")
             yield LayerCall(node, _INFERENCE_KINDS[node.target], key, "lowered")
+
+
+def find_record(records: Iterable[LayerRecord], call: LayerCall) -> LayerRecord | None:
+    """The record of the weight that a call uses."""
+    for record in records:
+        if call.form == "lowered":
+            if record.weight == call.weight:
+                return record
+        elif call.weight is None:
+            if record.parameter == f"{call.node.name}.weight":
+                return record
+        elif record.view == call.view_text and call.weight in (record.parameter, *record.tied):
+            return record
+    return None

@@ -171,7 +171,7 @@ def _read(path: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _check_layers(gm: fx.GraphModule, specs: dict[str, TileSpec], path: Any) -> None:
     """Every stored tile must have found its layer, with the same weight shape."""
-    records = {key: record for record in get_records(gm) or () for key in (record.weight, *record.tied)}
+    records = {record.weight: record for record in get_records(gm) or ()}
     for name, spec in specs.items():
         record = records.get(name)
         if record is None:

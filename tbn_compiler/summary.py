@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tbn_compiler.errors import TBNError
-from tbn_compiler.layers import LayerRecord, get_records, layer_calls
+from tbn_compiler.layers import LayerRecord, find_record, get_records, layer_calls
 
 _FLOAT_BITS = 32
 
@@ -280,8 +280,7 @@ class _OutputSizes(fx.Interpreter):
 
 def _count_positions(gm: fx.GraphModule, records: tuple[LayerRecord, ...], example_inputs: Any) -> dict[str, int]:
     """Number of output positions (elements / rows) of each weight, over all its calls."""
-    by_key = {key: record for record in records for key in (record.weight, *record.tied)}
-    calls = {call.node: call.weight or f"{call.node.name}.weight" for call in layer_calls(gm)}
+    calls = {call.node: find_record(records, call) for call in layer_calls(gm)}
     arguments = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         fakes = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments]
@@ -289,7 +288,7 @@ def _count_positions(gm: fx.GraphModule, records: tuple[LayerRecord, ...], examp
         sizes.run(*fakes)
     positions: dict[str, int] = {}
     for node, numel in sizes.numel.items():
-        record = by_key.get(calls[node])
+        record = calls[node]
         if record is not None and record.shape:
             positions[record.weight] = positions.get(record.weight, 0) + numel // record.shape[0]
     return positions

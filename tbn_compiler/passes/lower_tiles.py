@@ -19,7 +19,7 @@ This is a required lowering: a non-finite weight or a subgraph that was edited b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,10 +32,13 @@ from tbn_compiler.layers import (
     LayerRecord,
     alpha_key,
     alpha_source_key,
+    apply_view,
+    find_record,
     function_arguments,
     get_records,
     layer_calls,
     module_kind,
+    parameter_view,
     split_key,
     tile_key,
     weight_chain,
@@ -69,37 +72,43 @@ class LowerTiles(GraphPass):
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""
-        records = {key: record for record in get_records(gm) or () for key in (record.weight, *record.tied)}
-        calls = [call for call in layer_calls(gm) if call.form == "tiled"]
-        for call in calls:
-            record = _check(gm, call, records)
+        records = get_records(gm) or ()
+        work = [(call, _check(call, records)) for call in layer_calls(gm) if call.form == "tiled"]
+        first = {record.weight: (call, record) for call, record in reversed(work)}
+        tensors = {}
+        for call, record in first.values():
             if self.stored is None:
                 _check_finite(gm, record)
-        keys = list(dict.fromkeys(records[str(call.weight)].weight for call in calls))
-        for key in keys:
-            _store(gm, records[key], self.stored)
-        for call in calls:
-            _lower_call(gm, call, records[str(call.weight)])
+                tensors[record.weight] = _compute(gm, call, record)
+            else:
+                tensors[record.weight] = _read(self.stored, record)
+        for weight, (_, record) in first.items():
+            _place(gm, record, tensors[weight])
+        for call, record in work:
+            _lower_call(gm, call, record)
         gm.graph.eliminate_dead_code()
-        _remove_float_weights(gm, [records[key] for key in keys])
-        return bool(calls)
+        _remove_float_weights(gm, [record for _, record in first.values()])
+        return bool(work)
 
 
-def _check(gm: fx.GraphModule, call: LayerCall, records: dict[str, LayerRecord]) -> LayerRecord:
+def _check(call: LayerCall, records: Iterable[LayerRecord]) -> LayerRecord:
     """The record behind a call, once its subgraph is known to have no other reader."""
-    record = records.get(str(call.weight))
+    record = find_record(records, call)
     if record is None or record.spec is None:
         raise LoweringError(
             f"node {call.node.name} uses tiled weight {call.weight!r}, of which there is no record; "
             "transform the model with tbn_compiler.transform"
         )
-    weight_node, tile, scale = weight_chain(call.node) or (None, None, None)
-    assert weight_node is not None
+    tile, scale = weight_chain(call.node) or (None, None)
     assert tile is not None
     assert scale is not None
-    for node, allowed in ((weight_node, {tile, scale}), (tile, {scale})):
+    source = parameter_view(tile.args[0])
+    assert source is not None
+    for node in (source[0], *source[1], tile):
         for user in node.users:
-            if user not in allowed and weight_chain(user) is None and user.target is not torch.ops.tbn.tile.default:
+            if user is scale or user.target is torch.ops.tbn.tile.default or weight_chain(user) is not None:
+                continue
+            if parameter_view(user) is None:
                 raise LoweringError(
                     f"node {user.name} reads {node.name}, which lowering removes (weight {record.weight!r}, shape "
                     f"{record.shape}); remove that use or keep the layer in float"
@@ -108,7 +117,7 @@ def _check(gm: fx.GraphModule, call: LayerCall, records: dict[str, LayerRecord])
 
 
 def _check_finite(gm: fx.GraphModule, record: LayerRecord) -> None:
-    for key in (record.weight, _source_key(record)):
+    for key in (record.parameter, _source_key(record)):
         tensor = gm.get_parameter(key)
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
@@ -120,35 +129,37 @@ def _check_finite(gm: fx.GraphModule, record: LayerRecord) -> None:
 
 def _source_key(record: LayerRecord) -> str:
     assert record.spec is not None
-    return alpha_source_key(record.weight) if record.spec.alpha_source == "A" else record.weight
+    return alpha_source_key(record.weight) if record.spec.alpha_source == "A" else record.parameter
 
 
-def _compute(gm: fx.GraphModule, record: LayerRecord) -> tuple[Tensor, Tensor]:
+def _compute(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> tuple[Tensor, Tensor]:
     """The stored tile and the alphas of a trained weight."""
     spec = record.spec
     assert spec is not None
     binary = spec.tile_dtype == "binary"
-    tile = tile_vector(gm.get_parameter(record.weight).detach(), spec.layout, binary=binary)
-    alpha = spec.layout.alphas(gm.get_parameter(_source_key(record)).detach(), spec.num_alphas)
-    return pack_bits(tile) if binary else tile, alpha
+    weight = apply_view(gm.get_parameter(record.parameter).detach(), call.view)
+    source = gm.get_parameter(_source_key(record)).detach() if spec.alpha_source == "A" else weight
+    tile = tile_vector(weight, spec.layout, binary=binary)
+    return pack_bits(tile) if binary else tile, spec.layout.alphas(source, spec.num_alphas)
 
 
-def _store(gm: fx.GraphModule, record: LayerRecord, stored: Mapping[str, Tensor] | None) -> None:
-    """Register the stored tile and the alphas where the weight is; layer modules make room for plain holders."""
+def _read(stored: Mapping[str, Tensor], record: LayerRecord) -> tuple[Tensor, Tensor]:
+    """The tile and the alphas of a weight from stored tensors."""
     keys = (tile_key(record.weight), alpha_key(record.weight))
-    if stored is None:
-        tensors = _compute(gm, record)
-    else:
-        missing = [key for key in keys if key not in stored]
-        if missing:
-            raise LoweringError(f"the stored tensors lack {', '.join(missing)} of layer {record.name!r}")
-        tensors = (stored[keys[0]], stored[keys[1]])
-    for path, _ in map(split_key, (record.weight, *record.tied)):
+    missing = [key for key in keys if key not in stored]
+    if missing:
+        raise LoweringError(f"the stored tensors lack {', '.join(missing)} of layer {record.name!r}")
+    return stored[keys[0]], stored[keys[1]]
+
+
+def _place(gm: fx.GraphModule, record: LayerRecord, tensors: tuple[Tensor, Tensor]) -> None:
+    """Register the stored tile and the alphas where the weight is; layer modules make room for plain holders."""
+    for path, _ in map(split_key, (record.parameter, *record.tied)):
         if path and module_kind(gm.get_submodule(path)):
             _replace_by_holder(gm, path, record)
     path, _ = split_key(record.weight)
     owner = gm.get_submodule(path)
-    for key, tensor in zip(keys, tensors, strict=True):
+    for key, tensor in zip((tile_key(record.weight), alpha_key(record.weight)), tensors, strict=True):
         owner.register_buffer(split_key(key)[1], tensor)
 
 
@@ -182,6 +193,6 @@ def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> Non
 
 def _remove_float_weights(gm: fx.GraphModule, records: list[LayerRecord]) -> None:
     for record in records:
-        for key in (record.weight, *record.tied, alpha_source_key(record.weight)):
+        for key in (record.parameter, *record.tied, alpha_source_key(record.weight)):
             path, name = split_key(key)
             gm.get_submodule(path)._parameters.pop(name, None)

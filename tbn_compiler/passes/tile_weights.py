@@ -11,10 +11,11 @@ After::
     y = linear(x, used, bias)
 
 ``weight`` stays the model's own parameter under its own name, so a float checkpoint still loads; the one new
-parameter is ``<layer>.alpha_source``. A weight that several layers or calls share is tiled once.
+parameter is ``<layer>.alpha_source``. A weight that several layers or calls share is tiled once. A weight that is a
+view of a parameter (a chunk of a packed projection, a transposed matrix) is tiled as the layer sees it.
 
-Left alone, each with a recorded reason: layers that the config keeps in float; weights that are computed (views,
-parametrizations), are no floating-point parameter, or are also used outside linear and convolution layers;
+Left alone, each with a recorded reason: layers that the config keeps in float; weights that are computed
+(parametrizations), are no floating-point parameter, or are also used outside linear and convolution layers;
 modules with hooks, which a functional call would skip; layers that the graph does not reach.
 """
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from torch import Tensor, fx, nn
 
 from tbn_compiler.config import LayerInfo, LayerOptions, TilingConfig
 from tbn_compiler.layers import (
+    FUNCTION_KINDS,
 
     MODULE_KINDS,
     UNSUPPORTED_FUNCTIONS,
@@ -37,10 +40,13 @@ from tbn_compiler.layers import (
     LayerCall,
     LayerRecord,
     alpha_source_key,
+    apply_view,
+    find_record,
     function_arguments,
     get_records,
     join_key,
     layer_calls,
+    parameter_view,
     set_records,
     split_key,
 )
@@ -48,6 +54,7 @@ from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, norma
 from tbn_compiler.tiling import TileLayout, TileSpec, largest_divisor
 
 _CONV_FUNCTIONS: dict[str, Any] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+_TILING_OPS = (torch.ops.tbn.tile.default, torch.ops.tbn.scale.default)
 _MIN_TILE = 8  # a tile under one byte stores nothing worth sharing
 
 
@@ -65,44 +72,44 @@ class TileWeights(GraphPass):
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""
-        earlier = {record.weight: record for record in get_records(gm) or ()}
-        calls = list(layer_calls(gm))
-        records, work = [], []
-        for group in _by_weight(gm, calls):
-            if any(call.form != "float" for call in group):  # tiled by an earlier run
-                records.append(earlier[str(group[0].weight)])
-                continue
-            record = self._check(gm, group)
-            records.append(record)
-            if record.spec:
-                work += [(call, record) for call in group]
+        earlier = get_records(gm) or ()
+        records: list[LayerRecord] = []
+        calls = []
+        for group in _by_weight(gm, list(layer_calls(gm))):
+            first = group[0]
+            done = None if first.form == "float" else find_record(earlier, first)
+            records.append(done or self._check(gm, group, records))
+            calls.append(group if done is None else [])
+        records = _whole_parameters(records)
+        work = [(call, record) for record, group in zip(records, calls, strict=True) if record.spec for call in group]
         set_records(gm, [*records, *_uncovered(gm, records)])
         _rewrite(gm, work)
         return bool(work)
 
-    def _check(self, gm: fx.GraphModule, calls: list[LayerCall]) -> LayerRecord:
+    def _check(self, gm: fx.GraphModule, calls: list[LayerCall], earlier: list[LayerRecord]) -> LayerRecord:
         """Decide on one weight from all its calls in float form."""
         first = calls[0]
         name, shape, groups = _describe(gm, first)
-        weight = first.weight or f"{name}.weight"
-
-        def alone(reason: str) -> LayerRecord:
-            return LayerRecord(name, first.kind, weight, shape, groups, reason=reason)
-
+        parameter = weight = first.weight or f"{name}.weight"
+        if first.view:
+            # Several views of one parameter are several weights.
+            number = sum(record.parameter == parameter for record in earlier)
+            weight = name = f"{parameter}_{number}"
+        record = LayerRecord(name, first.kind, weight, shape, groups, first.view_text, parameter, reason="undecided")
         reason = _unusable(gm, calls)
         if reason:
-            return alone(reason)
-        tied = tuple(key for key in _names_of(gm, gm.get_parameter(weight)) if key != weight)
+            return replace(record, reason=reason)
+        tied = tuple(key for key in _names_of(gm, gm.get_parameter(parameter)) if key != parameter)
         if self.specs is not None:
             spec = self.specs.get(weight)
-            return LayerRecord(name, first.kind, weight, shape, groups, spec, tied=tied) if spec else alone("float")
+            return replace(record, spec=spec, reason=None, tied=tied) if spec else replace(record, reason="float")
         reason = self.config.keeps_float(LayerInfo(name, first.kind, shape, groups))
         if reason:
-            return alone(reason)
+            return replace(record, reason=reason)
         spec, text = self._choose(name, shape)
         if spec is None:
-            return alone(text or "")
-        return LayerRecord(name, first.kind, weight, shape, groups, spec, note=text, tied=tied)
+            return replace(record, reason=text)
+        return replace(record, spec=spec, reason=None, note=text, tied=tied)
 
     def _choose(self, name: str, shape: tuple[int, ...]) -> tuple[TileSpec | None, str | None]:
         """The tiling of a weight with a note, or ``None`` with the reason for leaving it alone."""
@@ -135,6 +142,19 @@ def _fit(shape: tuple[int, ...], options: LayerOptions) -> tuple[TileLayout, str
     return TileLayout(shape, p, shift=shift), None if p == options.p else note
 
 
+def _whole_parameters(records: list[LayerRecord]) -> list[LayerRecord]:
+    """Leave all views of a parameter alone if one of them is: the parameter then stays as it is anyway."""
+    alone = {record.parameter: record for record in records if record.spec is None and record.view}
+    result = []
+    for record in records:
+        other = alone.get(record.parameter)
+        if other is not None and record.spec is not None:
+            reason = f"another view of {record.parameter!r} is left alone: {other.reason}"
+            record = replace(record, spec=None, reason=reason, note=None, tied=())
+        result.append(record)
+    return result
+
+
 def _by_weight(gm: fx.GraphModule, calls: list[LayerCall]) -> Iterator[list[LayerCall]]:
     """Group the calls by the weight tensor that they use; a computed weight is its own group."""
     groups: dict[Any, list[LayerCall]] = {}
@@ -142,7 +162,7 @@ def _by_weight(gm: fx.GraphModule, calls: list[LayerCall]) -> Iterator[list[Laye
         key: Any = call.node
         if call.weight is not None:
             tensor = _get_tensor(gm, call.weight)
-            key = call.weight if tensor is None else id(tensor)
+            key = (call.weight if tensor is None else id(tensor), call.view_text)
         groups.setdefault(key, []).append(call)
     yield from groups.values()
 
@@ -170,7 +190,8 @@ def _describe(gm: fx.GraphModule, call: LayerCall) -> tuple[str, tuple[int, ...]
         return node.name, (), groups
     path, name = split_key(call.weight)
     tensor = _get_tensor(gm, call.weight)
-    return (path if name == "weight" else call.weight), () if tensor is None else tuple(tensor.shape), groups
+    shape = () if tensor is None else tuple(apply_view(tensor, call.view).shape)
+    return (path if name == "weight" else call.weight), shape, groups
 
 
 def _unusable(gm: fx.GraphModule, calls: list[LayerCall]) -> str | None:
@@ -201,15 +222,15 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _outside_use(gm: fx.GraphModule, weight: Tensor, calls: list[LayerCall]) -> str | None:
-    """The use of a weight outside the matched calls that needs it in float, if there is one."""
+    """The use of a weight outside linear and convolution layers that needs it in float, if there is one."""
     keys = set(_names_of(gm, weight))
-    nodes = {call.node for call in calls}
+    modules = {call.node for call in calls if call.node.op == "call_module"}
     for node in gm.graph.nodes:
         if node.op == "get_attr" and node.target in keys:
-            for user in node.users:
-                if user not in nodes or function_arguments(user).get("weight") is not node:
-                    return f"its weight is also read by node {user.name}"
-        if node.op == "call_module" and node not in nodes:
+            user = _other_reader(node)
+            if user is not None:
+                return f"its weight is also read by node {user.name}"
+        if node.op == "call_module" and node not in modules:
             for path, module in gm.get_submodule(str(node.target)).named_modules():
                 if any(parameter is weight for parameter in module._parameters.values()):
                     where = join_key(str(node.target), path) if path else str(node.target)
@@ -217,9 +238,27 @@ def _outside_use(gm: fx.GraphModule, weight: Tensor, calls: list[LayerCall]) -> 
     return None
 
 
+def _other_reader(node: fx.Node) -> fx.Node | None:
+    """A reader of a parameter, or of a view of it, that is no layer using it as its weight."""
+    for user in node.users:
+        if user.op == "call_function" and user.target in FUNCTION_KINDS:
+            arguments = function_arguments(user)
+            if [name for name, value in arguments.items() if value is node] != ["weight"]:
+                return user
+        elif user.target in _TILING_OPS:
+            continue
+        elif parameter_view(user) is None:
+            return user
+        else:
+            other = _other_reader(user)
+            if other is not None:
+                return other
+    return None
+
+
 def _uncovered(gm: fx.GraphModule, covered: list[LayerRecord]) -> Iterator[LayerRecord]:
     """Records of the layers that no supported call covers, so that a summary lists every one."""
-    keys = {key for record in covered for key in (record.weight, *record.tied)}
+    keys = {key for record in covered for key in (record.parameter, *record.tied)}
     called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
     for path, module in gm.named_modules():
         kind = module_kind_or_name(module)
@@ -258,17 +297,17 @@ def _rewrite(gm: fx.GraphModule, calls: list[tuple[LayerCall, LayerRecord]]) -> 
         node = call.node
         with gm.graph.inserting_before(node):
             if record.weight not in used:
-                used[record.weight] = _tile_and_scale(gm, record)
+                used[record.weight] = _tile_and_scale(gm, record, call)
             new = _functional_call(gm, call, used[record.weight])
         copy_meta(node, new)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
 
 
-def _tile_and_scale(gm: fx.GraphModule, record: LayerRecord) -> fx.Node:
+def _tile_and_scale(gm: fx.GraphModule, record: LayerRecord, call: LayerCall) -> fx.Node:
     graph, spec = gm.graph, record.spec
     assert spec is not None
-    weight = graph.get_attr(record.weight)
+    weight = call.view[-1] if call.view else graph.get_attr(record.parameter)
     source = weight
     if spec.alpha_source == "A":
         source = graph.get_attr(_register_alpha_source(gm, record))
@@ -283,10 +322,10 @@ def _register_alpha_source(gm: fx.GraphModule, record: LayerRecord) -> str:
     """Create the trainable tensor ``A``, drawn independently of ``W`` as PyTorch initialises a layer's weight."""
     key = alpha_source_key(record.weight)
     path, name = split_key(key)
-    owner, weight = gm.get_submodule(path), gm.get_parameter(record.weight)
+    owner, weight = gm.get_submodule(path), gm.get_parameter(record.parameter)
     if not hasattr(owner, name):
-        source = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        bound = 1 / math.sqrt(record.spec.layout.row_size) if record.spec else 0.0
+        source = weight.new_empty(record.shape)
+        bound = 1 / math.sqrt(math.prod(record.shape[1:]))
         nn.init.uniform_(source, -bound, bound)
         owner.register_parameter(name, nn.Parameter(source, requires_grad=weight.requires_grad))
     return key
@@ -303,7 +342,7 @@ def _functional_call(gm: fx.GraphModule, call: LayerCall, weight: fx.Node) -> fx
     if call.kind == "linear":
         return graph.call_function(F.linear, (x, weight, bias))
     dims = int(call.kind[4])
-    shape = gm.get_parameter(str(call.weight)).shape
+    shape = apply_view(gm.get_parameter(str(call.weight)), call.view).shape
     stride, dilation = (normalize_sizes(arguments.get(name, 1), dims) for name in ("stride", "dilation"))
     before, after = _padding(arguments.get("padding", 0), tuple(shape[2:]), dilation)
     if padding_mode != "zeros" or before != after:
