@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+
+from tbn_compiler import ConfigError, LayerInfo, TBNError, TilingConfig
+
+
+def test_defaults_are_the_papers() -> None:
+    config = TilingConfig()
+    assert (config.min_size, config.alpha, config.alpha_source, config.tile_dtype, config.small) == (
+        64_000,
+        "layer",
+        "A",
+        "binary",
+        "binary",
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "min_size", "alpha_source"),
+    [
+        (TilingConfig.paper, 64_000, "A"),
+        (TilingConfig.imagenet, 150_000, "W"),
+        (TilingConfig.time_series, 32_000, "A"),
+    ],
+)
+def test_presets(preset: Any, min_size: int, alpha_source: str) -> None:
+    config = preset(p=8)
+    assert (config.p, config.min_size, config.alpha_source, config.alpha) == (8, min_size, alpha_source, "layer")
+    assert preset(min_size=7, alpha="tile").min_size == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"p": 0}, "p must be at least 1, got 0"),
+        ({"p": -4}, "p must be at least 1, got -4"),
+        ({"p": 4.0}, r"p must be an integer, got 4\.0 \(float\)"),
+        ({"p": "4"}, r"p must be an integer, got '4' \(str\)"),
+        ({"p": True}, r"p must be an integer, got True \(bool\)"),
+        ({"p": None}, "p must be an integer, got None"),
+        ({"min_size": -1}, "min_size must be at least 0, got -1"),
+        ({"min_size": 1e3}, "min_size must be an integer"),
+        ({"alpha": "layers"}, "alpha='layers' is not one of 'layer', 'tile'"),
+        ({"alpha_source": "B"}, "alpha_source='B' is not one of 'A', 'W'"),
+        ({"tile_dtype": "fp32"}, "tile_dtype='fp32' is not one of 'binary', 'float'"),
+        ({"small": None}, "small=None is not one of 'binary', 'float'"),
+        ({"float_layers": "head"}, "float_layers must be a sequence of patterns, got the string 'head'"),
+        ({"filter": 3}, "filter must be callable, got 3"),
+        ({"overrides": ["head"]}, "overrides must map name patterns to options"),
+        ({"overrides": {"head": 4}}, r"overrides\['head'\] must be a mapping of options, got 4"),
+        ({"overrides": {"head": {"p": 0}}}, r"overrides\['head'\]: p must be at least 1, got 0"),
+        ({"overrides": {"head": {"alpha": "x"}}}, r"overrides\['head'\]: alpha='x' is not one of"),
+        ({"mim_size": 1}, "TilingConfig has no field 'mim_size'; did you mean 'min_size'"),
+        ({"Alpha": "tile"}, "TilingConfig has no field 'Alpha'; did you mean 'alpha'"),
+        ({"zzz": 1}, "TilingConfig has no field 'zzz'.*Known fields: p, alpha,"),
+        ({"overrides": {"head": {"alpah": "tile"}}}, r"overrides\['head'\] has no field 'alpah'; did you mean 'alpha'"),
+        ({"overrides": {"head": {"filter": None}}}, r"overrides\['head'\] has no field 'filter'"),
+    ],
+)
+def test_invalid_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TilingConfig(**options)
+    with pytest.raises(ConfigError, match=message):
+        TilingConfig().replace(**options)
+
+
+def test_config_error_is_a_value_error_too() -> None:
+    assert issubclass(ConfigError, TBNError)
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TilingConfig().p = 8  # type: ignore[misc]
+
+
+def test_callers_dictionaries_are_copied() -> None:
+    options: dict[str, Any] = {"head": {"p": 1}}
+    names = ["a"]
+    config = TilingConfig(overrides=options, float_layers=names)
+    options["head"]["p"] = 2
+    options["x"] = {}
+    names.append("b")
+    assert config.overrides == {"head": {"p": 1}}
+    assert config.float_layers == ("a",)
+
+
+@pytest.mark.xfail(reason="overrides is a plain dict: it can be changed in place and nothing validates it again")
+def test_overrides_cannot_be_changed_in_place() -> None:
+    config = TilingConfig(overrides={"head": {"p": 1}})
+    with pytest.raises(TypeError):
+        config.overrides["head"] = {"p": 0}  # type: ignore[index]
+
+
+def test_equality_and_hash() -> None:
+    a, b = (TilingConfig(p=8, overrides={"head": {"p": 1, "alpha": "tile"}}) for _ in range(2))
+    assert a == b
+    assert hash(a) == hash(b)
+    assert a != a.replace(p=4)
+
+
+@pytest.mark.xfail(reason="the hash depends on the order of the overrides, equality does not")
+def test_equal_configs_have_equal_hashes() -> None:
+    a = TilingConfig(overrides={"a*": {"p": 1}, "b*": {"p": 2}})
+    b = TilingConfig(overrides={"b*": {"p": 2}, "a*": {"p": 1}})
+    assert a != b or hash(a) == hash(b)
+
+
+def test_copies() -> None:
+    config = TilingConfig(p=8, overrides={"head": {"p": 1}}, float_layers=["x"])
+    assert copy.deepcopy(config) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert dataclasses.replace(config, p=2).p == 2
+    assert config.replace(p=2).overrides == config.overrides
+
+
+def test_overrides_apply_in_order() -> None:
+    config = TilingConfig(p=4, overrides={"*": {"alpha": "tile"}, "a.*": {"p": 8, "small": "float"}, "a.b": {"p": 2}})
+    assert (config.for_layer("x").p, config.for_layer("x").alpha) == (4, "tile")
+    assert config.for_layer("a.c").p == 8
+    assert config.for_layer("a.b").p == 2
+    assert config.for_layer("a.b").small == "float"
+
+
+def test_override_of_p_lifts_min_size() -> None:
+    config = TilingConfig(overrides={"a": {"p": 8}, "b": {"p": 8, "min_size": 10}, "c": {"alpha": "tile"}})
+    assert [config.for_layer(name).min_size for name in "abcd"] == [0, 10, 64_000, 64_000]
+
+
+def test_keeps_float() -> None:
+    config = TilingConfig(float_layers=["head*"], filter=lambda layer: layer.kind != "conv1d")
+    assert config.keeps_float(LayerInfo("body", "linear", (8, 8))) is None
+    assert "float_layers pattern 'head*'" in str(config.keeps_float(LayerInfo("head.1", "linear", (8, 8))))
+    assert "filter function" in str(config.keeps_float(LayerInfo("body", "conv1d", (8, 8, 3))))
+
+
+def test_unmatched_patterns() -> None:
+    config = TilingConfig(float_layers=["head", "x*"], overrides={"b.?": {"p": 2}, "c": {"p": 2}})
+    assert config.unmatched_patterns(["head", "b.1"]) == ["x*", "c"]
