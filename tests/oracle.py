@@ -89,7 +89,8 @@ def tilings(draw: st.DrawFn, min_dims: int = 1, max_dims: int = 5) -> tuple[tupl
     p = draw(st.sampled_from(divisors(math.prod(shape))))
     dtype = draw(st.sampled_from(FLOATS))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    return shape, p, *(exact(*shape, dtype=dtype, generator=generator) for _ in range(2))
+    w, a = (exact(*shape, dtype=dtype, generator=generator) for _ in range(2))
+    return shape, p, w, a
 
 
 # Modules

@@ -179,6 +179,22 @@ def test_shared_layer_inside_another_container() -> None:
     assert not [key for key in packed.state_dict() if "alpha_source" in key]
 
 
+@pytest.mark.xfail(reason="a layer whose result nobody uses is recorded as tiled, then keeps its float weight")
+def test_layer_whose_result_is_not_used() -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.b(x)
+            return self.a(x)
+
+    packed = tbn.lower(tbn.transform(Dead(), ALL))
+    for record in packed.meta["tbn_layers"]:
+        assert (f"{record.weight}_tile" in packed.state_dict()) == (record.spec is not None), record.name
+
+
 @pytest.mark.xfail(reason="copying a graph module makes its root buffers persistent")
 def test_non_persistent_buffers_stay_out_of_the_state() -> None:
     class Model(nn.Module):
@@ -223,14 +239,14 @@ def test_lowering_twice_changes_nothing(name: str) -> None:
     assert again.code == packed.code
     assert list(again.state_dict()) == list(packed.state_dict())
     assert torch.equal(again(x), packed(x))
-    assert LowerTiles()(packed).modified is False
+    assert LowerTiles().call(packed).modified is False
 
 
 def test_pass_reports_modified() -> None:
     qat, _ = prepared("mlp", ALL)
     gm = copy.deepcopy(qat)
-    assert LowerTiles()(gm).modified is True
-    assert LowerTiles()(gm).modified is False
+    assert LowerTiles().call(gm).modified is True
+    assert LowerTiles().call(gm).modified is False
 
 
 def test_float_layers_are_kept() -> None:
@@ -319,9 +335,12 @@ def test_lowered_module_compiles_and_exports(name: str) -> None:
     oracle.assert_close(program.module()(more), packed(more))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch's own, while it compiles
 @pytest.mark.xfail(reason="the fake of tbn::conv2d promises a contiguous result for channels_last input")
 def test_channels_last_input_under_inductor() -> None:
-    qat = tbn.transform(nn.Sequential(nn.Conv2d(6, 8, 3, groups=2), nn.ReLU()), ALL)
+    qat = tbn.transform(
+        nn.Sequential(nn.Conv2d(6, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(200, 8)), ALL.replace(p=2)
+    )
     packed = tbn.lower(qat)
     x = torch.randn(2, 6, 7, 7).to(memory_format=torch.channels_last)
     oracle.assert_close(torch.compile(packed)(x), packed(x))
