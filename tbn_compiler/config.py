@@ -56,7 +56,7 @@ def _check_field_names(given: Mapping[str, Any], allowed: tuple[str, ...], where
     for name in given:
         if name not in allowed:
             close = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ConfigError(f"{where} has no field {name!r}{hint} Known fields: {', '.join(allowed)}")
 
 
@@ -183,20 +183,23 @@ class TilingConfig:
         """
         return TilingConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes)
 
-    def for_layer(self, name: str) -> LayerOptions:
-        """Return the options of the layer ``name`` after all matching overrides."""
+    def for_layer(self, *names: str) -> LayerOptions:
+        """Return the options of a layer after all overrides that match its name, or one of its names."""
         options = {key: getattr(self, key) for key in _PER_LAYER}
         for pattern, override in self.overrides:
-            if fnmatch.fnmatchcase(name, pattern):
+            if fnmatch.filter(names, pattern):
                 if "p" in dict(override):
                     options["min_size"] = 0
                 options |= dict(override)
         return LayerOptions(**options)
 
-    def keeps_float(self, layer: LayerInfo) -> str | None:
-        """Return why the config keeps ``layer`` in full precision, or ``None`` if it does not."""
+    def keeps_float(self, layer: LayerInfo, *other_names: str) -> str | None:
+        """Return why the config keeps ``layer`` in full precision, or ``None`` if it does not.
+
+        ``other_names`` are those of the layers that share its weight.
+        """
         for pattern in self.float_layers:
-            if fnmatch.fnmatchcase(layer.name, pattern):
+            if fnmatch.filter((layer.name, *other_names), pattern):
                 return f"kept in float by name (float_layers pattern {pattern!r})"
         if self.filter is not None and not self.filter(layer):
             return "kept in float by the filter function"

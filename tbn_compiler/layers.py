@@ -35,6 +35,9 @@ FUNCTION_KINDS: dict[Any, str] = {
     _aten.conv1d.default: "conv1d",
     _aten.conv2d.default: "conv2d",
     _aten.conv3d.default: "conv3d",
+    _aten.conv1d.padding: "conv1d",  # padding="same"
+    _aten.conv2d.padding: "conv2d",
+    _aten.conv3d.padding: "conv3d",
 }
 # The inference operator that each kind of layer is lowered to.
 INFERENCE_OPS: dict[str, Any] = {
@@ -74,6 +77,12 @@ def split_key(key: str) -> tuple[str, str]:
 def join_key(path: str, name: str) -> str:
     """The inverse of :func:`split_key`."""
     return f"{path}.{name}" if path else name
+
+
+def layer_name(key: str) -> str:
+    """Name of a layer from the key of its weight: the module's path, or the key if it is no module's ``weight``."""
+    path, name = split_key(key)
+    return path if path and name == "weight" else key
 
 
 def alpha_source_key(weight: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,11 @@ def share_tensors_copy(module: nn.Module) -> Any:
 
     Nothing that a pass then does to the copy's module tree is seen by the original, and no weight is duplicated.
     """
-    result = copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own copy of an exported graph
+        result = copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+    # A graph module's own copy forgets which of its buffers are no part of the state_dict.
+    result._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     records = get_records(module)
     if records is not None:
         set_records(result, records)
@@ -127,6 +132,9 @@ def _same_constant(a: fx.Node, b: fx.Node, model: nn.Module) -> bool:
 
 def _adopt(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """A graph module with the whole module tree of ``root``: every ``state_dict`` key survives, in order."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and isinstance(node.type, str):
+            node.type = None  # an annotation that was not evaluated would be code that cannot be unpickled
     gm = fx.GraphModule(root, graph, type(root).__name__)
     constants = {name: value for name, value in gm._buffers.items() if name not in root._buffers}
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -152,6 +160,7 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
         TransformError: the model cannot be copied or traced; the cause is chained.
     """
     name = type(model).__name__
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     try:
         model = share_tensors_copy(model)
     except Exception as error:

@@ -9,15 +9,17 @@
 ========================  ==========================================================================
 
 :mod:`schemas` holds names, types and fakes; :mod:`reference` the kernels that run on any device; :mod:`autograd`
-the gradients. A backend registers a faster kernel for its device on :data:`LIBRARY`.
+the gradients; :mod:`autocast` the dtype under autocast. A backend registers a faster kernel for its device on
+:data:`LIBRARY`.
 """
 
 from __future__ import annotations
 
-from tbn_compiler.ops import autograd, reference
+from tbn_compiler.ops import autocast, autograd, reference
 from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY
 
 autograd.register()
 reference.register()
+autocast.register()
 
 __all__ = ["CONV_OPS", "LIBRARY"]

@@ -103,7 +103,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> Grads:
     need_input, _, need_alpha, need_bias = ctx.needs_input_grad[:4]
     grad_used = None
     if need_alpha or ctx.needs_input_grad[-1]:
-        grad_used = rows.t() @ input.reshape(rows.shape[0], -1)
+        grad_used = rows.t() @ input.reshape(-1, input.shape[-1])
     grad_input = grad @ used if need_input else None
     return _gradients(ctx, grad_input, grad_used, rows.sum(0) if need_bias else None, dense)
 

@@ -28,7 +28,7 @@ class GraphPass(PassBase):
         """Run the pass and leave a clean, checked, recompiled graph."""
         modified = self.run(graph_module)
         if modified:
-            graph_module.graph.eliminate_dead_code(_has_effect)
+            remove_dead_nodes(graph_module.graph)
             try:
                 graph_module.graph.lint()
             except RuntimeError as error:
@@ -37,10 +37,20 @@ class GraphPass(PassBase):
         return PassResult(graph_module, modified)
 
 
+def remove_dead_nodes(graph: fx.Graph) -> bool:
+    """Remove the nodes that nothing reads; return whether there were any.
+
+    Writes into a tensor stay, and modules with buffers, which they may update: torch.fx counts neither as an effect.
+    """
+    return graph.eliminate_dead_code(_has_effect)
+
+
 def _has_effect(node: fx.Node) -> bool:
-    """Whether a node without users must stay: a write into a tensor, which torch.fx does not count as an effect."""
     if node.is_impure():
         return True
+    if node.op == "call_module":
+        root = node.graph.owning_module
+        return root is None or any(True for _ in root.get_submodule(str(node.target)).buffers())
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     return node.op in ("call_method", "call_function") and (in_place or name == "setitem" or "out" in node.kwargs)

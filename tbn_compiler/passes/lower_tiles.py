@@ -44,7 +44,7 @@ from tbn_compiler.layers import (
     weight_chain,
 )
 from tbn_compiler.packing import pack_bits
-from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options
+from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, remove_dead_nodes
 from tbn_compiler.tiling import tile_vector
 
 
@@ -86,7 +86,7 @@ class LowerTiles(GraphPass):
             _place(gm, record, tensors[weight])
         for call, record in work:
             _lower_call(gm, call, record)
-        gm.graph.eliminate_dead_code()
+        remove_dead_nodes(gm.graph)
         _remove_float_weights(gm, [record for _, record in first.values()])
         return bool(work)
 
@@ -106,14 +106,20 @@ def _check(call: LayerCall, records: Iterable[LayerRecord]) -> LayerRecord:
     assert source is not None
     for node in (source[0], *source[1], tile):
         for user in node.users:
-            if user is scale or user.target is torch.ops.tbn.tile.default or weight_chain(user) is not None:
+            if user is scale or user.target is torch.ops.tbn.tile.default or parameter_view(user) is not None:
                 continue
-            if parameter_view(user) is None:
-                raise LoweringError(
-                    f"node {user.name} reads {node.name}, which lowering removes (weight {record.weight!r}, shape "
-                    f"{record.shape}); remove that use or keep the layer in float"
-                )
+            raise _other_reader(user, node, record)
+    for user in scale.users:
+        if [name for name, value in function_arguments(user).items() if value is scale] != ["weight"]:
+            raise _other_reader(user, scale, record)
     return record
+
+
+def _other_reader(user: fx.Node, node: fx.Node, record: LayerRecord) -> LoweringError:
+    return LoweringError(
+        f"node {user.name} reads {node.name}, which lowering removes (weight {record.weight!r}, shape {record.shape}); "
+        "remove that use or keep the layer in float"
+    )
 
 
 def _check_finite(gm: fx.GraphModule, record: LayerRecord) -> None:
@@ -154,23 +160,26 @@ def _read(stored: Mapping[str, Tensor], record: LayerRecord) -> tuple[Tensor, Te
 
 def _place(gm: fx.GraphModule, record: LayerRecord, tensors: tuple[Tensor, Tensor]) -> None:
     """Register the stored tile and the alphas where the weight is; layer modules make room for plain holders."""
-    for path, _ in map(split_key, (record.parameter, *record.tied)):
-        if path and module_kind(gm.get_submodule(path)):
-            _replace_by_holder(gm, path, record)
+    modules = {gm.get_submodule(split_key(key)[0]) for key in (record.parameter, *record.tied)}
+    for module in modules:
+        if module is not gm and module_kind(module):
+            _replace_by_holder(gm, module, record)
     path, _ = split_key(record.weight)
     owner = gm.get_submodule(path)
     for key, tensor in zip((tile_key(record.weight), alpha_key(record.weight)), tensors, strict=True):
         owner.register_buffer(split_key(key)[1], tensor)
 
 
-def _replace_by_holder(gm: fx.GraphModule, path: str, record: LayerRecord) -> None:
+def _replace_by_holder(gm: fx.GraphModule, module: nn.Module, record: LayerRecord) -> None:
+    """Put one holder in every place where ``module`` is registered."""
     assert record.spec is not None
-    module, (parent, name) = gm.get_submodule(path), split_key(path)
-    holder = PackedLayer(
-        f"{record.kind}, shape={record.shape}, p={record.spec.layout.p}, alphas={record.spec.num_alphas}"
-    )
+    layout = record.spec.layout
+    holder = PackedLayer(f"{record.kind}, shape={record.shape}, p={layout.p}, alphas={record.spec.num_alphas}")
     holder._parameters.update({key: value for key, value in module._parameters.items() if value is not None})
-    setattr(gm.get_submodule(parent), name, holder)
+    for parent in list(gm.modules()):
+        for name, child in parent._modules.items():
+            if child is module:
+                parent._modules[name] = holder
 
 
 def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> None:

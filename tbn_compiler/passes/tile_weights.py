@@ -46,14 +46,16 @@ from tbn_compiler.layers import (
     get_records,
     join_key,
     layer_calls,
+    layer_name,
     parameter_view,
     set_records,
     split_key,
 )
-from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, normalize_sizes
+from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, normalize_sizes, remove_dead_nodes
 from tbn_compiler.tiling import TileLayout, TileSpec, largest_divisor
 
 _CONV_FUNCTIONS: dict[str, Any] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+_DIMENSIONS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}
 _TILING_OPS = (torch.ops.tbn.tile.default, torch.ops.tbn.scale.default)
 _MIN_TILE = 8  # a tile under one byte stores nothing worth sharing
 
@@ -72,6 +74,7 @@ class TileWeights(GraphPass):
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""
+        remove_dead_nodes(gm.graph)  # a layer whose result nothing reads is not called
         earlier = get_records(gm) or ()
         records: list[LayerRecord] = []
         calls = []
@@ -96,24 +99,25 @@ class TileWeights(GraphPass):
             number = sum(record.parameter == parameter for record in earlier)
             weight = name = f"{parameter}_{number}"
         record = LayerRecord(name, first.kind, weight, shape, groups, first.view_text, parameter, reason="undecided")
-        reason = _unusable(gm, calls)
+        reason = _unusable(gm, record, calls)
         if reason:
             return replace(record, reason=reason)
         tied = tuple(key for key in _names_of(gm, gm.get_parameter(parameter)) if key != parameter)
+        other_names = tuple(map(layer_name, tied))
         if self.specs is not None:
             spec = self.specs.get(weight)
             return replace(record, spec=spec, reason=None, tied=tied) if spec else replace(record, reason="float")
-        reason = self.config.keeps_float(LayerInfo(name, first.kind, shape, groups))
+        reason = self.config.keeps_float(LayerInfo(name, first.kind, shape, groups), *other_names)
         if reason:
             return replace(record, reason=reason)
-        spec, text = self._choose(name, shape)
+        spec, text = self._choose((name, *other_names), shape)
         if spec is None:
             return replace(record, reason=text)
         return replace(record, spec=spec, reason=None, note=text, tied=tied)
 
-    def _choose(self, name: str, shape: tuple[int, ...]) -> tuple[TileSpec | None, str | None]:
+    def _choose(self, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[TileSpec | None, str | None]:
         """The tiling of a weight with a note, or ``None`` with the reason for leaving it alone."""
-        options, numel = self.config.for_layer(name), math.prod(shape)
+        options, numel = self.config.for_layer(*names), math.prod(shape)
         note = None
         if numel < options.min_size:
             if options.small == "float":
@@ -183,18 +187,21 @@ def _describe(gm: fx.GraphModule, call: LayerCall) -> tuple[str, tuple[int, ...]
     node = call.node
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        weight: Any = module.weight
-        return str(node.target), tuple(weight.shape), int(getattr(module, "groups", 1))
+        return str(node.target), _shape(module.weight), int(getattr(module, "groups", 1))
     groups = function_arguments(node).get("groups", 1)
     if call.weight is None:
         return node.name, (), groups
-    path, name = split_key(call.weight)
     tensor = _get_tensor(gm, call.weight)
-    shape = () if tensor is None else tuple(apply_view(tensor, call.view).shape)
-    return (path if name == "weight" else call.weight), shape, groups
+    shape = () if tensor is None else _shape(apply_view(tensor, call.view))
+    return layer_name(call.weight), shape, groups
 
 
-def _unusable(gm: fx.GraphModule, calls: list[LayerCall]) -> str | None:
+def _shape(weight: Any) -> tuple[int, ...]:
+    """Shape of a weight; empty for one of a lazy module, which has none yet."""
+    return () if isinstance(weight, nn.parameter.UninitializedParameter) else tuple(weight.shape)
+
+
+def _unusable(gm: fx.GraphModule, record: LayerRecord, calls: list[LayerCall]) -> str | None:
     """Why a weight cannot be tiled whatever the config says, or ``None``."""
     call = calls[0]
     if call.weight is None:
@@ -208,6 +215,11 @@ def _unusable(gm: fx.GraphModule, calls: list[LayerCall]) -> str | None:
         return "its weight is not initialised yet: run one forward pass of the lazy module first"
     if not weight.is_floating_point() or weight.layout != torch.strided:
         return f"its weight is {weight.layout} {weight.dtype}, not a dense floating-point tensor"
+    if len(record.shape) != _DIMENSIONS[record.kind] or not math.prod(record.shape):
+        return f"its weight has shape {record.shape}"
+    path, name = split_key(alpha_source_key(record.weight))
+    if hasattr(gm.get_submodule(path), name):
+        return f"its module has an attribute {name!r}, the name of the alpha source"
     for other in calls:
         if other.node.op == "call_module":
             module = gm.get_submodule(str(other.node.target))
@@ -323,11 +335,10 @@ def _register_alpha_source(gm: fx.GraphModule, record: LayerRecord) -> str:
     key = alpha_source_key(record.weight)
     path, name = split_key(key)
     owner, weight = gm.get_submodule(path), gm.get_parameter(record.parameter)
-    if not hasattr(owner, name):
-        source = weight.new_empty(record.shape)
-        bound = 1 / math.sqrt(math.prod(record.shape[1:]))
-        nn.init.uniform_(source, -bound, bound)
-        owner.register_parameter(name, nn.Parameter(source, requires_grad=weight.requires_grad))
+    source = weight.new_empty(record.shape)
+    bound = 1 / math.sqrt(math.prod(record.shape[1:]))
+    nn.init.uniform_(source, -bound, bound)
+    owner.register_parameter(name, nn.Parameter(source, requires_grad=weight.requires_grad))
     return key
 
 
