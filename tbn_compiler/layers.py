@@ -8,7 +8,7 @@ stored tile. A :class:`LayerRecord` describes one weight for good: how it is til
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -139,12 +139,31 @@ class LayerRecord:
         if (self.spec is None) == (self.reason is None):
             raise ValueError(f"{self.name}: exactly one of spec and reason must be given")
 
+    def inside(self, path: str) -> LayerRecord:
+        """The record as seen from a model that holds the layer's model as submodule ``path``."""
+        # A model that is nothing but one layer names it after its weight.
+        name = path if self.name == self.weight == "weight" else join_key(path, self.name)
+        keys = (join_key(path, key) for key in self.tied)
+        weight, parameter = join_key(path, self.weight), join_key(path, self.parameter)
+        return replace(self, name=name, weight=weight, parameter=parameter, tied=tuple(keys))
+
 
 def get_records(module: nn.Module) -> tuple[LayerRecord, ...] | None:
     """The layer records of a transformed or lowered module; ``None`` for any other module."""
     meta = getattr(module, "meta", None)
     found = meta.get(_RECORDS) if isinstance(meta, dict) else None
     return found if found is not None else module.__dict__.get(_RECORDS)
+
+
+def nested_records(module: nn.Module) -> tuple[LayerRecord, ...]:
+    """The records of a module, or else those of its outermost submodules that have some, under their full names."""
+    own = get_records(module)
+    if own is not None:
+        return own
+    found: list[LayerRecord] = []
+    for name, child in module.named_children():
+        found += (record.inside(name) for record in nested_records(child))
+    return tuple(found)
 
 
 def set_records(module: nn.Module, records: Iterable[LayerRecord]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from tbn_compiler.errors import TransformError
-from tbn_compiler.layers import get_records, join_key, set_records
+from tbn_compiler.layers import join_key, nested_records, set_records
 
 _FLAG = "tbn_training_flag"
 
@@ -37,14 +37,22 @@ def share_tensors_copy(module: nn.Module) -> Any:
 
     Nothing that a pass then does to the copy's module tree is seen by the original, and no weight is duplicated.
     """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(module)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own copy of an exported graph
-        result = copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
-    # A graph module's own copy forgets which of its buffers are no part of the state_dict.
-    result._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
-    records = get_records(module)
-    if records is not None:
-        set_records(result, records)
+        for submodule in reversed(list(module.modules())):  # children come after their parents
+            if isinstance(submodule, fx.GraphModule):
+                memo[id(submodule)] = _copy_graph_module(submodule, memo)
+        return copy.deepcopy(module, memo)
+
+
+def _copy_graph_module(gm: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
+    """Copy a graph module with all that it holds: its own copy drops what the graph does not name, and attributes."""
+    shell = nn.Module()
+    shell.__dict__ = {key: value for key, value in gm.__dict__.items() if key != "_graph"}
+    shell = copy.deepcopy(shell, memo)
+    result = fx.GraphModule(shell, copy.deepcopy(gm.graph), type(gm).__name__)
+    result.__dict__.update(shell.__dict__)
     return result
 
 
@@ -133,7 +141,7 @@ def _same_constant(a: fx.Node, b: fx.Node, model: nn.Module) -> bool:
 def _adopt(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """A graph module with the whole module tree of ``root``: every ``state_dict`` key survives, in order."""
     for node in graph.nodes:
-        if node.op == "placeholder" and isinstance(node.type, str):
+        if isinstance(node.type, str):
             node.type = None  # an annotation that was not evaluated would be code that cannot be unpickled
     gm = fx.GraphModule(root, graph, type(root).__name__)
     constants = {name: value for name, value in gm._buffers.items() if name not in root._buffers}
@@ -170,9 +178,13 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
     try:
         graph = _trace_in_mode(model, True, concrete_args)
         _merge_modes(graph, _trace_in_mode(model, False, concrete_args), model)
-        return _adopt(model, graph)
+        gm = _adopt(model, graph)
     except Exception as error:
         raise TransformError(
             f"torch.fx cannot trace {name} as a whole: {error}. Transform the submodules that hold the layers "
             "instead, or fix arguments with concrete_args."
         ) from error
+    records = nested_records(model)
+    if records:  # parts of the model are transformed already
+        set_records(gm, records)
+    return gm

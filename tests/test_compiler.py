@@ -125,7 +125,6 @@ def test_graph_module_input() -> None:
         oracle.assert_close(qat(x), oracle.with_oracle_weights(model, qat)(x))
 
 
-@pytest.mark.xfail(reason="a tiled weight inside another transformed module has no record", raises=KeyError)
 def test_transformed_module_as_part_of_another_model() -> None:
     inner = tbn.transform(nn.Sequential(nn.Linear(8, 8)), ALL)
     qat = tbn.transform(nn.Sequential(inner, nn.Linear(8, 8)), ALL).eval()
@@ -301,9 +300,6 @@ def test_whole_module_pickles(lowered: bool) -> None:
         oracle.assert_close(tbn.lower(loaded)(x), qat(x))
 
 
-@pytest.mark.xfail(
-    reason="torch.fx cannot pickle a graph whose placeholders have string annotations", raises=AttributeError
-)
 def test_module_with_postponed_annotations_pickles() -> None:
     torch.save(tbn.transform(Net(), ALL), io.BytesIO())
 

@@ -54,7 +54,6 @@ def test_training_flag_is_invisible_in_the_state() -> None:
     assert list(dict(model.named_modules())) == ["", "fc"]
 
 
-@pytest.mark.xfail(reason="one flag at the root stands for the mode of every submodule")
 def test_mode_of_a_submodule_is_its_own() -> None:
     model = nn.Sequential(nn.Linear(8, 8), Dropouts())
     gm = trace(model).train()
@@ -157,10 +156,10 @@ class Awkward(nn.Module):
     "kind",
     [
         "buffers",
-        pytest.param("literal", marks=pytest.mark.xfail(reason="tensor constants of the root are lost")),
-        pytest.param("attribute", marks=pytest.mark.xfail(reason="plain tensor attributes of the root are lost")),
-        pytest.param("slice", marks=pytest.mark.xfail(reason="slices that hold nodes are not merged")),
-        pytest.param("nan", marks=pytest.mark.xfail(reason="nan is taken to differ from itself between the modes")),
+        "literal",
+        "attribute",
+        "slice",
+        "nan",
         "ellipsis",
         "dtype",
     ],

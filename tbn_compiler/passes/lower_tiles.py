@@ -160,14 +160,20 @@ def _read(stored: Mapping[str, Tensor], record: LayerRecord) -> tuple[Tensor, Te
 
 def _place(gm: fx.GraphModule, record: LayerRecord, tensors: tuple[Tensor, Tensor]) -> None:
     """Register the stored tile and the alphas where the weight is; layer modules make room for plain holders."""
-    modules = {gm.get_submodule(split_key(key)[0]) for key in (record.parameter, *record.tied)}
-    for module in modules:
+    for module in _owners(gm, (record.parameter, *record.tied)):
         if module is not gm and module_kind(module):
             _replace_by_holder(gm, module, record)
     path, _ = split_key(record.weight)
     owner = gm.get_submodule(path)
     for key, tensor in zip((tile_key(record.weight), alpha_key(record.weight)), tensors, strict=True):
         owner.register_buffer(split_key(key)[1], tensor)
+
+
+def _owners(gm: fx.GraphModule, keys: Iterable[str]) -> list[nn.Module]:
+    """The modules that hold the tensors; a copy of a graph module may lack names that its graph does not use."""
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    paths = (split_key(key)[0] for key in keys)
+    return list(dict.fromkeys(modules[path] for path in paths if path in modules))
 
 
 def _replace_by_holder(gm: fx.GraphModule, module: nn.Module, record: LayerRecord) -> None:
@@ -203,5 +209,5 @@ def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> Non
 def _remove_float_weights(gm: fx.GraphModule, records: list[LayerRecord]) -> None:
     for record in records:
         for key in (record.parameter, *record.tied, alpha_source_key(record.weight)):
-            path, name = split_key(key)
-            gm.get_submodule(path)._parameters.pop(name, None)
+            for owner in _owners(gm, (key,)):
+                owner._parameters.pop(split_key(key)[1], None)

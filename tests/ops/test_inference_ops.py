@@ -66,7 +66,6 @@ def test_linear(case: str, per_tile: bool, lead: tuple[int, ...]) -> None:
         assert torch.equal(tbn.linear(x, tile, alpha, b, n, m, p), F.linear(x, weight, b))
 
 
-@pytest.mark.xfail(reason=ALL_DISTINCT, raises=RuntimeError)
 @pytest.mark.parametrize("mnp", [(3, 16, 2), (5, 784, 4), (1, 12, 3), (15, 8, 2)], ids=str)
 def test_linear_all_rows_distinct_and_an_alpha_per_copy(mnp: tuple[int, int, int]) -> None:
     m, n, p = mnp
@@ -76,7 +75,6 @@ def test_linear_all_rows_distinct_and_an_alpha_per_copy(mnp: tuple[int, int, int
     assert torch.equal(tbn.linear(x, tile, alpha, None, n, m, p), F.linear(x, weight))
 
 
-@pytest.mark.xfail(reason=ALL_DISTINCT, raises=RuntimeError)
 @given(st.integers(1, 12), st.integers(1, 12), st.booleans(), st.booleans(), st.data())
 def test_linear_property(m: int, n: int, per_tile: bool, packed: bool, data: st.DataObject) -> None:
     p = data.draw(st.sampled_from(oracle.divisors(m * n)))
@@ -263,7 +261,9 @@ def test_opcheck_conv(d: int, p: int, num_alphas: int, groups: int) -> None:
     x = torch.randn(2, 6, *(7, 8, 9)[:d], requires_grad=True)
     geometry = {"stride": [2] * d, "padding": [1] * d, "dilation": [2] * d, "groups": groups}
     torch.library.opcheck(CONVS[d][0].default, (x, tile, alpha, torch.randn(8), 6, 8, shape[2:], p), geometry)
-    torch.library.opcheck(CONVS[d][0].default, (x[0].detach(), tile, alpha, None, 6, 8, shape[2:], p), {"groups": groups})
+    torch.library.opcheck(
+        CONVS[d][0].default, (x[0].detach(), tile, alpha, None, 6, 8, shape[2:], p), {"groups": groups}
+    )
 
 
 @pytest.mark.parametrize(("p", "groups"), [(4, 1), (4, 2), (3, 1)])

@@ -149,7 +149,6 @@ def test_opcheck_scale(num_alphas: int) -> None:
         torch.library.opcheck(tbn.scale.default, (bits, source, num_alphas))
 
 
-@pytest.mark.xfail(reason="the kernel keeps the strides of bits where it can, the fake says contiguous")
 def test_opcheck_scale_of_strided_bits() -> None:
     torch.library.opcheck(tbn.scale.default, (torch.randn(6, 4).t(), torch.randn(4, 6), 4))
 
@@ -183,22 +182,9 @@ def test_bad_calls_fail_while_tracing(call, error: type[Exception], message: str
         call(torch.zeros)
 
 
-# What the eager kernels of tile, scale and unpack accept today although their fakes refuse it.
-UNCHECKED = {"tile dtype", "scale shapes", "scale count", "scale zero", "scale dtype", "unpack dtype", "unpack size"}
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
-    [
-        pytest.param(
-            *c[1:],
-            id=c[0],
-            marks=[pytest.mark.xfail(reason="the eager kernel does not check its operands")]
-            if c[0] in UNCHECKED
-            else [],
-        )
-        for c in BAD_CALLS
-    ],
+    [pytest.param(*c[1:], id=c[0]) for c in BAD_CALLS],
 )
 def test_bad_calls_fail_in_eager_mode(call, error: type[Exception], message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):

@@ -68,7 +68,6 @@ def test_output_equals_the_trained_module(name: str, alpha: Any, alpha_source: A
         oracle.assert_close(packed(x), qat(x))
 
 
-@pytest.mark.xfail(reason="tbn::linear: R = m, misaligned, one alpha per copy", raises=RuntimeError)
 @pytest.mark.parametrize("width", [3, 5, 15])
 def test_odd_number_of_outputs_with_an_alpha_per_copy(width: int) -> None:
     qat = tbn.transform(nn.Sequential(nn.Linear(16, width)), ALL.replace(alpha="tile")).eval()
@@ -150,7 +149,6 @@ def test_alphas_are_detached_copies() -> None:
     assert not any(buffer.requires_grad for buffer in packed.buffers())
 
 
-@pytest.mark.xfail(reason="only the first name of a shared module gets the stored tile", raises=AttributeError)
 def test_module_under_two_names() -> None:
     layer = nn.Linear(8, 8)
     qat = tbn.transform(nn.Sequential(layer, nn.ReLU(), layer), ALL).eval()
@@ -161,7 +159,6 @@ def test_module_under_two_names() -> None:
     assert not [key for key in packed.state_dict() if "alpha_source" in key]
 
 
-@pytest.mark.xfail(reason="the alpha source stays in the state under the second name of a shared module")
 def test_shared_layer_inside_another_container() -> None:
     class Nested(nn.Module):
         def __init__(self) -> None:
@@ -179,7 +176,6 @@ def test_shared_layer_inside_another_container() -> None:
     assert not [key for key in packed.state_dict() if "alpha_source" in key]
 
 
-@pytest.mark.xfail(reason="a layer whose result nobody uses is recorded as tiled, then keeps its float weight")
 def test_layer_whose_result_is_not_used() -> None:
     class Dead(nn.Module):
         def __init__(self) -> None:
@@ -195,7 +191,6 @@ def test_layer_whose_result_is_not_used() -> None:
         assert (f"{record.weight}_tile" in packed.state_dict()) == (record.spec is not None), record.name
 
 
-@pytest.mark.xfail(reason="copying a graph module makes its root buffers persistent")
 def test_non_persistent_buffers_stay_out_of_the_state() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -336,7 +331,6 @@ def test_lowered_module_compiles_and_exports(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch's own, while it compiles
-@pytest.mark.xfail(reason="the fake of tbn::conv2d promises a contiguous result for channels_last input")
 def test_channels_last_input_under_inductor() -> None:
     qat = tbn.transform(
         nn.Sequential(nn.Conv2d(6, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(200, 8)), ALL.replace(p=2)
@@ -371,12 +365,7 @@ def test_non_finite_weights_are_named(key: str, value: float) -> None:
     "read",
     [
         torch.ops.tbn.tile.default,
-        pytest.param(
-            torch.ops.tbn.scale.default,
-            marks=pytest.mark.xfail(
-                reason="other readers of the scaled weight are not looked for", raises=RuntimeError
-            ),
-        ),
+        torch.ops.tbn.scale.default,
     ],
 )
 def test_edited_subgraph_is_refused(read: Any) -> None:
