@@ -258,6 +258,7 @@ def _tiled_linear(importer: _Importer, node: fx.Node, args: _Arguments) -> ir.Op
         tile=tile,
         alpha=importer.constant(node, args["alpha"]),
         bias=importer.optional_constant(node, args["bias"]),
+        input_alpha=importer.optional_constant(node, args["input_alpha"]),
         layout=layout,
     )
 

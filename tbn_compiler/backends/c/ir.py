@@ -111,6 +111,13 @@ class Softmax(Operation):
 
 
 @dataclass(frozen=True)
+class SumNeighbours(Operation):
+    """``y[i] = x[i * count] + ... + x[i * count + count - 1]``; only the planner makes one."""
+
+    count: int
+
+
+@dataclass(frozen=True)
 class Linear(Operation):
     """``x [..., n] -> x @ weight.T + bias [..., m]`` with a float weight ``[m, n]``."""
 
@@ -124,15 +131,22 @@ class TiledLinear(Operation):
 
     Attributes:
         tile: packed bits ``[ceil(q / 8)]``, or float32 ``[q]`` for a full-precision tile.
-        alpha: scales, ``[1]`` or ``[p]``.
+        alpha: scales, as many as ``layout.allows_alphas``.
         bias: ``[m]`` or ``None``.
+        input_alpha: ``[k]``, the input stands for ``k`` copies of it with these scales, or ``None``.
         layout: shape of the weight and the way the tile fills it.
     """
 
     tile: Constant
     alpha: Constant
     bias: Constant | None
+    input_alpha: Constant | None
     layout: TileLayout
+
+    @property
+    def replicas(self) -> int:
+        """``k``: the input holds ``n / k`` elements for each row."""
+        return 1 if self.input_alpha is None else self.input_alpha.array.size
 
 
 @dataclass(frozen=True)

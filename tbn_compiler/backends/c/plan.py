@@ -16,13 +16,15 @@ KERNELS = (
     "add",
     "add_scalar",
     "softmax",
+    "sum_neighbours",
     "linear",
     "tiled_linear_bytes",
     "tiled_linear_bits",
-    "tiled_linear_bits_mixed",
     "tiled_linear_float",
-    "tiled_linear_float_mixed",
 )
+
+# The kernels that follow a row through any layout of the tile, run by run.
+RUN_KERNELS = ("tiled_linear_bits", "tiled_linear_float")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,16 @@ class SoftmaxStep(Step):
 
 
 @dataclass(frozen=True)
+class SumNeighboursStep(Step):
+    """Each of ``size`` results is the sum of ``count`` neighbours."""
+
+    form: ClassVar[str] = "sum_neighbours"
+
+    size: int
+    count: int
+
+
+@dataclass(frozen=True)
 class LinearStep(Step):
     """A float weight ``[out_features, in_features]`` times each of ``vectors`` inputs; names without the prefix."""
 
@@ -114,10 +126,15 @@ class TiledLayer:
         name: qualified name of the layer.
         in_features, out_features: ``n`` and ``m``.
         p: copies of the tile.
+        p_in: neighbouring inputs that share a tile element, where they are not summed by a step of their own.
+        shift: elements by which each further copy is rolled, below ``tile_size``.
         unique_rows: rows whose products are computed; row ``r`` repeats row ``r % unique_rows``.
         tile_size: elements of the tile.
-        num_alphas: 1 or ``p``.
-        tile, alpha, bias: C names of the arrays.
+        num_alphas: number of scales.
+        rows_per_alpha: row ``r`` is scaled by ``alpha[r // rows_per_alpha]``; 0 where the scales change inside rows:
+            copy ``i`` of the tile at neighbour ``j`` is scaled by ``alpha[i * p_in + j]``.
+        replicas: scaled copies of the input that the layer reads; ``in_features`` counts them all.
+        tile, alpha, bias, input_alpha: C names of the arrays.
         relu: whether a ReLU follows.
     """
 
@@ -126,13 +143,23 @@ class TiledLayer:
     in_features: int
     out_features: int
     p: int
+    p_in: int
+    shift: int
     unique_rows: int
     tile_size: int
     num_alphas: int
+    rows_per_alpha: int
+    replicas: int
     tile: str
     alpha: str
     bias: str | None
+    input_alpha: str | None
     relu: bool
+
+    @property
+    def input_size(self) -> int:
+        """Elements of the input for each vector."""
+        return self.in_features // self.replicas
 
 
 @dataclass(frozen=True)
@@ -179,6 +206,11 @@ class Plan:
         """The kernels in use, in the order of :data:`KERNELS`."""
         used = {step.kernel for step in self.steps}
         return tuple(kernel for kernel in KERNELS if kernel in used)
+
+    @property
+    def uses_runs(self) -> bool:
+        """Whether one of :data:`RUN_KERNELS` is in use."""
+        return any(kernel in RUN_KERNELS for kernel in self.kernels)
 
     @property
     def tiled_layers(self) -> tuple[TiledLayer, ...]:

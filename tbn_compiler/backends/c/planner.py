@@ -1,10 +1,11 @@
 """Planning: from the graph to a :class:`~tbn_compiler.backends.c.plan.Plan`.
 
 1. Views disappear: a value that only renames another one is replaced by it. So does what nothing reads.
-2. A ReLU right behind a linear layer becomes part of it.
-3. Every value gets memory: the model's input or output, or a buffer in one scratch block. An elementwise operation
+2. Neighbouring inputs that share a weight (two-axis tiles) are summed by a step of their own.
+3. A ReLU right behind a linear layer becomes part of it.
+4. Every value gets memory: the model's input or output, or a buffer in one scratch block. An elementwise operation
    writes over its input where nothing reads that again.
-4. Every operation gets a kernel.
+5. Every operation gets a kernel.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from tbn_compiler.backends.c.plan import (
     PlannedConstant,
     SoftmaxStep,
     Step,
+    SumNeighboursStep,
     TiledLayer,
     TiledLinearStep,
 )
+from tbn_compiler.tiling import TileLayout
 
 # What the templates name beside the kernels: behind the model's prefix, and inside the run function.
-_FILE_NAMES = ("run", "scratch", "activate", "tiled_linear", "tiled_linear_store")
+_FILE_NAMES = ("run", "scratch", "activate", "tiled_linear", "tiled_linear_store", "bits_product", "float_product")
 _LOCAL_NAMES = ("input", "output", "scratch", "memory", "i")
 
 
@@ -56,7 +59,7 @@ def build_plan(graph: ir.Graph, name: str, scratch: str) -> Plan:
     if last == model_input:
         last = ir.Value(f"{model_input.name}_copy", model_input.shape)
         operations.append(ir.Copy(last.name, last.name, (model_input,), last))
-    tasks = _fuse_relus(operations, last)
+    tasks = _fuse_relus(_sum_neighbours(operations), last)
     symbols = SymbolTable((*KERNELS, *_FILE_NAMES))
     selector = _KernelSelector(symbols)
     # Constants are named first, so that no buffer of the run function hides one.
@@ -104,6 +107,38 @@ def _resolve_aliases(graph: ir.Graph) -> tuple[list[ir.Operation], ir.Value]:
     return [operation for operation in operations if operation.output in needed], output
 
 
+def _sum_neighbours(operations: Sequence[ir.Operation]) -> list[ir.Operation]:
+    """Sum inputs that share a weight before they are multiplied.
+
+    A two-axis layer becomes ``SumNeighbours`` and a flat layer on ``n / p_in`` inputs. It stays as it is where
+    neighbours are scaled differently: by alphas along the input, or by input alphas whose replicas end between them.
+    Layers that read the same value share the sums.
+    """
+    result: list[ir.Operation] = []
+    sums: dict[tuple[ir.Value, int], ir.Value] = {}
+    for operation in operations:
+        if isinstance(operation, ir.TiledLinear) and _shares_weights(operation):
+            layout, (source,) = operation.layout, operation.inputs
+            key = (source, layout.p_in)
+            if key not in sums:
+                inputs = layout.row_size // operation.replicas // layout.p_in
+                sums[key] = ir.Value(f"{operation.name}_sums", (*operation.output.shape[:-1], inputs))
+                result.append(
+                    ir.SumNeighbours(sums[key].name, operation.layer, (source,), sums[key], count=layout.p_in)
+                )
+            flat = TileLayout((layout.rows, layout.row_size // layout.p_in), layout.p_out)
+            operation = replace(operation, inputs=(sums[key],), layout=flat)
+        result.append(operation)
+    return result
+
+
+def _shares_weights(operation: ir.TiledLinear) -> bool:
+    """Whether neighbouring inputs have the same weight and the same scale."""
+    layout = operation.layout
+    one_alpha = layout.alphas_in(operation.alpha.array.size) == 1
+    return layout.p_in > 1 and one_alpha and layout.row_size // operation.replicas % layout.p_in == 0
+
+
 def _fuse_relus(operations: Sequence[ir.Operation], output: ir.Value) -> list[_Task]:
     """Let a linear layer apply the ReLU that is the only reader of its result."""
     reads = Counter(value for operation in operations for value in operation.inputs)
@@ -148,7 +183,9 @@ def _assign_memory(
         place = "output"
         if output not in values:
             step = made_at[first]
-            place = names.unique(f"{tasks[step].operation.layer}_out")
+            operation = tasks[step].operation
+            suffix = "sums" if isinstance(operation, ir.SumNeighbours) else "out"
+            place = names.unique(f"{operation.layer}_{suffix}")
             buffers.append(Buffer(place, first.nbytes, step, max(last_read[value] for value in values)))
         places |= dict.fromkeys(values, place)
     return places, buffers
@@ -173,7 +210,7 @@ class _KernelSelector:
         if isinstance(operation, ir.Linear):
             found = (operation.weight, operation.bias)
         elif isinstance(operation, ir.TiledLinear):
-            found = (operation.tile, operation.alpha, operation.bias)
+            found = (operation.tile, operation.alpha, operation.bias, operation.input_alpha)
         for constant in found:
             if constant is not None and constant not in self._names:
                 self._names[constant] = self._symbols.unique(constant.name)
@@ -212,6 +249,8 @@ class _KernelSelector:
             case ir.Softmax():
                 columns = operation.output.shape[-1]
                 return SoftmaxStep("softmax", **head, rows=size // columns, columns=columns)
+            case ir.SumNeighbours():
+                return SumNeighboursStep("sum_neighbours", **head, size=size, count=operation.count)
             case ir.AddScalar():
                 return ElementwiseStep("add_scalar", **head, size=size, scalar=operation.scalar)
             case ir.Add():
@@ -231,12 +270,17 @@ class _KernelSelector:
             in_features=layout.row_size,
             out_features=layout.rows,
             p=layout.p,
+            p_in=layout.p_in,
+            shift=_shift(layout),
             unique_rows=layout.distinct_rows(num_alphas),
             tile_size=layout.tile_size,
             num_alphas=num_alphas,
+            rows_per_alpha=_rows_per_alpha(operation),
+            replicas=operation.replicas,
             tile=self._names[operation.tile],
             alpha=self._names[operation.alpha],
             bias=self._name(operation.bias),
+            input_alpha=self._name(operation.input_alpha),
             relu=relu,
         )
         if layer not in self._layers:
@@ -244,18 +288,32 @@ class _KernelSelector:
         return self._layers[layer]
 
 
+def _shift(layout: TileLayout) -> int:
+    """Elements by which each further copy is rolled; a single copy is not."""
+    return layout.shift % layout.tile_size if layout.p > 1 else 0
+
+
+def _rows_per_alpha(operation: ir.TiledLinear) -> int:
+    """Rows that one alpha scales; 0 where alphas change inside a row.
+
+    That is the case where a copy with an alpha of its own ends inside a row, and where neighbouring inputs have
+    different alphas.
+    """
+    layout, num_alphas = operation.layout, operation.alpha.array.size
+    if layout.alphas_in(num_alphas) > 1 or layout.rows % num_alphas:
+        return 0
+    return layout.rows // num_alphas
+
+
 def _tiled_kernel(operation: ir.TiledLinear) -> str:
     """The kernel for a tiled layer.
 
-    With one alpha per copy and copies that end inside a row, a row mixes alphas: nothing repeats, and the products
-    are summed segment by segment ("mixed"). Otherwise the rows that differ are computed and written out as often
-    as they repeat. Eight inputs are taken at a time where every row begins and the tile ends on a whole byte.
+    Eight inputs are taken at a time where every row begins and the tile ends on a whole byte, copies follow one
+    another unrolled, and one scale holds for a whole row. Everything else goes run by run.
     """
     layout = operation.layout
-    mixed = operation.alpha.array.size > 1 and not layout.aligned
     if not operation.tile.packed:
-        return "tiled_linear_float_mixed" if mixed else "tiled_linear_float"
-    if mixed:
-        return "tiled_linear_bits_mixed"
+        return "tiled_linear_float"
     whole_bytes = layout.row_size % 8 == 0 and layout.tile_size % 8 == 0
-    return "tiled_linear_bytes" if whole_bytes else "tiled_linear_bits"
+    plain = layout.p_in == 1 and _shift(layout) == 0 and operation.input_alpha is None
+    return "tiled_linear_bytes" if whole_bytes and plain and _rows_per_alpha(operation) else "tiled_linear_bits"

@@ -44,6 +44,12 @@ def test_an_unsupported_operator_is_named_with_shapes_layer_and_what_is_supporte
     assert "tbn.linear.default" in message
 
 
+def test_a_tiled_convolution_is_not_supported_yet(tmp_path: Path) -> None:
+    module = tbn.transform(nn.Conv2d(4, 8, 3), tbn.TilingConfig(min_size=0))
+    message = _refused(module, torch.zeros(1, 4, 8, 8), tmp_path, r"\(tbn\.conv2d\.default\)")
+    assert "the C backend does not support this operator" in message
+
+
 @pytest.mark.parametrize(
     ("function", "match"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.backends.c import export_c, host
+from tbn_compiler.packing import pack_bits, packed_size
+from tbn_compiler.tiling import TileLayout
 from tests.backends.c.toolchain import assert_matches_torch, needs_cc, run_strict, sanitizer_flags
+from tests.oracle import divisors
 
 pytestmark = needs_cc
 
@@ -42,6 +46,14 @@ class Block(nn.Module):
         return torch.softmax(y, -1) if self.after == "softmax" else y
 
 
+_copies = st.sampled_from([1, 2, 3, 4, 8])
+_layouts = st.one_of(
+    st.fixed_dictionaries({"p": _copies}),
+    st.fixed_dictionaries({"p": st.sampled_from([(1, 2), (2, 2), (3, 2), (2, 3), (4, 2), (1, 8)])}),
+    st.fixed_dictionaries({"p": _copies, "replicate": st.just("roll"), "shift": st.integers(1, 40)}),
+)
+
+
 @st.composite
 def _networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     # The input is a matrix of a few vectors, or is flattened to one.
@@ -56,8 +68,8 @@ def _networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
         features = out_features
     overrides: dict[str, dict[str, Any]] = {
         f"{index}.fc": {
-            "p": draw(st.sampled_from([1, 2, 3, 4, 8])),
-            "alpha": draw(st.sampled_from(["layer", "tile"])),
+            **draw(_layouts),
+            "alpha": draw(st.sampled_from(["layer", "output", "tile"])),
             "tile_dtype": draw(st.sampled_from(["binary", "binary", "float"])),
         }
         for index, layer in enumerate(layers)
@@ -69,7 +81,7 @@ def _networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     return tbn.transform(nn.Sequential(*layers), config), torch.randn(6, vectors, sizes[0])
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(_networks(), st.sampled_from(["static", "caller"]))
 def test_random_networks(network: tuple[nn.Module, Tensor], scratch: str) -> None:
     module, inputs = network
@@ -77,34 +89,177 @@ def test_random_networks(network: tuple[nn.Module, Tensor], scratch: str) -> Non
         assert_matches_torch(module, inputs, Path(folder), scratch=scratch)
 
 
-# One layer for each kernel: (in, out, p, alpha, tile_dtype).
-KERNEL_CASES = {
-    "tiled_linear_bytes": (64, 32, 4, "tile", "binary"),
-    "tiled_linear_bytes, one alpha": (64, 32, 4, "layer", "binary"),
-    "tiled_linear_bytes, binary": (16, 10, 1, "layer", "binary"),
-    "tiled_linear_bytes, rows across tiles": (64, 10, 4, "layer", "binary"),
-    "tiled_linear_bits": (13, 12, 4, "tile", "binary"),
-    "tiled_linear_bits, rows across tiles": (10, 6, 4, "layer", "binary"),
-    "tiled_linear_bits, tile within a row": (30, 9, 27, "layer", "binary"),
-    "tiled_linear_bits_mixed": (64, 10, 4, "tile", "binary"),
-    "tiled_linear_bits_mixed, all rows distinct anyway": (8, 3, 2, "tile", "binary"),
-    "tiled_linear_bits_mixed, tile within a row": (30, 9, 27, "tile", "binary"),
-    "tiled_linear_float": (13, 12, 4, "tile", "float"),
-    "tiled_linear_float, rows across tiles": (10, 6, 4, "layer", "float"),
-    "tiled_linear_float_mixed": (10, 6, 4, "tile", "float"),
+class StoredLinear(nn.Module):
+    """``tbn::linear`` on random stored tensors: alphas per row and input alphas, which training does not give."""
+
+    def __init__(
+        self,
+        layout: TileLayout,
+        num_alphas: int,
+        replicas: int | None = None,
+        *,
+        packed: bool = True,
+        bias: bool = True,
+        relu: bool = False,
+    ) -> None:
+        super().__init__()
+        tile = torch.randn(layout.tile_size)
+        self.register_buffer("tile", pack_bits(tile) if packed else tile)
+        self.register_buffer("alpha", torch.rand(num_alphas) + 0.1)
+        self.register_buffer("bias", torch.randn(layout.rows) if bias else None)
+        self.register_buffer("input_alpha", None if replicas is None else torch.rand(replicas) + 0.1)
+        self.layout, self.relu = layout, relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        layout = self.layout
+        y = torch.ops.tbn.linear(
+            *(x, self.tile, self.alpha, self.bias, layout.row_size, layout.rows, layout.p, self.input_alpha),
+            p_in=layout.p_in,
+            shift=layout.shift,
+        )
+        return y.relu() if self.relu else y
+
+
+@st.composite
+def _stored_networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    """Layers in all layouts with all numbers of alphas, with and without replicas of their input."""
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    vectors, features = draw(st.sampled_from([1, 1, 3])), draw(st.sampled_from([8, 6, 5]))
+    inputs = torch.randn(6, vectors, features)
+    layers = []
+    for last in (False, False, True):
+        replicas = draw(st.sampled_from([None, None, 1, 2, 3]))
+        shape = (draw(st.sampled_from([8, 6, 12, 9])), features * (replicas or 1))
+        form = draw(st.sampled_from(["flat", "two-axis", "staggered"]))
+        if form == "two-axis":
+            p_out, p_in = (draw(st.sampled_from(divisors(size))) for size in shape)
+            layout = TileLayout(shape, p_out * p_in, p_in)
+        else:
+            p = draw(st.sampled_from(divisors(math.prod(shape), at_most=30)))
+            layout = TileLayout(shape, p, shift=draw(st.integers(1, 70)) if form == "staggered" else 0)
+        num_alphas = draw(st.sampled_from([1, layout.p_out, layout.p, layout.rows]))
+        packed, bias = draw(st.booleans()), draw(st.booleans())
+        layers.append(
+            StoredLinear(layout, num_alphas, replicas, packed=packed, bias=bias, relu=not last and draw(st.booleans()))
+        )
+        features = layout.rows
+    return nn.Sequential(*layers), inputs
+
+
+@settings(max_examples=20)
+@given(_stored_networks())
+def test_random_stored_layers(network: tuple[nn.Module, Tensor]) -> None:
+    module, inputs = network
+    with tempfile.TemporaryDirectory() as folder:
+        assert_matches_torch(module, inputs, Path(folder))
+
+
+# A layer for each way through the kernels: kernels: (in, out, options).
+KERNEL_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "tiled_linear_bytes": (64, 32, {"p": 4, "alpha": "tile"}),
+    "tiled_linear_bytes: one alpha": (64, 32, {"p": 4}),
+    "tiled_linear_bytes: binary": (16, 10, {"p": 1}),
+    "tiled_linear_bytes: a single copy is not rolled": (16, 10, {"p": 1, "replicate": "roll"}),
+    "tiled_linear_bytes: rows across tiles": (64, 10, {"p": 4}),
+    "tiled_linear_bits": (13, 12, {"p": 4, "alpha": "tile"}),
+    "tiled_linear_bits: rows across tiles": (10, 6, {"p": 4}),
+    "tiled_linear_bits: tile within a row": (30, 9, {"p": 27}),
+    "tiled_linear_bits: alphas within rows": (64, 10, {"p": 4, "alpha": "tile"}),
+    "tiled_linear_bits: all rows distinct anyway": (8, 3, {"p": 2, "alpha": "tile"}),
+    "tiled_linear_bits: tile and alphas within a row": (30, 9, {"p": 27, "alpha": "tile"}),
+    "tiled_linear_bits: rolled": (16, 8, {"p": 4, "alpha": "tile", "replicate": "roll", "shift": 5}),
+    "tiled_linear_bits: rolled, alphas within rows": (10, 6, {"p": 4, "alpha": "tile", "replicate": "roll"}),
+    "tiled_linear_bits: alphas on both axes": (16, 8, {"p": (4, 2), "alpha": "tile"}),
+    "sum_neighbours, tiled_linear_bytes": (64, 32, {"p": (4, 2), "alpha": "output"}),
+    "sum_neighbours, tiled_linear_bytes: one alpha": (64, 32, {"p": (1, 8)}),
+    "sum_neighbours, tiled_linear_bits": (12, 8, {"p": (4, 3), "alpha": "output"}),
+    "tiled_linear_float": (13, 12, {"p": 4, "alpha": "tile", "tile_dtype": "float"}),
+    "tiled_linear_float: rows across tiles": (10, 6, {"p": 4, "tile_dtype": "float"}),
+    "tiled_linear_float: alphas within rows": (10, 6, {"p": 4, "alpha": "tile", "tile_dtype": "float"}),
+    "tiled_linear_float: rolled": (10, 6, {"p": 4, "replicate": "roll", "shift": 3, "tile_dtype": "float"}),
+    "tiled_linear_float: alphas on both axes": (16, 8, {"p": (4, 2), "alpha": "tile", "tile_dtype": "float"}),
+    "sum_neighbours, tiled_linear_float": (16, 8, {"p": (4, 2), "tile_dtype": "float"}),
 }
 
 
+class WithAndWithoutBias(nn.Module):
+    """The same layer twice, so that one program tests both."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(in_features, out_features)
+        self.second = nn.Linear(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(x).relu()
+
+
 @pytest.mark.parametrize("case", KERNEL_CASES)
-@pytest.mark.parametrize("bias", [True, False])
-def test_every_tiled_kernel(case: str, bias: bool, tmp_path: Path) -> None:
-    in_features, out_features, p, alpha, tile_dtype = KERNEL_CASES[case]
+def test_every_tiled_kernel(case: str, tmp_path: Path) -> None:
+    in_features, out_features, options = KERNEL_CASES[case]
     torch.manual_seed(0)
-    config = tbn.TilingConfig(p=p, alpha=alpha, tile_dtype=tile_dtype, min_size=0)
-    module = tbn.transform(nn.Linear(in_features, out_features, bias=bias), config)
-    inputs = torch.randn(5, in_features)
-    plan = assert_matches_torch(module, inputs, tmp_path)
-    assert plan.kernels == (case.split(",")[0],)
+    module = tbn.transform(WithAndWithoutBias(in_features, out_features), tbn.TilingConfig(min_size=0, **options))
+    plan = assert_matches_torch(module, torch.randn(5, in_features), tmp_path)
+    assert plan.kernels == ("add", *case.split(":")[0].split(", "))
+
+
+# Layers that only other passes make: kernels: (layout, alphas, replicas of the input).
+STORED_CASES: dict[str, tuple[TileLayout, int, int | None]] = {
+    "tiled_linear_bytes: alphas per row": (TileLayout((8, 16), 2), 8, None),
+    "tiled_linear_bytes: rows across tiles, alphas per row": (TileLayout((10, 64), 4), 10, None),
+    "sum_neighbours, tiled_linear_bytes: alphas per row": (TileLayout((8, 16), 4, 2), 8, None),
+    "tiled_linear_bits: replicas": (TileLayout((8, 16), 4), 4, 2),
+    "tiled_linear_bits: one replica": (TileLayout((8, 16), 4), 1, 1),
+    "tiled_linear_bits: replicas and copies end within rows": (TileLayout((9, 30), 27), 27, 5),
+    "tiled_linear_bits: replicas, rolled": (TileLayout((6, 10), 4, shift=7), 4, 5),
+    "sum_neighbours, tiled_linear_bits: replicas": (TileLayout((8, 16), 8, 2), 4, 2),
+    "tiled_linear_bits: a replica ends between neighbours": (TileLayout((8, 10), 8, 2), 4, 2),
+    "tiled_linear_bits: replicas smaller than neighbourhoods": (TileLayout((6, 12), 12, 4), 12, 6),
+    "tiled_linear_bits: replicas, alphas on both axes": (TileLayout((8, 12), 8, 2), 8, 2),
+}
+
+
+class BitsAndFloat(nn.Module):
+    """A layer with a packed tile and one with a full-precision tile, so that one program tests both."""
+
+    def __init__(self, layout: TileLayout, num_alphas: int, replicas: int | None) -> None:
+        super().__init__()
+        self.bits = StoredLinear(layout, num_alphas, replicas, relu=True)
+        self.float_ = StoredLinear(layout, num_alphas, replicas, packed=False, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bits(x) + self.float_(x)
+
+
+@pytest.mark.parametrize("case", STORED_CASES)
+def test_stored_layers(case: str, tmp_path: Path) -> None:
+    layout, num_alphas, replicas = STORED_CASES[case]
+    module = BitsAndFloat(layout, num_alphas, replicas)
+    plan = assert_matches_torch(module, torch.randn(5, layout.row_size // (replicas or 1)), tmp_path)
+    assert plan.kernels == ("add", *case.split(":")[0].split(", "), "tiled_linear_float")
+    tiles = packed_size(layout.tile_size) + 4 * layout.tile_size
+    assert plan.weight_bytes == tiles + 4 * (2 * num_alphas + 2 * (replicas or 0) + layout.rows)
+
+
+class SharedInput(nn.Module):
+    """Three layers that read the same value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) + self.k(x).relu() + self.v(x)
+
+
+def test_layers_that_read_the_same_value_share_its_sums(tmp_path: Path) -> None:
+    options = {"q": {"p": (4, 3)}, "k": {"p": (2, 3)}, "v": {"p": (2, 2)}}
+    module = tbn.transform(SharedInput(), tbn.TilingConfig(min_size=0, overrides=options))
+    plan = assert_matches_torch(module, torch.randn(5, 12), tmp_path)
+    sums = {step.output: step.shape for step in plan.steps if step.kernel == "sum_neighbours"}
+    assert sums == {"q_sums": (1, 4), "v_sums": (1, 6)}
+    read = {step.layer: step.inputs for step in plan.steps if step.form == "tiled_linear"}
+    assert read == {"q": ("q_sums",), "k": ("q_sums",), "v": ("v_sums",)}
 
 
 @pytest.mark.parametrize("scratch", ["static", "caller"])

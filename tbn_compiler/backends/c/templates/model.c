@@ -29,8 +29,6 @@
 {% if tiled %}
 {% include "tiled_linear.c" %}
 
-{% endif %}
-{% if plan.kernels | select("in", ["tiled_linear_bytes", "tiled_linear_bits", "tiled_linear_float"]) | list %}
 {% include "tiled_linear_store.c" %}
 
 {% endif %}
@@ -52,10 +50,16 @@ static const {{ name }}_tiled_linear {{ name }}_{{ layer.symbol }} = {
     {{ layer.out_features }}, /* out_features */
     {{ layer.unique_rows }}, /* unique_rows */
     {{ layer.tile_size }}, /* tile_size */
-    {{ 0 if layer.num_alphas == 1 else 1 }}, /* alpha_stride */
+    {{ layer.rows_per_alpha }}, /* rows_per_alpha */
     {{ name }}_{{ layer.alpha }},
     {{ name ~ "_" ~ layer.bias if layer.bias else "NULL" }}, /* bias */
-    {{ layer.relu | int }} /* relu */
+    {{ layer.relu | int }}{{ "," if plan.uses_runs }} /* relu */
+{% if plan.uses_runs %}
+    {{ layer.p_in }}, /* p_in */
+    {{ layer.shift }}, /* shift */
+    {{ layer.input_size }}, /* input_size */
+    {{ name ~ "_" ~ layer.input_alpha if layer.input_alpha else "NULL" }} /* input_alpha */
+{% endif %}
 };
 
 {% endfor %}

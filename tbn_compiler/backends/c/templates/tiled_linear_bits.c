@@ -1,16 +1,14 @@
-/* Any row length: one bit for each input. The tile position t runs through all unique rows, modulo the tile size. */
-static void {{ name }}_tiled_linear_bits(const {{ name }}_tiled_linear *layer, const uint8_t *tile, const float *x, float *y)
+/* The sum of count elements of x, stride apart, with the signs at positions t, t + 1, ... of the tile. */
+static float {{ name }}_bits_product(const uint8_t *tile, size_t t, const float *x, size_t stride, size_t count)
 {
-    size_t t = 0;
+    float sum = 0.0f;
 
-    for (size_t row = 0; row < layer->unique_rows; ++row) {
-        float product = 0.0f;
-        for (size_t j = 0; j < layer->in_features; ++j) {
-            product += ((unsigned)tile[t / 8] >> (t % 8) & 1u) ? x[j] : -x[j];
-            if (++t == layer->tile_size) {
-                t = 0;
-            }
-        }
-        {{ name }}_tiled_linear_store(layer, row, product, y);
+    for (size_t i = 0; i < count; ++i, ++t) {
+        const float value = x[i * stride];
+        sum += ((unsigned)tile[t / 8] >> (t % 8) & 1u) ? value : -value;
     }
+    return sum;
 }
+
+{% set kind, element = "bits", "uint8_t" %}
+{% include "tiled_linear_runs.c" %}

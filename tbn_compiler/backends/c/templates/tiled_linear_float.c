@@ -1,16 +1,13 @@
-/* A full-precision tile. The tile position t runs through all unique rows, modulo the tile size. */
-static void {{ name }}_tiled_linear_float(const {{ name }}_tiled_linear *layer, const float *tile, const float *x, float *y)
+/* The sum of count elements of x, stride apart, times the elements at positions t, t + 1, ... of the tile. */
+static float {{ name }}_float_product(const float *tile, size_t t, const float *x, size_t stride, size_t count)
 {
-    size_t t = 0;
+    float sum = 0.0f;
 
-    for (size_t row = 0; row < layer->unique_rows; ++row) {
-        float product = 0.0f;
-        for (size_t j = 0; j < layer->in_features; ++j) {
-            product += tile[t] * x[j];
-            if (++t == layer->tile_size) {
-                t = 0;
-            }
-        }
-        {{ name }}_tiled_linear_store(layer, row, product, y);
+    for (size_t i = 0; i < count; ++i) {
+        sum += tile[t + i] * x[i * stride];
     }
+    return sum;
 }
+
+{% set kind, element = "float", "float" %}
+{% include "tiled_linear_runs.c" %}

@@ -22,29 +22,26 @@ static float small_activate(float value, int relu)
 }
 
 /*
- * A linear layer whose weight, read row by row, is one tile repeated from end to end, each copy times its alpha.
+ * A linear layer whose weight, read row by row, is one tile repeated from end to end, each row times its alpha.
  * Bits: element j of the tile is bit j % 8 of byte j / 8, 1 for +1 and 0 for -1.
  */
 typedef struct {
     size_t in_features;
     size_t out_features;
-    size_t unique_rows;  /* rows to compute; row r has the signs of row r % unique_rows */
-    size_t tile_size;    /* elements */
-    size_t alpha_stride; /* 1: one alpha for each copy of the tile; 0: one for all */
+    size_t unique_rows;    /* rows to compute; row r has the signs of row r % unique_rows */
+    size_t tile_size;      /* elements */
+    size_t rows_per_alpha; /* row r has alpha[r / rows_per_alpha] */
     const float *alpha;
     const float *bias; /* out_features elements, or NULL */
     int relu;
 } small_tiled_linear;
 
-/* Store one unique row's product in every row of y that repeats it, with that copy's alpha. */
+/* Store one unique row's product in every row of y that repeats it, with that row's alpha. */
 static void small_tiled_linear_store(const small_tiled_linear *layer, size_t row, float product, float *y)
 {
-    const float *alpha = layer->alpha;
-
     for (size_t r = row; r < layer->out_features; r += layer->unique_rows) {
-        const float value = *alpha * product;
+        const float value = layer->alpha[r / layer->rows_per_alpha] * product;
         y[r] = small_activate(layer->bias != NULL ? value + layer->bias[r] : value, layer->relu);
-        alpha += layer->alpha_stride;
     }
 }
 
@@ -161,7 +158,7 @@ static const small_tiled_linear small_stem_0_layer = {
     8, /* out_features */
     2, /* unique_rows */
     32, /* tile_size */
-    1, /* alpha_stride */
+    2, /* rows_per_alpha */
     small_stem_0_weight_alpha,
     small_stem_0_bias, /* bias */
     1 /* relu */
@@ -173,7 +170,7 @@ static const small_tiled_linear small_body_0_layer = {
     8, /* out_features */
     2, /* unique_rows */
     16, /* tile_size */
-    1, /* alpha_stride */
+    2, /* rows_per_alpha */
     small_body_0_weight_alpha,
     NULL, /* bias */
     1 /* relu */
