@@ -7,6 +7,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS)
 INPUTS := pyproject.toml constraints.txt
 
 .PHONY: demo test clean
@@ -22,9 +23,14 @@ test: .venv/.test
 	$(PYTHON) -m venv .venv
 	touch $@
 
-# One recipe for both extras: .venv/.examples installs ".[examples]", .venv/.test installs ".[test]".
-.venv/.examples .venv/.test: .venv/.%: .venv/.python $(INPUTS)
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e ".[$*]"
+.venv/.examples: .venv/.python $(INPUTS)
+	$(PIP) -c constraints.txt -e ".[examples]"
+	touch $@
+
+# vit-pytorch asks for torchvision, which its ViT does not use and which has no build for every torch.
+.venv/.test: .venv/.python $(INPUTS)
+	$(PIP) -c constraints.txt -e ".[test]"
+	$(PIP) -c constraints.txt --no-deps vit-pytorch
 	touch $@
 
 clean:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from tbn_compiler.compiler import lower, transform
+from tbn_compiler.compiler import lower, optimize, transform
 from tbn_compiler.config import LayerInfo, TilingConfig
 from tbn_compiler.errors import (
     ConfigError,
@@ -23,6 +23,7 @@ from tbn_compiler.errors import (
 )
 from tbn_compiler.serialize import load, save
 from tbn_compiler.summary import Summary, summary
+from tbn_compiler.training import init_from_float, set_tiling_strength, tiling_strength
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,9 +58,13 @@ __all__ = [
     "TilingConfig",
     "TransformError",
     "export_c",
+    "init_from_float",
     "load",
     "lower",
+    "optimize",
     "save",
+    "set_tiling_strength",
     "summary",
+    "tiling_strength",
     "transform",
 ]

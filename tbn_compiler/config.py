@@ -100,6 +100,9 @@ class TilingConfig:
         overrides: name pattern -> options for the layers it matches, e.g. ``{"blocks.*.fc1": {"p": 8}}``. All
             matching patterns apply in order. An override that names ``p`` also lifts ``min_size``, unless it
             sets that too.
+        gradual: start from the float weights instead of the tiled ones, and blend from one to the other as
+            :func:`~tbn_compiler.set_tiling_strength` says. The ``state_dict`` gains the blend's strength,
+            ``tiling_strength`` (one for each part of a model that is traced part by part).
         filter: called with a :class:`LayerInfo` for every layer; ``False`` keeps the layer in full precision.
 
     Raises:
@@ -121,6 +124,7 @@ class TilingConfig:
     shift: int = 1
     float_layers: tuple[str, ...] = ()
     overrides: Overrides = ()
+    gradual: bool = False
     filter: Callable[[LayerInfo], bool] | None = None
 
     def __init__(self, **options: Any) -> None:
@@ -152,6 +156,8 @@ class TilingConfig:
         if isinstance(self.float_layers, str):
             raise ConfigError(f"float_layers must be a sequence of patterns, got the string {self.float_layers!r}")
         object.__setattr__(self, "float_layers", tuple(self.float_layers))
+        if not isinstance(self.gradual, bool):
+            raise ConfigError(f"gradual must be True or False, got {self.gradual!r}")
         if self.filter is not None and not callable(self.filter):
             raise ConfigError(f"filter must be callable, got {self.filter!r}")
         object.__setattr__(self, "overrides", self._freeze_overrides())

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import tbn_compiler.ops  # noqa: F401  (the operators that the tables below name)
+from tbn_compiler.ops.reference import dense_weight
 from tbn_compiler.tiling import TileSpec
 
 _aten, _tbn = torch.ops.aten, torch.ops.tbn
@@ -48,16 +48,18 @@ INFERENCE_OPS: dict[str, Any] = {
 }
 _INFERENCE_KINDS = {op: kind for kind, op in INFERENCE_OPS.items()}
 
-# Linear and convolution layers that are listed in a summary, but that no pass tiles yet.
-UNSUPPORTED_MODULES: tuple[type[nn.Module], ...] = (
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Bilinear,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
+# Modules with weights that are listed in a summary, and why no pass tiles them.
+UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {
+    nn.ConvTranspose1d: "transpose convolutions are not supported yet",
+    nn.ConvTranspose2d: "transpose convolutions are not supported yet",
+    nn.ConvTranspose3d: "transpose convolutions are not supported yet",
+    nn.Bilinear: "bilinear layers are not supported",
+    nn.MultiheadAttention: "attention with hooks, parametrizations or a forward of its own is not decomposed",
+    nn.Embedding: "embeddings are looked up, not multiplied",
+    nn.EmbeddingBag: "embeddings are looked up, not multiplied",
+    nn.RNNBase: "recurrent layers use their weights inside one fused operator",
+    nn.RNNCellBase: "recurrent cells use their weights inside one fused operator",
+}
 UNSUPPORTED_FUNCTIONS: dict[Any, str] = {
     F.conv_transpose1d: "conv_transpose1d",
     F.conv_transpose2d: "conv_transpose2d",
@@ -75,8 +77,8 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def join_key(path: str, name: str) -> str:
-    """The inverse of :func:`split_key`."""
-    return f"{path}.{name}" if path else name
+    """The inverse of :func:`split_key`; either part may be empty."""
+    return ".".join(part for part in (path, name) if part)
 
 
 def layer_name(key: str) -> str:
@@ -150,8 +152,7 @@ class LayerRecord:
 
 def get_records(module: nn.Module) -> tuple[LayerRecord, ...] | None:
     """The layer records of a transformed or lowered module; ``None`` for any other module."""
-    meta = getattr(module, "meta", None)
-    found = meta.get(_RECORDS) if isinstance(meta, dict) else None
+    found = module.meta.get(_RECORDS) if isinstance(module, fx.GraphModule) else None
     return found if found is not None else module.__dict__.get(_RECORDS)
 
 
@@ -172,7 +173,20 @@ def set_records(module: nn.Module, records: Iterable[LayerRecord]) -> None:
     ``copy.deepcopy`` keeps a graph module's ``meta`` and drops its plain attributes, pickling does the opposite: the
     records are held in both places so that they follow the module through either.
     """
-    module.__dict__.setdefault("meta", {})[_RECORDS] = module.__dict__[_RECORDS] = tuple(records)
+    module.__dict__[_RECORDS] = tuple(records)
+    if isinstance(module, fx.GraphModule):
+        module.meta[_RECORDS] = module.__dict__[_RECORDS]
+
+
+def graph_parts(module: nn.Module) -> list[tuple[str, fx.GraphModule]]:
+    """The outermost graph modules by path: the module itself, or the parts of a model that were traced alone."""
+    if isinstance(module, fx.GraphModule):
+        return [("", module)]
+    found: dict[fx.GraphModule, str] = {}
+    for name, child in module.named_children():
+        for path, part in graph_parts(child):
+            found.setdefault(part, join_key(name, path))
+    return [(path, part) for part, path in found.items()]
 
 
 @dataclass(frozen=True)
@@ -270,9 +284,19 @@ def _is_call(value: Any, target: Any) -> TypeGuard[Any]:
     return isinstance(value, fx.Node) and value.op == "call_function" and value.target is target
 
 
+def blend_strength(node: Any) -> fx.Node | None:
+    """The strength that ``lerp(weight, scale, strength)`` blends float and tiled weight with, else ``None``."""
+    if not _is_call(node, torch.lerp) or len(node.args) != 3 or not _is_call(node.args[1], _tbn.scale.default):
+        return None
+    strength: fx.Node = node.args[2].args[0]  # behind its cast to the weight's dtype
+    return strength
+
+
 def weight_chain(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The ``tile`` and ``scale`` nodes behind a functional call on a tiled weight, else ``None``."""
-    scale = function_arguments(node).get("weight")
+    """The ``tile`` and ``scale`` nodes behind a functional call on a tiled weight, blended or not, else ``None``."""
+    scale: Any = function_arguments(node).get("weight")
+    if blend_strength(scale) is not None:
+        scale = scale.args[1]
     if not _is_call(scale, _tbn.scale.default):
         return None
     tile = scale.args[0]
@@ -296,6 +320,13 @@ def layer_calls(gm: fx.GraphModule) -> Iterator[LayerCall]:
             tile: Any = node.args[1]
             key = str(tile.target).removesuffix("_tile")
             yield LayerCall(node, _INFERENCE_KINDS[node.target], key, "lowered")
+
+
+def decoded_weight(module: nn.Module, record: LayerRecord) -> Tensor:
+    """The float weight ``alpha * B`` of a lowered layer, decoded from the tensors that its module stores."""
+    assert record.spec is not None
+    tile, alpha = (getattr(module, split_key(key(record.weight))[1]) for key in (tile_key, alpha_key))
+    return dense_weight(tile, alpha, record.spec.layout, alpha.dtype)
 
 
 def find_record(records: Iterable[LayerRecord], call: LayerCall) -> LayerRecord | None:

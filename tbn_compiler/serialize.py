@@ -15,15 +15,15 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from tbn_compiler.compiler import lower_model, tile_model
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError, LoweringError, SerializationError
 from tbn_compiler.files import replacing
-from tbn_compiler.layers import LayerRecord, get_records, layer_calls, set_records
-from tbn_compiler.passes import LowerTiles, TileWeights, run_passes
+from tbn_compiler.layers import LayerRecord, alpha_key, get_records, graph_parts, layer_calls, set_records
+from tbn_compiler.ops.calls import InferenceCall, inference_call
 from tbn_compiler.tiling import TileLayout, TileSpec
-from tbn_compiler.tracing import trace
 
 FORMAT_VERSION = 1
 _ENTRY = "tbn"
@@ -43,14 +43,22 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written.
     """
     records = get_records(packed)
-    if records is None or not isinstance(packed, fx.GraphModule):
+    if records is None:
         raise SerializationError(f"{type(packed).__name__} is not a lowered module: call tbn_compiler.lower first")
-    trained = [call.weight for call in layer_calls(packed) if call.form == "tiled"]
+    trained = [call.weight for _, part in graph_parts(packed) for call in layer_calls(part) if call.form == "tiled"]
     if trained:
         raise SerializationError(
             f"save stores packed tiles, but {trained[0]!r} is still a trainable weight: call tbn_compiler.lower first "
             "(or torch.save the state_dict to go on training later)"
         )
+    for _, part in graph_parts(packed):
+        for node in part.graph.nodes:
+            call = inference_call(node)
+            if call is not None and _is_optimized(call):
+                raise SerializationError(
+                    f"layer {str(call.arguments['tile'].target).removesuffix('_tile')!r} was rewritten by "
+                    "tbn_compiler.optimize, which no file holds: save the lowered module, and optimise after load"
+                )
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     stored: dict[Any, str] = {}
@@ -73,7 +81,7 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
         safetensors.torch.save_file(tensors, temporary, {_ENTRY: json.dumps(header)})
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
+def load(path: str | os.PathLike[str], model: nn.Module) -> Any:
     """Read a packed file into the architecture that it was made from.
 
     Args:
@@ -94,11 +102,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     specs = {name: _parse(name, layer, path) for name, layer in layers.items()}
     # Alphas come from the file: no alpha source needs to exist meanwhile.
     placed = {name: replace(spec, alpha_source="W") for name, spec in specs.items()}
-    gm = trace(model)
-    run_passes(gm, [TileWeights(TilingConfig(), placed)])
+    gm = tile_model(model, TilingConfig(), placed)
     _check_layers(gm, specs, path)
     try:
-        run_passes(gm, [LowerTiles(tensors)])
+        lower_model(gm, tensors)
     except LoweringError as error:
         raise SerializationError(f"{path} does not fit {type(model).__name__}: {error}") from error
     set_records(
@@ -115,6 +122,12 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     except RuntimeError as error:
         raise SerializationError(f"{path} does not fit {type(model).__name__}: {error}") from error
     return gm.eval()
+
+
+def _is_optimized(call: InferenceCall) -> bool:
+    """Whether a call no longer uses the tensors that lowering stored for its weight, in its own shape."""
+    weight = str(call.arguments["tile"].target).removesuffix("_tile")
+    return str(call.arguments["alpha"].target) != alpha_key(weight) or call.arguments["input_alpha"] is not None
 
 
 def _describe(record: LayerRecord) -> dict[str, Any]:
@@ -169,7 +182,7 @@ def _read(path: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise SerializationError(f"{path}: the {_ENTRY!r} header entry is damaged: {error!r}") from error
 
 
-def _check_layers(gm: fx.GraphModule, specs: dict[str, TileSpec], path: Any) -> None:
+def _check_layers(gm: nn.Module, specs: dict[str, TileSpec], path: Any) -> None:
     """Every stored tile must have found its layer, with the same weight shape."""
     records = {record.weight: record for record in get_records(gm) or ()}
     for name, spec in specs.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tbn_compiler.errors import TBNError
-from tbn_compiler.layers import LayerRecord, find_record, get_records, layer_calls
+from tbn_compiler.layers import LayerRecord, find_record, get_records, graph_parts, join_key, layer_calls
+from tbn_compiler.ops.calls import inference_call
+from tbn_compiler.shapes import visit_results
 
 _FLOAT_BITS = 32
 
@@ -45,7 +47,8 @@ class LayerSummary:
         alphas: number of stored scales.
         stored_bits: stored bits of the weight, without alphas.
         macs: multiply-adds of the dense layer (per output position, or per call of the example inputs).
-        macs_tiled: multiply-adds when only the rows that differ are computed.
+        macs_tiled: multiply-adds when only the rows that differ are computed; in a module from
+            :func:`~tbn_compiler.optimize`, those of its operators, which also read less.
         note: why the layer was left alone, or a remark on how it was tiled.
     """
 
@@ -206,19 +209,20 @@ def summary(module: nn.Module, example_inputs: Any = None) -> Summary:
         TBNError: the module holds no layer records.
     """
     records = get_records(module)
-    if records is None or not isinstance(module, fx.GraphModule):
+    if records is None:
         raise TBNError(
             f"{type(module).__name__} has no layer records: pass the module that transform or lower returned"
         )
-    positions = None if example_inputs is None else _count_positions(module, records, example_inputs)
-    rows = tuple(_summarize(record, positions) for record in records)
-    return Summary(rows, per_position=positions is None)
+    calls = _calls_by_weight(module)
+    sizes = None if example_inputs is None else _output_sizes(module, example_inputs)
+    rows = tuple(_summarize(record, calls.get(record.weight, []), sizes) for record in records)
+    return Summary(rows, per_position=sizes is None)
 
 
-def _summarize(record: LayerRecord, positions: dict[str, int] | None) -> LayerSummary:
+def _summarize(record: LayerRecord, calls: list[_Call], sizes: Counter[fx.Node] | None) -> LayerSummary:
     numel = math.prod(record.shape) if record.shape else 0
     countable = bool(record.shape) and record.kind.startswith(("linear", "conv"))
-    times = 1 if positions is None else positions.get(record.weight, 0)
+    times, computed = _count(record, calls, sizes)
     macs = numel * times if countable else None
     if record.spec is None:
         return LayerSummary(
@@ -237,7 +241,6 @@ def _summarize(record: LayerRecord, positions: dict[str, int] | None) -> LayerSu
             note=f"left alone: {record.reason}",
         )
     layout, num_alphas = record.spec.layout, record.spec.num_alphas
-    computed = record.groups * layout.rows_per_group(num_alphas, record.groups)
     notes = [record.note] if record.note else []
     if record.tied:
         notes.append(f"shared with {', '.join(record.tied)}")
@@ -257,38 +260,64 @@ def _summarize(record: LayerRecord, positions: dict[str, int] | None) -> LayerSu
         alphas=num_alphas,
         stored_bits=record.spec.tile_bits,
         macs=macs,
-        macs_tiled=computed * layout.inputs_per_row(num_alphas) * times,
+        macs_tiled=computed,
         note="; ".join(notes),
     )
 
 
-class _OutputSizes(fx.Interpreter):
-    """Runs a graph on fake tensors and keeps the number of output elements of the layer calls."""
+@dataclass(frozen=True)
+class _Call:
+    """One call of a weight: its node, the outputs and the multiply-adds for one position."""
 
-    def __init__(self, gm: fx.GraphModule, nodes: set[fx.Node]) -> None:
-        super().__init__(gm)
-        self.nodes = nodes
-        self.numel: dict[fx.Node, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node and note its size."""
-        result = super().run_node(n)
-        if n in self.nodes:
-            self.numel[n] = result.numel()
-        return result
+    node: fx.Node
+    outputs: int
+    macs: int
 
 
-def _count_positions(gm: fx.GraphModule, records: tuple[LayerRecord, ...], example_inputs: Any) -> dict[str, int]:
-    """Number of output positions (elements / rows) of each weight, over all its calls."""
-    calls = {call.node: find_record(records, call) for call in layer_calls(gm)}
-    arguments = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fakes = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments]
-        sizes = _OutputSizes(gm, set(calls))
-        sizes.run(*fakes)
-    positions: dict[str, int] = {}
-    for node, numel in sizes.numel.items():
-        record = calls[node]
-        if record is not None and record.shape:
-            positions[record.weight] = positions.get(record.weight, 0) + numel // record.shape[0]
-    return positions
+def _calls_by_weight(module: nn.Module) -> dict[str, list[_Call]]:
+    """The calls of each weight, by the name that the records of ``module`` have.
+
+    A lowered call is counted as its operator stands in the graph: it may read and compute less than its record says.
+    """
+    calls: dict[str, list[_Call]] = {}
+    for path, part in graph_parts(module):
+        records = get_records(part) or ()
+        for call in layer_calls(part):
+            record = find_record(records, call)
+            if record is None or not record.shape:
+                continue
+            operator = inference_call(call.node)
+            if operator is None:
+                found = _Call(call.node, record.shape[0], _macs(record))
+            else:
+                found = _Call(call.node, operator.layout.rows, operator.macs(part))
+            calls.setdefault(join_key(path, record.weight), []).append(found)
+    return calls
+
+
+def _macs(record: LayerRecord) -> int:
+    """Multiply-adds of a layer for one output position, by its record."""
+    if record.spec is None:
+        return math.prod(record.shape) if record.shape else 0
+    layout, num_alphas = record.spec.layout, record.spec.num_alphas
+    return record.groups * layout.rows_per_group(num_alphas, record.groups) * layout.inputs_per_row(num_alphas)
+
+
+def _count(record: LayerRecord, calls: list[_Call], sizes: Counter[fx.Node] | None) -> tuple[int, int]:
+    """Output positions of a weight over all its calls, and the multiply-adds for them; else one of the first call."""
+    if sizes is None:
+        return 1, calls[0].macs if calls else _macs(record)
+    positions = [sizes[call.node] // call.outputs for call in calls]
+    return sum(positions), sum(times * call.macs for times, call in zip(positions, calls, strict=True))
+
+
+def _output_sizes(module: nn.Module, example_inputs: Any) -> Counter[fx.Node]:
+    """Number of elements of every node's results over all runs of its graph, by running it on shapes only."""
+    sizes: Counter[fx.Node] = Counter()
+
+    def visit(node: fx.Node, result: Any) -> None:
+        if isinstance(result, torch.Tensor):
+            sizes[node] += result.numel()
+
+    visit_results(module, example_inputs, visit)
+    return sizes

@@ -15,6 +15,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+from tbn_compiler.layers import get_records
+
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
@@ -100,7 +102,7 @@ def with_oracle_weights(model: nn.Module, qat: fx.GraphModule) -> nn.Module:
     """A copy of the original float model in evaluation mode whose tiled weights are the oracle's."""
     reference = copy.deepcopy(model).eval()
     parameters = dict(qat.named_parameters(remove_duplicate=False))
-    for record in qat.meta["tbn_layers"]:
+    for record in get_records(qat) or ():
         if record.spec is None:
             continue
         path, _, name = record.weight.rpartition(".")
@@ -139,7 +141,7 @@ def assert_close(actual: Any, expected: Any, rtol: float = 1e-6) -> None:
 
 def reasons(gm: fx.GraphModule) -> dict[str, str | None]:
     """Layer name -> reason why it was left alone, ``None`` for a tiled layer."""
-    return {record.name: record.reason for record in gm.meta["tbn_layers"]}
+    return {record.name: record.reason for record in get_records(gm) or ()}
 
 
 def state_bytes(module: nn.Module) -> int:

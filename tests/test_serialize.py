@@ -110,6 +110,15 @@ def test_save_wants_a_lowered_module(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_save_refuses_an_optimised_module(tmp_path):
+    config = CONFIG.replace(float_layers=())
+    folded = tbn.optimize(tbn.transform(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)), config))
+    flown = tbn.optimize(tbn.transform(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8)), config))
+    for module in (folded, flown):
+        with pytest.raises(tbn.SerializationError, match=r"rewritten by tbn_compiler\.optimize, which no file holds"):
+            tbn.save(module, tmp_path / "net.safetensors")
+
+
 def test_failed_save_keeps_the_older_file(packed, tmp_path, monkeypatch):
     path = tmp_path / "net.safetensors"
     path.write_bytes(b"older")

@@ -72,7 +72,8 @@ def test_every_layer_is_listed_with_its_reason():
     assert set(rows) == {"stem", "body", "up", "unused", "head"}
     assert "float_layers pattern 'head'" in rows["head"].note
     assert "does not call it" in rows["unused"].note
-    assert "ConvTranspose2d" in rows["up"].note
+    assert "transpose convolutions are not supported" in rows["up"].note
+    assert rows["up"].kind == "ConvTranspose2d"
     assert rows["head"].stored_bits == 32 * 160
     assert rows["head"].macs == rows["head"].macs_tiled == 160
     assert summary.totals["tiled_layers"] == 2

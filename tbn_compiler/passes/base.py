@@ -6,7 +6,7 @@ import copy
 from abc import abstractmethod
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from tbn_compiler.errors import TBNError
@@ -56,6 +56,12 @@ def _has_effect(node: fx.Node) -> bool:
     return node.op in ("call_method", "call_function") and (in_place or name == "setitem" or "out" in node.kwargs)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its ``forward``, which a call of its parts would skip."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in hooks)
+
+
 def run_passes(gm: fx.GraphModule, passes: list[GraphPass]) -> fx.GraphModule:
     """Run a pipeline in order on ``gm``, in place, and return it."""
     for graph_pass in passes:
@@ -76,4 +82,6 @@ def normalize_sizes(value: Any, dims: int) -> tuple[int, ...]:
 
 def layout_options(layout: TileLayout) -> dict[str, Any]:
     """The operator options that a layout needs beyond ``p``; none for the paper's."""
-    return {name: value for name, value, usual in (("p_in", layout.p_in, 1), ("shift", layout.shift, 0)) if value != usual}
+    return {
+        name: value for name, value, usual in (("p_in", layout.p_in, 1), ("shift", layout.shift, 0)) if value != usual
+    }

@@ -20,6 +20,7 @@ This is a required lowering: a non-finite weight or a subgraph that was edited b
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from tbn_compiler.layers import (
     alpha_key,
     alpha_source_key,
     apply_view,
+    decoded_weight,
     find_record,
     function_arguments,
     get_records,
@@ -51,13 +53,21 @@ from tbn_compiler.tiling import tile_vector
 class PackedLayer(nn.Module):
     """Holds the stored tensors of a lowered layer in place of its float module; it has no ``forward`` of its own."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, record: LayerRecord) -> None:
         super().__init__()
-        self.description = description
+        # The tensors are named after the attribute here, whatever the module's own path.
+        self.record = replace(record, weight=split_key(record.weight)[1])
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the stored tile stands for, decoded at each call, for code that reads it."""
+        return decoded_weight(self, self.record)
 
     def extra_repr(self) -> str:
         """Kind, shape and tiling of the layer."""
-        return self.description
+        spec = self.record.spec
+        assert spec is not None
+        return f"{self.record.kind}, shape={self.record.shape}, p={spec.layout.p}, alphas={spec.num_alphas}"
 
 
 class LowerTiles(GraphPass):
@@ -178,9 +188,7 @@ def _owners(gm: fx.GraphModule, keys: Iterable[str]) -> list[nn.Module]:
 
 def _replace_by_holder(gm: fx.GraphModule, module: nn.Module, record: LayerRecord) -> None:
     """Put one holder in every place where ``module`` is registered."""
-    assert record.spec is not None
-    layout = record.spec.layout
-    holder = PackedLayer(f"{record.kind}, shape={record.shape}, p={layout.p}, alphas={record.spec.num_alphas}")
+    holder = PackedLayer(record)
     holder._parameters.update({key: value for key, value in module._parameters.items() if value is not None})
     for parent in list(gm.modules()):
         for name, child in parent._modules.items():

@@ -22,7 +22,7 @@ modules with hooks, which a functional call would skip; layers that the graph do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,6 @@ from torch import Tensor, fx, nn
 from tbn_compiler.config import LayerInfo, LayerOptions, TilingConfig
 from tbn_compiler.layers import (
     FUNCTION_KINDS,
-
     MODULE_KINDS,
     UNSUPPORTED_FUNCTIONS,
     UNSUPPORTED_MODULES,
@@ -51,7 +50,7 @@ from tbn_compiler.layers import (
     set_records,
     split_key,
 )
-from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, normalize_sizes, remove_dead_nodes
+from tbn_compiler.passes.base import GraphPass, copy_meta, has_hooks, layout_options, normalize_sizes, remove_dead_nodes
 from tbn_compiler.tiling import TileLayout, TileSpec, largest_divisor
 
 _CONV_FUNCTIONS: dict[str, Any] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
@@ -65,12 +64,22 @@ class TileWeights(GraphPass):
 
     Args:
         config: options; ignored where ``specs`` is given.
-        specs: exact tilings by weight key, as read from a file: these weights are tiled, no others.
+        specs: exact tilings by weight name, as read from a file: these weights are tiled, no others.
+        path: where the graph module stands in the user's model; names in ``config`` and ``specs`` start there.
+        shared: by id, the tensors that modules outside the graph module hold too, with the place.
     """
 
-    def __init__(self, config: TilingConfig, specs: dict[str, TileSpec] | None = None) -> None:
+    def __init__(
+        self,
+        config: TilingConfig,
+        specs: Mapping[str, TileSpec] | None = None,
+        path: str = "",
+        shared: Mapping[int, str] | None = None,
+    ) -> None:
         self.config = config
         self.specs = specs
+        self.path = path
+        self.shared = shared or {}
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""
@@ -102,15 +111,18 @@ class TileWeights(GraphPass):
         reason = _unusable(gm, record, calls)
         if reason:
             return replace(record, reason=reason)
-        tied = tuple(key for key in _names_of(gm, gm.get_parameter(parameter)) if key != parameter)
-        other_names = tuple(map(layer_name, tied))
+        tensor = gm.get_parameter(parameter)
+        if id(tensor) in self.shared:
+            return replace(record, reason=f"its weight is shared with {self.shared[id(tensor)]}, which is traced apart")
+        tied = tuple(key for key in _names_of(gm, tensor) if key != parameter)
         if self.specs is not None:
-            spec = self.specs.get(weight)
+            spec = self.specs.get(join_key(self.path, weight))
             return replace(record, spec=spec, reason=None, tied=tied) if spec else replace(record, reason="float")
-        reason = self.config.keeps_float(LayerInfo(name, first.kind, shape, groups), *other_names)
+        names = tuple(layer_name(join_key(self.path, key)) for key in (weight, *tied))
+        reason = self.config.keeps_float(LayerInfo(names[0], first.kind, shape, groups), *names[1:])
         if reason:
             return replace(record, reason=reason)
-        spec, text = self._choose((name, *other_names), shape)
+        spec, text = self._choose(names, shape)
         if spec is None:
             return replace(record, reason=text)
         return replace(record, spec=spec, reason=None, note=text, tied=tied)
@@ -223,14 +235,9 @@ def _unusable(gm: fx.GraphModule, record: LayerRecord, calls: list[LayerCall]) -
     for other in calls:
         if other.node.op == "call_module":
             module = gm.get_submodule(str(other.node.target))
-            if _has_hooks(module):
+            if has_hooks(module):
                 return "the module has hooks, which a functional call would skip"
     return _outside_use(gm, weight, calls)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name, None) for name in hooks)
 
 
 def _outside_use(gm: fx.GraphModule, weight: Tensor, calls: list[LayerCall]) -> str | None:
@@ -283,10 +290,8 @@ def _uncovered(gm: fx.GraphModule, covered: list[LayerRecord]) -> Iterator[Layer
         if leaf is not None:
             parent = type(gm.get_submodule(leaf)).__name__
             reason = f"inside {parent} {leaf!r}, which is not decomposed"
-        elif isinstance(module, UNSUPPORTED_MODULES):
-            reason = f"{type(module).__name__} is not supported yet"
         else:
-            reason = "the traced graph does not call it"
+            reason = unsupported_reason(module) or "the traced graph does not call it"
         yield LayerRecord(path, kind, key, () if weight is None else tuple(weight.shape), reason=reason)
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in UNSUPPORTED_FUNCTIONS:
@@ -299,7 +304,12 @@ def module_kind_or_name(module: nn.Module) -> str | None:
     for cls, kind in MODULE_KINDS.items():
         if isinstance(module, cls):
             return kind
-    return type(module).__name__ if isinstance(module, UNSUPPORTED_MODULES) else None
+    return None if unsupported_reason(module) is None else type(module).__name__
+
+
+def unsupported_reason(module: nn.Module) -> str | None:
+    """Why no pass tiles a module with weights, or ``None`` for any other module."""
+    return next((reason for cls, reason in UNSUPPORTED_MODULES.items() if isinstance(module, cls)), None)
 
 
 def _rewrite(gm: fx.GraphModule, calls: list[tuple[LayerCall, LayerRecord]]) -> None:
@@ -389,5 +399,3 @@ def _padding(
         return before, tuple(size - left for size, left in zip(total, before, strict=True))
     sizes = normalize_sizes(padding, len(kernel))
     return sizes, sizes
-
-

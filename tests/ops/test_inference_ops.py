@@ -21,7 +21,6 @@ from tests import oracle
 tbn = torch.ops.tbn
 CONVS: dict[int, tuple[Any, Any]] = {1: (tbn.conv1d, F.conv1d), 2: (tbn.conv2d, F.conv2d), 3: (tbn.conv3d, F.conv3d)}
 
-ALL_DISTINCT = "tbn::linear: R = m, misaligned, p alphas: takes the deduplicated path, though rows mix alphas"
 
 
 def operands(

@@ -1,0 +1,107 @@
+"""What the passes of the deployment pipeline share: ranks, recorded refusals, removal of what nothing uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from tbn_compiler.layers import get_records, join_key, set_records, split_key
+from tbn_compiler.ops.calls import InferenceCall, attribute
+from tbn_compiler.shapes import visit_results
+
+_RANK = "tbn_rank"
+
+
+def propagate_ranks(module: nn.Module, example_inputs: Any) -> None:
+    """Note the number of dimensions of every node's value, by running the module on shapes only.
+
+    Args:
+        module: a graph module, or a module with traced parts.
+        example_inputs: a tensor or a tuple of the arguments of ``forward``.
+
+    Raises:
+        TBNError: the module does not run on these inputs; the cause is chained.
+    """
+    ranks: dict[fx.Node, set[int]] = {}
+
+    def visit(node: fx.Node, result: Any) -> None:
+        if isinstance(result, Tensor):
+            ranks.setdefault(node, set()).add(result.dim())
+
+    visit_results(module, example_inputs, visit)
+    for node, found in ranks.items():
+        # A part may be called with values of different ranks; then the rank is not known.
+        node.meta[_RANK] = found.pop() if len(found) == 1 else None
+
+
+def rank(node: fx.Node) -> int | None:
+    """Number of dimensions of a node's value, where it was propagated or came with an exported graph."""
+    value = node.meta.get("val")
+    return node.meta.get(_RANK, value.dim() if isinstance(value, Tensor) else None)
+
+
+def describe(gm: fx.GraphModule, node: fx.Node) -> str:
+    """A node in words: the name that the model's author knows, and what it does."""
+    if node.op == "call_module":
+        return f"{type(gm.get_submodule(str(node.target))).__name__} {node.target!r}"
+    return f"{node.target if isinstance(node.target, str) else node.target.__name__} (node {node.name!r})"
+
+
+def weight_name(call: InferenceCall) -> str:
+    """Name of the weight behind a call, as its record has it."""
+    return str(call.arguments["tile"].target).removesuffix("_tile")
+
+
+def record_refusal(gm: fx.GraphModule, weight: str, reason: str) -> None:
+    """Add ``reason`` to the note of a weight's record, which the summary prints; once only."""
+    records = [
+        replace(record, note="; ".join(filter(None, (record.note, reason))))
+        if record.weight == weight and reason not in (record.note or "")
+        else record
+        for record in get_records(gm) or ()
+    ]
+    set_records(gm, records)
+
+
+def copy_notes(part: nn.Module, module: nn.Module, path: str) -> None:
+    """Give the records of ``module`` the notes of those of its traced part ``path``."""
+    notes = {join_key(path, record.weight): record.note for record in get_records(part) or ()}
+    records = get_records(module) or ()
+    set_records(module, [replace(record, note=notes.get(record.weight, record.note)) for record in records])
+
+
+def remove_unused(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
+    """Remove the modules and tensors that erased nodes named, under every name, unless the graph still uses them.
+
+    Args:
+        gm: the module, with ``nodes`` erased from its graph.
+        nodes: erased ``call_module`` and ``get_attr`` nodes.
+    """
+    used: set[int] = set()
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            for module in gm.get_submodule(str(node.target)).modules():
+                used |= {id(module), *map(id, module.parameters(False)), *map(id, module.buffers(False))}
+        elif node.op == "get_attr":
+            used.add(id(attribute(gm, node)))
+    named = [gm.get_submodule(str(n.target)) if n.op == "call_module" else attribute(gm, n) for n in nodes]
+    for value in named:
+        if value is not None and id(value) not in used:
+            _drop(gm, value)
+
+
+def _drop(gm: fx.GraphModule, value: nn.Module | Tensor) -> None:
+    """Remove a module or tensor under every name that it has."""
+    for owner in list(gm.modules()):
+        for registry in (owner._parameters, owner._buffers, owner._modules):
+            for name in [name for name, entry in registry.items() if entry is value]:
+                delattr(owner, name)
+
+
+def register_buffer(gm: fx.GraphModule, key: str, value: Tensor) -> None:
+    """Register a buffer under a ``state_dict`` key; another call of the same layer may have done so already."""
+    path, name = split_key(key)
+    gm.get_submodule(path).register_buffer(name, value)

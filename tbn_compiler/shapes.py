@@ -1,0 +1,69 @@
+"""Run a traced module on shapes only, and look at every node's result on the way."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from tbn_compiler.errors import TBNError
+from tbn_compiler.layers import graph_parts
+
+_Visit = Callable[[fx.Node, Any], None]
+
+
+class _Visitor(fx.Interpreter):
+    """Interprets a graph and shows each node with its result."""
+
+    def __init__(self, gm: fx.GraphModule, visit: _Visit) -> None:
+        super().__init__(gm)
+        self.visit = visit
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node and show it."""
+        result = super().run_node(n)
+        self.visit(n, result)
+        return result
+
+
+def visit_results(module: nn.Module, example_inputs: Any, visit: _Visit) -> None:
+    """Run a module on fake tensors: nothing is computed, and nothing is allocated.
+
+    Args:
+        module: a graph module, or a module with traced parts; a part that is called twice is visited twice.
+        example_inputs: a tensor or a tuple of the arguments of ``forward``.
+        visit: called with each node of the graphs and its result, in the order of execution.
+
+    Raises:
+        TBNError: the module does not run on these inputs, or not without their values; the cause is chained.
+    """
+    arguments = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), ExitStack() as stack:
+            for _, part in graph_parts(module):
+                part.__dict__["forward"] = _visiting_forward(part, visit)
+                stack.callback(part.__dict__.pop, "forward")
+            # Fake mode would count real batches: the counter of a batch-norm is a scalar, which it computes.
+            buffers: dict[str, Tensor] = {name: mode.from_tensor(buffer) for name, buffer in module.named_buffers()}
+            fakes = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(arguments))
+            torch.func.functional_call(module, buffers, fakes)
+    except Exception as error:
+        shapes = pytree.tree_map_only(Tensor, lambda value: list(value.shape), tuple(arguments))
+        raise TBNError(f"{type(module).__name__} does not run on example inputs of shapes {shapes}: {error}") from error
+
+
+def _visiting_forward(part: fx.GraphModule, visit: _Visit) -> Callable[..., Any]:
+    signature = inspect.signature(part.forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return _Visitor(part, visit).run(*bound.args)
+
+    return forward

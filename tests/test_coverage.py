@@ -1,0 +1,147 @@
+"""The table of docs/coverage.md is what the compiler does: each cell is found out by doing it.
+
+``TBN_UPDATE_DOCS=1`` writes the table; a person reads the difference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tbn_compiler as tbn
+from tbn_compiler.layers import get_records
+
+DOC = Path(__file__).parent.parent / "docs" / "coverage.md"
+START, END = "<!-- table -->\n", "<!-- end -->\n"
+COLUMNS = ("layer", "tiled", "trains", "lowered", "deduplicated", "replica flow", "C", "ONNX")
+
+
+class Functional(nn.Module):
+    """A layer written as a function on a parameter of the module."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(shape))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.w)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lstm(x)[0]
+        return y
+
+
+VECTOR, TOKENS = (1, 16), (1, 5, 16)
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "`nn.Linear`": (lambda: nn.Linear(16, 16, bias=False), VECTOR),
+    "`nn.Linear` on `[..., tokens, features]`": (lambda: nn.Linear(16, 16, bias=False), TOKENS),
+    "`F.linear` on a parameter": (lambda: Functional(F.linear, 16, 16), VECTOR),
+    "`F.linear` on a view of a parameter": (
+        lambda: Functional(lambda x, w: F.linear(x, w.chunk(2)[0]), 32, 16),
+        VECTOR,
+    ),
+    "`x @ w`, `torch.addmm` (Hugging Face `Conv1D`)": (lambda: Functional(torch.matmul, 16, 16), VECTOR),
+    "`nn.Conv1d`": (lambda: nn.Conv1d(16, 16, 3, bias=False), (1, 16, 8)),
+    "`nn.Conv2d`": (lambda: nn.Conv2d(16, 16, 3, bias=False), (1, 16, 8, 8)),
+    "`nn.Conv2d`, padding `same`, `reflect`": (
+        lambda: nn.Conv2d(16, 16, 3, padding="same", padding_mode="reflect", bias=False),
+        (1, 16, 8, 8),
+    ),
+    "`nn.Conv2d`, 2 groups": (lambda: nn.Conv2d(16, 16, 3, groups=2, bias=False), (1, 16, 8, 8)),
+    "`nn.Conv2d`, depthwise": (lambda: nn.Conv2d(16, 16, 3, groups=16, bias=False), (1, 16, 8, 8)),
+    "`nn.Conv3d`": (lambda: nn.Conv3d(16, 16, 2, bias=False), (1, 16, 4, 4, 4)),
+    "`nn.MultiheadAttention`": (SelfAttention, TOKENS),
+    "`nn.TransformerEncoderLayer`": (lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), TOKENS),
+    "`nn.ConvTranspose2d`": (lambda: nn.ConvTranspose2d(16, 16, 3, bias=False), (1, 16, 4, 4)),
+    "`nn.LSTM`, `nn.GRU`, `nn.RNN`": (Recurrent, TOKENS),
+    "`nn.Bilinear`": (lambda: Functional(lambda x, w: F.bilinear(x, x, w), 16, 16, 16), VECTOR),
+}
+
+
+def follow(layer: nn.Module, x: Tensor) -> nn.Module:
+    """The layer, a ReLU and a further tiled layer: what the copies in the layer's result can flow to."""
+    y = layer(x)
+    last = nn.Linear(16, 8, bias=False) if y.dim() <= 3 and y.shape[-1] == 16 else None
+    convs = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+    return nn.Sequential(layer, nn.ReLU(), last or convs[y.dim()](16, 8, 1, bias=False))
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    return bool((actual - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
+def find_out(build: Callable[[], nn.Module], shape: tuple[int, ...], path: Path) -> dict[str, bool]:
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    model = follow(build(), x)
+    qat: Any = tbn.transform(model, tbn.TilingConfig(p=4, min_size=0, alpha="tile", overrides={"2": {"p": 1}}))
+    tiled = [record for record in get_records(qat) or () if record.spec and record.name != "2"]
+    if not tiled:
+        return {}
+    qat.train()(x).sum().backward()
+    sources = [value for name, value in qat.named_parameters() if "alpha_source" in name]
+    qat.eval()
+    packed = tbn.lower(qat)
+    plain, flown = (tbn.summary(module, x) for module in (packed, tbn.optimize(packed, x)))
+    rows = [row for row in plain.layers if row.tiled and row.name != "2"]
+    try:
+        tbn.export_c(packed, x, path)
+        exported = True
+    except tbn.ExportError:
+        exported = False
+    last = {summary: next(row.macs_tiled for row in summary.layers if row.name == "2") for summary in (plain, flown)}
+    return {
+        "tiled": True,
+        "trains": all(value.grad is not None and bool(value.grad.isfinite().all()) for value in sources),
+        "lowered": close(packed(x), qat(x)) and not any(key.split(".")[-1] == "weight" and value.dim() > 1
+                                                         for key, value in packed.state_dict().items()),
+        "deduplicated": all(row.macs_tiled < row.macs for row in rows),
+        "replica flow": last[flown] < last[plain],
+        "C": exported,
+        "ONNX": False,
+    }  # fmt: skip
+
+
+def table(folder: Path) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for name, (build, shape) in LAYERS.items():
+        try:
+            cells = find_out(build, shape, folder / "layer.c")
+        except tbn.TransformError:
+            cells = {}
+        lines.append("| " + " | ".join([name, *("yes" if cells.get(column) else "-" for column in COLUMNS[1:])]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def test_coverage_table_is_true(tmp_path: Path) -> None:
+    text = DOC.read_text()
+    before, rest = text.split(START)
+    written, after = rest.split(END)
+    found = table(tmp_path)
+    if os.environ.get("TBN_UPDATE_DOCS"):
+        DOC.write_text(before + START + found + END + after)
+    else:
+        assert written == found

@@ -1,0 +1,242 @@
+"""Models that torch.fx cannot trace as a whole are tiled part by part."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import tbn_compiler as tbn
+from tbn_compiler.errors import TransformError
+from tbn_compiler.layers import get_records, graph_parts
+
+ALL = tbn.TilingConfig(p=4, min_size=0)
+
+
+class Block(nn.Module):
+    """An optional argument, as in most published models: tracing it would always take the branch with a mask."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(size, 2 * size)
+        self.down = nn.Linear(2 * size, size)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.down(F.relu(self.up(x)))
+        return y if mask is None else y * mask
+
+
+class Model(nn.Module):
+    """Embeddings, tied weights, shared blocks, keyword arguments, control flow on data and a dictionary as output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 16)
+        self.blocks = nn.ModuleList(Block(16) for _ in range(2))
+        self.blocks.append(self.blocks[0])
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 16))
+        self.matrix = nn.Parameter(torch.randn(16, 16))
+        self.head = nn.Linear(16, 10, bias=False)
+        self.head.weight = self.embed.weight
+        self.config = {"name": "model"}
+
+    def forward(self, ids: Tensor, **options: Any) -> dict[str, Tensor]:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x, **options)
+        if x.sum() > 0:
+            x = F.linear(x, self.matrix)
+        x = self.mlp(x).to(self.blocks[0].up.weight.dtype)  # code that reads a weight's dtype is common
+        return {"logits": self.head(x)}
+
+    def describe(self) -> str:
+        return f"{self.config['name']} of {self.blocks[0].up.out_features}"
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, 10, (3, 5))
+
+
+def logits(model: Any, *args: Any, **kwargs: Any) -> Tensor:
+    result: Tensor = model(*args, **kwargs)["logits"]
+    return result
+
+
+def test_every_traceable_part_is_tiled() -> None:
+    qat = tbn.transform(Model(), ALL)
+    assert type(qat) is Model
+    reasons = {record.name: record.reason for record in get_records(qat) or ()}
+    assert {name for name, reason in reasons.items() if reason is None} == {
+        "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "mlp.0", "mlp.3",
+    }  # fmt: skip
+    assert "shared with Embedding 'embed'" in str(reasons["head"])
+    assert "cannot trace the forward of Model" in str(reasons["matrix"])
+    assert "looked up" in str(reasons["embed"])
+    assert isinstance(qat.mlp, fx.GraphModule)
+    assert qat.blocks[2] is qat.blocks[0]
+
+
+def test_the_model_stays_what_it_is(ids: Tensor) -> None:
+    model = Model()
+    before = {name: type(module) for name, module in model.named_modules()}
+    qat = tbn.transform(model, ALL)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert qat.describe() == model.describe()
+    new = [key for key in qat.state_dict() if key not in model.state_dict()]
+    assert all(key.endswith(".alpha_source") for key in new)
+    assert not [key for key in model.state_dict() if key not in qat.state_dict()]
+    qat.load_state_dict(model.state_dict(), strict=False)
+    mask = torch.zeros(3, 5, 1)
+    qat.eval()
+    assert torch.equal(logits(qat, ids, mask=mask), logits(qat, ids, mask=mask))
+    assert not torch.equal(logits(qat, ids, mask=mask), logits(qat, ids))
+
+
+def test_it_trains_and_follows_the_mode(ids: Tensor) -> None:
+    qat = tbn.transform(Model(), ALL).train()
+    assert not torch.equal(logits(qat, ids), logits(qat, ids))  # dropout
+    qat.eval()
+    assert torch.equal(logits(qat, ids), logits(qat, ids))
+    optimizer = torch.optim.Adam(qat.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = F.cross_entropy(logits(qat, ids).flatten(0, 1), ids.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert qat.get_parameter("blocks.1.up.alpha_source").grad is not None
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_lowering_and_files(ids: Tensor, copied: bool, tmp_path: Any) -> None:
+    qat = tbn.transform(Model(), ALL).eval()
+    packed = tbn.lower(copy.deepcopy(qat) if copied else qat)
+    assert type(packed) is Model
+    torch.testing.assert_close(logits(packed, ids), logits(qat, ids), rtol=1e-5, atol=1e-5)
+    floats = {key for key, tensor in packed.state_dict().items() if tensor.is_floating_point()}
+    assert {key for key in floats if not key.endswith(("bias", "_alpha"))} == {"matrix", "embed.weight", "head.weight"}
+    tbn.save(packed, tmp_path / "model.safetensors")
+    loaded = tbn.load(tmp_path / "model.safetensors", Model())
+    assert torch.equal(logits(loaded, ids), logits(packed, ids))
+    assert tbn.summary(loaded) == tbn.summary(packed)
+    with pytest.raises(tbn.SerializationError, match="still a trainable weight"):
+        tbn.save(qat, tmp_path / "qat.safetensors")
+
+
+def test_transforming_twice_changes_nothing(ids: Tensor) -> None:
+    qat = tbn.transform(Model(), ALL)
+    again = tbn.transform(qat, ALL)
+    assert list(again.state_dict()) == list(qat.state_dict())
+    assert tbn.summary(again) == tbn.summary(qat)
+    for (path, part), (other_path, other) in zip(graph_parts(qat), graph_parts(again), strict=True):
+        assert path == other_path
+        assert part.code == other.code
+
+
+def test_whole_module_pickles(ids: Tensor) -> None:
+    packed = tbn.lower(tbn.transform(Model(), ALL))
+    file = io.BytesIO()
+    torch.save(packed, file)
+    file.seek(0)
+    assert torch.equal(logits(torch.load(file, weights_only=False), ids), logits(packed, ids))
+
+
+def test_summary_counts_every_call_of_every_part(ids: Tensor) -> None:
+    class Fixed(Model):
+        def forward(self, ids: Tensor, mask: Tensor | None = None) -> Any:
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = block(x, mask)
+            return self.mlp(x)
+
+    qat = tbn.transform(Fixed(), ALL)
+    for module in (qat, tbn.lower(qat)):
+        rows = {row.name: row for row in tbn.summary(module, ids).layers}
+        assert rows["blocks.0.up"].macs == 2 * 15 * 16 * 32  # block 0 runs twice
+        assert rows["blocks.1.up"].macs == 15 * 16 * 32
+        assert rows["blocks.1.up"].macs_tiled == 15 * 16 * 8
+        assert rows["mlp.3"].macs == 15 * 16 * 32
+
+
+def test_config_names_are_those_of_the_whole_model() -> None:
+    config = ALL.replace(float_layers=("blocks.0.*",), overrides={"mlp.0": {"p": 2}})
+    records = {record.name: record for record in get_records(tbn.transform(Model(), config)) or ()}
+    assert "float_layers pattern" in str(records["blocks.0.up"].reason)
+    assert records["blocks.1.up"].spec is not None
+    spec = records["mlp.0"].spec
+    assert spec is not None
+    assert spec.layout.p == 2
+
+
+def test_lowered_layers_still_answer_for_their_weight() -> None:
+    qat = tbn.transform(Model(), ALL)
+    packed = tbn.lower(qat)
+    part = packed.blocks[0].up
+    assert not part._parameters.get("weight")
+    tiled = torch.ops.tbn.scale(torch.ops.tbn.tile(qat.blocks[0].up.weight, 4), qat.blocks[0].up.alpha_source, 1)
+    assert torch.equal(part.weight, tiled)
+    assert torch.equal(copy.deepcopy(packed).blocks[0].up.weight, tiled)
+    assert torch.equal(
+        packed.mlp.get_submodule("0").weight.sign(), torch.ops.tbn.tile(qat.mlp.get_submodule("0").weight, 4)
+    )
+
+
+def test_a_part_with_two_names_is_one_part(ids: Tensor) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(10, 16)
+            self.first = nn.Linear(16, 16)
+            self.second = self.first
+
+        def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+            y: Tensor = self.second(self.first(self.embed(ids)))
+            return y
+
+    qat = tbn.transform(Twice(), ALL).eval()
+    assert qat.second is qat.first
+    packed = tbn.lower(qat)
+    torch.testing.assert_close(packed(ids), qat(ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_transformer_layers_call_their_tiled_parts(grad: bool) -> None:
+    """In evaluation mode without gradients PyTorch's layer would hand its float weights to one fused kernel."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2).eval()
+    qat = tbn.transform(encoder, ALL)
+    packed = tbn.lower(qat)
+    x, padding = torch.randn(3, 7, 16), torch.arange(7).expand(3, 7) >= torch.tensor([[7], [5], [3]])
+    with torch.set_grad_enabled(grad):
+        for options in ({}, {"src_key_padding_mask": padding}):
+            got, expected = packed(x, **options), qat(x, **options)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(packed(x), encoder(x), atol=1e-2)
+    assert not [key for key in packed.state_dict() if key.endswith(("in_proj_weight", "linear1.weight"))]
+    names = {record.name for record in get_records(qat) or () if record.spec}
+    assert "layers.0.self_attn.in_proj_weight_2" in names
+    assert len(names) == 2 * (3 + 1 + 2)
+
+
+def test_an_attention_that_is_not_decomposed_is_left_alone_whole() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, query: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            return super().forward(query, query, query, attn_mask=mask, need_weights=False)[0]
+
+    model = nn.ModuleDict({"attention": Own(16, 2), "out": nn.Linear(16, 16)})
+    records = {record.name: record for record in get_records(tbn.transform(model, ALL)) or ()}
+    assert records["out"].spec is not None
+    assert "a forward of its own" in str(records["attention"].reason)
+    assert "inside Own 'attention', which is not decomposed" in str(records["attention.out_proj"].reason)
+
+
+def test_nothing_to_tile_lists_the_reasons() -> None:
+    with pytest.raises(TransformError, match=r"none of its 9 layers is eligible:\n  blocks\.0\.up"):
+        tbn.transform(Model(), ALL.replace(float_layers=("*",)))
