@@ -25,12 +25,18 @@ MODULE_KINDS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
     nn.Conv2d: "conv2d",
     nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
 }
 FUNCTION_KINDS: dict[Any, str] = {
     F.linear: "linear",
     F.conv1d: "conv1d",
     F.conv2d: "conv2d",
     F.conv3d: "conv3d",
+    F.conv_transpose1d: "conv_transpose1d",
+    F.conv_transpose2d: "conv_transpose2d",
+    F.conv_transpose3d: "conv_transpose3d",
     _aten.linear.default: "linear",
     _aten.conv1d.default: "conv1d",
     _aten.conv2d.default: "conv2d",
@@ -38,6 +44,9 @@ FUNCTION_KINDS: dict[Any, str] = {
     _aten.conv1d.padding: "conv1d",  # padding="same"
     _aten.conv2d.padding: "conv2d",
     _aten.conv3d.padding: "conv3d",
+    _aten.conv_transpose1d.default: "conv_transpose1d",
+    _aten.conv_transpose2d.input: "conv_transpose2d",
+    _aten.conv_transpose3d.input: "conv_transpose3d",
 }
 # The inference operator that each kind of layer is lowered to.
 INFERENCE_OPS: dict[str, Any] = {
@@ -45,14 +54,14 @@ INFERENCE_OPS: dict[str, Any] = {
     "conv1d": _tbn.conv1d.default,
     "conv2d": _tbn.conv2d.default,
     "conv3d": _tbn.conv3d.default,
+    "conv_transpose1d": _tbn.conv_transpose1d.default,
+    "conv_transpose2d": _tbn.conv_transpose2d.default,
+    "conv_transpose3d": _tbn.conv_transpose3d.default,
 }
 _INFERENCE_KINDS = {op: kind for kind, op in INFERENCE_OPS.items()}
 
 # Modules with weights that are listed in a summary, and why no pass tiles them.
 UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {
-    nn.ConvTranspose1d: "transpose convolutions are not supported yet",
-    nn.ConvTranspose2d: "transpose convolutions are not supported yet",
-    nn.ConvTranspose3d: "transpose convolutions are not supported yet",
     nn.Bilinear: "bilinear layers are not supported",
     nn.MultiheadAttention: "attention with hooks, parametrizations or a forward of its own is not decomposed",
     nn.Embedding: "embeddings are looked up, not multiplied",
@@ -61,9 +70,6 @@ UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {
     nn.RNNCellBase: "recurrent cells use their weights inside one fused operator",
 }
 UNSUPPORTED_FUNCTIONS: dict[Any, str] = {
-    F.conv_transpose1d: "conv_transpose1d",
-    F.conv_transpose2d: "conv_transpose2d",
-    F.conv_transpose3d: "conv_transpose3d",
     F.bilinear: "bilinear",
 }
 
@@ -266,9 +272,16 @@ def apply_view(tensor: Tensor, view: Iterable[fx.Node]) -> Tensor:
     return value
 
 
+def is_transposed(kind: str) -> bool:
+    """Whether layers of this kind have a weight row for each input channel instead of each output."""
+    return kind.startswith("conv_transpose")
+
+
 def function_arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of a functional linear or convolution call by name."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    names: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    if is_transposed(FUNCTION_KINDS.get(node.target, "")):
+        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
     return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 

@@ -24,7 +24,7 @@ from rich.text import Text
 from torch import fx, nn
 
 from tbn_compiler.errors import TBNError
-from tbn_compiler.layers import LayerRecord, find_record, get_records, graph_parts, join_key, layer_calls
+from tbn_compiler.layers import LayerRecord, find_record, get_records, graph_parts, is_transposed, join_key, layer_calls
 from tbn_compiler.ops.calls import inference_call
 from tbn_compiler.shapes import visit_results
 
@@ -267,10 +267,14 @@ def _summarize(record: LayerRecord, calls: list[_Call], sizes: Counter[fx.Node] 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a weight: its node, the outputs and the multiply-adds for one position."""
+    """One call of a weight: the node that has its positions, values in each, and multiply-adds for one of them.
+
+    The node is the call itself, or for a transpose convolution its input: there every input position takes part
+    in the same number of multiply-adds.
+    """
 
     node: fx.Node
-    outputs: int
+    values: int
     macs: int
 
 
@@ -287,7 +291,9 @@ def _calls_by_weight(module: nn.Module) -> dict[str, list[_Call]]:
             if record is None or not record.shape:
                 continue
             operator = inference_call(call.node)
-            if operator is None:
+            if is_transposed(call.kind):
+                found = _Call(call.node.all_input_nodes[0], record.shape[0], _macs(record))
+            elif operator is None:
                 found = _Call(call.node, record.shape[0], _macs(record))
             else:
                 found = _Call(call.node, operator.layout.rows, operator.macs(part))
@@ -296,8 +302,8 @@ def _calls_by_weight(module: nn.Module) -> dict[str, list[_Call]]:
 
 
 def _macs(record: LayerRecord) -> int:
-    """Multiply-adds of a layer for one output position, by its record."""
-    if record.spec is None:
+    """Multiply-adds of a layer for one output position (input position if it is transposed), by its record."""
+    if record.spec is None or (is_transposed(record.kind) and record.groups > 1):
         return math.prod(record.shape) if record.shape else 0
     layout, num_alphas = record.spec.layout, record.spec.num_alphas
     return record.groups * layout.rows_per_group(num_alphas, record.groups) * layout.inputs_per_row(num_alphas)
@@ -307,7 +313,7 @@ def _count(record: LayerRecord, calls: list[_Call], sizes: Counter[fx.Node] | No
     """Output positions of a weight over all its calls, and the multiply-adds for them; else one of the first call."""
     if sizes is None:
         return 1, calls[0].macs if calls else _macs(record)
-    positions = [sizes[call.node] // call.outputs for call in calls]
+    positions = [sizes[call.node] // call.values for call in calls]
     return sum(positions), sum(times * call.macs for times, call in zip(positions, calls, strict=True))
 
 

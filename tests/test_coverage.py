@@ -73,9 +73,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "`nn.Conv2d`, 2 groups": (lambda: nn.Conv2d(16, 16, 3, groups=2, bias=False), (1, 16, 8, 8)),
     "`nn.Conv2d`, depthwise": (lambda: nn.Conv2d(16, 16, 3, groups=16, bias=False), (1, 16, 8, 8)),
     "`nn.Conv3d`": (lambda: nn.Conv3d(16, 16, 2, bias=False), (1, 16, 4, 4, 4)),
+    "`nn.ConvTranspose1d`": (lambda: nn.ConvTranspose1d(16, 16, 3, bias=False), (1, 16, 4)),
+    "`nn.ConvTranspose2d`": (lambda: nn.ConvTranspose2d(16, 16, 3, bias=False), (1, 16, 4, 4)),
+    "`nn.ConvTranspose3d`": (lambda: nn.ConvTranspose3d(16, 16, 2, bias=False), (1, 16, 2, 2, 2)),
     "`nn.MultiheadAttention`": (SelfAttention, TOKENS),
     "`nn.TransformerEncoderLayer`": (lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), TOKENS),
-    "`nn.ConvTranspose2d`": (lambda: nn.ConvTranspose2d(16, 16, 3, bias=False), (1, 16, 4, 4)),
     "`nn.LSTM`, `nn.GRU`, `nn.RNN`": (Recurrent, TOKENS),
     "`nn.Bilinear`": (lambda: Functional(lambda x, w: F.bilinear(x, x, w), 16, 16, 16), VECTOR),
 }

@@ -6,6 +6,7 @@
 ``tbn::unpack``           packed tile -> +1 / -1
 ``tbn::linear``           inference: linear layer on a stored tile
 ``tbn::conv1d/2d/3d``     inference: convolution on a stored tile
+``tbn::conv_transpose*``  inference: transpose convolution on a stored tile, ``1d``, ``2d`` or ``3d``
 ========================  ==========================================================================
 
 :mod:`schemas` holds names, types and fakes; :mod:`reference` the kernels that run on any device; :mod:`autograd`
@@ -16,10 +17,10 @@ the gradients; :mod:`autocast` the dtype under autocast. A backend registers a f
 from __future__ import annotations
 
 from tbn_compiler.ops import autocast, autograd, reference
-from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY
+from tbn_compiler.ops.schemas import LIBRARY
 
 autograd.register()
 reference.register()
 autocast.register()
 
-__all__ = ["CONV_OPS", "LIBRARY"]
+__all__ = ["LIBRARY"]

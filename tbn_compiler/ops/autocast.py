@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY
+from tbn_compiler.ops.schemas import CONV_OPS, CONV_TRANSPOSE_OPS, LIBRARY
 
 
 def _register(name: str, device: str) -> None:
@@ -27,6 +27,6 @@ def _register(name: str, device: str) -> None:
 
 def register() -> None:
     """Register the autocast rule for CPU and CUDA."""
-    for name in ("linear", *CONV_OPS.values()):
+    for name in ("linear", *CONV_OPS.values(), *CONV_TRANSPOSE_OPS.values()):
         for device in ("cpu", "cuda"):
             _register(name, device)

@@ -9,13 +9,22 @@ stored tile is constant.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tbn_compiler.ops.reference import decode, dense_weight, fold_replicas
-from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY, conv_layout, linear_layout, make_layout
+from tbn_compiler.ops.schemas import (
+    CONV_OPS,
+    CONV_TRANSPOSE_OPS,
+    LIBRARY,
+    conv_layout,
+    conv_transpose_layout,
+    linear_layout,
+    make_layout,
+)
 from tbn_compiler.tiling import TileLayout
 
 Grads = tuple[Tensor | None, ...]
@@ -126,29 +135,54 @@ def _conv_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> Grads:
+    dense, used = _used_weight(ctx, grad.dtype)
+    return _gradients(ctx, *_convolution_backward(ctx, grad, used, ctx.layout.rows, None), dense)
+
+
+def _convolution_backward(
+    ctx: Any, grad: Tensor, weight: Tensor, outputs: int, output_padding: Sequence[int] | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias; ``output_padding`` is that of a transpose convolution."""
     input = ctx.saved_tensors[0]
-    d = len(ctx.layout.shape) - 2
+    d = weight.dim() - 2
     if unbatched := input.dim() == d + 1:
         input, grad = input.unsqueeze(0), grad.unsqueeze(0)
     geometry = ctx.geometry
-    dense, used = _used_weight(ctx, grad.dtype)
     need_input, _, need_alpha, need_bias = ctx.needs_input_grad[:4]
-    grad_input, grad_used, grad_bias = torch.ops.aten.convolution_backward.default(
+    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
         grad,
         input,
-        used,
-        [ctx.layout.rows],
+        weight,
+        [outputs],
         list(geometry["stride"]),
         list(geometry["padding"]),
         list(geometry["dilation"]),
-        False,
-        [0] * d,
+        output_padding is not None,
+        list(output_padding or [0] * d),
         geometry["groups"],
         [need_input, need_alpha or ctx.needs_input_grad[-1], need_bias],
     )
     if unbatched and grad_input is not None:
         grad_input = grad_input.squeeze(0)
-    return _gradients(ctx, grad_input, grad_used, grad_bias, dense)
+    return grad_input, grad_weight, grad_bias
+
+
+def _conv_transpose_setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    input, _, _, _, in_channels, out_channels, kernel_size, p = inputs
+    ctx.geometry = options = keyword_only_inputs
+    layout = conv_transpose_layout(
+        input, in_channels, out_channels, kernel_size, p, options["shift"], options["groups"]
+    )
+    ctx.out_channels = out_channels
+    _save_operands(ctx, (*inputs, None), layout)
+
+
+def _conv_transpose_backward(ctx: Any, grad: Tensor) -> Grads:
+    dense, _ = _used_weight(ctx, grad.dtype)
+    grads = _convolution_backward(ctx, grad, dense, ctx.out_channels, ctx.geometry["output_padding"])
+    return _gradients(ctx, *grads, dense)[:-1]  # there is no input_alpha
 
 
 def register() -> None:
@@ -158,6 +192,7 @@ def register() -> None:
         "scale": (_scale_backward, _scale_setup),
         "linear": (_linear_backward, _linear_setup),
         **dict.fromkeys(CONV_OPS.values(), (_conv_backward, _conv_setup)),
+        **dict.fromkeys(CONV_TRANSPOSE_OPS.values(), (_conv_transpose_backward, _conv_transpose_setup)),
     }
     for op, (backward, setup) in formulas.items():
         torch.library.register_autograd(f"tbn::{op}", backward, setup_context=setup, lib=LIBRARY)

@@ -7,6 +7,7 @@ alphas; where no rows repeat (a misaligned tile with one alpha per copy) they us
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,12 @@ from torch import Tensor
 from tbn_compiler import tiling
 from tbn_compiler.ops.schemas import (
     CONV_OPS,
+    CONV_TRANSPOSE_OPS,
     LIBRARY,
     check_tile_operands,
     check_unpack,
     conv_layout,
+    conv_transpose_layout,
     linear_layout,
     scale_layout,
     tile_layout,
@@ -181,7 +184,62 @@ def _make_conv(d: int) -> Callable[..., Tensor]:
     return conv
 
 
+def _conv_transpose(
+    input: Tensor,
+    tile: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None,
+    layout: TileLayout,
+    out_channels: int,
+    geometry: tuple[Any, ...],
+) -> Tensor:
+    """Transpose convolution, whose weight has a row for each *input* channel.
+
+    Input channels with equal rows, ``alpha_i * row``, need one row between them: their values are scaled and summed.
+    """
+    d = len(layout.shape) - 2
+    check_tile_operands(CONV_TRANSPOSE_OPS[d], input, tile, alpha, bias, layout, out_channels)
+    conv: Callable[..., Tensor] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[d - 1]
+    dtype = input.dtype
+    groups = geometry[3]
+    if groups > 1 or layout.distinct_rows(alpha.numel()) == layout.rows:
+        weight = dense_weight(tile, alpha, layout, dtype)
+    else:
+        channel = input.dim() - d - 1
+        scaled = input * layout.row_alphas(alpha.to(dtype)).view(-1, *[1] * d)
+        input = scaled.unflatten(channel, (-1, layout.unique_rows)).sum(channel)
+        weight = layout.unique_weight(decode(tile, layout, dtype)).reshape(-1, *layout.shape[1:])
+    return conv(input, weight, None if bias is None else bias.to(dtype), *geometry).contiguous()
+
+
+def _make_conv_transpose(d: int) -> Callable[..., Tensor]:
+    def conv_transpose(
+        input: Tensor,
+        tile: Tensor,
+        alpha: Tensor,
+        bias: Tensor | None,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        p: int,
+        *,
+        shift: int = 0,
+        stride: Sequence[int] = (1,) * d,
+        padding: Sequence[int] = (0,) * d,
+        output_padding: Sequence[int] = (0,) * d,
+        groups: int = 1,
+        dilation: Sequence[int] = (1,) * d,
+    ) -> Tensor:
+        layout = conv_transpose_layout(input, in_channels, out_channels, kernel_size, p, shift, groups)
+        geometry = (list(stride), list(padding), list(output_padding), groups, list(dilation))
+        return _conv_transpose(input, tile, alpha, bias, layout, out_channels, geometry)
+
+    conv_transpose.__name__ = CONV_TRANSPOSE_OPS[d]
+    conv_transpose.__doc__ = f"``input [N, C, *{d} sizes]``: input channels with equal rows are summed first."
+    return conv_transpose
+
+
 def register() -> None:
     """Register the kernels for every device that has no faster one."""
-    for kernel in (tile, scale, unpack, linear, *map(_make_conv, CONV_OPS)):
+    for kernel in (tile, scale, unpack, linear, *map(_make_conv, CONV_OPS), *map(_make_conv_transpose, CONV_OPS)):
         LIBRARY.impl(kernel.__name__, kernel, "CompositeExplicitAutograd")

@@ -22,11 +22,18 @@ from tbn_compiler.tiling import TileLayout
 LIBRARY = torch.library.Library("tbn", "DEF")
 
 CONV_OPS = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
+CONV_TRANSPOSE_OPS = {d: f"conv_transpose{d}d" for d in CONV_OPS}
 
 _CONV_SCHEMA = (
     "{name}(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int in_channels, int out_channels, "
     "int[{d}] kernel_size, int p, Tensor? input_alpha=None, *, int p_in=1, int shift=0, "
     "int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1) -> Tensor"
+)
+
+_CONV_TRANSPOSE_SCHEMA = (
+    "{name}(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int in_channels, int out_channels, "
+    "int[{d}] kernel_size, int p, *, int shift=0, int[{d}] stride=1, int[{d}] padding=0, int[{d}] output_padding=0, "
+    "int groups=1, int[{d}] dilation=1) -> Tensor"
 )
 
 LIBRARY.define("tile(Tensor weight, int p, *, int p_in=1, int shift=0, bool binary=True) -> Tensor")
@@ -38,6 +45,7 @@ LIBRARY.define(
 )
 for _d, _name in CONV_OPS.items():
     LIBRARY.define(_CONV_SCHEMA.format(name=_name, d=_d))
+    LIBRARY.define(_CONV_TRANSPOSE_SCHEMA.format(name=CONV_TRANSPOSE_OPS[_d], d=_d))
 
 
 def make_layout(shape: Sequence[int], p: int, p_in: int = 1, shift: int = 0) -> TileLayout:
@@ -46,9 +54,19 @@ def make_layout(shape: Sequence[int], p: int, p_in: int = 1, shift: int = 0) -> 
 
 
 def check_tile_operands(
-    op: str, input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, layout: TileLayout
+    op: str,
+    input: Tensor,
+    tile: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None,
+    layout: TileLayout,
+    outputs: int | None = None,
 ) -> None:
-    """Check dtypes, sizes and devices of the operands of an inference op."""
+    """Check dtypes, sizes and devices of the operands of an inference op with ``outputs`` features or channels.
+
+    ``outputs`` defaults to the rows of the layout.
+    """
+    outputs = layout.rows if outputs is None else outputs
     torch._check_type(input.is_floating_point(), lambda: f"tbn::{op}: input must be floating point, got {input.dtype}")
     packed = tile.dtype == torch.uint8
     torch._check_type(
@@ -72,8 +90,8 @@ def check_tile_operands(
     )
     if bias is not None:
         torch._check_value(
-            tuple(bias.shape) == (layout.rows,),
-            lambda: f"tbn::{op}: bias must have shape ({layout.rows},), got {tuple(bias.shape)}",
+            tuple(bias.shape) == (outputs,),
+            lambda: f"tbn::{op}: bias must have shape ({outputs},), got {tuple(bias.shape)}",
         )
     for name, operand in (("tile", tile), ("alpha", alpha), ("bias", bias)):
         torch._check_value(
@@ -105,6 +123,37 @@ def linear_layout(
     return make_layout((out_features, in_features), p, p_in, shift)
 
 
+def _check_channels(
+    op: str,
+    input: Tensor,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    input_alpha: Tensor | None,
+    groups: int,
+) -> None:
+    """Check the dimensions and channels of a convolution's input."""
+    d = len(kernel_size)
+    torch._check_value(
+        input.dim() in (d + 1, d + 2),
+        lambda: f"tbn::{op}: input must have {d + 1} (unbatched) or {d + 2} dimensions, got {input.dim()}",
+    )
+    _check_inputs(op, "input channels", input.shape[-d - 1], in_channels, input_alpha)
+    torch._check_value(
+        groups >= 1 and in_channels % groups == 0 and out_channels % groups == 0,
+        lambda: f"tbn::{op}: groups={groups} must divide {in_channels} input and {out_channels} output channels",
+    )
+
+
+def conv_transpose_layout(
+    input: Tensor, in_channels: int, out_channels: int, kernel_size: Sequence[int], p: int, shift: int, groups: int
+) -> TileLayout:
+    """Check the input of a transpose convolution; layout of ``[in_channels, out_channels / groups, *kernel_size]``."""
+    op = CONV_TRANSPOSE_OPS[len(kernel_size)]
+    _check_channels(op, input, in_channels, out_channels, kernel_size, None, groups)
+    return make_layout((in_channels, out_channels // groups, *kernel_size), p, 1, shift)
+
+
 def conv_layout(
     input: Tensor,
     in_channels: int,
@@ -117,17 +166,8 @@ def conv_layout(
     groups: int,
 ) -> TileLayout:
     """Check the input of a convolution; layout of the weight ``[out_channels, in_channels / groups, *kernel_size]``."""
-    d = len(kernel_size)
-    op = CONV_OPS[d]
-    torch._check_value(
-        input.dim() in (d + 1, d + 2),
-        lambda: f"tbn::{op}: input must have {d + 1} (unbatched) or {d + 2} dimensions, got {input.dim()}",
-    )
-    _check_inputs(op, "input channels", input.shape[-d - 1], in_channels, input_alpha)
-    torch._check_value(
-        groups >= 1 and in_channels % groups == 0 and out_channels % groups == 0,
-        lambda: f"tbn::{op}: groups={groups} must divide {in_channels} input and {out_channels} output channels",
-    )
+    op = CONV_OPS[len(kernel_size)]
+    _check_channels(op, input, in_channels, out_channels, kernel_size, input_alpha, groups)
     torch._check_value(
         input_alpha is None or groups == 1,
         lambda: f"tbn::{op}: input_alpha needs groups=1, got groups={groups}: the groups read different copies",
@@ -240,5 +280,36 @@ def _register_conv_fake(op: str, d: int) -> None:
         return input.new_empty((*input.shape[: -d - 1], out_channels, *spatial))
 
 
+def _register_conv_transpose_fake(op: str, d: int) -> None:
+    @torch.library.register_fake(f"tbn::{op}", lib=LIBRARY)
+    def _conv_transpose(
+        input: Tensor,
+        tile: Tensor,
+        alpha: Tensor,
+        bias: Tensor | None,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        p: int,
+        *,
+        shift: int = 0,
+        stride: Sequence[int] = (1,) * d,
+        padding: Sequence[int] = (0,) * d,
+        output_padding: Sequence[int] = (0,) * d,
+        groups: int = 1,
+        dilation: Sequence[int] = (1,) * d,
+    ) -> Tensor:
+        layout = conv_transpose_layout(input, in_channels, out_channels, kernel_size, p, shift, groups)
+        check_tile_operands(op, input, tile, alpha, bias, layout, out_channels)
+        spatial = [
+            (size - 1) * step - 2 * pad + dil * (k - 1) + extra + 1
+            for size, k, step, pad, extra, dil in zip(
+                input.shape[-d:], kernel_size, stride, padding, output_padding, dilation, strict=True
+            )
+        ]
+        return input.new_empty((*input.shape[: -d - 1], out_channels, *spatial))
+
+
 for _d, _name in CONV_OPS.items():
     _register_conv_fake(_name, _d)
+    _register_conv_transpose_fake(CONV_TRANSPOSE_OPS[_d], _d)

@@ -44,7 +44,8 @@ class BlendWeights(GraphPass):
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""
         chains = [weight_chain(call.node) for call in layer_calls(gm) if call.form == "tiled"]
-        scales = list(dict.fromkeys(scale for chain in chains if chain for scale in chain[1:] if not _blends(scale)))
+        found = dict.fromkeys(chain[1] for chain in chains if chain is not None)
+        scales = [scale for scale in found if not any(blend_strength(user) is not None for user in scale.users)]
         if scales:
             _register_strength(gm, scales[0])
         for scale in scales:
@@ -82,12 +83,8 @@ def strength_keys(gm: fx.GraphModule) -> list[str]:
     return list(dict.fromkeys(str(strength.target) for strength in found if strength is not None))
 
 
-def _blends(scale: fx.Node) -> list[fx.Node]:
-    return [user for user in scale.users if blend_strength(user) is not None]
-
-
 def _register_strength(gm: fx.GraphModule, scale: fx.Node) -> None:
-    """Create the buffer beside the first weight, unless earlier blends of this module read it already."""
+    """Create the buffer on the device of the first weight, unless earlier blends of this module read it already."""
     if STRENGTH in strength_keys(gm):
         return
     if hasattr(gm, STRENGTH):
@@ -112,5 +109,5 @@ def _insert_blend(gm: fx.GraphModule, scale: fx.Node) -> None:
         cast = gm.graph.call_method("type_as", (strength, weight))
     with gm.graph.inserting_after(cast):
         blend = gm.graph.call_function(torch.lerp, (weight, scale, cast))
-    copy_meta(scale, blend)
+    copy_meta(scale, strength, cast, blend)
     scale.replace_all_uses_with(blend, delete_user_cb=lambda user: user is not blend)

@@ -38,6 +38,7 @@ from tbn_compiler.layers import (
     find_record,
     function_arguments,
     get_records,
+    is_transposed,
     layer_calls,
     module_kind,
     parameter_view,
@@ -202,12 +203,15 @@ def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> Non
     arguments = function_arguments(node)
     with graph.inserting_before(node):
         tile, alpha = graph.get_attr(tile_key(record.weight)), graph.get_attr(alpha_key(record.weight))
-        inputs = record.shape[1] * record.groups
-        operands: tuple[Any, ...] = (arguments["input"], tile, alpha, arguments.get("bias"), inputs, record.shape[0])
+        sizes = (record.shape[1] * record.groups, record.shape[0])
+        if is_transposed(call.kind):
+            sizes = (record.shape[0], record.shape[1] * record.groups)
+        operands: tuple[Any, ...] = (arguments["input"], tile, alpha, arguments.get("bias"), *sizes)
         options = layout_options(spec.layout)
         if call.kind != "linear":
             operands += (record.shape[2:],)
-            options |= {name: arguments[name] for name in ("stride", "padding", "dilation", "groups")}
+            names = ("stride", "padding", "output_padding", "dilation", "groups")
+            options |= {name: arguments[name] for name in names if name in arguments}
         new = graph.call_function(INFERENCE_OPS[call.kind], (*operands, spec.layout.p), options)
     copy_meta(node, new)
     node.replace_all_uses_with(new)

@@ -44,6 +44,7 @@ from tbn_compiler.layers import (
     function_arguments,
     get_records,
     join_key,
+    is_transposed,
     layer_calls,
     layer_name,
     parameter_view,
@@ -53,8 +54,15 @@ from tbn_compiler.layers import (
 from tbn_compiler.passes.base import GraphPass, copy_meta, has_hooks, layout_options, normalize_sizes, remove_dead_nodes
 from tbn_compiler.tiling import TileLayout, TileSpec, largest_divisor
 
-_CONV_FUNCTIONS: dict[str, Any] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
-_DIMENSIONS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}
+_CONV_FUNCTIONS: dict[str, Any] = {
+    "conv1d": F.conv1d,
+    "conv2d": F.conv2d,
+    "conv3d": F.conv3d,
+    "conv_transpose1d": F.conv_transpose1d,
+    "conv_transpose2d": F.conv_transpose2d,
+    "conv_transpose3d": F.conv_transpose3d,
+}
+_DIMENSIONS = {"linear": 2} | {kind: 2 + int(kind[-2]) for kind in _CONV_FUNCTIONS}
 _TILING_OPS = (torch.ops.tbn.tile.default, torch.ops.tbn.scale.default)
 _MIN_TILE = 8  # a tile under one byte stores nothing worth sharing
 
@@ -122,12 +130,14 @@ class TileWeights(GraphPass):
         reason = self.config.keeps_float(LayerInfo(names[0], first.kind, shape, groups), *names[1:])
         if reason:
             return replace(record, reason=reason)
-        spec, text = self._choose(names, shape)
+        spec, text = self._choose(names, first.kind, shape)
         if spec is None:
             return replace(record, reason=text)
         return replace(record, spec=spec, reason=None, note=text, tied=tied)
 
-    def _choose(self, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[TileSpec | None, str | None]:
+    def _choose(
+        self, names: tuple[str, ...], kind: str, shape: tuple[int, ...]
+    ) -> tuple[TileSpec | None, str | None]:
         """The tiling of a weight with a note, or ``None`` with the reason for leaving it alone."""
         options, numel = self.config.for_layer(*names), math.prod(shape)
         note = None
@@ -138,15 +148,19 @@ class TileWeights(GraphPass):
                 note = f"under min_size={options.min_size}: binary, p=1"
             layout = TileLayout(shape, 1)
         else:
-            layout, note = _fit(shape, options)
+            layout, note = _fit(kind, shape, options)
         if layout.p > 1 and layout.tile_size < _MIN_TILE:
             return None, f"p={layout.p} leaves a tile of {layout.tile_size} weights, under {_MIN_TILE}"
         num_alphas = {"layer": 1, "output": layout.p_out, "tile": layout.p}[options.alpha]
         return TileSpec(layout, num_alphas, options.alpha_source, options.tile_dtype), note
 
 
-def _fit(shape: tuple[int, ...], options: LayerOptions) -> tuple[TileLayout, str | None]:
+def _fit(kind: str, shape: tuple[int, ...], options: LayerOptions) -> tuple[TileLayout, str | None]:
     """The layout that the options ask for, by the divisor rule where it does not fit, and a note if it did not."""
+    if isinstance(options.p, tuple) and is_transposed(kind):
+        # Its rows are input channels: a flat tile copies along them.
+        p = largest_divisor(math.prod(shape), math.prod(options.p))
+        return TileLayout(shape, p), f"p={options.p} on a transpose convolution: flat, p={p}"
     if isinstance(options.p, tuple):
         p_out, p_in = (largest_divisor(size, p) for size, p in zip(shape, options.p, strict=False))
         note = f"p={options.p} does not divide the axes {shape[:2]}: p={(p_out, p_in)}"
@@ -237,6 +251,8 @@ def _unusable(gm: fx.GraphModule, record: LayerRecord, calls: list[LayerCall]) -
             module = gm.get_submodule(str(other.node.target))
             if has_hooks(module):
                 return "the module has hooks, which a functional call would skip"
+            if len(other.node.args) + len(other.node.kwargs) > 1:
+                return "it is called with an output_size"
     return _outside_use(gm, weight, calls)
 
 
@@ -362,16 +378,20 @@ def _functional_call(gm: fx.GraphModule, call: LayerCall, weight: fx.Node) -> fx
     x, bias = arguments["input"], arguments.get("bias")
     if call.kind == "linear":
         return graph.call_function(F.linear, (x, weight, bias))
-    dims = int(call.kind[4])
+    dims = int(call.kind[-2])
     shape = apply_view(gm.get_parameter(str(call.weight)), call.view).shape
     stride, dilation = (normalize_sizes(arguments.get(name, 1), dims) for name in ("stride", "dilation"))
+    groups = arguments.get("groups", 1)
+    if is_transposed(call.kind):
+        padding, extra = (normalize_sizes(arguments.get(name, 0), dims) for name in ("padding", "output_padding"))
+        geometry = (stride, padding, extra, groups, dilation)
+        return graph.call_function(_CONV_FUNCTIONS[call.kind], (x, weight, bias, *geometry))
     before, after = _padding(arguments.get("padding", 0), tuple(shape[2:]), dilation)
     if padding_mode != "zeros" or before != after:
         # F.pad counts from the last dimension: (left, right, top, bottom, ...).
         pads = [size for pair in zip(reversed(before), reversed(after), strict=True) for size in pair]
         x = graph.call_function(F.pad, (x, pads), {"mode": "constant" if padding_mode == "zeros" else padding_mode})
         before = (0,) * dims
-    groups = arguments.get("groups", 1)
     return graph.call_function(_CONV_FUNCTIONS[call.kind], (x, weight, bias, stride, before, dilation, groups))
 
 
@@ -381,7 +401,7 @@ def _module_arguments(gm: fx.GraphModule, node: fx.Node) -> tuple[dict[str, Any]
     arguments: dict[str, Any] = {"input": node.args[0] if node.args else next(iter(node.kwargs.values()))}
     if module.bias is not None:
         arguments["bias"] = gm.graph.get_attr(join_key(str(node.target), "bias"))
-    for name in ("stride", "padding", "dilation", "groups"):
+    for name in ("stride", "padding", "output_padding", "dilation", "groups"):
         if hasattr(module, name):
             arguments[name] = getattr(module, name)
     return arguments, getattr(module, "padding_mode", "zeros")

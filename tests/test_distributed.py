@@ -1,0 +1,193 @@
+"""Training over several processes: DDP, FSDP2 and ``torchrun``, against one process on the whole batch.
+
+The processes of all cases are started once; each rank takes its half of the batch, so that the mean of their losses
+is the loss of one process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tbn_compiler as tbn
+from tbn_compiler import LoweringError, TilingConfig
+from tests import oracle
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+
+ROOT = Path(__file__).parent.parent
+STEPS, PROCESSES = 3, 2
+CONFIG = TilingConfig(p=4, min_size=0, alpha="tile")
+
+
+class Blocks(nn.Module):
+    """Two residual blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16, bias=False)) for _ in range(2)
+        )
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def whole(gradual: bool = False) -> Any:
+    torch.manual_seed(5)
+    return tbn.transform(Blocks(), CONFIG.replace(gradual=gradual))
+
+
+def block_by_block() -> Any:
+    """Each block is a graph module of its own, called as a module: what sharding block by block needs."""
+    torch.manual_seed(5)
+    model = Blocks()
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = tbn.transform(block, CONFIG)
+    return model
+
+
+def train(module: nn.Module, parameters: Any, rank: int = 0, processes: int = 1) -> list[float]:
+    """The loss of the whole batch at each step."""
+    generator = torch.Generator().manual_seed(7)
+    x, y = torch.randn(16, 16, generator=generator), torch.randint(0, 8, (16,), generator=generator)
+    share = slice(rank * 16 // processes, (rank + 1) * 16 // processes)
+    optimiser = torch.optim.AdamW(parameters, lr=0.01)
+    gradual = any(name.endswith("tiling_strength") for name, _ in module.named_buffers())
+    losses = []
+    for step in range(STEPS):
+        if gradual:
+            tbn.set_tiling_strength(module, step / (STEPS - 1))
+        optimiser.zero_grad()
+        loss = F.cross_entropy(module(x[share]), y[share])
+        loss.backward()
+        optimiser.step()
+        total = loss.detach().clone()
+        if processes > 1:
+            dist.all_reduce(total)
+        losses.append(float(total) / processes)
+    return losses
+
+
+def gradual() -> Any:
+    return whole(gradual=True)
+
+
+# Each case: how the module is made, and how a process wraps it.
+def _ddp(module: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(module)
+
+
+def _compiled_ddp(module: nn.Module) -> nn.Module:
+    # The backend makes no difference to what DDP sees, and this one compiles quickly.
+    return torch.compile(_ddp(module), backend="aot_eager")  # type: ignore[return-value]
+
+
+def _fsdp(module: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    if not isinstance(module, torch.fx.GraphModule):
+        for block in module.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
+    fully_shard(module, mesh=mesh)
+    return module
+
+
+CASES: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], nn.Module]]] = {
+    "ddp": (whole, _ddp),
+    "ddp_gradual": (gradual, _ddp),
+    "ddp_compiled": (whole, _compiled_ddp),
+    "fsdp": (whole, _fsdp),
+    "fsdp_gradual": (gradual, _fsdp),
+    "fsdp_blocks": (block_by_block, _fsdp),
+}
+
+
+def _process(rank: int, folder: str) -> None:
+    """One of the processes: run every case, and let rank 0 write what came out."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    results = {}
+    for name, (build, wrap) in CASES.items():
+        module = build()
+        wrapped = wrap(module)
+        losses = train(wrapped, wrapped.parameters(), rank, PROCESSES)
+        state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
+        results[name] = {"losses": losses, "state": state}
+        if name == "fsdp":
+            results[name]["summary"] = str(tbn.summary(module))
+            try:
+                tbn.lower(module)
+            except LoweringError as error:
+                results[name]["error"] = str(error)
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(_process, args=(str(folder),), nprocs=PROCESSES)
+    return torch.load(folder / "results.pt")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_training_as_one_process(results: Any, case: str) -> None:
+    qat = CASES[case][0]()
+    losses = train(qat, qat.parameters())
+    assert losses[-1] < losses[0]
+    assert results[case]["losses"] == pytest.approx(losses, rel=1e-5)
+    state = qat.state_dict()
+    torch.testing.assert_close(dict(results[case]["state"]), dict(state), rtol=1e-4, atol=1e-5)
+
+
+def test_gathered_state_lowers_as_that_of_one_process(results: Any) -> None:
+    fresh, alone = tbn.transform(Blocks(), CONFIG), whole()
+    fresh.load_state_dict(results["fsdp"]["state"])
+    train(alone, alone.parameters())
+    x = torch.randn(5, 16)
+    with torch.no_grad():
+        oracle.assert_close(tbn.lower(fresh)(x), tbn.lower(alone)(x), 1e-5)
+
+
+def test_sharded_module_says_to_gather_first(results: Any) -> None:
+    error = results["fsdp"]["error"]
+    assert "parameter 'blocks.0.0.weight' is a DTensor, sharded over processes" in error
+    assert "get_model_state_dict with full_state_dict=True" in error
+
+
+def test_summary_of_a_sharded_module(results: Any) -> None:
+    assert results["fsdp"]["summary"] == str(tbn.summary(whole()))
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]]
+)
+def test_example_runs_with_and_without_torchrun(launcher: list[str]) -> None:
+    pytest.importorskip("sklearn")
+    command = [sys.executable, *launcher, "examples/distributed_mlp.py", "--epochs", "3"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    accuracy, *table = result.stdout.splitlines()
+    assert accuracy.endswith(f"{PROCESSES if launcher else 1} process(es)")
+    assert float(accuracy.split()[2]) > 80
+    assert sum("3 layers tiled" in line for line in table) == 1  # from rank 0 alone
