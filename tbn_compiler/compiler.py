@@ -14,7 +14,7 @@ from tbn_compiler.layers import LayerRecord, get_records, graph_parts, join_key,
 from tbn_compiler.passes import deployment_pipeline, inference_pipeline, run_passes, training_pipeline
 from tbn_compiler.passes.decompose_attention import attention_module, disable_fast_paths, why_not_decomposed
 from tbn_compiler.passes.deployment import copy_notes, propagate_ranks
-from tbn_compiler.passes.tile_weights import module_kind_or_name, unsupported_reason
+from tbn_compiler.passes.eligibility import module_kind_or_name, unsupported_reason
 from tbn_compiler.tiling import TileSpec
 from tbn_compiler.tracing import share_tensors_copy, trace
 

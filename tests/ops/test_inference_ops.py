@@ -22,7 +22,6 @@ tbn = torch.ops.tbn
 CONVS: dict[int, tuple[Any, Any]] = {1: (tbn.conv1d, F.conv1d), 2: (tbn.conv2d, F.conv2d), 3: (tbn.conv3d, F.conv3d)}
 
 
-
 def operands(
     shape: tuple[int, ...], p: int, num_alphas: int, *, packed: bool = True, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
