@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -81,17 +82,17 @@ class TileLayout:
                     f"p_out={self.p // self.p_in} and p_in={self.p_in} must divide the first two axes of {where}"
                 )
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """``N``, the number of weight elements."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def tile_size(self) -> int:
         """``q = N / p``, the number of tile elements."""
         return self.numel // self.p
 
-    @property
+    @cached_property
     def p_out(self) -> int:
         """Copies along the output axis."""
         return self.p // self.p_in
@@ -101,17 +102,17 @@ class TileLayout:
         """``m``, the number of output features or channels."""
         return self.shape[0]
 
-    @property
+    @cached_property
     def row_size(self) -> int:
         """``n``, the number of weights behind one output."""
         return self.numel // self.rows
 
-    @property
+    @cached_property
     def aligned(self) -> bool:
         """Whether each copy along the output holds whole rows (``p_out`` divides ``m``)."""
         return self.rows % self.p_out == 0
 
-    @property
+    @cached_property
     def unique_rows(self) -> int:
         """``R``, the number of rows with different sign patterns; it divides ``m``.
 
@@ -194,7 +195,7 @@ class TileLayout:
             return self.replicate(tile).reshape(self.rows, -1)
         row_size = self.row_size // self.p_in
         copies = self.unique_rows * row_size // self.tile_size  # 1 when aligned
-        return tile.repeat(copies).reshape(self.unique_rows, row_size)
+        return (tile if copies == 1 else tile.repeat(copies)).reshape(self.unique_rows, row_size)
 
     def sum_inputs(self, input: Tensor, dim: int) -> Tensor:
         """Sum the ``p_in`` neighbours along ``dim`` that share a weight."""

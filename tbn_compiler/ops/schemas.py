@@ -11,6 +11,7 @@ column blocks of its weight, times the ``input_alpha``, instead of reading the c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -48,9 +49,13 @@ for _d, _name in CONV_OPS.items():
     LIBRARY.define(_CONV_TRANSPOSE_SCHEMA.format(name=CONV_TRANSPOSE_OPS[_d], d=_d))
 
 
+# Layouts know sizes that take arithmetic to find: an operator that is called again finds its own again.
+_layout = functools.lru_cache(maxsize=1024)(TileLayout)
+
+
 def make_layout(shape: Sequence[int], p: int, p_in: int = 1, shift: int = 0) -> TileLayout:
     """The layout of a weight. Weight shapes are static: dynamic shapes specialise on them, never on the batch."""
-    return TileLayout(tuple(int(size) for size in shape), p, p_in, shift)
+    return _layout(tuple(int(size) for size in shape), int(p), int(p_in), int(shift))
 
 
 def check_tile_operands(
