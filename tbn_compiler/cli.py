@@ -17,8 +17,8 @@ from rich.console import Console
 from torch import nn
 
 import tbn_compiler
-from tbn_compiler.compiler import lower, transform
-from tbn_compiler.config import AlphaMode, AlphaSource, SmallLayers, TileDType, TilingConfig
+from tbn_compiler.compiler import lower, optimize, transform
+from tbn_compiler.config import AlphaMode, AlphaSource, Replication, SmallLayers, TileDType, TilingConfig
 from tbn_compiler.errors import ConfigError, SerializationError, TBNError
 from tbn_compiler.layers import get_records
 from tbn_compiler.serialize import load
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument(
         "--input", type=_shape, action="append", help="shape of an input, e.g. 1,3,224,224: counts MACs for it"
     )
+    table.add_argument("--optimize", action="store_true", help="count the module that optimize makes")
     table.add_argument("--format", choices=("table", "markdown", "json"), default="table", help="default: %(default)s")
     table.set_defaults(run=_summary)
 
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(export)
     export.add_argument("--input", type=_shape, action="append", required=True, help="shape of the input, e.g. 1,784")
     export.add_argument("-o", "--output", type=Path, default=Path("model.c"), help="C file (default: %(default)s)")
+    export.add_argument("--optimize", action="store_true", help="fold norms and leave out copies first")
     export.add_argument("--name", default="model", help="prefix of the C symbols (default: %(default)s)")
     export.add_argument(
         "--scratch",
@@ -83,14 +85,25 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("tiling", "ignored for a model that is tiled already, and for a packed file")
     group.add_argument("--preset", choices=tuple(_PRESETS), default="paper", help="default: %(default)s")
-    group.add_argument("--p", type=_positive, default=defaults.p, help="copies of the tile (default: %(default)s)")
     group.add_argument(
-        "--alpha", choices=get_args(AlphaMode), help=f"one scale per layer or per tile (default: {defaults.alpha})"
+        "--p",
+        type=_copies,
+        default=defaults.p,
+        help="copies of the tile, or OUTxIN along both axes (default: %(default)s)",
+    )
+    group.add_argument(
+        "--alpha",
+        choices=get_args(AlphaMode),
+        help=f"one scale per layer, copy along the output, or copy (default: {defaults.alpha})",
     )
     group.add_argument(
         "--alpha-source", choices=get_args(AlphaSource), help="where scales come from (default: the preset's)"
     )
     group.add_argument("--tile-dtype", choices=get_args(TileDType), help=f"default: {defaults.tile_dtype}")
+    group.add_argument("--replicate", choices=get_args(Replication), help=f"default: {defaults.replicate}")
+    group.add_argument(
+        "--shift", type=_positive, help=f"elements that 'roll' rolls each copy by (default: {defaults.shift})"
+    )
     group.add_argument("--min-size", type=int, help="smaller layers are not tiled (default: the preset's)")
     group.add_argument(
         "--small", choices=get_args(SmallLayers), help=f"what smaller layers become (default: {defaults.small})"
@@ -107,6 +120,17 @@ def _positive(text: str) -> int:
     return value
 
 
+def _copies(text: str) -> int | tuple[int, int]:
+    parts = text.split("x")
+    try:
+        numbers = [_positive(part) for part in parts]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of copies such as 4 or 2x2") from None
+    if len(numbers) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} has more than two axes")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
 def _shape(text: str) -> tuple[int, ...]:
     try:
         return tuple(_positive(part) for part in text.split(","))
@@ -115,7 +139,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _config(arguments: argparse.Namespace) -> TilingConfig:
-    names = ("p", "alpha", "alpha_source", "tile_dtype", "min_size", "small")
+    names = ("p", "alpha", "alpha_source", "tile_dtype", "replicate", "shift", "min_size", "small")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.keep_float:
         options["float_layers"] = tuple(arguments.keep_float)
@@ -191,7 +215,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _summary(arguments: argparse.Namespace) -> None:
     inputs: Any = tuple(torch.zeros(shape) for shape in arguments.input) if arguments.input else None
-    result = summary(_load_model(arguments), inputs)
+    model = _load_model(arguments)
+    result = summary(optimize(model, inputs) if arguments.optimize else model, inputs)
     if arguments.format == "json":
         print(json.dumps(result.to_dict(), indent=2))
     elif arguments.format == "markdown":
@@ -204,8 +229,8 @@ def _export_c(arguments: argparse.Namespace) -> None:
     from tbn_compiler.backends.c import export_c
 
     model = _load_model(arguments)
-    packed = lower(model)
     inputs = tuple(torch.zeros(shape) for shape in arguments.input)
+    packed = optimize(model, inputs) if arguments.optimize else lower(model)
     plan = export_c(packed, inputs, arguments.output, name=arguments.name, scratch=arguments.scratch)
     header = arguments.output.with_suffix(".h")
     sizes = f"{plan.weight_bytes:,} bytes of constants, {plan.scratch_bytes:,} of scratch"

@@ -19,6 +19,9 @@ def mlp():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
 
+def plain():
+    return nn.Sequential(nn.Linear(16, 32, bias=False), nn.ReLU(), nn.Linear(32, 4, bias=False))
+
 def tiled():
     return tbn.transform(mlp(), tbn.TilingConfig(p=8, min_size=0))
 
@@ -89,6 +92,22 @@ def test_tiling_options(capsys, factory):
     assert last["p"] is None
 
 
+def test_layouts(capsys, factory):
+    arguments = ("summary", f"{factory}:mlp", "--min-size", 0, "--format", "json")
+    rows = json.loads(run(capsys, *arguments, "--p", "2x4", "--alpha", "output")[1])["layers"]
+    assert [(row["p"], row["p_in"], row["alphas"]) for row in rows] == [(8, 4, 2), (8, 4, 2)]
+    rows = json.loads(run(capsys, *arguments, "--p", 4, "--replicate", "roll", "--shift", 3)[1])["layers"]
+    assert all("rolled by 3" in row["note"] for row in rows)
+
+
+def test_optimize(capsys, factory, tmp_path):
+    arguments = (f"{factory}:plain", "--min-size", 0, "--input", "1,16", "--optimize")
+    rows = json.loads(run(capsys, "summary", *arguments, "--format", "json")[1])["layers"]
+    assert rows[1]["macs_tiled"] * 16 == rows[1]["macs"]
+    assert run(capsys, "export-c", *arguments, "-o", "net.c")[0] == 0
+    assert "NET_SCRATCH_BYTES 32\n" in (tmp_path / "net.h").read_text()  # 8 unique values, not 32
+
+
 def test_a_tiled_model_keeps_its_tiling(capsys, factory):
     _, out, _ = run(capsys, "summary", f"{factory}:tiled", "--p", 2, "--format", "json")
     assert [layer["p"] for layer in json.loads(out)["layers"]] == [8, 8]
@@ -153,7 +172,18 @@ def test_errors_are_one_line_and_status_1(capsys, factory, arguments, message):
     assert re.search(message, err)
 
 
-@pytest.mark.parametrize("arguments", [["--p", "0"], ["--p", "x"], ["--input", "1,,3"], ["--input", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--p", "0"],
+        ["--p", "x"],
+        ["--p", "2x2x2"],
+        ["--p", "2x0"],
+        ["--shift", "0"],
+        ["--input", "1,,3"],
+        ["--input", "0"],
+    ],
+)
 def test_bad_options_are_usage_errors(capsys, factory, arguments):
     with pytest.raises(SystemExit) as stop:
         main(["summary", f"{factory}:mlp", *arguments])
