@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import LoweringError, TransformError
-from tbn_compiler.layers import LayerRecord, get_records, graph_parts, join_key, layer_name, set_records
+from tbn_compiler.layers import LayerRecord, get_records, graph_parts, join_key, layer_name, module_kind, set_records
 from tbn_compiler.passes import deployment_pipeline, inference_pipeline, run_passes, training_pipeline
 from tbn_compiler.passes.decompose_attention import attention_module, disable_fast_paths, why_not_decomposed
 from tbn_compiler.passes.deployment import copy_notes, propagate_ranks
@@ -117,6 +117,8 @@ def _untraced(module: nn.Module, parts: list[fx.GraphModule]) -> Iterator[LayerR
         if isinstance(owner, nn.MultiheadAttention):
             attentions.append(path)
         inside_of = next((attention for attention in attentions if path.startswith(f"{attention}.")), None)
+        if module_kind(owner):  # it could be traced, and was left out
+            reason = "the code of a module around it reads its weight"
         if inside_of is not None:
             reason = f"inside {type(module.get_submodule(inside_of)).__name__} {inside_of!r}, which is not decomposed"
         weights = {name: parameter for name, parameter in owner._parameters.items() if parameter is not None}

@@ -220,7 +220,10 @@ class TileLayout:
         Returns:
             Tensor of shape ``[num_alphas]`` and the dtype of ``source``.
         """
-        return self.alpha_groups(source, num_alphas).abs().mean((1, 3)).reshape(-1)
+        # A norm, not abs().mean(): it makes no second tensor of the weight's size.
+        dtype = torch.promote_types(source.dtype, torch.float32)
+        sums = torch.linalg.vector_norm(self.alpha_groups(source, num_alphas), 1, dim=(1, 3), dtype=dtype)
+        return (sums.reshape(-1) / (self.numel // num_alphas)).to(source.dtype)
 
     def row_alphas(self, alpha: Tensor) -> Tensor:
         """One factor per row, shape ``[m]`` (or ``[1]``), for rows that :meth:`distinct_rows` lets repeat."""

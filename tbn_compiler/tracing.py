@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from tbn_compiler.code_reads import CodeReads, code_reads
 from tbn_compiler.errors import TransformError
 from tbn_compiler.layers import (
     MODULE_KINDS,
     UNSUPPORTED_MODULES,
     decoded_weight,
     get_records,
+    is_transposed,
     join_key,
     module_kind,
     nested_records,
@@ -49,6 +51,9 @@ class LayerGraph(fx.GraphModule):
         if "weight_tile" in self._buffers:
             return decoded_weight(self, (get_records(self) or ())[0])
         raise AttributeError("weight")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        return _copy_graph_module(self, memo)
 
     def __reduce__(self) -> Any:
         restore, arguments, *_ = super().__reduce__()  # which gives a plain graph module back
@@ -285,11 +290,19 @@ def trace(
 
 
 def _trace_parts(
-    module: nn.Module, build: Callable[[nn.Module], fx.GraphModule | None], done: dict[nn.Module, nn.Module]
+    module: nn.Module,
+    build: Callable[[nn.Module], fx.GraphModule | None],
+    done: dict[nn.Module, nn.Module],
+    outside: CodeReads | None = None,
 ) -> None:
-    """Replace the largest submodules with layers that can be traced alone, each in every place where it stands."""
+    """Replace the largest submodules with layers that can be traced alone, each in every place where it stands.
+
+    ``outside`` is what code outside ``module`` reads of its submodules. A layer whose weight is read stays as it is,
+    and so does a container that is indexed: only what it holds is replaced.
+    """
+    reads = code_reads(module) | (outside or CodeReads())
     for name, child in module._modules.items():
-        if child is None:
+        if child is None or (reads.reads_weight(name) and module_kind(child)):
             continue
         if child not in done:
             done[child] = child
@@ -297,13 +310,22 @@ def _trace_parts(
                 part = build(child)
                 # An attention uses the weights of its parts without calling them.
                 if part is None and not isinstance(child, nn.MultiheadAttention):
-                    try:
-                        part = trace_whole(child)
-                    except TransformError:
-                        _trace_parts(child, build, done)
+                    part = None if reads.opens(name, child) else _trace_part(child)
+                    if part is None:
+                        _trace_parts(child, build, done, reads.inside(name))
                 if part is not None:
                     done[child] = part
         module._modules[name] = done[child]
+
+
+def _trace_part(module: nn.Module) -> fx.GraphModule | None:
+    """The graph of a model part, or ``None`` if it cannot be traced alone."""
+    # Of a layer alone, the optional argument can only be one that callers leave out.
+    fixed = {"output_size": None} if is_transposed(module_kind(module) or "") else None
+    try:
+        return trace_whole(module, fixed)
+    except TransformError:
+        return None
 
 
 def _has_layers(module: nn.Module) -> bool:

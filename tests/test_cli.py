@@ -105,7 +105,7 @@ def test_optimize(capsys, factory, tmp_path):
     rows = json.loads(run(capsys, "summary", *arguments, "--format", "json")[1])["layers"]
     assert rows[1]["macs_tiled"] * 16 == rows[1]["macs"]
     assert run(capsys, "export-c", *arguments, "-o", "net.c")[0] == 0
-    assert "NET_SCRATCH_BYTES 32\n" in (tmp_path / "net.h").read_text()  # 8 unique values, not 32
+    assert "MODEL_SCRATCH_BYTES 32\n" in (tmp_path / "net.h").read_text()  # 8 unique values, not 32
 
 
 def test_a_tiled_model_keeps_its_tiling(capsys, factory):

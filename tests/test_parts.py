@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
+from tbn_compiler.code_reads import code_reads
 from tbn_compiler.errors import TransformError
 from tbn_compiler.layers import get_records, graph_parts
 
@@ -235,6 +236,80 @@ def test_an_attention_that_is_not_decomposed_is_left_alone_whole() -> None:
     assert records["out"].spec is not None
     assert "a forward of its own" in str(records["attention"].reason)
     assert "inside Own 'attention', which is not decomposed" in str(records["attention.out_proj"].reason)
+
+
+class Reader(nn.Module):
+    """Uses submodules in other ways than calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(16, 16)
+        self.chain = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        self.steps = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        self.called = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x.to(self.out.weight.dtype) @ self.proj.weight.t() + self.proj.bias
+        for step in self.steps:
+            x = step(x)
+        y: Tensor = self.out(self.called(self.chain[0](x))) + self.penalty()
+        return y
+
+    def penalty(self) -> Tensor:
+        return self.chain[2].weight.square().sum()
+
+
+def test_weights_that_code_reads_itself_stay_in_float() -> None:
+    qat = tbn.transform(Reader(), ALL).eval()
+    reasons = {record.name: record.reason for record in get_records(qat) or ()}
+    for name in ("proj", "chain.2"):
+        assert reasons[name] == "the code of a module around it reads its weight"
+    # Of "out" only the dtype is read; containers that are indexed or iterated over stay what they are.
+    tiled = {name for name, reason in reasons.items() if reason is None}
+    assert tiled == {"out", "called.0", "steps.0", "steps.1", "chain.0"}
+    assert isinstance(qat.called, fx.GraphModule)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(tbn.lower(qat)(x), qat(x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_code_reads() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight_of = self.not_forward.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.a.b.weight.shape[0] + self.layers[1].weight.size(0)
+            total = self.a.c.weight + self.layers[rows].d.weight + self.blocks[2].e.weight
+            return total + sum(f(x) for f in self.g) + sum(h for _, h in zip(self.i, x, strict=True))
+
+    reads = code_reads(Nested.__new__(Nested))
+    assert reads.weights == {"a.c", "layers.*.d", "blocks.2.e"}
+    assert {"layers", "blocks", "g", "i"} <= reads.containers
+    assert reads.opens("layers", nn.Linear(1, 1))
+    assert reads.opens("a", nn.ModuleDict({"c": nn.Linear(1, 1)}))
+    assert not reads.opens("a", nn.Linear(1, 1))
+    assert reads.inside("a").reads_weight("c")
+    assert not reads.inside("a").reads_weight("b")
+    assert reads.inside("layers").inside("7").reads_weight("d")
+
+
+def test_a_transpose_convolution_alone_is_a_part(ids: Tensor) -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose1d(16, 16, 2, 2)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            y: Tensor = self.up(x)
+            return y
+
+    qat, x = tbn.transform(Up(), ALL).eval(), torch.randn(2, 16, 5)
+    assert [record.name for record in get_records(qat) or () if record.spec] == ["up"]
+    copied = copy.deepcopy(qat)
+    assert copied.up.stride == (2,)  # plain attributes stay readable
+    torch.testing.assert_close(tbn.lower(copied)(x), qat(x), rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_to_tile_lists_the_reasons() -> None:

@@ -90,7 +90,9 @@ class LowerTiles(GraphPass):
         for call, record in first.values():
             if self.stored is None:
                 _check_finite(gm, record)
-                tensors[record.weight] = _compute(gm, call, record)
+                # Clones: tensors that stay among the temporaries of each layer would keep their memory in use.
+                tile, alpha = _compute(gm, call, record)
+                tensors[record.weight] = (tile.clone(), alpha.clone())
             else:
                 tensors[record.weight] = _read(self.stored, record)
         for weight, (_, record) in first.items():
@@ -136,7 +138,8 @@ def _other_reader(user: fx.Node, node: fx.Node, record: LayerRecord) -> Lowering
 def _check_finite(gm: fx.GraphModule, record: LayerRecord) -> None:
     for key in (record.parameter, _source_key(record)):
         tensor = gm.get_parameter(key)
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
+        # NaN and infinity survive minimum and maximum, which take no mask of the weight's size.
+        if not tensor.is_meta and not all(value.isfinite() for value in torch.aminmax(tensor.detach())):
             bad = int((~torch.isfinite(tensor)).sum())
             raise LoweringError(
                 f"{key} of shape {tuple(tensor.shape)} has {bad} non-finite values (NaN or infinity): "
