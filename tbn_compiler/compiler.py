@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import LoweringError, TransformError
@@ -20,13 +21,16 @@ from tbn_compiler.tracing import share_tensors_copy, trace
 
 
 def transform(
-    model: nn.Module, config: TilingConfig | None = None, *, concrete_args: dict[str, Any] | None = None
+    model: nn.Module | ExportedProgram,
+    config: TilingConfig | None = None,
+    *,
+    concrete_args: dict[str, Any] | None = None,
 ) -> Any:
     """Rewrite a model so that it trains with tiled weights.
 
     Args:
-        model: any ``nn.Module`` or ``GraphModule``. It is not changed; the result shares its parameters and buffers,
-            so an optimiser or a checkpoint of either works for both.
+        model: any ``nn.Module`` or ``GraphModule``, or an ``ExportedProgram``. It is not changed; the result shares
+            its parameters and buffers, so an optimiser or a checkpoint of either works for both.
         config: how to tile; default :class:`TilingConfig`.
         concrete_args: arguments of ``forward`` to fix, as in :func:`torch.fx.symbolic_trace`.
 
@@ -46,8 +50,10 @@ def transform(
     """
     if config is None:
         config = TilingConfig()
+    if isinstance(model, ExportedProgram):
+        model = model.module()
     if not isinstance(model, nn.Module):
-        raise TransformError(f"expected an nn.Module, got {type(model).__name__}")
+        raise TransformError(f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}")
     module = tile_model(model, config, concrete_args=concrete_args)
     records = get_records(module) or ()
     if not any(record.spec for record in records):

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler import LoweringError, TilingConfig, TransformError
+from tbn_compiler.layers import get_records
 from tests import oracle
 
 ALL = TilingConfig(p=4, min_size=0)
@@ -310,3 +311,58 @@ def test_lower_names_what_is_missing() -> None:
     wrapped = nn.Sequential(tbn.transform(nn.Sequential(nn.Linear(8, 8)), ALL))
     with pytest.raises(LoweringError, match="lower the module that transform returned"):
         tbn.lower(wrapped)
+
+
+def test_exported_program() -> None:
+    """The program of torch.export is taken as well as its module; it runs and trains on its own operators."""
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).eval(), torch.randn(2, 16)
+    program = torch.export.export(model, (x,))
+    qat = tbn.transform(program, ALL)
+    assert {record.name for record in get_records(qat) or () if record.spec} == {"0", "2"}
+    assert set(model.state_dict()) <= set(qat.state_dict())
+    qat(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in qat.parameters())
+    oracle.assert_close(tbn.lower(qat)(x), qat(x), 2e-6)
+
+
+class Odd(nn.Module):
+    """A layer ``plain`` and a weight that no tile can stand for, or that forward changes."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.plain = nn.Linear(8, 8)
+        weight = torch.randn(8, 8)
+        if kind == "complex":
+            weight = weight.to(torch.complex64)
+        elif kind == "sparse":
+            weight = weight.to_sparse()
+        self.odd = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.plain(x)
+        if self.kind == "complex":
+            return F.linear(x.to(torch.complex64), self.odd).abs()
+        if self.kind == "changed":
+            self.odd.data.clamp_(-0.1, 0.1)
+        return F.linear(x, self.odd)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("complex", "torch.complex64, not a dense floating-point tensor"),
+        ("sparse", "torch.sparse_coo torch.float32, not a dense floating-point tensor"),
+        ("changed", "its weight is also read by node getattr_1"),
+    ],
+)
+def test_weights_that_no_tile_can_stand_for(kind: str, reason: str) -> None:
+    model, x = Odd(kind), torch.randn(3, 8)
+    qat = tbn.transform(model, ALL).eval()
+    records = {record.name: record for record in get_records(qat) or ()}
+    assert records["plain"].spec is not None
+    assert str(records["odd"].reason).endswith(reason)
+    packed = tbn.lower(qat)
+    oracle.assert_close(packed(x), qat(x), 2e-6)
+    if kind == "changed":
+        assert packed.odd.abs().max() <= 0.1  # the write is still there
