@@ -128,8 +128,8 @@ def _untraced(module: nn.Module, parts: list[fx.GraphModule]) -> Iterator[LayerR
         if inside_of is not None:
             reason = f"inside {type(module.get_submodule(inside_of)).__name__} {inside_of!r}, which is not decomposed"
         weights = {name: parameter for name, parameter in owner._parameters.items() if parameter is not None}
-        if kind and weights:
-            shape = tuple(next(iter(weights.values())).shape)
+        if kind:
+            shape = tuple(next(iter(weights.values())).shape) if weights else ()
             yield LayerRecord(path, kind, join_key(path, "weight"), shape, reason=reason)
             continue
         for name, parameter in weights.items():

@@ -272,6 +272,11 @@ def apply_view(tensor: Tensor, view: Iterable[fx.Node]) -> Tensor:
     return value
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's quantised linear or convolution layers."""
+    return type(module).__module__.startswith("torch.ao.nn.quantized") and hasattr(module, "weight")
+
+
 def is_transposed(kind: str) -> bool:
     """Whether layers of this kind have a weight row for each input channel instead of each output."""
     return kind.startswith("conv_transpose")

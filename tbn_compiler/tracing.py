@@ -20,6 +20,7 @@ from tbn_compiler.layers import (
     UNSUPPORTED_MODULES,
     decoded_weight,
     get_records,
+    is_quantized,
     is_transposed,
     join_key,
     module_kind,
@@ -121,7 +122,7 @@ class _Tracer(fx.Tracer):
         """Whether a call of ``m`` stays one node."""
         is_layer = isinstance(m, (*MODULE_KINDS, nn.MultiheadAttention))
         is_leaf = super().is_leaf_module(m, module_qualified_name)
-        return is_leaf and (is_layer or not any(map(_has_layers, m.children())))
+        return is_quantized(m) or (is_leaf and (is_layer or not any(map(_has_layers, m.children()))))
 
 
 def _trace_in_mode(model: nn.Module, training: bool, concrete_args: dict[str, Any] | None) -> fx.Graph:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_modes() -> None:
 
 
 def test_wrong_input_to_transform() -> None:
-    with pytest.raises(TransformError, match=r"expected an nn\.Module, got int"):
+    with pytest.raises(TransformError, match=r"expected an nn\.Module or an ExportedProgram, got int"):
         tbn.transform(3)  # type: ignore[arg-type]
 
 
@@ -366,3 +367,13 @@ def test_weights_that_no_tile_can_stand_for(kind: str, reason: str) -> None:
     oracle.assert_close(packed(x), qat(x), 2e-6)
     if kind == "changed":
         assert packed.odd.abs().max() <= 0.1  # the write is still there
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+def test_quantised_layers_are_left_alone() -> None:
+    model = nn.Sequential(OrderedDict(plain=nn.Linear(8, 8), quantised=nn.Linear(8, 8)))
+    model.quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(model.quantised))[0]
+    qat, x = tbn.transform(model, ALL).eval(), torch.randn(3, 8)
+    reasons = oracle.reasons(qat)
+    assert reasons == {"plain": None, "quantised": "its weights are quantised"}
+    oracle.assert_close(tbn.lower(qat)(x), qat(x), 2e-2)  # the second layer rounds to 8 bits

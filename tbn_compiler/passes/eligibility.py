@@ -22,6 +22,7 @@ from tbn_compiler.layers import (
     alpha_source_key,
     apply_view,
     function_arguments,
+    is_quantized,
     join_key,
     layer_name,
     parameter_view,
@@ -174,4 +175,6 @@ def module_kind_or_name(module: nn.Module) -> str | None:
 
 def unsupported_reason(module: nn.Module) -> str | None:
     """Why no pass tiles a module with weights, or ``None`` for any other module."""
+    if is_quantized(module):
+        return "its weights are quantised"
     return next((reason for cls, reason in UNSUPPORTED_MODULES.items() if isinstance(module, cls)), None)
