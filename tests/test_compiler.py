@@ -370,6 +370,7 @@ def test_weights_that_no_tile_can_stand_for(kind: str, reason: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # so is what it makes its tensors with
 def test_quantised_layers_are_left_alone() -> None:
     model = nn.Sequential(OrderedDict(plain=nn.Linear(8, 8), quantised=nn.Linear(8, 8)))
     model.quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(model.quantised))[0]
