@@ -220,10 +220,8 @@ class TileLayout:
         Returns:
             Tensor of shape ``[num_alphas]`` and the dtype of ``source``.
         """
-        # A norm, not abs().mean(): it makes no second tensor of the weight's size.
-        dtype = torch.promote_types(source.dtype, torch.float32)
-        sums = torch.linalg.vector_norm(self.alpha_groups(source, num_alphas), 1, dim=(1, 3), dtype=dtype)
-        return (sums.reshape(-1) / (self.numel // num_alphas)).to(source.dtype)
+        # A mean, not a 1-norm: PyTorch sums that one in sequence, which loses digits on large weights.
+        return self.alpha_groups(source, num_alphas).abs().mean((1, 3)).reshape(-1)
 
     def row_alphas(self, alpha: Tensor) -> Tensor:
         """One factor per row, shape ``[m]`` (or ``[1]``), for rows that :meth:`distinct_rows` lets repeat."""

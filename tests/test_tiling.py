@@ -144,3 +144,9 @@ def test_stored_bits(tile_dtype: Any, bits: int) -> None:
     spec = TileSpec(TileLayout((128, 784), 4), 1, tile_dtype=tile_dtype)
     assert spec.tile_bits == bits
     assert (spec.layout.numel, spec.layout.rows, spec.layout.row_size) == (math.prod((128, 784)), 128, 784)
+
+
+def test_alphas_of_large_weights_keep_their_digits() -> None:
+    source = torch.rand(1024, 1024)
+    got = TileLayout((1024, 1024), 1).alphas(source, 1).double()
+    torch.testing.assert_close(got, source.double().mean().reshape(1), rtol=2e-7, atol=0)
