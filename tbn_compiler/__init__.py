@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from tbn_compiler import backends
 from tbn_compiler.compiler import lower, optimize, transform
 from tbn_compiler.config import LayerInfo, TilingConfig
 from tbn_compiler.errors import (
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from tbn_compiler.backends.c import Plan
 
 __version__ = "0.1.0"
+
+backends.register()
 
 
 def export_c(

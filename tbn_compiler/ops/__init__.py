@@ -9,9 +9,9 @@
 ``tbn::conv_transpose*``  inference: transpose convolution on a stored tile, ``1d``, ``2d`` or ``3d``
 ========================  ==========================================================================
 
-:mod:`schemas` holds names, types and fakes; :mod:`reference` the kernels that run on any device; :mod:`autograd`
-the gradients; :mod:`autocast` the dtype under autocast. A backend registers a faster kernel for its device on
-:data:`LIBRARY`.
+:mod:`schemas` holds names, types and fakes; :mod:`reference` the kernels that run on any device; :mod:`formats` the
+number formats of activations and the functions behind a layer; :mod:`autograd` the gradients; :mod:`autocast` the
+dtype under autocast. A backend registers a faster kernel for its device on :data:`LIBRARY`.
 """
 
 from __future__ import annotations

@@ -62,8 +62,9 @@ def _scale_backward(ctx: Any, grad: Tensor) -> Grads:
     return grad_bits, grad_source, None
 
 
-def _save_operands(ctx: Any, inputs: tuple[Any, ...], layout: TileLayout) -> None:
+def _save_operands(ctx: Any, inputs: tuple[Any, ...], options: dict[str, Any], layout: TileLayout) -> None:
     """Keep what the gradient of an inference operator needs."""
+    ctx.formats = tuple(options.get(name, usual) for name, usual in (("activation", "float"), ("epilogue", "none")))
     input, tile, alpha, bias = inputs[:4]
     ctx.layout, ctx.num_inputs = layout, len(inputs)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -72,6 +73,12 @@ def _save_operands(ctx: Any, inputs: tuple[Any, ...], layout: TileLayout) -> Non
 
 def _used_weight(ctx: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The dense weight, and the one that the input sees: with the blocks of a replicated input summed."""
+    if ctx.formats != ("float", "none"):
+        activation, epilogue = ctx.formats
+        raise RuntimeError(
+            f"tbn operators have no gradient with activation={activation!r}, epilogue={epilogue!r}: these forms are "
+            "for inference; train around the lowered module instead"
+        )
     _, tile, alpha, input_alpha = ctx.saved_tensors
     dense = dense_weight(tile, alpha, ctx.layout, dtype)
     return dense, dense if input_alpha is None else fold_replicas(dense, input_alpha)
@@ -101,8 +108,9 @@ def _gradients(
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     input, _, _, _, in_features, out_features, p, input_alpha = inputs
-    layout = linear_layout(input, in_features, out_features, p, input_alpha, **keyword_only_inputs)
-    _save_operands(ctx, inputs, layout)
+    options = keyword_only_inputs
+    layout = linear_layout(input, in_features, out_features, p, input_alpha, options["p_in"], options["shift"])
+    _save_operands(ctx, inputs, options, layout)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> Grads:
@@ -131,7 +139,7 @@ def _conv_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str
         options["shift"],
         options["groups"],
     )
-    _save_operands(ctx, inputs, layout)
+    _save_operands(ctx, inputs, options, layout)
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> Grads:
@@ -176,7 +184,7 @@ def _conv_transpose_setup(
         input, in_channels, out_channels, kernel_size, p, options["shift"], options["groups"]
     )
     ctx.out_channels = out_channels
-    _save_operands(ctx, (*inputs, None), layout)
+    _save_operands(ctx, (*inputs, None), options, layout)
 
 
 def _conv_transpose_backward(ctx: Any, grad: Tensor) -> Grads:

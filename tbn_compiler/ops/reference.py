@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tbn_compiler import tiling
+from tbn_compiler.ops.formats import apply_epilogue, in_format
 from tbn_compiler.ops.schemas import (
     CONV_OPS,
     CONV_TRANSPOSE_OPS,
     LIBRARY,
+    check_formats,
     check_tile_operands,
     check_unpack,
     conv_layout,
@@ -89,10 +91,27 @@ def linear(
     *,
     p_in: int = 1,
     shift: int = 0,
+    activation: str = "float",
+    epilogue: str = "none",
 ) -> Tensor:
     """``input [..., n] -> [..., m]``: R unique rows are multiplied, then replicated with the alphas."""
     layout = linear_layout(input, in_features, out_features, p, input_alpha, p_in, shift)
+    check_formats("linear", activation, epilogue)
     check_tile_operands("linear", input, tile, alpha, bias, layout)
+    out = in_format(
+        lambda input, bias: _linear(input, tile, alpha, bias, layout, input_alpha),
+        input,
+        bias,
+        activation,
+        token_dims=(-1,),
+        terms=layout.row_size,
+    )
+    return apply_epilogue(out, epilogue)
+
+
+def _linear(
+    input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, layout: TileLayout, input_alpha: Tensor | None
+) -> Tensor:
     dtype = input.dtype
     bias = None if bias is None else bias.to(dtype)
     shares = _shares(layout, alpha.numel(), 1, input_alpha)
@@ -112,7 +131,7 @@ def linear(
     if factors.numel() > 1:
         factors = factors.view(copies, layout.unique_rows)
     out = (z.unsqueeze(-2) * factors).expand(*z.shape[:-1], copies, layout.unique_rows)
-    out = out.reshape(*z.shape[:-1], out_features)
+    out = out.reshape(*z.shape[:-1], layout.rows)
     return out if bias is None else out + bias
 
 
@@ -129,7 +148,6 @@ def _conv(
     groups: int,
 ) -> Tensor:
     d = len(layout.shape) - 2
-    check_tile_operands(CONV_OPS[d], input, tile, alpha, bias, layout)
     conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
     geometry = (list(stride), list(padding), list(dilation), groups)
     dtype = input.dtype
@@ -175,9 +193,21 @@ def _make_conv(d: int) -> Callable[..., Tensor]:
         padding: Sequence[int] = (0,) * d,
         dilation: Sequence[int] = (1,) * d,
         groups: int = 1,
+        activation: str = "float",
+        epilogue: str = "none",
     ) -> Tensor:
         layout = conv_layout(input, in_channels, out_channels, kernel_size, p, input_alpha, p_in, shift, groups)
-        return _conv(input, tile, alpha, bias, layout, input_alpha, stride, padding, dilation, groups)
+        check_formats(CONV_OPS[d], activation, epilogue)
+        check_tile_operands(CONV_OPS[d], input, tile, alpha, bias, layout)
+        out = in_format(
+            lambda input, bias: _conv(input, tile, alpha, bias, layout, input_alpha, stride, padding, dilation, groups),
+            input,
+            bias,
+            activation,
+            token_dims=tuple(range(-d - 1, 0)),
+            terms=layout.row_size,
+        )
+        return apply_epilogue(out, epilogue)
 
     conv.__name__ = CONV_OPS[d]
     conv.__doc__ = f"``input [N, C, *{d} sizes]``: convolution by the different filters, channels replicated."

@@ -7,6 +7,16 @@ In the inference operators ``tile`` is a packed tile (``uint8 [ceil(q / 8)]``) o
 ``input_alpha`` of shape ``[k]`` says that ``input`` holds ``z`` and stands for ``k`` scaled copies of it, one behind
 the other along the features or channels: ``cat([a * z for a in input_alpha])``. The layer then sums the ``k``
 column blocks of its weight, times the ``input_alpha``, instead of reading the copies.
+
+``activation`` is the number format that the input is brought into first, with one scale per token (per vector of the
+last axis in a linear layer, per sample in a convolution); the scale multiplies the result again:
+
+- ``"float"``: as it is.
+- ``"int8"``: symmetric, scale ``max|x| / 127``, integers ``round_half_even(x * (127 / max|x|))``; a token whose largest
+  magnitude is below :data:`INT8_TINY` counts as zero. Products of an integer input with a packed tile are exact.
+- ``"binary"``: ``sign(x)`` (0 gives -1, as Eq. 3), scale ``mean|x|``.
+
+``epilogue`` is a function applied to the result, after alphas and bias.
 """
 
 from __future__ import annotations
@@ -25,10 +35,16 @@ LIBRARY = torch.library.Library("tbn", "DEF")
 CONV_OPS = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
 CONV_TRANSPOSE_OPS = {d: f"conv_transpose{d}d" for d in CONV_OPS}
 
+ACTIVATIONS = ("float", "int8", "binary")
+EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+INT8_TINY = 2.0**-100  # 127 divided by anything smaller would come near the end of float32's range
+
 _CONV_SCHEMA = (
     "{name}(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int in_channels, int out_channels, "
     "int[{d}] kernel_size, int p, Tensor? input_alpha=None, *, int p_in=1, int shift=0, "
-    "int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1) -> Tensor"
+    "int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1, "
+    'str activation="float", str epilogue="none") -> Tensor'
 )
 
 _CONV_TRANSPOSE_SCHEMA = (
@@ -42,7 +58,8 @@ LIBRARY.define("scale(Tensor bits, Tensor source, int num_alphas, *, int p_in=1)
 LIBRARY.define("unpack(Tensor packed, int numel, *, ScalarType dtype) -> Tensor")
 LIBRARY.define(
     "linear(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int in_features, int out_features, int p, "
-    "Tensor? input_alpha=None, *, int p_in=1, int shift=0) -> Tensor"
+    "Tensor? input_alpha=None, *, int p_in=1, int shift=0, "
+    'str activation="float", str epilogue="none") -> Tensor'
 )
 for _d, _name in CONV_OPS.items():
     LIBRARY.define(_CONV_SCHEMA.format(name=_name, d=_d))
@@ -102,6 +119,17 @@ def check_tile_operands(
         torch._check_value(
             operand is None or operand.device == input.device,
             lambda name=name, operand=operand: f"tbn::{op}: {name} is on {operand.device}, input on {input.device}",
+        )
+
+
+def check_formats(op: str, activation: str, epilogue: str) -> None:
+    """Check the names of the input's number format and of the function behind the layer."""
+    for name, value, choices in (("activation", activation, ACTIVATIONS), ("epilogue", epilogue, EPILOGUES)):
+        torch._check_value(
+            value in choices,
+            lambda name=name, value=value, choices=choices: (
+                f"tbn::{op}: {name}={value!r} is not one of {', '.join(map(repr, choices))}"
+            ),
         )
 
 
@@ -246,8 +274,11 @@ def _linear(
     *,
     p_in: int = 1,
     shift: int = 0,
+    activation: str = "float",
+    epilogue: str = "none",
 ) -> Tensor:
     layout = linear_layout(input, in_features, out_features, p, input_alpha, p_in, shift)
+    check_formats("linear", activation, epilogue)
     check_tile_operands("linear", input, tile, alpha, bias, layout)
     return input.new_empty((*input.shape[:-1], out_features))
 
@@ -271,8 +302,11 @@ def _register_conv_fake(op: str, d: int) -> None:
         padding: Sequence[int] = (0,) * d,
         dilation: Sequence[int] = (1,) * d,
         groups: int = 1,
+        activation: str = "float",
+        epilogue: str = "none",
     ) -> Tensor:
         layout = conv_layout(input, in_channels, out_channels, kernel_size, p, input_alpha, p_in, shift, groups)
+        check_formats(op, activation, epilogue)
         check_tile_operands(op, input, tile, alpha, bias, layout)
         spatial = [
             (size + 2 * pad - dil * (k - 1) - 1) // step + 1

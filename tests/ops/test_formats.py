@@ -1,0 +1,167 @@
+"""``activation=`` and ``epilogue=`` of the inference operators against NumPy in exact integers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tbn_compiler  # noqa: F401  (registers the operators)
+from tests import oracle
+
+tbn = torch.ops.tbn
+OPS: dict[int, Any] = {0: tbn.linear, 1: tbn.conv1d, 2: tbn.conv2d, 3: tbn.conv3d}
+FUNCTIONS: dict[str, Any] = {
+    "none": lambda x: x,
+    "relu": lambda x: x.clamp(min=0),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+}
+
+
+def quantized(x: np.ndarray, activation: str, token_axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """``(integers, scales)`` of one input, in float32 arithmetic as the schema defines it."""
+    magnitude = np.abs(x)
+    if activation == "binary":
+        return np.where(x > 0, 1, -1), magnitude.mean(token_axes, keepdims=True)
+    largest = magnitude.max(token_axes, keepdims=True)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        integers = np.rint(x * (np.float32(127) / largest))
+    used = largest >= 2.0**-100
+    return np.where(used, integers, 0).astype(np.int64), np.where(used, largest, 0) / np.float32(127)
+
+
+def layer(shape: tuple[int, ...], p: int, num_alphas: int) -> tuple[Tensor, Tensor, np.ndarray]:
+    """``(packed tile, alpha, dense weight)``."""
+    bits = np.where(np.random.default_rng(1).random(math.prod(shape) // p) < 0.5, -1.0, 1.0)
+    alpha = np.random.default_rng(p).integers(1, 9, num_alphas) / 8
+    return torch.from_numpy(oracle.pack(bits)), torch.from_numpy(alpha).float(), oracle.fill(shape, bits, alpha)
+
+
+def run(
+    op: Any, x: Tensor, shape: tuple[int, ...], p: int, tile: Tensor, alpha: Tensor, bias: Any, **kw: Any
+) -> Tensor:
+    if len(shape) == 2:
+        return op(x, tile, alpha, bias, shape[1], shape[0], p, **kw)
+    return op(x, tile, alpha, bias, shape[1], shape[0], shape[2:], p, **kw)
+
+
+@pytest.mark.parametrize("activation", ["int8", "binary"])
+@pytest.mark.parametrize("p", [1, 4, 3])  # 3: misaligned
+@pytest.mark.parametrize("d", [0, 1, 2, 3])
+def test_products_are_exact_integers(d: int, p: int, activation: str) -> None:
+    shape = (8, 30, *(3, 2, 2)[:d])
+    tile, alpha, weight = layer(shape, p, p)
+    x = torch.randn(3, 30, *(7, 6, 5)[:d], generator=torch.Generator().manual_seed(0)) * 5
+    token_axes = tuple(range(1, x.dim()))
+    integers, scales = quantized(x.numpy(), activation, token_axes)
+    q = torch.from_numpy(integers).double()
+    dense = torch.from_numpy(weight).double()
+    # Integers times alphas of a few bits: exact in float64.
+    exact = F.linear(q, dense) if d == 0 else (F.conv1d, F.conv2d, F.conv3d)[d - 1](q, dense)
+    bias = torch.randn(8, generator=torch.Generator().manual_seed(1))
+    expected = exact * torch.from_numpy(scales).double()
+    got = run(OPS[d], x, shape, p, tile, alpha, None, activation=activation)
+    # One rounding for the alpha, one for the scale; a misaligned tile adds products of alphas exactly.
+    torch.testing.assert_close(got.double(), expected, rtol=3 * 2.0**-24, atol=0)
+    got = run(OPS[d], x, shape, p, tile, alpha, bias, activation=activation)
+    view = bias.double().view(-1, *[1] * d)
+    bound = 4 * 2.0**-24 * (expected.abs() + view.abs())
+    assert bool(((got.double() - (expected + view)).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("epilogue", FUNCTIONS)
+@pytest.mark.parametrize("d", [0, 2])
+def test_epilogue(d: int, epilogue: str) -> None:
+    shape = (8, 6, *(3, 2, 2)[:d])
+    tile, alpha, _ = layer(shape, 4, 1)
+    x, bias = torch.randn(3, 6, *(7, 6, 5)[:d], dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    plain = run(OPS[d], x, shape, 4, tile, alpha, bias)
+    got = run(OPS[d], x, shape, 4, tile, alpha, bias, epilogue=epilogue)
+    torch.testing.assert_close(got, FUNCTIONS[epilogue](plain), rtol=1e-12, atol=1e-12)
+
+
+def test_a_scale_for_each_token() -> None:
+    tile, alpha, _ = layer((4, 8), 2, 1)
+    x = torch.randn(2, 3, 8)
+    together = tbn.linear(x, tile, alpha, None, 8, 4, 2, activation="int8")
+    alone = tbn.linear(x[1, 2] * 1000, tile, alpha, None, 8, 4, 2, activation="int8")
+    torch.testing.assert_close(alone, together[1, 2] * 1000)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-38, -1e-45, 2.0**-101])
+def test_int8_of_nearly_nothing_is_zero(value: float) -> None:
+    tile, alpha, _ = layer((4, 8), 2, 1)
+    got = tbn.linear(torch.full((2, 8), value), tile, alpha, None, 8, 4, 2, activation="int8")
+    assert torch.equal(got, torch.zeros(2, 4))
+
+
+def test_int8_ends_of_the_range() -> None:
+    """Ties go to even, the largest magnitude becomes 127, and huge values do not overflow."""
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0]])
+    one, integers = torch.ones(1), [127, 0, 2, 2, 0, -2, -127]
+    for i, q in enumerate(integers):  # +1 at i, -1 elsewhere
+        tile = torch.tensor([1 << i], dtype=torch.uint8)
+        assert tbn.linear(x, tile, one, None, 7, 1, 1, activation="int8").item() == 2 * q - sum(integers)
+    huge = torch.tensor([[torch.finfo(torch.float32).max / 2]])
+    got = tbn.linear(huge, torch.ones(1, dtype=torch.uint8), one, None, 1, 1, 1, activation="int8")
+    torch.testing.assert_close(got, huge)
+
+
+@pytest.mark.parametrize("activation", ["int8", "binary"])
+def test_nan_is_not_hidden(activation: str) -> None:
+    tile, alpha, _ = layer((4, 8), 2, 1)
+    x = torch.ones(2, 8)
+    x[0, 3] = math.nan
+    got = tbn.linear(x, tile, alpha, None, 8, 4, 2, activation=activation)
+    assert got[0].isnan().all()
+    assert got[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(dtype: torch.dtype) -> None:
+    """1,024 products of 127 would not fit float16 before the scale brings them back."""
+    tile, one = torch.full((128,), 255, dtype=torch.uint8), torch.ones(1, dtype=dtype)
+    x = torch.full((2, 1024), 0.25, dtype=dtype)
+    got = tbn.linear(x, tile, one, None, 1024, 1, 1, activation="int8")
+    assert got.dtype == dtype
+    assert torch.equal(got, torch.full((2, 1), 256.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("activation", ["int8", "binary"])
+def test_empty_batch(activation: str) -> None:
+    tile, alpha, _ = layer((4, 8), 2, 1)
+    assert tbn.linear(torch.ones(0, 8), tile, alpha, None, 8, 4, 2, activation=activation).shape == (0, 4)
+
+
+def test_wrong_names_are_refused() -> None:
+    tile, alpha, _ = layer((4, 8), 2, 1)
+    for option in ({"activation": "int4"}, {"epilogue": "tanh"}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}='(int4|tanh)' is not one of '(float|none)'"):
+            tbn.linear(torch.ones(2, 8), tile, alpha, None, 8, 4, 2, **option)
+
+
+def test_gradients_are_refused_but_the_forward_runs() -> None:
+    tile, alpha, _ = layer((4, 8), 2, 1)
+    x = torch.ones(2, 8, requires_grad=True)
+    for option in ({"activation": "int8"}, {"epilogue": "relu"}):
+        out = tbn.linear(x, tile, alpha, None, 8, 4, 2, **option)
+        with pytest.raises(RuntimeError, match="for inference"):
+            out.sum().backward()
+
+
+def test_opcheck() -> None:
+    tile, alpha, _ = layer((4, 8), 2, 1)
+    for activation, epilogue in itertools.product(("float", "int8", "binary"), ("none", "gelu")):
+        torch.library.opcheck(
+            tbn.linear.default,
+            (torch.randn(2, 8), tile, alpha, torch.randn(4), 8, 4, 2),
+            {"activation": activation, "epilogue": epilogue},
+        )
