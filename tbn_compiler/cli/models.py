@@ -1,80 +1,28 @@
-"""The ``tbn-compiler`` command."""
+"""What several commands share: the options that name a model and how to tile it, and loading it."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import safetensors.torch
 import torch
-from rich.console import Console
 from torch import nn
 
-import tbn_compiler
-from tbn_compiler.compiler import lower, optimize, transform
+from tbn_compiler.compiler import transform
 from tbn_compiler.config import AlphaMode, AlphaSource, Replication, SmallLayers, TileDType, TilingConfig
-from tbn_compiler.errors import ConfigError, SerializationError, TBNError
+from tbn_compiler.errors import ConfigError, SerializationError
 from tbn_compiler.layers import get_records
 from tbn_compiler.serialize import load
-from tbn_compiler.summary import summary
 
 _PRESETS = {"paper": TilingConfig.paper, "imagenet": TilingConfig.imagenet, "time-series": TilingConfig.time_series}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, or 1 after a message on standard error."""
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except (TBNError, OSError) as error:
-        print(f"tbn-compiler: error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tbn-compiler", description="A compiler for Tiled Bit Networks.")
-    parser.add_argument("--version", action="version", version=f"tbn-compiler {tbn_compiler.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    demo = commands.add_parser("demo", help="train, lower and run a small network on scanned digits, in C too")
-    demo.add_argument("--out", type=Path, default=Path("tbn-demo"), help="folder for the files (default: %(default)s)")
-    demo.add_argument("--epochs", type=_positive, default=30, help="epochs per network (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    demo.set_defaults(run=_demo)
-
-    table = commands.add_parser("summary", help="show what is tiled in a model and what it saves")
-    _add_model(table)
-    table.add_argument(
-        "--input", type=_shape, action="append", help="shape of an input, e.g. 1,3,224,224: counts MACs for it"
-    )
-    table.add_argument("--optimize", action="store_true", help="count the module that optimize makes")
-    table.add_argument("--format", choices=("table", "markdown", "json"), default="table", help="default: %(default)s")
-    table.set_defaults(run=_summary)
-
-    export = commands.add_parser("export-c", help="write a model as one standalone C99 file and a header")
-    _add_model(export)
-    export.add_argument("--input", type=_shape, action="append", required=True, help="shape of the input, e.g. 1,784")
-    export.add_argument("-o", "--output", type=Path, default=Path("model.c"), help="C file (default: %(default)s)")
-    export.add_argument("--optimize", action="store_true", help="fold norms and leave out copies first")
-    export.add_argument("--name", default="model", help="prefix of the C symbols (default: %(default)s)")
-    export.add_argument(
-        "--scratch",
-        choices=("static", "caller"),
-        default="static",
-        help="who owns the scratch memory (default: %(default)s)",
-    )
-    export.set_defaults(run=_export_c)
-    return parser
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
     """The options that name a model and how to tile it."""
     defaults = TilingConfig()
     parser.add_argument("model", help="module:factory, a callable without arguments that returns an nn.Module")
@@ -102,7 +50,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tile-dtype", choices=get_args(TileDType), help=f"default: {defaults.tile_dtype}")
     group.add_argument("--replicate", choices=get_args(Replication), help=f"default: {defaults.replicate}")
     group.add_argument(
-        "--shift", type=_positive, help=f"elements that 'roll' rolls each copy by (default: {defaults.shift})"
+        "--shift", type=parse_positive, help=f"elements that 'roll' rolls each copy by (default: {defaults.shift})"
     )
     group.add_argument("--min-size", type=int, help="smaller layers are not tiled (default: the preset's)")
     group.add_argument(
@@ -113,7 +61,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
+def parse_positive(text: str) -> int:
+    """A number of at least 1, for ``type=`` of an option."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -123,7 +72,7 @@ def _positive(text: str) -> int:
 def _copies(text: str) -> int | tuple[int, int]:
     parts = text.split("x")
     try:
-        numbers = [_positive(part) for part in parts]
+        numbers = [parse_positive(part) for part in parts]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of copies such as 4 or 2x2") from None
     if len(numbers) > 2:
@@ -131,9 +80,10 @@ def _copies(text: str) -> int | tuple[int, int]:
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def parse_shape(text: str) -> tuple[int, ...]:
+    """A shape, for ``type=`` of an option."""
     try:
-        return tuple(_positive(part) for part in text.split(","))
+        return tuple(parse_positive(part) for part in text.split(","))
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224") from None
 
@@ -166,7 +116,7 @@ def _build(spec: str) -> nn.Module:
     return model
 
 
-def _load_model(arguments: argparse.Namespace) -> nn.Module:
+def load_model(arguments: argparse.Namespace) -> nn.Module:
     """The tiled or lowered model that the arguments name, with its checkpoint."""
     model, checkpoint = _build(arguments.model), arguments.checkpoint
     if checkpoint is not None and _is_packed(checkpoint):
@@ -205,37 +155,3 @@ def _load_state(model: nn.Module, path: Path) -> None:
     if result.missing_keys:
         count = len(result.missing_keys)
         print(f"note: {path} is a float checkpoint; {count} alpha sources keep their initial values", file=sys.stderr)
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    from tbn_compiler.demo import run
-
-    run(arguments.out, arguments.epochs, arguments.seed)
-
-
-def _summary(arguments: argparse.Namespace) -> None:
-    inputs: Any = tuple(torch.zeros(shape) for shape in arguments.input) if arguments.input else None
-    model = _load_model(arguments)
-    result = summary(optimize(model, inputs) if arguments.optimize else model, inputs)
-    if arguments.format == "json":
-        print(json.dumps(result.to_dict(), indent=2))
-    elif arguments.format == "markdown":
-        print(result.to_markdown(), end="")
-    else:
-        Console().print(result.table())
-
-
-def _export_c(arguments: argparse.Namespace) -> None:
-    from tbn_compiler.backends.c import export_c
-
-    model = _load_model(arguments)
-    inputs = tuple(torch.zeros(shape) for shape in arguments.input)
-    packed = optimize(model, inputs) if arguments.optimize else lower(model)
-    plan = export_c(packed, inputs, arguments.output, name=arguments.name, scratch=arguments.scratch)
-    header = arguments.output.with_suffix(".h")
-    sizes = f"{plan.weight_bytes:,} bytes of constants, {plan.scratch_bytes:,} of scratch"
-    print(f"wrote {arguments.output} and {header}: {sizes}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
