@@ -16,7 +16,7 @@ demo: .venv/.examples
 	$(BIN)/tbn-compiler demo
 
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 .venv/.python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tbn_compiler needs Python 3.10 or newer")'
