@@ -79,6 +79,14 @@ def _shares(layout: TileLayout, num_alphas: int, groups: int, input_alpha: Tenso
     return layout.rows_per_group(num_alphas, groups) < layout.rows // groups
 
 
+def _copy_factors(alpha: Tensor, copies: int) -> Tensor:
+    """Factors for the copies of the unique rows, shape ``[1]``, ``[copies, 1]`` or ``[copies, R]``.
+
+    Row ``i * R + u`` repeats row ``u``, and has the alpha of the layer, of copy ``i``, or of its own.
+    """
+    return alpha if alpha.numel() == 1 else alpha.view(copies, -1)
+
+
 def linear(
     input: Tensor,
     tile: Tensor,
@@ -126,10 +134,7 @@ def _linear(
         return F.linear(input, weight, bias)
     z = F.linear(input, weight)
     copies = layout.rows // layout.unique_rows
-    # Row i * R + u repeats row u, times its own factor.
-    factors = layout.row_alphas(alpha.to(dtype))
-    if factors.numel() > 1:
-        factors = factors.view(copies, layout.unique_rows)
+    factors = _copy_factors(alpha.to(dtype), copies)
     out = (z.unsqueeze(-2) * factors).expand(*z.shape[:-1], copies, layout.unique_rows)
     out = out.reshape(*z.shape[:-1], layout.rows)
     return out if bias is None else out + bias
@@ -157,21 +162,25 @@ def _conv(
         if input_alpha is not None:
             weight = fold_replicas(weight, input_alpha)
         return conv(input, weight, bias, *geometry).contiguous()
-    # Group k holds rows k * per_group + j; its first `computed` rows differ and row j repeats row j % computed.
-    per_group, computed = layout.rows // groups, layout.rows_per_group(alpha.numel(), groups)
-    unique = layout.unique_weight(decode(tile, layout, dtype))
-    first = torch.arange(groups, device=tile.device)[:, None] * per_group
-    rows = (first + torch.arange(computed, device=tile.device)) % layout.unique_rows
-    filters = unique[rows.reshape(-1)].reshape(groups * computed, -1, *layout.shape[2:])
-    if input_alpha is not None:
-        filters = fold_replicas(filters, input_alpha)
-    channel = input.dim() - d - 1
-    z = conv(layout.sum_inputs(input, channel), filters, None, *geometry)
-    z = z.unflatten(channel, (groups, computed))
-    source = torch.arange(per_group, device=tile.device) % computed
-    out = z.index_select(channel + 1, source).flatten(channel, channel + 1)
-    per_channel = (-1,) + (1,) * d
-    out = out * layout.row_alphas(alpha.to(dtype)).view(per_channel)
+    unique = layout.unique_weight(decode(tile, layout, dtype)).reshape(layout.unique_rows, -1, *layout.shape[2:])
+    channel, per_channel = input.dim() - d - 1, (-1,) + (1,) * d
+    input = layout.sum_inputs(input, channel)
+    if groups == 1:
+        filters = unique if input_alpha is None else fold_replicas(unique, input_alpha)
+        copies = layout.rows // layout.unique_rows
+        factors = _copy_factors(alpha.to(dtype), copies)
+        z = conv(input, filters, None, *geometry).unsqueeze(channel) * factors.view(*factors.shape, *[1] * d)
+        expanded = (*z.shape[:channel], copies, layout.unique_rows, *z.shape[-d:])
+        out = z.expand(expanded).flatten(channel, channel + 1)
+    else:
+        # Group k holds rows k * per_group + j; its first `computed` rows differ and row j repeats row j % computed.
+        per_group, computed = layout.rows // groups, layout.rows_per_group(alpha.numel(), groups)
+        first = torch.arange(groups, device=tile.device)[:, None] * per_group
+        rows = (first + torch.arange(computed, device=tile.device)) % layout.unique_rows
+        z = conv(input, unique[rows.reshape(-1)], None, *geometry).unflatten(channel, (groups, computed))
+        source = torch.arange(per_group, device=tile.device) % computed
+        out = z.index_select(channel + 1, source).flatten(channel, channel + 1)
+        out = out * layout.row_alphas(alpha.to(dtype)).view(per_channel)
     return (out if bias is None else out + bias.view(per_channel)).contiguous()
 
 
