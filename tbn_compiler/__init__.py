@@ -40,14 +40,12 @@ def export_c(
     module: nn.Module,
     example_inputs: Any,
     path: str | os.PathLike[str],
-    *,
-    name: str = "model",
-    scratch: str = "static",
+    **options: Any,
 ) -> Plan:
-    """Write a lowered module as one standalone C99 file and a header; see :func:`tbn_compiler.backends.c.export_c`."""
+    """Write a model as one standalone C99 file and a header; see :func:`tbn_compiler.backends.c.export_c`."""
     from tbn_compiler.backends.c import export_c as export  # backends load when used
 
-    return export(module, example_inputs, path, name=name, scratch=scratch)
+    return export(module, example_inputs, path, **options)
 
 
 __all__ = [

@@ -1,7 +1,8 @@
 """The C backend: one standalone C99 file and its header.
 
-``frontend`` turns the module into a small typed graph, ``planner`` decides kernels and memory, ``emit`` prints the
-plan through the templates. ``host`` compiles and runs the result on this computer.
+``frontend`` turns the module into a small typed graph (``ir``), ``fuse`` simplifies it, ``kernels`` and
+``tiled_kernels`` choose how each operation is computed, ``planner`` and ``memory`` give everything a place, and ``emit``
+prints the plan through the templates. ``host`` compiles and runs the result on this computer.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from tbn_compiler.backends.c.emit import emit_header, emit_source
 from tbn_compiler.backends.c.frontend import import_graph, supported_operators
-from tbn_compiler.backends.c.names import check_identifier
-from tbn_compiler.backends.c.plan import SCRATCH_CHOICES, Plan
+from tbn_compiler.backends.c.options import Options, OptimizeFor, ScratchOwner, Target
+from tbn_compiler.backends.c.plan import Plan
 from tbn_compiler.backends.c.planner import build_plan
 from tbn_compiler.errors import ExportError
 from tbn_compiler.files import replacing
@@ -29,7 +30,11 @@ def export_c(
     path: str | os.PathLike[str],
     *,
     name: str = "model",
-    scratch: str = "static",
+    scratch: ScratchOwner = "static",
+    optimize: OptimizeFor = "balanced",
+    target: Target = "generic",
+    skip_zeros: bool = False,
+    layer_hook: bool = False,
 ) -> Plan:
     """Write a model as one C99 file and a header, without malloc or any dependency but the standard library.
 
@@ -59,14 +64,12 @@ def export_c(
         >>> plan.weight_bytes, plan.scratch_bytes                   # doctest: +SKIP
         (3316, 512)
     """
-    check_identifier(name)
-    if scratch not in SCRATCH_CHOICES:
-        raise ExportError(f"scratch={scratch!r} is not one of {', '.join(map(repr, SCRATCH_CHOICES))}")
+    options = Options(name, scratch, optimize, target, skip_zeros, layer_hook)
     source = Path(path)
     if source.suffix != ".c" or any(char in source.name for char in '"\\\n'):
         raise ExportError(f"path {str(source)!r} must end in .c and hold no quote, backslash or line break")
     header = source.with_suffix(".h")
-    plan = build_plan(import_graph(module, example_inputs), name, scratch)
+    plan = build_plan(import_graph(module, example_inputs), options)
     source_text, header_text = emit_source(plan, header.name), emit_header(plan)
     try:
         with replacing(source) as new_source, replacing(header) as new_header:

@@ -1,18 +1,26 @@
-"""Printing: a plan through the C templates. Nothing is decided here, and equal plans give equal text."""
+"""Printing: a plan through the C templates. Nothing is decided here, and equal plans give equal text.
+
+A template of a kernel or helper says in comments of its own what must stand before it: ``{# needs: activate #}`` and
+``{# headers: math.h #}``. Only what is needed is printed.
+"""
 
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
 import numpy as np
 
-from tbn_compiler.backends.c.plan import Plan, PlannedConstant
+from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.plan import C_TYPES, Argument, At, Call, Plan, PlannedConstant, Struct, Workspace
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _BYTES_PER_LINE = 16
-_FLOATS_PER_LINE = 6
+_NUMBERS_PER_LINE = 6
+_LINE_LENGTH = 120
 
 
 @functools.cache
@@ -24,8 +32,35 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"comment": c_comment, "float": c_float, "shape": c_shape, "table": c_table}
+    environment.filters |= {"comment": c_comment, "shape": c_shape, "table": c_table}
     return environment
+
+
+@functools.cache
+def template_names() -> tuple[str, ...]:
+    """Names of all kernels and helpers, which are symbols behind the model's prefix, and the other such symbols."""
+    return (*sorted(path.stem for path in _TEMPLATES.glob("*.c")), *_SYMBOLS)
+
+
+# Functions of the file that have no template of their own.
+_SYMBOLS = ("run", "scratch", "bits_product", "float_product")
+
+
+@functools.cache
+def _declared(template: str, kind: str) -> tuple[str, ...]:
+    """What a template declares as ``{# kind: a, b #}``."""
+    found = re.findall(rf"{{# {kind}: (.*?) #}}", (_TEMPLATES / f"{template}.c").read_text(encoding="utf-8"))
+    return tuple(name.strip() for line in found for name in line.split(","))
+
+
+def _with_needs(templates: Iterable[str]) -> list[str]:
+    """The templates, each behind those that it needs."""
+    result: dict[str, None] = {}
+    for template in templates:
+        if template not in result:
+            result |= dict.fromkeys(_with_needs(_declared(template, "needs")))
+            result[template] = None
+    return list(result)
 
 
 def emit_source(plan: Plan, header: str) -> str:
@@ -35,22 +70,84 @@ def emit_source(plan: Plan, header: str) -> str:
         plan: what to print.
         header: file name to include.
     """
-    return _environment().get_template("model.c").render(_context(plan), header=header)
+    templates = _with_needs(plan.kernels)
+    headers = {header for template in templates for header in _declared(template, "headers")}
+    printer = _Printer(plan)
+    return (
+        _environment()
+        .get_template("file/model.c")
+        .render(
+            _context(plan),
+            header=header,
+            templates=templates,
+            headers=sorted(headers | {"stddef.h"}),
+            printer=printer,
+            types=C_TYPES,
+        )
+    )
 
 
 def emit_header(plan: Plan) -> str:
     """The ``.h`` file."""
-    return _environment().get_template("model.h").render(_context(plan))
+    return _environment().get_template("file/model.h").render(_context(plan))
 
 
 def emit_host_main(name: str, scratch: str, header: str) -> str:
     """A main program that runs the model on vectors from standard input."""
     context = {"name": name, "macro": name.upper(), "scratch": scratch, "header": header}
-    return _environment().get_template("host_main.c").render(context)
+    return _environment().get_template("file/host_main.c").render(context)
 
 
 def _context(plan: Plan) -> dict[str, object]:
-    return {"plan": plan, "name": plan.name, "macro": plan.name.upper()}
+    return {"plan": plan, "name": plan.name, "macro": plan.name.upper(), "signature": c_signature(plan)}
+
+
+def c_signature(plan: Plan) -> str:
+    """The declaration of the run function."""
+    parameters = [
+        *(f"const {C_TYPES[port.value.dtype]} *{port.name}" for port in plan.inputs),
+        *(f"{C_TYPES[port.value.dtype]} *{port.name}" for port in plan.outputs),
+        *(["void *scratch"] if plan.scratch == "caller" else []),
+    ]
+    return f"void {plan.name}_run({', '.join(parameters)})"
+
+
+class _Printer:
+    """Prints the calls and structures of a plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._symbols = {struct: symbol for symbol, struct in plan.structs}
+
+    def value(self, argument: Argument, step: int = 0, repeated: bool = False) -> str:
+        """An argument of a call in a step, or the value of a structure's member."""
+        match argument:
+            case None:
+                return "NULL"
+            case At(operand, offset, stride):
+                text = self.value(operand, step) + (f" + {offset}" if offset else "")
+                return f"{text} + i * {stride}" if repeated and stride else text
+            case Workspace():
+                return self._plan.pointers[step, argument]
+            case Struct():
+                return f"&{self._plan.name}_{self._symbols[argument]}"
+            case ir.Value() | ir.Constant():
+                return self._plan.pointers[argument]
+            case float():
+                return c_float(argument)
+            case tuple():
+                return f"{{{', '.join(map(str, argument))}}}"
+            case _:
+                return str(argument)
+
+    def call(self, call: Call, step: int) -> str:
+        """A call, in a loop if it is repeated."""
+        repeated = call.repeat > 1
+        arguments = ", ".join(self.value(argument, step, repeated) for argument in call.arguments)
+        text = f"{self._plan.name}_{call.kernel}({arguments});"
+        if not repeated:
+            return f"    {text}"
+        return f"    for (size_t i = 0; i < {call.repeat}; ++i) {{\n        {text}\n    }}"
 
 
 def c_float(value: float) -> str:
@@ -62,10 +159,15 @@ def c_float(value: float) -> str:
 def c_table(planned: PlannedConstant) -> str:
     """The elements of an array as lines of an initialiser."""
     array = planned.constant.array.reshape(-1)
-    if array.dtype == np.uint8:
+    if array.dtype == np.float32:
+        items, per_line = [c_float(value) for value in array.tolist()], _NUMBERS_PER_LINE
+    elif array.dtype == np.uint8:
         items, per_line = [f"0x{byte:02x}" for byte in array.tolist()], _BYTES_PER_LINE
+    elif array.dtype.kind == "u":
+        digits = 2 * array.dtype.itemsize
+        items, per_line = [f"0x{number:0{digits}x}u" for number in array.tolist()], _NUMBERS_PER_LINE
     else:
-        items, per_line = [c_float(value) for value in array.tolist()], _FLOATS_PER_LINE
+        items, per_line = list(map(str, array.tolist())), _NUMBERS_PER_LINE
     lines = (", ".join(items[start : start + per_line]) for start in range(0, len(items), per_line))
     return ",\n".join(f"    {line}" for line in lines)
 

@@ -1,25 +1,31 @@
 """The small typed graph between ``torch.export`` and the planner.
 
-Values are row-major float32 arrays of static shape. An operation reads values and constants and writes one value.
+Values are row-major arrays of static shape. An operation reads values and constants and writes one value.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from tbn_compiler.tiling import TileLayout
 
+DType = Literal["float32", "int32"]
+
 
 @dataclass(frozen=True)
 class Value:
-    """A float32 array that exists while the model runs; ``name`` is its node in the exported graph."""
+    """An array that exists while the model runs; ``name`` is its node in the exported graph.
+
+    Every element takes four bytes: what is ``int64`` in PyTorch (indices) is ``int32`` here.
+    """
 
     name: str
     shape: tuple[int, ...]
+    dtype: DType = "float32"
 
     @property
     def size(self) -> int:
@@ -34,11 +40,12 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """An array stored with the program: ``float32``, or ``uint8`` for a packed tile. Compared by identity.
+    """An array stored with the program. Compared by identity.
 
     Attributes:
-        name: ``state_dict`` key.
-        array: the contents, read-only.
+        name: ``state_dict`` key, or a description of what was made from one.
+        array: the contents, read-only: ``float32``, ``uint8`` for a packed tile, or any other integer type of C in a
+            table that a kernel brings.
     """
 
     name: str
@@ -49,6 +56,20 @@ class Constant:
         """Whether this is a tile of bits."""
         return self.array.dtype == np.uint8
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.array.shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(self.array.size)
+
+
+# What an operation reads: both are pointers in C.
+Operand = Value | Constant
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -57,16 +78,17 @@ class Operation:
     Attributes:
         name: name of the node in the exported graph.
         layer: qualified name of the layer it belongs to, or the node's name.
-        inputs: values that it reads.
+        inputs: what it reads; a stored tensor may stand for an activation.
         output: value that it writes.
     """
 
-    # Whether element i of the output may overwrite element i of an input while the operation runs.
+    # Whether element i of the output may overwrite element i of an input while the operation runs. That input then has
+    # as many elements as the output.
     in_place: ClassVar[bool] = False
 
     name: str
     layer: str
-    inputs: tuple[Value, ...]
+    inputs: tuple[Operand, ...]
     output: Value
 
 
@@ -112,17 +134,24 @@ class Softmax(Operation):
 
 @dataclass(frozen=True)
 class SumNeighbours(Operation):
-    """``y[i] = x[i * count] + ... + x[i * count + count - 1]``; only the planner makes one."""
+    """``y[i, s] = x[i * count, s] + ... + x[i * count + count - 1, s]``; only the planner makes one.
+
+    Attributes:
+        count: neighbours in each sum.
+        inner: elements behind each of them: 1 for features, the image's size for channels.
+    """
 
     count: int
+    inner: int = 1
 
 
 @dataclass(frozen=True)
 class Linear(Operation):
-    """``x [..., n] -> x @ weight.T + bias [..., m]`` with a float weight ``[m, n]``."""
+    """``x [..., n] -> x @ weight.T + bias [..., m]`` with a float weight ``[m, n]``, and a ReLU if ``relu``."""
 
     weight: Constant
     bias: Constant | None
+    relu: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +164,7 @@ class TiledLinear(Operation):
         bias: ``[m]`` or ``None``.
         input_alpha: ``[k]``, the input stands for ``k`` copies of it with these scales, or ``None``.
         layout: shape of the weight and the way the tile fills it.
+        relu: whether a ReLU follows.
     """
 
     tile: Constant
@@ -142,11 +172,87 @@ class TiledLinear(Operation):
     bias: Constant | None
     input_alpha: Constant | None
     layout: TileLayout
+    relu: bool = False
 
     @property
     def replicas(self) -> int:
         """``k``: the input holds ``n / k`` elements for each row."""
-        return 1 if self.input_alpha is None else self.input_alpha.array.size
+        return 1 if self.input_alpha is None else self.input_alpha.size
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a window of a 2-D convolution or pooling slides over an image; 1-D has height 1. Pairs are (height, width).
+
+    Attributes:
+        input, output: sizes of the images.
+        kernel: size of the window.
+        stride, padding, dilation: as in PyTorch; the padding is that before the first row and column. The window may
+            reach any distance beyond the last ones: what lies outside counts as padding.
+    """
+
+    input: tuple[int, int]
+    output: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def input_size(self) -> int:
+        """Elements of one channel of the input."""
+        return math.prod(self.input)
+
+    @property
+    def output_size(self) -> int:
+        """Elements of one channel of the output."""
+        return math.prod(self.output)
+
+    @property
+    def kernel_size(self) -> int:
+        """Elements of the window."""
+        return math.prod(self.kernel)
+
+
+@dataclass(frozen=True)
+class TiledConv(Operation):
+    """A convolution ``[N, C, H, W] -> [N, m, H', W']`` on a stored tile (``tbn::conv1d``, ``tbn::conv2d``).
+
+    The weight is ``[m, C / groups, *kernel]`` (OIHW): rows are filters, and in a row the window's elements follow one
+    another for each input channel.
+
+    Attributes:
+        tile, alpha, bias, relu: as of :class:`TiledLinear`; ``m`` is the number of output channels.
+        input_alpha: ``[k]``, the input's ``C / k`` channels stand for ``k`` copies of them, or ``None``; ``groups`` is
+            1 then.
+        layout: shape of the weight and the way the tile fills it.
+        window: the geometry.
+        groups: the ``m / groups`` filters of group ``g`` read the channels from ``g * C / groups``.
+    """
+
+    tile: Constant
+    alpha: Constant
+    bias: Constant | None
+    input_alpha: Constant | None
+    layout: TileLayout
+    window: Window
+    groups: int = 1
+    relu: bool = False
+
+    @property
+    def replicas(self) -> int:
+        """``k``: copies that each input channel stands for."""
+        return 1 if self.input_alpha is None else self.input_alpha.size
+
+    @property
+    def samples(self) -> int:
+        """``N``."""
+        return self.output.size // (self.layout.rows * self.window.output_size)
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the input as it is stored, without copies."""
+        return self.layout.shape[1] * self.groups // self.replicas
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""Placement of buffers in one scratch block, from the steps at which each one is in use."""
+"""Memory: which values share a buffer, when each one is in use, and where in the scratch block it lies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from tbn_compiler.backends.c import ir
 
 
 @dataclass(frozen=True)
@@ -14,10 +16,54 @@ class Buffer:
     nbytes: int
     first: int
     last: int
+    dtype: str = "float32"
 
     def overlaps(self, other: Buffer) -> bool:
         """Whether both are in use at some step, so that they must not share memory."""
         return self.first <= other.last and other.first <= self.last
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Values that share memory, one after the other in time.
+
+    Attributes:
+        values: the values, in the order in which they are written.
+        first, last: the steps between which one of them is in use.
+    """
+
+    values: tuple[ir.Value, ...]
+    first: int
+    last: int
+
+
+def share_storage(
+    operations: Sequence[ir.Operation], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]
+) -> list[Storage]:
+    """Let an operation that may write in place do so where nothing reads its input again.
+
+    The model's inputs belong to the caller and are never written; an output is never written over.
+    """
+    last_read: dict[ir.Operand, int] = {}
+    for step, operation in enumerate(operations):
+        last_read |= dict.fromkeys(operation.inputs, step)
+    last_read |= dict.fromkeys(outputs, len(operations))
+    shared: dict[ir.Value, list[ir.Value]] = {}
+    owner: dict[ir.Operand, ir.Value] = {}
+    made_at = {operation.output: step for step, operation in enumerate(operations)}
+    for step, operation in enumerate(operations):
+        value = operation.output
+        dying = [
+            v
+            for v in operation.inputs
+            if isinstance(v, ir.Value) and v not in inputs and last_read[v] == step and v.size == value.size
+        ]
+        owner[value] = owner[dying[0]] if operation.in_place and dying else value
+        shared.setdefault(owner[value], []).append(value)
+    return [
+        Storage(tuple(values), made_at[first], max(last_read[value] for value in values))
+        for first, values in shared.items()
+    ]
 
 
 def place_buffers(buffers: Sequence[Buffer]) -> list[int]:

@@ -2,29 +2,149 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+
+import numpy as np
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.options import Options
 
-SCRATCH_CHOICES = ("static", "caller")
+C_TYPES = {
+    "float32": "float",
+    **{f"{sign}int{bits}": f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32)},
+}
 
-# Every kernel is a template of this name and a C function of this name behind the model's prefix.
-KERNELS = (
-    "copy",
-    "relu",
-    "add",
-    "add_scalar",
-    "softmax",
-    "sum_neighbours",
-    "linear",
-    "tiled_linear_bytes",
-    "tiled_linear_bits",
-    "tiled_linear_float",
-)
 
-# The kernels that follow a row through any layout of the tile, run by run.
-RUN_KERNELS = ("tiled_linear_bits", "tiled_linear_float")
+@dataclass(frozen=True)
+class Workspace:
+    """Memory that one step needs for itself; it holds nothing before and after.
+
+    Attributes:
+        name: what the buffer is called after.
+        size: number of elements.
+        dtype: their type, a key of :data:`C_TYPES`.
+    """
+
+    name: str
+    size: int
+    dtype: str = "float32"
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes, rounded up to whole words."""
+        return -(-self.size * np.dtype(self.dtype).itemsize // 4) * 4
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A ``static const`` structure that describes a layer to its kernel; equal ones are stored once.
+
+    Attributes:
+        type: the ``typedef`` behind the model's prefix, made by a template.
+        name: what its symbol is made of.
+        title: the comment above it.
+        fields: name and value of each member, in the order of the ``typedef``.
+    """
+
+    type: str
+    name: str
+    title: str
+    fields: tuple[tuple[str, Argument], ...]
+
+
+@dataclass(frozen=True)
+class At:
+    """A pointer into an operand: ``operand + offset + i * stride`` in repetition ``i`` of a call."""
+
+    operand: ir.Operand | Workspace
+    offset: int = 0
+    stride: int = 0
+
+
+# What a kernel is called with, or what a structure holds: a pointer (``None`` is NULL), an address or a number. A tuple
+# is an array inside a structure.
+Argument = ir.Operand | Workspace | At | Struct | int | float | None | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a kernel.
+
+    Attributes:
+        kernel: the template ``<kernel>.c``, which defines the function ``<name>_<kernel>``.
+        arguments: in the order of the function's parameters.
+        repeat: how often it is called; pointers given as :class:`At` advance.
+    """
+
+    kernel: str
+    arguments: tuple[Argument, ...]
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How one operation is computed; :mod:`~tbn_compiler.backends.c.kernels` chooses it.
+
+    Attributes:
+        title: what the operation is, in a few words, for comments and tables.
+        calls: what runs, in order.
+        cost: estimated number of multiply-adds, additions or element operations.
+        choice: why these kernels, where there was a choice.
+    """
+
+    title: str
+    calls: tuple[Call, ...]
+    cost: int
+    choice: str = ""
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels in order of first use."""
+        return tuple(dict.fromkeys(call.kernel for call in self.calls))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of the program.
+
+    Attributes:
+        node: the node of the exported graph whose value it computes.
+        layer: qualified name of the layer.
+        inputs, output: C names of the memory: parameters of the run function, buffers, or constants.
+        shape: shape of the result.
+        implementation: the kernel calls, the reason for them, and their cost.
+        workspace: buffers that only this step uses.
+    """
+
+    node: str
+    layer: str
+    inputs: tuple[str, ...]
+    output: str
+    shape: tuple[int, ...]
+    implementation: Implementation
+    workspace: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Layer and operation in a few words."""
+        title = self.implementation.title
+        return title if self.layer == self.node else f"{self.layer}: {title}"
+
+    @property
+    def kernel(self) -> str:
+        """The kernel, or the kernels, that run."""
+        return ", ".join(self.implementation.kernels)
+
+    @property
+    def choice(self) -> str:
+        """Why this kernel."""
+        return self.implementation.choice
+
+    @property
+    def cost(self) -> int:
+        """Estimated number of multiply-adds, additions or element operations."""
+        return self.implementation.cost
 
 
 @dataclass(frozen=True)
@@ -49,127 +169,20 @@ class PlannedBuffer:
     offset: int
     first: int
     last: int
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
-class Step:
-    """One kernel call.
+class Port:
+    """An input or output of the run function.
 
     Attributes:
-        kernel: which of :data:`KERNELS`.
-        node: the node of the exported graph whose value it computes.
-        layer: qualified name of the layer.
-        inputs, output: ``"input"``, ``"output"`` or the name of a buffer.
-        shape: shape of the result.
+        name: C name of the parameter.
+        value: shape and element type.
     """
 
-    form: ClassVar[str]  # how the templates print it
-
-    kernel: str
-    node: str
-    layer: str
-    inputs: tuple[str, ...]
-    output: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ElementwiseStep(Step):
-    """``size`` elements, one by one."""
-
-    form: ClassVar[str] = "elementwise"
-
-    size: int
-    scalar: float | None = None
-
-
-@dataclass(frozen=True)
-class SoftmaxStep(Step):
-    """Softmax of each of ``rows`` rows."""
-
-    form: ClassVar[str] = "softmax"
-
-    rows: int
-    columns: int
-
-
-@dataclass(frozen=True)
-class SumNeighboursStep(Step):
-    """Each of ``size`` results is the sum of ``count`` neighbours."""
-
-    form: ClassVar[str] = "sum_neighbours"
-
-    size: int
-    count: int
-
-
-@dataclass(frozen=True)
-class LinearStep(Step):
-    """A float weight ``[out_features, in_features]`` times each of ``vectors`` inputs; names without the prefix."""
-
-    form: ClassVar[str] = "linear"
-
-    vectors: int
-    in_features: int
-    out_features: int
-    weight: str
-    bias: str | None
-    relu: bool
-
-
-@dataclass(frozen=True)
-class TiledLayer:
-    """The constant description of a tiled linear layer that its kernel reads.
-
-    Attributes:
-        symbol: C name of the description.
-        name: qualified name of the layer.
-        in_features, out_features: ``n`` and ``m``.
-        p: copies of the tile.
-        p_in: neighbouring inputs that share a tile element, where they are not summed by a step of their own.
-        shift: elements by which each further copy is rolled, below ``tile_size``.
-        unique_rows: rows whose products are computed; row ``r`` repeats row ``r % unique_rows``.
-        tile_size: elements of the tile.
-        num_alphas: number of scales.
-        rows_per_alpha: row ``r`` is scaled by ``alpha[r // rows_per_alpha]``; 0 where the scales change inside rows:
-            copy ``i`` of the tile at neighbour ``j`` is scaled by ``alpha[i * p_in + j]``.
-        replicas: scaled copies of the input that the layer reads; ``in_features`` counts them all.
-        tile, alpha, bias, input_alpha: C names of the arrays.
-        relu: whether a ReLU follows.
-    """
-
-    symbol: str
     name: str
-    in_features: int
-    out_features: int
-    p: int
-    p_in: int
-    shift: int
-    unique_rows: int
-    tile_size: int
-    num_alphas: int
-    rows_per_alpha: int
-    replicas: int
-    tile: str
-    alpha: str
-    bias: str | None
-    input_alpha: str | None
-    relu: bool
-
-    @property
-    def input_size(self) -> int:
-        """Elements of the input for each vector."""
-        return self.in_features // self.replicas
-
-
-@dataclass(frozen=True)
-class TiledLinearStep(Step):
-    """A tiled layer applied to each of ``vectors`` inputs."""
-
-    form: ClassVar[str] = "tiled_linear"
-
-    vectors: int
-    parameters: TiledLayer
+    value: ir.Value
 
 
 @dataclass(frozen=True)
@@ -177,42 +190,83 @@ class Plan:
     """What the C file will be: steps, constants and memory.
 
     Attributes:
-        name: prefix of every symbol.
-        scratch: ``"static"``, one block in the file, or ``"caller"``, handed to the run function.
-        input, output: names and shapes.
-        steps: kernel calls in order.
+        options: what the user chose.
+        inputs, outputs: parameters of the run function.
+        steps: operations in order.
         constants: arrays in the order in which they are stored.
+        structs: descriptions of layers, with their symbols without prefix.
         buffers: contents of the scratch block, in order of first use.
+        pointers: C expression for every value, workspace and constant that a call may name.
         scratch_bytes: size of the scratch block.
-        weight_bytes: bytes of all constants: packed tiles, alphas, biases and float weights.
+        weight_bytes: bytes of all constants: packed tiles, alphas, biases, float weights and tables.
         live_bytes: scratch bytes in use at each step; the block cannot be smaller than the largest of these.
         peak_step: node of the first step with the most scratch in use; ``None`` without scratch.
     """
 
-    name: str
-    scratch: str
-    input: ir.Value
-    output: ir.Value
+    options: Options
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
     steps: tuple[Step, ...]
     constants: tuple[PlannedConstant, ...]
+    structs: tuple[tuple[str, Struct], ...]
     buffers: tuple[PlannedBuffer, ...]
+    pointers: Mapping[ir.Operand | tuple[int, Workspace], str]
     scratch_bytes: int
     weight_bytes: int
     live_bytes: tuple[int, ...]
     peak_step: str | None
 
     @property
+    def name(self) -> str:
+        """Prefix of every symbol."""
+        return self.options.name
+
+    @property
+    def scratch(self) -> str:
+        """Who owns the scratch block."""
+        return self.options.scratch
+
+    @property
     def kernels(self) -> tuple[str, ...]:
-        """The kernels in use, in the order of :data:`KERNELS`."""
-        used = {step.kernel for step in self.steps}
-        return tuple(kernel for kernel in KERNELS if kernel in used)
+        """The kernels in use, in order of first use."""
+        return tuple(dict.fromkeys(kernel for step in self.steps for kernel in step.implementation.kernels))
 
     @property
-    def uses_runs(self) -> bool:
-        """Whether one of :data:`RUN_KERNELS` is in use."""
-        return any(kernel in RUN_KERNELS for kernel in self.kernels)
+    def uses_int32(self) -> bool:
+        """Whether an input or output holds integers."""
+        return any(port.value.dtype == "int32" for port in (*self.inputs, *self.outputs))
 
     @property
-    def tiled_layers(self) -> tuple[TiledLayer, ...]:
-        """The tiled layers in order of first use; a layer that runs twice appears once."""
-        return tuple(dict.fromkeys(s.parameters for s in self.steps if isinstance(s, TiledLinearStep)))
+    def cost(self) -> int:
+        """Estimated number of multiply-adds, additions and element operations of a run."""
+        return sum(step.cost for step in self.steps)
+
+
+def workspaces(implementation: Implementation) -> tuple[Workspace, ...]:
+    """The workspaces that an implementation names, each once."""
+    return tuple(dict.fromkeys(a for a in _arguments(implementation) if isinstance(a, Workspace)))
+
+
+def constants(implementation: Implementation) -> tuple[ir.Constant, ...]:
+    """The stored arrays that an implementation names, in its structures too, each once."""
+    return tuple(dict.fromkeys(a for a in _arguments(implementation) if isinstance(a, ir.Constant)))
+
+
+def structs(implementation: Implementation) -> tuple[Struct, ...]:
+    """The structures that an implementation names, each once."""
+    return tuple(dict.fromkeys(a for a in _arguments(implementation) if isinstance(a, Struct)))
+
+
+def _arguments(implementation: Implementation) -> Iterator[Argument]:
+    for call in implementation.calls:
+        yield from _flat(call.arguments)
+
+
+def _flat(arguments: tuple[Argument, ...]) -> Iterator[Argument]:
+    for argument in arguments:
+        if isinstance(argument, At):
+            yield argument.operand
+            continue
+        if isinstance(argument, Struct):
+            yield from _flat(tuple(value for _, value in argument.fields))
+        yield argument

@@ -44,17 +44,10 @@ def test_an_unsupported_operator_is_named_with_shapes_layer_and_what_is_supporte
     assert "tbn.linear.default" in message
 
 
-def test_a_tiled_convolution_is_not_supported_yet(tmp_path: Path) -> None:
-    module = tbn.transform(nn.Conv2d(4, 8, 3), tbn.TilingConfig(min_size=0))
-    message = _refused(module, torch.zeros(1, 4, 8, 8), tmp_path, r"\(tbn\.conv2d\.default\)")
-    assert "the C backend does not support this operator" in message
-
-
 @pytest.mark.parametrize(
     ("function", "match"),
     [
         (lambda m, x: torch.add(x, x, alpha=2), "alpha=2 is not 1"),
-        (lambda m, x: x + m.weight, "operand p_weight is not computed from the input"),
         (lambda m, x: x + x[:, :1], "does not support this operator"),
         (lambda m, x: x.view(1, 1, 4) + x.view(1, 4, 1), "both operands must have the shape of the result"),
         (lambda m, x: x + float("inf"), "the number inf is not finite"),
@@ -63,9 +56,7 @@ def test_a_tiled_convolution_is_not_supported_yet(tmp_path: Path) -> None:
         (lambda m, x: nn.functional.linear(x, x.relu()), "computed while the model runs, not a stored tensor"),
         (lambda m, x: nn.functional.linear(x, m.weight), "the weight is not a matrix"),
         (lambda m, x: x.double(), "gives torch.float64; export in float32"),
-        (lambda m, x: (x, x.relu()), "one output tensor, the model has 2 outputs: inputs_0, relu"),
-        (lambda m, x: m.weight.relu(), "operand p_weight is not computed from the input"),
-        (lambda m, x: m.weight + 0, "operand p_weight is not computed from the input"),
+        (lambda m, x: m.weight.relu(), "the output relu does not depend on the input"),
         (lambda m, x: x + m.count.add_(1), "changes 'count' while it runs"),
         (lambda m, x: x if x.sum() > 0 else -x, "torch.export cannot trace Function on inputs"),
         (lambda m, x: x[:, :0].relu(), "does not support this operator|empty tensor"),
@@ -75,11 +66,8 @@ def test_unsupported_uses_say_why(function: Any, match: str, tmp_path: Path) -> 
     _refused(Function(function), torch.ones(1, 4), tmp_path, match)
 
 
-def test_inputs_must_be_one_float32_tensor(tmp_path: Path) -> None:
-    two = Function(lambda m, x, y: x + y)
-    inputs = (torch.ones(1, 4), torch.ones(1, 4))
-    _refused(two, inputs, tmp_path, r"one input, the model has 2: inputs_0 \[1, 4\], inputs_1 \[1, 4\]")
-    _refused(nn.ReLU(), torch.ones(1, 4, dtype=torch.int32), tmp_path, "torch.int32")
+def test_inputs_must_be_float32_tensors(tmp_path: Path) -> None:
+    _refused(nn.ReLU(), torch.ones(1, 4, dtype=torch.int32), tmp_path, "holds integers")
     _refused(nn.ReLU().half(), torch.ones(1, 4).half(), tmp_path, "float16")
     _refused(nn.ReLU(), (3,), tmp_path, r"tuple of tensors, got \(int\)")
     _refused(nn.ReLU(), (), tmp_path, "torch.export cannot trace ReLU")

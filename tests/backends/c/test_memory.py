@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.memory import Buffer, live_bytes, place_buffers
-from tbn_compiler.backends.c.plan import ElementwiseStep, LinearStep, Plan
+from tbn_compiler.backends.c.options import Options
+from tbn_compiler.backends.c.plan import Plan
 from tbn_compiler.backends.c.planner import build_plan
 
 _STEPS = 8
@@ -98,22 +99,22 @@ def _interpret(plan: Plan, x: np.ndarray) -> np.ndarray:
     """Run the plan's steps in the memory that it assigns; what is not written yet is NaN."""
     block = np.full(plan.scratch_bytes // 4, np.nan, np.float32)
     memory = {b.name: block[b.offset // 4 : (b.offset + b.nbytes) // 4] for b in plan.buffers}
-    memory |= {"input": x.copy(), "output": np.full(plan.output.size, np.nan, np.float32)}
-    weights = {planned.symbol: planned.constant.array for planned in plan.constants}
+    memory |= {"input": x.copy(), "output": np.full(plan.outputs[0].value.size, np.nan, np.float32)}
     for step in plan.steps:
         sources = [memory[name] for name in step.inputs]
-        if isinstance(step, LinearStep):
+        (call,) = step.implementation.calls
+        if call.kernel == "linear":
+            weight, *_ = call.arguments
             assert memory[step.output] is not sources[0], "a linear layer cannot run in place"
-            result = (sources[0].reshape(step.vectors, -1) @ weights[step.weight].T).reshape(-1)
-            result = np.maximum(result, 0) if step.relu else result
+            result = (sources[0].reshape(call.repeat, -1) @ weight.array.T).reshape(-1)
+            result = np.maximum(result, 0) if call.arguments[4] else result
         else:
-            assert isinstance(step, ElementwiseStep)
             result = {
                 "copy": lambda s: s[0],
                 "relu": lambda s: np.maximum(s[0], 0),
                 "add": lambda s: s[0] + s[1],
-                "add_scalar": lambda s, step=step: s[0] + step.scalar,
-            }[step.kernel](sources)
+                "add_scalar": lambda s, call=call: s[0] + call.arguments[1],
+            }[call.kernel](sources)
         memory[step.output][:] = result
     assert np.array_equal(memory["input"], x), "the input belongs to the caller"
     return memory["output"]
@@ -123,7 +124,7 @@ def _interpret(plan: Plan, x: np.ndarray) -> np.ndarray:
 @given(_graphs())
 def test_no_value_is_overwritten_before_its_last_reader(graph: ir.Graph) -> None:
     x = np.arange(graph.inputs[0].size, dtype=np.float32) - 1
-    plan = build_plan(graph, "net", "static")
+    plan = build_plan(graph, Options("net"))
     np.testing.assert_array_equal(_interpret(plan, x), _evaluate(graph, x))
     assert plan.scratch_bytes >= max(plan.live_bytes)
 
@@ -137,6 +138,6 @@ def test_the_plan_names_the_step_with_the_most_scratch() -> None:
     a = linear("a", x, 100)
     b = linear("b", a.output, 50)
     c = linear("c", b.output, 3)
-    plan = build_plan(ir.Graph((x,), (c.output,), (a, b, c)), "net", "static")
+    plan = build_plan(ir.Graph((x,), (c.output,), (a, b, c)), Options("net"))
     assert (plan.scratch_bytes, plan.live_bytes, plan.peak_step) == (600, (400, 600, 200), "b")
     assert plan.weight_bytes == 4 * (200 + 5000 + 150)

@@ -1,3 +1,4 @@
+{# needs: activate #}
 /* weight [out_features x in_features], bias of out_features elements or NULL. */
 static void {{ name }}_linear(const float *weight, const float *bias, size_t in_features, size_t out_features, int relu,
     const float *x, float *y)

@@ -1,3 +1,4 @@
+{# headers: math.h #}
 /* Softmax of each row; the largest element is subtracted first, so that nothing overflows. y may be x. */
 static void {{ name }}_softmax(const float *x, float *y, size_t rows, size_t columns)
 {

@@ -1,3 +1,4 @@
+{# headers: stdint.h #}
 /*
  * A linear layer whose weight, read row by row, is one tile repeated from end to end, each row times its alpha.
  * Bits: element j of the tile is bit j % 8 of byte j / 8, 1 for +1 and 0 for -1.
@@ -7,14 +8,8 @@ typedef struct {
     size_t out_features;
     size_t unique_rows;    /* rows to compute; row r has the signs of row r % unique_rows */
     size_t tile_size;      /* elements */
-    size_t rows_per_alpha; /* row r has alpha[r / rows_per_alpha]{{ "; 0: alphas change inside rows" if plan.uses_runs }} */
-    const float *alpha;
-    const float *bias; /* out_features elements, or NULL */
+    size_t rows_per_alpha; /* row r has alpha[r / rows_per_alpha] */
+    const float *alpha;    /* NULL: 1 for every row */
+    const float *bias;     /* out_features elements, or NULL */
     int relu;
-{% if plan.uses_runs %}
-    size_t p_in;              /* neighbouring inputs that share a tile element */
-    size_t shift;             /* copy i of the tile is rolled by i * shift elements */
-    size_t input_size;        /* elements of x */
-    const float *input_alpha; /* the inputs are x times each of these, one behind the other; NULL: x as it is */
-{% endif %}
 } {{ name }}_tiled_linear;

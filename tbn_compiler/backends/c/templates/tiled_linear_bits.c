@@ -1,3 +1,4 @@
+{# needs: tiled_linear_store, tiled_runs #}
 /* The sum of count elements of x, stride apart, with the signs at positions t, t + 1, ... of the tile. */
 static float {{ name }}_bits_product(const uint8_t *tile, size_t t, const float *x, size_t stride, size_t count)
 {

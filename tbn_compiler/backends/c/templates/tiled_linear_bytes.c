@@ -1,3 +1,4 @@
+{# needs: tiled_linear_store #}
 /*
  * Rows of whole bytes: eight inputs for each byte of the tile. The unique rows follow one another in the repeated
  * tile, so one pointer runs through all of them and starts again at the end of the tile.

@@ -4,14 +4,15 @@
  * second ones, and so on. Each pass goes run by run: in a run, tile elements follow one another and no scale changes.
  * Products of two sizes stay below the number of weights, which has to fit size_t.
  */
-static void {{ name }}_tiled_linear_{{ kind }}(const {{ name }}_tiled_linear *layer, const {{ element }} *tile, const float *x, float *y)
+static void {{ name }}_tiled_linear_{{ kind }}(const {{ name }}_tiled_linear *layer, const {{ name }}_tiled_runs *runs,
+    const {{ element }} *tile, const float *x, float *y)
 {
-    const size_t row_size = layer->in_features / layer->p_in;
+    const size_t row_size = layer->in_features / runs->p_in;
     const size_t tile_size = layer->tile_size;
 
     for (size_t row = 0; row < layer->unique_rows; ++row) {
         float value = 0.0f;
-        for (size_t neighbour = 0; neighbour < layer->p_in; ++neighbour) {
+        for (size_t neighbour = 0; neighbour < runs->p_in; ++neighbour) {
             size_t copy = row * row_size / tile_size;
             size_t j = row * row_size % tile_size; /* element of the copy before it is rolled */
             size_t replica = 0;
@@ -19,26 +20,26 @@ static void {{ name }}_tiled_linear_{{ kind }}(const {{ name }}_tiled_linear *la
             size_t count;
 
             for (size_t done = 0; done < row_size; done += count) {
-                const size_t t = (j + tile_size - copy * layer->shift % tile_size) % tile_size;
-                float scale = layer->rows_per_alpha != 0 ? 1.0f : layer->alpha[copy * layer->p_in + neighbour];
+                const size_t t = (j + tile_size - copy * runs->shift % tile_size) % tile_size;
+                float scale = runs->copy_alpha != NULL ? runs->copy_alpha[copy * runs->p_in + neighbour] : 1.0f;
 
-                while (i >= layer->input_size) {
-                    i -= layer->input_size;
+                while (i >= runs->input_size) {
+                    i -= runs->input_size;
                     ++replica;
                 }
-                if (layer->input_alpha != NULL) {
-                    scale *= layer->input_alpha[replica];
+                if (runs->input_alpha != NULL) {
+                    scale *= runs->input_alpha[replica];
                 }
                 /* A run ends with the row, the copy, the tile or the replica, whichever comes first. */
                 count = row_size - done;
                 count = count < tile_size - j ? count : tile_size - j;
                 count = count < tile_size - t ? count : tile_size - t;
-                if (i + (count - 1) * layer->p_in >= layer->input_size) {
-                    count = (layer->input_size - i - 1) / layer->p_in + 1;
+                if (i + (count - 1) * runs->p_in >= runs->input_size) {
+                    count = (runs->input_size - i - 1) / runs->p_in + 1;
                 }
-                value += scale * {{ name }}_{{ kind }}_product(tile, t, x + i, layer->p_in, count);
+                value += scale * {{ name }}_{{ kind }}_product(tile, t, x + i, runs->p_in, count);
 
-                i += count * layer->p_in;
+                i += count * runs->p_in;
                 j += count;
                 if (j == tile_size) {
                     j = 0;

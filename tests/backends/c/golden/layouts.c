@@ -3,8 +3,8 @@
  *
  *   0: tiled linear 12 -> 8, p=4, rolled by 3, 8 unique rows, 1 alpha, bias, ReLU -> 1 x 8
  *   2: sum every 2 neighbouring inputs -> 1 x 4
- *   2: tiled linear 4 -> 8, p=4, 2 unique rows, 4 alphas, ReLU -> 1 x 8
- *   4: tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, bias -> 1 x 4
+ *   2: tiled linear 4 -> 2, p=1, 2 unique rows, 1 alpha, ReLU -> 1 x 2
+ *   4: tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, input as 4 scaled copies, bias -> 1 x 4
  *
  * Constants 89 bytes, scratch memory 48 bytes.
  */
@@ -28,37 +28,29 @@ typedef struct {
     size_t out_features;
     size_t unique_rows;    /* rows to compute; row r has the signs of row r % unique_rows */
     size_t tile_size;      /* elements */
-    size_t rows_per_alpha; /* row r has alpha[r / rows_per_alpha]; 0: alphas change inside rows */
-    const float *alpha;
-    const float *bias; /* out_features elements, or NULL */
+    size_t rows_per_alpha; /* row r has alpha[r / rows_per_alpha] */
+    const float *alpha;    /* NULL: 1 for every row */
+    const float *bias;     /* out_features elements, or NULL */
     int relu;
-    size_t p_in;              /* neighbouring inputs that share a tile element */
-    size_t shift;             /* copy i of the tile is rolled by i * shift elements */
-    size_t input_size;        /* elements of x */
-    const float *input_alpha; /* the inputs are x times each of these, one behind the other; NULL: x as it is */
 } layouts_tiled_linear;
 
 /* Store one unique row's product in every row of y that repeats it, with that row's alpha. */
 static void layouts_tiled_linear_store(const layouts_tiled_linear *layer, size_t row, float product, float *y)
 {
     for (size_t r = row; r < layer->out_features; r += layer->unique_rows) {
-        const float alpha = layer->rows_per_alpha != 0 ? layer->alpha[r / layer->rows_per_alpha] : 1.0f;
-        const float value = alpha * product;
+        const float value = layer->alpha != NULL ? layer->alpha[r / layer->rows_per_alpha] * product : product;
         y[r] = layouts_activate(layer->bias != NULL ? value + layer->bias[r] : value, layer->relu);
     }
 }
 
-/* Each element of y is the sum of count neighbours in x. */
-static void layouts_sum_neighbours(const float *x, size_t count, float *y, size_t size)
-{
-    for (size_t i = 0; i < size; ++i) {
-        float sum = 0.0f;
-        for (size_t j = 0; j < count; ++j) {
-            sum += *x++;
-        }
-        y[i] = sum;
-    }
-}
+/* How the tile of a linear layer fills its weight, where that is not simply end to end. */
+typedef struct {
+    size_t p_in;              /* neighbouring inputs that share a tile element */
+    size_t shift;             /* copy i of the tile is rolled by i * shift elements */
+    size_t input_size;        /* elements of x */
+    const float *copy_alpha;  /* copy i has copy_alpha[i * p_in + j] at neighbour j; NULL: alphas scale whole rows */
+    const float *input_alpha; /* the inputs are x times each of these, one behind the other; NULL: x as it is */
+} layouts_tiled_runs;
 
 /* The sum of count elements of x, stride apart, with the signs at positions t, t + 1, ... of the tile. */
 static float layouts_bits_product(const uint8_t *tile, size_t t, const float *x, size_t stride, size_t count)
@@ -78,14 +70,15 @@ static float layouts_bits_product(const uint8_t *tile, size_t t, const float *x,
  * second ones, and so on. Each pass goes run by run: in a run, tile elements follow one another and no scale changes.
  * Products of two sizes stay below the number of weights, which has to fit size_t.
  */
-static void layouts_tiled_linear_bits(const layouts_tiled_linear *layer, const uint8_t *tile, const float *x, float *y)
+static void layouts_tiled_linear_bits(const layouts_tiled_linear *layer, const layouts_tiled_runs *runs,
+    const uint8_t *tile, const float *x, float *y)
 {
-    const size_t row_size = layer->in_features / layer->p_in;
+    const size_t row_size = layer->in_features / runs->p_in;
     const size_t tile_size = layer->tile_size;
 
     for (size_t row = 0; row < layer->unique_rows; ++row) {
         float value = 0.0f;
-        for (size_t neighbour = 0; neighbour < layer->p_in; ++neighbour) {
+        for (size_t neighbour = 0; neighbour < runs->p_in; ++neighbour) {
             size_t copy = row * row_size / tile_size;
             size_t j = row * row_size % tile_size; /* element of the copy before it is rolled */
             size_t replica = 0;
@@ -93,26 +86,26 @@ static void layouts_tiled_linear_bits(const layouts_tiled_linear *layer, const u
             size_t count;
 
             for (size_t done = 0; done < row_size; done += count) {
-                const size_t t = (j + tile_size - copy * layer->shift % tile_size) % tile_size;
-                float scale = layer->rows_per_alpha != 0 ? 1.0f : layer->alpha[copy * layer->p_in + neighbour];
+                const size_t t = (j + tile_size - copy * runs->shift % tile_size) % tile_size;
+                float scale = runs->copy_alpha != NULL ? runs->copy_alpha[copy * runs->p_in + neighbour] : 1.0f;
 
-                while (i >= layer->input_size) {
-                    i -= layer->input_size;
+                while (i >= runs->input_size) {
+                    i -= runs->input_size;
                     ++replica;
                 }
-                if (layer->input_alpha != NULL) {
-                    scale *= layer->input_alpha[replica];
+                if (runs->input_alpha != NULL) {
+                    scale *= runs->input_alpha[replica];
                 }
                 /* A run ends with the row, the copy, the tile or the replica, whichever comes first. */
                 count = row_size - done;
                 count = count < tile_size - j ? count : tile_size - j;
                 count = count < tile_size - t ? count : tile_size - t;
-                if (i + (count - 1) * layer->p_in >= layer->input_size) {
-                    count = (layer->input_size - i - 1) / layer->p_in + 1;
+                if (i + (count - 1) * runs->p_in >= runs->input_size) {
+                    count = (runs->input_size - i - 1) / runs->p_in + 1;
                 }
-                value += scale * layouts_bits_product(tile, t, x + i, layer->p_in, count);
+                value += scale * layouts_bits_product(tile, t, x + i, runs->p_in, count);
 
-                i += count * layer->p_in;
+                i += count * runs->p_in;
                 j += count;
                 if (j == tile_size) {
                     j = 0;
@@ -124,10 +117,20 @@ static void layouts_tiled_linear_bits(const layouts_tiled_linear *layer, const u
     }
 }
 
-/* 0.weight_tile: 3 bytes of packed bits */
-static const uint8_t layouts_layer_0_weight_tile[3] = {
-    0x94, 0xa6, 0x94
-};
+/* y[i, s] is the sum of x[i * count, s] to x[i * count + count - 1, s], for inner elements s. */
+static void layouts_sum_neighbours(const float *x, size_t count, size_t inner, float *y, size_t outer)
+{
+    for (size_t i = 0; i < outer; ++i) {
+        for (size_t s = 0; s < inner; ++s) {
+            float sum = 0.0f;
+            for (size_t j = 0; j < count; ++j) {
+                sum += x[j * inner + s];
+            }
+            *y++ = sum;
+        }
+        x += count * inner;
+    }
+}
 
 /* 0.weight_alpha: 1 float */
 static const float layouts_layer_0_weight_alpha[1] = {
@@ -140,9 +143,24 @@ static const float layouts_layer_0_bias[8] = {
     0.625f, 0.375f
 };
 
+/* 0.weight_tile: 3 bytes of packed bits */
+static const uint8_t layouts_layer_0_weight_tile[3] = {
+    0x94, 0xa6, 0x94
+};
+
 /* 2.weight_tile: 1 bytes of packed bits */
 static const uint8_t layouts_layer_2_weight_tile[1] = {
     0xa4
+};
+
+/* 4.bias: 4 float */
+static const float layouts_layer_4_bias[4] = {
+    -0.625f, 0.375f, 0.0f, -0.375f
+};
+
+/* 4.weight_alpha: 4 float */
+static const float layouts_layer_4_weight_alpha[4] = {
+    0.390625f, 0.375f, 0.28125f, 0.296875f
 };
 
 /* 2.weight_alpha: 4 float */
@@ -155,62 +173,67 @@ static const uint8_t layouts_layer_4_weight_tile[1] = {
     0x96
 };
 
-/* 4.weight_alpha: 4 float */
-static const float layouts_layer_4_weight_alpha[4] = {
-    0.390625f, 0.375f, 0.28125f, 0.296875f
-};
-
-/* 4.bias: 4 float */
-static const float layouts_layer_4_bias[4] = {
-    -0.625f, 0.375f, 0.0f, -0.375f
-};
-
-/* 0: tiled linear 12 -> 8, p=4, rolled by 3, 8 unique rows, 1 alpha, bias, ReLU */
+/* tiled linear 12 -> 8, p=4, rolled by 3, 8 unique rows, 1 alpha, bias, ReLU */
 static const layouts_tiled_linear layouts_layer_0_layer = {
     12, /* in_features */
     8, /* out_features */
     8, /* unique_rows */
     24, /* tile_size */
     8, /* rows_per_alpha */
-    layouts_layer_0_weight_alpha,
+    layouts_layer_0_weight_alpha, /* alpha */
     layouts_layer_0_bias, /* bias */
-    1, /* relu */
+    1 /* relu */
+};
+
+/* tiled linear 12 -> 8, p=4, rolled by 3, 8 unique rows, 1 alpha, bias, ReLU */
+static const layouts_tiled_runs layouts_layer_0_runs = {
     1, /* p_in */
     3, /* shift */
     12, /* input_size */
+    NULL, /* copy_alpha */
     NULL /* input_alpha */
 };
 
-/* 2: tiled linear 4 -> 8, p=4, 2 unique rows, 4 alphas, ReLU */
+/* tiled linear 4 -> 2, p=1, 2 unique rows, 1 alpha, ReLU */
 static const layouts_tiled_linear layouts_layer_2_layer = {
     4, /* in_features */
-    8, /* out_features */
+    2, /* out_features */
     2, /* unique_rows */
     8, /* tile_size */
     2, /* rows_per_alpha */
-    layouts_layer_2_weight_alpha,
+    NULL, /* alpha */
     NULL, /* bias */
-    1, /* relu */
+    1 /* relu */
+};
+
+/* tiled linear 4 -> 2, p=1, 2 unique rows, 1 alpha, ReLU */
+static const layouts_tiled_runs layouts_layer_2_runs = {
     1, /* p_in */
     0, /* shift */
     4, /* input_size */
+    NULL, /* copy_alpha */
     NULL /* input_alpha */
 };
 
-/* 4: tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, bias */
+/* tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, input as 4 scaled copies, bias */
 static const layouts_tiled_linear layouts_layer_4_layer = {
     8, /* in_features */
     4, /* out_features */
     4, /* unique_rows */
     8, /* tile_size */
     0, /* rows_per_alpha */
-    layouts_layer_4_weight_alpha,
+    NULL, /* alpha */
     layouts_layer_4_bias, /* bias */
-    0, /* relu */
+    0 /* relu */
+};
+
+/* tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, input as 4 scaled copies, bias */
+static const layouts_tiled_runs layouts_layer_4_runs = {
     2, /* p_in */
     0, /* shift */
-    8, /* input_size */
-    NULL /* input_alpha */
+    2, /* input_size */
+    layouts_layer_4_weight_alpha, /* copy_alpha */
+    layouts_layer_2_weight_alpha /* input_alpha */
 };
 
 static float layouts_scratch[LAYOUTS_SCRATCH_BYTES / sizeof(float)];
@@ -219,14 +242,14 @@ void layouts_run(const float *input, float *output)
 {
     float *const layer_0_out = layouts_scratch; /* 32 bytes */
     float *const layer_2_sums = layouts_scratch + 8; /* 16 bytes */
-    float *const layer_2_out = layouts_scratch; /* 32 bytes */
+    float *const layer_2_out = layouts_scratch; /* 8 bytes */
 
     /* 0: tiled linear 12 -> 8, p=4, rolled by 3, 8 unique rows, 1 alpha, bias, ReLU */
-    layouts_tiled_linear_bits(&layouts_layer_0_layer, layouts_layer_0_weight_tile, input, layer_0_out);
+    layouts_tiled_linear_bits(&layouts_layer_0_layer, &layouts_layer_0_runs, layouts_layer_0_weight_tile, input, layer_0_out);
     /* 2: sum every 2 neighbouring inputs */
-    layouts_sum_neighbours(layer_0_out, 2, layer_2_sums, 4);
-    /* 2: tiled linear 4 -> 8, p=4, 2 unique rows, 4 alphas, ReLU */
-    layouts_tiled_linear_bits(&layouts_layer_2_layer, layouts_layer_2_weight_tile, layer_2_sums, layer_2_out);
-    /* 4: tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, bias */
-    layouts_tiled_linear_bits(&layouts_layer_4_layer, layouts_layer_4_weight_tile, layer_2_out, output);
+    layouts_sum_neighbours(layer_0_out, 2, 1, layer_2_sums, 4);
+    /* 2: tiled linear 4 -> 2, p=1, 2 unique rows, 1 alpha, ReLU */
+    layouts_tiled_linear_bits(&layouts_layer_2_layer, &layouts_layer_2_runs, layouts_layer_2_weight_tile, layer_2_sums, layer_2_out);
+    /* 4: tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, input as 4 scaled copies, bias */
+    layouts_tiled_linear_bits(&layouts_layer_4_layer, &layouts_layer_4_runs, layouts_layer_4_weight_tile, layer_2_out, output);
 }

@@ -4,7 +4,7 @@
 #ifndef TBN_LAYOUTS_H
 #define TBN_LAYOUTS_H
 
-/* Numbers of float elements. */
+/* Numbers of elements. */
 #define LAYOUTS_INPUT_SIZE 12 /* 1 x 12 */
 #define LAYOUTS_OUTPUT_SIZE 4 /* 1 x 4 */
 
@@ -17,8 +17,8 @@ extern "C" {
 #endif
 
 /*
- * Run the model on input[LAYOUTS_INPUT_SIZE] and write output[LAYOUTS_OUTPUT_SIZE], both row-major.
- * They must not overlap: intermediate results may pass through output.
+ * Run the model. All arrays are row-major, have the sizes above and must not overlap: intermediate results may pass
+ * through an output.
  * Uses one static scratch block: not reentrant.
  */
 void layouts_run(const float *input, float *output);

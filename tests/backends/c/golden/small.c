@@ -31,8 +31,8 @@ typedef struct {
     size_t unique_rows;    /* rows to compute; row r has the signs of row r % unique_rows */
     size_t tile_size;      /* elements */
     size_t rows_per_alpha; /* row r has alpha[r / rows_per_alpha] */
-    const float *alpha;
-    const float *bias; /* out_features elements, or NULL */
+    const float *alpha;    /* NULL: 1 for every row */
+    const float *bias;     /* out_features elements, or NULL */
     int relu;
 } small_tiled_linear;
 
@@ -40,50 +40,8 @@ typedef struct {
 static void small_tiled_linear_store(const small_tiled_linear *layer, size_t row, float product, float *y)
 {
     for (size_t r = row; r < layer->out_features; r += layer->unique_rows) {
-        const float value = layer->alpha[r / layer->rows_per_alpha] * product;
+        const float value = layer->alpha != NULL ? layer->alpha[r / layer->rows_per_alpha] * product : product;
         y[r] = small_activate(layer->bias != NULL ? value + layer->bias[r] : value, layer->relu);
-    }
-}
-
-/* y may be a or b. */
-static void small_add(const float *a, const float *b, float *y, size_t size)
-{
-    for (size_t i = 0; i < size; ++i) {
-        y[i] = a[i] + b[i];
-    }
-}
-
-/* Softmax of each row; the largest element is subtracted first, so that nothing overflows. y may be x. */
-static void small_softmax(const float *x, float *y, size_t rows, size_t columns)
-{
-    for (size_t row = 0; row < rows; ++row) {
-        float largest = x[0];
-        float sum = 0.0f;
-        for (size_t j = 1; j < columns; ++j) {
-            largest = x[j] > largest ? x[j] : largest;
-        }
-        for (size_t j = 0; j < columns; ++j) {
-            y[j] = expf(x[j] - largest);
-            sum += y[j];
-        }
-        for (size_t j = 0; j < columns; ++j) {
-            y[j] /= sum;
-        }
-        x += columns;
-        y += columns;
-    }
-}
-
-/* weight [out_features x in_features], bias of out_features elements or NULL. */
-static void small_linear(const float *weight, const float *bias, size_t in_features, size_t out_features, int relu,
-    const float *x, float *y)
-{
-    for (size_t row = 0; row < out_features; ++row) {
-        float value = 0.0f;
-        for (size_t j = 0; j < in_features; ++j) {
-            value += *weight++ * x[j];
-        }
-        y[row] = small_activate(bias != NULL ? value + bias[row] : value, relu);
     }
 }
 
@@ -113,10 +71,47 @@ static void small_tiled_linear_bytes(const small_tiled_linear *layer, const uint
     }
 }
 
-/* stem.0.weight_tile: 4 bytes of packed bits */
-static const uint8_t small_stem_0_weight_tile[4] = {
-    0xf0, 0x82, 0x17, 0xbc
-};
+/* y may be a or b. */
+static void small_add(const float *a, const float *b, float *y, size_t size)
+{
+    for (size_t i = 0; i < size; ++i) {
+        y[i] = a[i] + b[i];
+    }
+}
+
+/* weight [out_features x in_features], bias of out_features elements or NULL. */
+static void small_linear(const float *weight, const float *bias, size_t in_features, size_t out_features, int relu,
+    const float *x, float *y)
+{
+    for (size_t row = 0; row < out_features; ++row) {
+        float value = 0.0f;
+        for (size_t j = 0; j < in_features; ++j) {
+            value += *weight++ * x[j];
+        }
+        y[row] = small_activate(bias != NULL ? value + bias[row] : value, relu);
+    }
+}
+
+/* Softmax of each row; the largest element is subtracted first, so that nothing overflows. y may be x. */
+static void small_softmax(const float *x, float *y, size_t rows, size_t columns)
+{
+    for (size_t row = 0; row < rows; ++row) {
+        float largest = x[0];
+        float sum = 0.0f;
+        for (size_t j = 1; j < columns; ++j) {
+            largest = x[j] > largest ? x[j] : largest;
+        }
+        for (size_t j = 0; j < columns; ++j) {
+            y[j] = expf(x[j] - largest);
+            sum += y[j];
+        }
+        for (size_t j = 0; j < columns; ++j) {
+            y[j] /= sum;
+        }
+        x += columns;
+        y += columns;
+    }
+}
 
 /* stem.0.weight_alpha: 4 float */
 static const float small_stem_0_weight_alpha[4] = {
@@ -129,14 +124,19 @@ static const float small_stem_0_bias[8] = {
     0.625f, 0.375f
 };
 
-/* body.0.weight_tile: 2 bytes of packed bits */
-static const uint8_t small_body_0_weight_tile[2] = {
-    0x31, 0x8e
+/* stem.0.weight_tile: 4 bytes of packed bits */
+static const uint8_t small_stem_0_weight_tile[4] = {
+    0xf0, 0x82, 0x17, 0xbc
 };
 
 /* body.0.weight_alpha: 4 float */
 static const float small_body_0_weight_alpha[4] = {
     0.3359375f, 0.3515625f, 0.3515625f, 0.3359375f
+};
+
+/* body.0.weight_tile: 2 bytes of packed bits */
+static const uint8_t small_body_0_weight_tile[2] = {
+    0x31, 0x8e
 };
 
 /* head.weight: 3 x 8 float */
@@ -152,26 +152,26 @@ static const float small_head_bias[3] = {
     -0.625f, 0.375f, 0.0f
 };
 
-/* stem.0: tiled linear 16 -> 8, p=4, 2 unique rows, 4 alphas, bias, ReLU */
+/* tiled linear 16 -> 8, p=4, 2 unique rows, 4 alphas, bias, ReLU */
 static const small_tiled_linear small_stem_0_layer = {
     16, /* in_features */
     8, /* out_features */
     2, /* unique_rows */
     32, /* tile_size */
     2, /* rows_per_alpha */
-    small_stem_0_weight_alpha,
+    small_stem_0_weight_alpha, /* alpha */
     small_stem_0_bias, /* bias */
     1 /* relu */
 };
 
-/* body.0: tiled linear 8 -> 8, p=4, 2 unique rows, 4 alphas, ReLU */
+/* tiled linear 8 -> 8, p=4, 2 unique rows, 4 alphas, ReLU */
 static const small_tiled_linear small_body_0_layer = {
     8, /* in_features */
     8, /* out_features */
     2, /* unique_rows */
     16, /* tile_size */
     2, /* rows_per_alpha */
-    small_body_0_weight_alpha,
+    small_body_0_weight_alpha, /* alpha */
     NULL, /* bias */
     1 /* relu */
 };

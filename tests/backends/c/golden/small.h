@@ -4,7 +4,7 @@
 #ifndef TBN_SMALL_H
 #define TBN_SMALL_H
 
-/* Numbers of float elements. */
+/* Numbers of elements. */
 #define SMALL_INPUT_SIZE 16 /* 1 x 4 x 4 */
 #define SMALL_OUTPUT_SIZE 3 /* 1 x 3 */
 
@@ -17,8 +17,8 @@ extern "C" {
 #endif
 
 /*
- * Run the model on input[SMALL_INPUT_SIZE] and write output[SMALL_OUTPUT_SIZE], both row-major.
- * They must not overlap: intermediate results may pass through output.
+ * Run the model. All arrays are row-major, have the sizes above and must not overlap: intermediate results may pass
+ * through an output.
  * Uses one static scratch block: not reentrant.
  */
 void small_run(const float *input, float *output);

@@ -4,34 +4,34 @@
 #ifndef TBN_{{ macro }}_H
 #define TBN_{{ macro }}_H
 
-/* Numbers of float elements. */
-#define {{ macro }}_INPUT_SIZE {{ plan.input.size }} /* {{ plan.input.shape | shape }} */
-#define {{ macro }}_OUTPUT_SIZE {{ plan.output.size }} /* {{ plan.output.shape | shape }} */
+/* Numbers of elements. */
+{% for port in plan.inputs + plan.outputs %}
+#define {{ macro }}_{{ port.name.upper() }}_SIZE {{ port.value.size }} /* {{ port.value.shape | shape }} */
+{% endfor %}
 
 /* Memory for intermediate results, and all constants: packed tiles, scales, biases and float weights. */
 #define {{ macro }}_SCRATCH_BYTES {{ plan.scratch_bytes }}
 #define {{ macro }}_WEIGHT_BYTES {{ plan.weight_bytes }}
 
+{% if plan.uses_int32 %}
+#include <stdint.h>
+
+{% endif %}
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 /*
- * Run the model on input[{{ macro }}_INPUT_SIZE] and write output[{{ macro }}_OUTPUT_SIZE], both row-major.
- * They must not overlap: intermediate results may pass through output.
+ * Run the model. All arrays are row-major, have the sizes above and must not overlap: intermediate results may pass
+ * through an output.
 {% if plan.scratch == "caller" %}
  * scratch is {{ macro }}_SCRATCH_BYTES bytes, aligned for float, of any content; calls with different scratch may run
  * at the same time.
- */
-void {{ name }}_run(const float *input, float *output, void *scratch);
 {% elif plan.scratch_bytes %}
  * Uses one static scratch block: not reentrant.
- */
-void {{ name }}_run(const float *input, float *output);
-{% else %}
- */
-void {{ name }}_run(const float *input, float *output);
 {% endif %}
+ */
+{{ signature }};
 
 #ifdef __cplusplus
 }

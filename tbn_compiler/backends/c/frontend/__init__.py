@@ -1,0 +1,12 @@
+"""From a module to :class:`~tbn_compiler.backends.c.ir.Graph`, through ``torch.export``.
+
+One module for each family of operators. To support a further operator: an operation in
+:mod:`~tbn_compiler.backends.c.ir`, a function here that converts to it, and a function with a template in
+:mod:`~tbn_compiler.backends.c.kernels`.
+"""
+
+from tbn_compiler.backends.c.frontend import elementwise, layers, reductions, shapes
+from tbn_compiler.backends.c.frontend.importer import import_graph
+from tbn_compiler.backends.c.frontend.registry import supported_operators
+
+__all__ = ["elementwise", "import_graph", "layers", "reductions", "shapes", "supported_operators"]

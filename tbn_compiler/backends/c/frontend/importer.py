@@ -1,0 +1,264 @@
+"""Converts an exported program node by node.
+
+``torch.export`` gives one flat graph with known shapes; ``run_decompositions({})`` makes it functional (``relu_``
+becomes ``relu``) and keeps layers and the ``tbn::`` operators whole. What depends on stored tensors only is computed
+here and stored as its result.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.frontend.registry import (
+    CONVERTERS,
+    RESULT_CONVERTERS,
+    SKIPPED,
+    Arguments,
+    supported_operators,
+)
+from tbn_compiler.compiler import optimize
+from tbn_compiler.errors import ExportError
+from tbn_compiler.layers import get_records
+from tbn_compiler.tracing import share_tensors_copy
+
+_tbn = torch.ops.tbn
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def import_graph(module: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> ir.Graph:
+    """Trace a module with ``torch.export`` and convert the result.
+
+    Args:
+        module: a lowered module, a trained one (it is lowered on the way), or any other module. It is not changed.
+        example_inputs: one tensor, or a tuple of them; every shape is taken as it is.
+
+    Raises:
+        ExportError: the module cannot be traced, or holds what this backend does not support.
+        LoweringError: a trained module cannot be lowered.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if not all(isinstance(value, Tensor) for value in inputs):
+        kinds = ", ".join(type(value).__name__ for value in inputs)
+        raise ExportError(f"example_inputs must be a tensor or a tuple of tensors, got ({kinds})")
+    shapes = ", ".join(str(list(value.shape)) for value in inputs)
+    failure = f"torch.export cannot trace {type(module).__name__} on inputs {shapes}"
+    if get_records(module) is not None:
+        module = optimize(module, inputs)
+    try:
+        module = share_tensors_copy(module).eval()
+        with torch.no_grad(), _whole_attention(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.export warns about its own internals
+            program = torch.export.export(module, inputs).run_decompositions({})
+    except Exception as error:
+        raise ExportError(f"{failure}: {error}") from error
+    return Importer(program).graph()
+
+
+@contextmanager
+def _whole_attention() -> Iterator[None]:
+    """Keep PyTorch's attention modules from exporting as one operator of their own."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class Importer:
+    """Converts one exported program, node by node."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._program = program
+        self._values: dict[fx.Node, ir.Value] = {}
+        self._tensors: dict[fx.Node, tuple[str, Any]] = {}  # stored, or computed from stored ones, by name
+        self._constants: dict[int, ir.Constant] = {}  # by tensor, so that tied weights are stored once
+
+    def graph(self) -> ir.Graph:
+        """Convert the whole program."""
+        for spec in self._program.graph_signature.output_specs:
+            if spec.kind != OutputKind.USER_OUTPUT:
+                raise ExportError(f"the model changes {spec.target!r} while it runs: the C backend keeps no state")
+        graph = self._program.graph
+        inputs = self._inputs(graph)
+        operations: list[ir.Operation] = []
+        for node in graph.nodes:
+            if node.op != "call_function" or node.target in SKIPPED or self._fold(node):
+                continue
+            converted = self._convert(node)
+            if converted:
+                operations.extend(converted)
+                self._values[node] = converted[-1].output
+        return ir.Graph(inputs, self._outputs(graph), tuple(operations))
+
+    def _convert(self, node: fx.Node) -> Sequence[ir.Operation]:
+        """The operations of a node; none if it returns a tuple, whose elements are converted where they are taken."""
+        if node.target is operator.getitem:
+            source, index = node.args
+            assert isinstance(source, fx.Node)
+            assert isinstance(index, int)
+            result = RESULT_CONVERTERS[source.target](self, node, _arguments(source), index)
+        elif node.target in RESULT_CONVERTERS:
+            return ()
+        elif node.target in CONVERTERS:
+            result = CONVERTERS[node.target](self, node, _arguments(node))
+        else:
+            raise self.unsupported(node)
+        return (result,) if isinstance(result, ir.Operation) else tuple(result)
+
+    def _fold(self, node: fx.Node) -> bool:
+        """Compute a node that reads stored tensors only; whether it is one."""
+        if any(value not in self._tensors for value in node.all_input_nodes) or node.target in _NOT_FOLDED:
+            return False
+
+        def tensor(value: fx.Node) -> Any:
+            return self._tensors[value][1]
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), tensor)
+        with torch.no_grad():
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        names = [self._tensors[value][0] for value in node.all_input_nodes]
+        self._tensors[node] = (names[0] if len(names) == 1 else node.name, result)
+        return True
+
+    def _inputs(self, graph: fx.Graph) -> tuple[ir.Value, ...]:
+        """Sort the placeholders into inputs and stored tensors."""
+        program = self._program
+        nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+        inputs: list[ir.Value] = []
+        for spec in program.graph_signature.input_specs:
+            name = getattr(spec.arg, "name", "")
+            if spec.kind == InputKind.USER_INPUT:
+                if name not in nodes or not isinstance(nodes[name].meta.get("val"), Tensor):
+                    raise ExportError(f"input {name or spec.arg} is not a tensor")
+                self._values[nodes[name]] = self.value_of(nodes[name])
+                inputs.append(self._values[nodes[name]])
+            elif spec.target in program.constants:
+                self._tensors[nodes[name]] = (spec.target, program.constants[spec.target])
+            else:
+                self._tensors[nodes[name]] = (str(spec.target), program.state_dict[str(spec.target)])
+        if not inputs:
+            raise ExportError("the model has no inputs: there is nothing to compute")
+        return tuple(inputs)
+
+    def _outputs(self, graph: fx.Graph) -> tuple[ir.Value, ...]:
+        """The values of the outputs."""
+        (outputs,) = graph.output_node().args
+        assert isinstance(outputs, tuple)
+        values = []
+        for output in outputs:
+            if not isinstance(output, fx.Node) or output not in self._values:
+                raise ExportError(f"the output {output} does not depend on the input")
+            values.append(self._values[output])
+        return tuple(values)
+
+    def value_of(self, node: fx.Node) -> ir.Value:
+        """The value that a node makes: ``float32``, or ``int32`` for integers."""
+        val = node.meta.get("val")
+        if not isinstance(val, Tensor):
+            raise self.unsupported(node, "it gives no single tensor")
+        if val.dtype != torch.float32 and val.dtype not in _INTEGERS:
+            raise self.unsupported(node, f"it gives {val.dtype}; export in float32 (module.float())")
+        if not all(isinstance(size, int) for size in val.shape):
+            raise self.unsupported(node, "its shape is dynamic")
+        if 0 in val.shape:
+            raise self.unsupported(node, "it gives an empty tensor")
+        return ir.Value(node.name, tuple(val.shape), "float32" if val.dtype == torch.float32 else "int32")
+
+    def head(self, node: fx.Node, *inputs: Any, layer: str | None = None, integers: bool = False) -> dict[str, Any]:
+        """The fields that all operations share.
+
+        Args:
+            node: the node.
+            inputs: the arguments that are tensors.
+            layer: name of the layer, where the node's place in the modules does not give it.
+            integers: whether integers are allowed.
+        """
+        operands = tuple(self.operand(node, value) for value in inputs)
+        output = self.value_of(node)
+        if not integers:
+            for operand in (*operands, output):
+                if isinstance(operand, ir.Value) and operand.dtype != "float32":
+                    raise self.unsupported(node, f"{operand.name} holds integers")
+        return {"name": node.name, "layer": layer or _module_of(node) or node.name, "inputs": operands, "output": output}
+
+    def operand(self, node: fx.Node, value: Any) -> ir.Operand:
+        """What an operation reads: a computed value, or a stored tensor."""
+        if isinstance(value, fx.Node) and value in self._values:
+            return self._values[value]
+        return self.constant(node, value)
+
+    def constant(self, node: fx.Node, value: Any) -> ir.Constant:
+        """A stored tensor as float32, or as it is if it holds packed bits."""
+        if not isinstance(value, fx.Node) or value not in self._tensors:
+            raise self.unsupported(node, f"operand {value} is computed while the model runs, not a stored tensor")
+        name, tensor = self._tensors[value]
+        if id(tensor) not in self._constants:
+            array = tensor.detach().cpu()
+            array = array if array.dtype == torch.uint8 else array.float()
+            if not torch.isfinite(array).all():
+                raise ExportError(f"{name} {list(tensor.shape)} holds values that are not finite")
+            self._constants[id(tensor)] = self.new_constant(name, array.numpy())
+        return self._constants[id(tensor)]
+
+    def new_constant(self, name: str, array: Any) -> ir.Constant:
+        """A constant that is not a tensor of the program."""
+        stored = np.array(array, order="C")
+        stored.flags.writeable = False
+        return ir.Constant(name, stored)
+
+    def optional_constant(self, node: fx.Node, value: Any) -> ir.Constant | None:
+        """Like :meth:`constant`, for an argument that may be missing."""
+        return None if value is None else self.constant(node, value)
+
+    def unsupported(self, node: fx.Node, reason: str | None = None) -> ExportError:
+        """The error for a node that cannot be exported."""
+        inputs = ", ".join(_shape_of(value) for value in node.all_input_nodes)
+        module = _module_of(node)
+        where = f" of layer {module!r}" if module else ""
+        message = (
+            f"cannot export node {node.name!r} ({node.target}){where}, inputs {inputs} -> output {_shape_of(node)}"
+        )
+        if node.target in _NOT_FOLDED:
+            reason = "the module holds a trained part that is not lowered: call tbn_compiler.lower on that part first"
+        return ExportError(
+            f"{message}: {reason or 'the C backend does not support this operator'}. "
+            f"Supported operators: {', '.join(supported_operators())}"
+        )
+
+
+# Training operators: to store their result would silently lose the tile.
+_NOT_FOLDED = (_tbn.tile.default, _tbn.scale.default)
+
+
+def _arguments(node: fx.Node) -> Arguments:
+    """All arguments of an operator call by name, defaults included."""
+    assert isinstance(node.target, torch._ops.OpOverload), node.target
+    schema = node.target._schema.arguments
+    given = dict(zip((argument.name for argument in schema), node.args, strict=False))
+    return {a.name: a.default_value for a in schema} | given | node.kwargs
+
+
+def _module_of(node: fx.Node) -> str:
+    """Qualified name of the innermost module that a node was traced in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return paths[-1] if paths else ""
+
+
+def _shape_of(node: fx.Node) -> str:
+    val = node.meta.get("val")
+    if isinstance(val, tuple | list):
+        return "(" + ", ".join(str(list(getattr(item, "shape", []))) for item in val) + ")"
+    return str(list(val.shape)) if isinstance(val, Tensor) else "none"

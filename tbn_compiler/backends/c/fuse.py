@@ -1,0 +1,122 @@
+"""Rewrites of the graph before it is planned: less to compute and less to store, with the same results."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tbn_compiler.backends.c import ir
+from tbn_compiler.tiling import TileLayout
+
+_FUSES_RELU = (ir.Linear, ir.TiledLinear, ir.TiledConv)
+
+
+def simplify(graph: ir.Graph) -> tuple[list[ir.Operation], list[ir.Value]]:
+    """Apply every rewrite.
+
+    Returns:
+        The operations that the outputs need, and the value of each output: different ones, each made by an operation.
+    """
+    operations, outputs = _resolve_aliases(graph)
+    operations = _fuse_relus(_sum_neighbours(operations), outputs)
+    return _give_outputs_values(operations, outputs)
+
+
+def _resolve_aliases(graph: ir.Graph) -> tuple[list[ir.Operation], list[ir.Operand]]:
+    """Read original values instead of views of the whole of them, and drop what no output needs."""
+    original: dict[ir.Operand, ir.Operand] = {}
+    operations: list[ir.Operation] = []
+    for operation in graph.operations:
+        inputs = tuple(original.get(value, value) for value in operation.inputs)
+        if isinstance(operation, ir.Alias):
+            original[operation.output] = inputs[0]
+        else:
+            operations.append(replace(operation, inputs=inputs))
+    outputs = [original.get(value, value) for value in graph.outputs]
+    return _needed(operations, outputs), outputs
+
+
+def _needed(operations: Sequence[ir.Operation], outputs: Sequence[ir.Operand]) -> list[ir.Operation]:
+    """The operations that the outputs depend on."""
+    needed = set(outputs)
+    for operation in reversed(operations):
+        if operation.output in needed:
+            needed.update(operation.inputs)
+    return [operation for operation in operations if operation.output in needed]
+
+
+def _sum_neighbours(operations: Sequence[ir.Operation]) -> list[ir.Operation]:
+    """Sum inputs that share a weight before they are multiplied.
+
+    A two-axis layer becomes ``SumNeighbours`` and a flat layer on ``n / p_in`` inputs. It stays as it is where
+    neighbours are scaled differently: by alphas along the input, or by input alphas whose replicas end between them.
+    Layers that read the same value share the sums.
+    """
+    result: list[ir.Operation] = []
+    sums: dict[tuple[ir.Operand, int], ir.Value] = {}
+    for operation in operations:
+        if isinstance(operation, ir.TiledLinear | ir.TiledConv) and _shares_weights(operation):
+            layout, (source,) = operation.layout, operation.inputs
+            key = (source, layout.p_in)
+            if key not in sums:
+                shape, inner = _summed(operation)
+                sums[key] = ir.Value(f"{operation.name}_sums", shape)
+                head = (sums[key].name, operation.layer, (source,), sums[key])
+                result.append(ir.SumNeighbours(*head, count=layout.p_in, inner=inner))
+            rows, inputs, *kernel = layout.shape
+            flat = TileLayout((rows, inputs // layout.p_in, *kernel), layout.p_out)
+            operation = replace(operation, inputs=(sums[key],), layout=flat)
+        result.append(operation)
+    return result
+
+
+def _shares_weights(operation: ir.TiledLinear | ir.TiledConv) -> bool:
+    """Whether neighbouring inputs have the same weight and the same scale."""
+    layout = operation.layout
+    one_alpha = layout.alphas_in(operation.alpha.size) == 1
+    return layout.p_in > 1 and one_alpha and layout.shape[1] // operation.replicas % layout.p_in == 0
+
+
+def _summed(operation: ir.TiledLinear | ir.TiledConv) -> tuple[tuple[int, ...], int]:
+    """Shape of the summed input of a layer, and the elements behind each feature or channel."""
+    p_in = operation.layout.p_in
+    if isinstance(operation, ir.TiledConv):
+        window = operation.window
+        return (operation.samples, operation.input_channels // p_in, *window.input), window.input_size
+    return (*operation.output.shape[:-1], operation.layout.row_size // operation.replicas // p_in), 1
+
+
+def _fuse_relus(operations: Sequence[ir.Operation], outputs: Sequence[ir.Operand]) -> list[ir.Operation]:
+    """Let a layer apply the ReLU that is the only reader of its result."""
+    reads = Counter(value for operation in operations for value in operation.inputs)
+    result: list[ir.Operation] = []
+    made_by: dict[ir.Operand, int] = {}
+    for operation in operations:
+        if isinstance(operation, ir.Relu):
+            (value,) = operation.inputs
+            index = made_by.get(value)
+            if index is not None and reads[value] == 1 and value not in outputs:
+                result[index] = replace(result[index], output=operation.output, relu=True)  # type: ignore[call-arg]
+                continue
+        if isinstance(operation, _FUSES_RELU):
+            made_by[operation.output] = len(result)
+        result.append(operation)
+    return result
+
+
+def _give_outputs_values(
+    operations: Sequence[ir.Operation], outputs: Sequence[ir.Operand]
+) -> tuple[list[ir.Operation], list[ir.Value]]:
+    """Copy what is not an operation's result, or is an output already, so that each output has memory of its own."""
+    result = list(operations)
+    made = {operation.output for operation in operations}
+    values: list[ir.Value] = []
+    for output in outputs:
+        if not isinstance(output, ir.Value) or output not in made or output in values:
+            dtype = output.dtype if isinstance(output, ir.Value) else "float32"
+            copy = ir.Value(f"{output.name}_copy_{len(values)}", output.shape, dtype)
+            result.append(ir.Copy(copy.name, copy.name, (output,), copy))
+            output = copy
+        values.append(output)
+    return result, values

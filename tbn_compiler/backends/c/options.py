@@ -1,0 +1,51 @@
+"""What the user of :func:`~tbn_compiler.backends.c.export_c` may choose, checked in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tbn_compiler.backends.c.names import check_identifier
+from tbn_compiler.errors import ExportError
+
+ScratchOwner = Literal["static", "caller"]
+OptimizeFor = Literal["balanced", "speed", "size"]
+Target = Literal["generic", "cortex-m0plus", "cortex-m3", "cortex-m4", "cortex-m7"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to write the C program.
+
+    Attributes:
+        name: prefix of every symbol.
+        scratch: ``"static"``, one block in the file, or ``"caller"``, handed to the run function.
+        optimize: what the choice of kernels favours: few instructions, small code, constants and scratch memory, or
+            speed as long as memory stays small.
+        target: the processor that costs are estimated for; the C stays portable.
+        skip_zeros: let kernels skip inputs that are 0, which makes the run time depend on the data.
+        layer_hook: call the macro ``<NAME>_LAYER_HOOK(index, layer)`` after every step.
+
+    Raises:
+        ExportError: a value that is not one of the choices, or a name that is no C identifier.
+    """
+
+    name: str = "model"
+    scratch: ScratchOwner = "static"
+    optimize: OptimizeFor = "balanced"
+    target: Target = "generic"
+    skip_zeros: bool = False
+    layer_hook: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_identifier(self.name)
+        for option, choices in (("scratch", ScratchOwner), ("optimize", OptimizeFor), ("target", Target)):
+            value = getattr(self, option)
+            if value not in get_args(choices):
+                raise ExportError(f"{option}={value!r} is not one of {', '.join(map(repr, get_args(choices)))}")
+
+    @property
+    def has_fpu(self) -> bool:
+        """Whether the target computes float32 in hardware; a generic target is taken to."""
+        return self.target not in ("cortex-m0plus", "cortex-m3")
