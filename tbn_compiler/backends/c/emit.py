@@ -7,6 +7,7 @@ A template of a kernel or helper says in comments of its own what must stand bef
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ import jinja2
 import numpy as np
 
 from tbn_compiler.backends.c import ir
-from tbn_compiler.backends.c.plan import C_TYPES, Argument, At, Call, Plan, PlannedConstant, Struct, Workspace
+from tbn_compiler.backends.c.plan import C_TYPES, Argument, At, Call, Index, Plan, PlannedConstant, Struct, Workspace
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _BYTES_PER_LINE = 16
@@ -127,6 +128,8 @@ class _Printer:
             case At(operand, offset, stride):
                 text = self.value(operand, step) + (f" + {offset}" if offset else "")
                 return f"{text} + i * {stride}" if repeated and stride else text
+            case Index():
+                return "i" if repeated else "0"
             case Workspace():
                 return self._plan.pointers[step, argument]
             case Struct():
@@ -140,14 +143,21 @@ class _Printer:
             case _:
                 return str(argument)
 
-    def call(self, call: Call, step: int) -> str:
-        """A call, in a loop if it is repeated."""
-        repeated = call.repeat > 1
-        arguments = ", ".join(self.value(argument, step, repeated) for argument in call.arguments)
-        text = f"{self._plan.name}_{call.kernel}({arguments});"
-        if not repeated:
-            return f"    {text}"
-        return f"    for (size_t i = 0; i < {call.repeat}; ++i) {{\n        {text}\n    }}"
+    def calls(self, step: int) -> str:
+        """The calls of a step; those that follow one another with the same repetition share a loop."""
+        lines = []
+        for repeat, group in itertools.groupby(self._plan.steps[step].implementation.calls, lambda call: call.repeat):
+            calls = [self._call(call, step) for call in group]
+            if repeat == 1:
+                lines += [f"    {call}" for call in calls]
+            else:
+                body = [f"        {call}" for call in calls]
+                lines += [f"    for (size_t i = 0; i < {repeat}; ++i) {{", *body, "    }"]
+        return "\n".join(lines)
+
+    def _call(self, call: Call, step: int) -> str:
+        arguments = ", ".join(self.value(argument, step, call.repeat > 1) for argument in call.arguments)
+        return f"{self._plan.name}_{call.kernel}({arguments});"
 
 
 def c_float(value: float) -> str:

@@ -62,9 +62,14 @@ class At:
     stride: int = 0
 
 
+@dataclass(frozen=True)
+class Index:
+    """The number of the repetition, as an argument of a repeated call."""
+
+
 # What a kernel is called with, or what a structure holds: a pointer (``None`` is NULL), an address or a number. A tuple
 # is an array inside a structure.
-Argument = ir.Operand | Workspace | At | Struct | int | float | None | tuple[int, ...]
+Argument = ir.Operand | Workspace | At | Index | Struct | int | float | None | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class Call:
     Attributes:
         kernel: the template ``<kernel>.c``, which defines the function ``<name>_<kernel>``.
         arguments: in the order of the function's parameters.
-        repeat: how often it is called; pointers given as :class:`At` advance.
+        repeat: how often it is called; pointers given as :class:`At` advance. Calls of one implementation that follow
+            one another with the same number share the loop.
     """
 
     kernel: str

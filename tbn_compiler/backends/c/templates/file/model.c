@@ -55,8 +55,6 @@ static float {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES / sizeof(float)];
 {% for step in plan.steps %}
 {% set index = loop.index0 %}
     /* {{ step.title | comment }} */
-{% for call in step.implementation.calls %}
-{{ printer.call(call, index) }}
-{% endfor %}
+{{ printer.calls(index) }}
 {% endfor %}
 }
