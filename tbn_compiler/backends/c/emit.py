@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,7 +45,10 @@ def template_names() -> tuple[str, ...]:
 
 
 # Functions of the file that have no template of their own.
-_SYMBOLS = ("run", "scratch", "bits_product", "float_product")
+_SYMBOLS = (
+    *("run", "scratch", "bits_product", "float_product"),
+    *("tiled_position", "tiled_conv_store", "matmul_sizes", "attention_sizes"),
+)
 
 
 @functools.cache
@@ -73,6 +77,8 @@ def emit_source(plan: Plan, header: str) -> str:
     """
     templates = _with_needs(plan.kernels)
     headers = {header for template in templates for header in _declared(template, "headers")}
+    if any(np.isinf(planned.constant.array).any() for planned in plan.constants):
+        headers.add("math.h")  # for INFINITY
     printer = _Printer(plan)
     return (
         _environment()
@@ -162,6 +168,8 @@ class _Printer:
 
 def c_float(value: float) -> str:
     """A ``float`` constant; nine significant digits give the same float32 back."""
+    if math.isinf(value):
+        return "INFINITY" if value > 0 else "-INFINITY"
     text = f"{value:.9g}"
     return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
 

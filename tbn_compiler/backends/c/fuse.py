@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.views import absorb_copies
 from tbn_compiler.tiling import TileLayout
 
-_FUSES_RELU = (ir.Linear, ir.TiledLinear, ir.TiledConv)
+_FUSES_RELU = (ir.Linear, ir.Conv, ir.TiledLinear, ir.TiledConv)
 
 
 def simplify(graph: ir.Graph) -> tuple[list[ir.Operation], list[ir.Value]]:
@@ -19,6 +20,8 @@ def simplify(graph: ir.Graph) -> tuple[list[ir.Operation], list[ir.Value]]:
         The operations that the outputs need, and the value of each output: different ones, each made by an operation.
     """
     operations, outputs = _resolve_aliases(graph)
+    operations = _needed(absorb_copies(operations, outputs), outputs)
+    operations = _fold_affines(operations, outputs)
     operations = _fuse_relus(_sum_neighbours(operations), outputs)
     return _give_outputs_values(operations, outputs)
 
@@ -44,6 +47,48 @@ def _needed(operations: Sequence[ir.Operation], outputs: Sequence[ir.Operand]) -
         if operation.output in needed:
             needed.update(operation.inputs)
     return [operation for operation in operations if operation.output in needed]
+
+
+def _fold_affines(operations: Sequence[ir.Operation], outputs: Sequence[ir.Operand]) -> list[ir.Operation]:
+    """Fold the scale and shift of each channel into the float layer that is read by nothing else.
+
+    ``s * (W x + b) + t = (s W) x + (s b + t)``. For layers on tiles a pass does that before the export.
+    """
+    reads = Counter(value for operation in operations for value in operation.inputs)
+    result: list[ir.Operation] = []
+    made_by: dict[ir.Operand, int] = {}
+    for operation in operations:
+        if isinstance(operation, ir.ChannelAffine):
+            (value,) = operation.inputs
+            index = made_by.get(value)
+            if index is not None and reads[value] == 1 and value not in outputs:
+                folded = _folded(result[index], operation)
+                if folded is not None:
+                    made_by[operation.output] = index
+                    result[index] = folded
+                    continue
+        if isinstance(operation, ir.Linear | ir.Conv):
+            made_by[operation.output] = len(result)
+        result.append(operation)
+    return result
+
+
+def _folded(layer: ir.Operation, affine: ir.ChannelAffine) -> ir.Operation | None:
+    """A layer that does what an affine does behind it; ``None`` if that scales something else than its rows."""
+    assert isinstance(layer, ir.Linear | ir.Conv)
+    inner = layer.window.output_size if isinstance(layer, ir.Conv) else 1
+    weight = layer.weight
+    if affine.inner != inner or affine.scale.size != weight.shape[0]:
+        return None
+    scale, shift = affine.scale.array, affine.shift.array
+    bias = shift if layer.bias is None else scale * layer.bias.array + shift
+    scaled = scale.reshape(-1, *(1,) * (weight.array.ndim - 1)) * weight.array
+    return replace(
+        layer,
+        output=affine.output,
+        weight=ir.Constant(weight.name, scaled),
+        bias=ir.Constant(f"{layer.layer}.bias", bias),
+    )
 
 
 def _sum_neighbours(operations: Sequence[ir.Operation]) -> list[ir.Operation]:
@@ -93,7 +138,7 @@ def _fuse_relus(operations: Sequence[ir.Operation], outputs: Sequence[ir.Operand
     result: list[ir.Operation] = []
     made_by: dict[ir.Operand, int] = {}
     for operation in operations:
-        if isinstance(operation, ir.Relu):
+        if isinstance(operation, ir.Unary) and operation.function == "relu":
             (value,) = operation.inputs
             index = made_by.get(value)
             if index is not None and reads[value] == 1 and value not in outputs:
@@ -110,7 +155,7 @@ def _give_outputs_values(
 ) -> tuple[list[ir.Operation], list[ir.Value]]:
     """Copy what is not an operation's result, or is an output already, so that each output has memory of its own."""
     result = list(operations)
-    made = {operation.output for operation in operations}
+    made = {operation.output for operation in operations if not isinstance(operation, ir.Part)}
     values: list[ir.Value] = []
     for output in outputs:
         if not isinstance(output, ir.Value) or output not in made or output in values:

@@ -6,7 +6,7 @@ Values are row-major arrays of static shape. An operation reads values and const
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -82,14 +82,17 @@ class Operation:
         output: value that it writes.
     """
 
-    # Whether element i of the output may overwrite element i of an input while the operation runs. That input then has
-    # as many elements as the output.
     in_place: ClassVar[bool] = False
 
     name: str
     layer: str
     inputs: tuple[Operand, ...]
     output: Value
+
+    @property
+    def overwritable(self) -> tuple[Operand, ...]:
+        """Inputs whose element ``i`` the output's element ``i`` may overwrite while the operation runs."""
+        return self.inputs[:1] if self.in_place else ()
 
 
 @dataclass(frozen=True)
@@ -103,81 +106,187 @@ class Copy(Operation):
 
 
 @dataclass(frozen=True)
-class Relu(Operation):
-    """``max(x, 0)``."""
+class Part(Operation):
+    """``output.size`` elements of the input from ``offset`` on; no copy, the output lies inside the input."""
 
-    in_place: ClassVar[bool] = True
-
-
-@dataclass(frozen=True)
-class Add(Operation):
-    """``a + b`` of equal shapes."""
-
-    in_place: ClassVar[bool] = True
+    offset: int
 
 
 @dataclass(frozen=True)
-class AddScalar(Operation):
-    """``x + scalar``."""
+class Unary(Operation):
+    """A function of each element.
+
+    Attributes:
+        function: name of the kernel.
+        parameters: further arguments of the function.
+    """
 
     in_place: ClassVar[bool] = True
 
-    scalar: float
+    function: str
+    parameters: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Access:
+    """Which elements of an array an operation reads, as an array of another shape: ``offset + sum(index * strides)``.
+
+    Strides are in elements; 0 repeats an element, a negative one goes backwards.
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Access:
+        """All elements in order."""
+        return cls(shape, row_major(shape))
+
+    @property
+    def in_order(self) -> bool:
+        """Whether these are neighbouring elements in order."""
+        used = [(n, s) for n, s in zip(self.sizes, self.strides, strict=True) if n > 1]
+        return tuple(s for _, s in used) == row_major(tuple(n for n, _ in used))
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of an array of this shape."""
+    strides, stride = [], 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= size
+    return tuple(reversed(strides))
+
+
+@dataclass(frozen=True)
+class Strided(Operation):
+    """A copy of the elements that ``access`` names: permute, slice, flip, expand, ..."""
+
+    access: Access
+
+
+@dataclass(frozen=True)
+class Binary(Operation):
+    """A function of two elements, with broadcasting.
+
+    Attributes:
+        function: name of the kernel.
+        accesses: both operands with the sizes of the result, broadcast.
+    """
+
+    function: str
+    accesses: tuple[Access, Access]
+
+    @property
+    def overwritable(self) -> tuple[Operand, ...]:
+        """An operand that is read in the order in which results are written, unless the other is the same otherwise."""
+        size = self.output.size
+        whole = [a.in_order and not a.offset and math.prod(a.sizes) == size for a in self.accesses]
+        same = self.inputs[0] == self.inputs[1]
+        return tuple(x for x, ok in zip(self.inputs, whole, strict=True) if ok and (not same or all(whole)))
+
+
+@dataclass(frozen=True)
+class ChannelAffine(Operation):
+    """``x [samples, channels, inner] * scale [channels] + shift [channels]``: batch-norm in evaluation."""
+
+    in_place: ClassVar[bool] = True
+
+    scale: Constant
+    shift: Constant
+    inner: int
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis in the middle of an array: ``[outer, size, inner]``."""
+
+    outer: int
+    size: int
+    inner: int
 
 
 @dataclass(frozen=True)
 class Softmax(Operation):
-    """Softmax over the last dimension."""
+    """Softmax along an axis; its logarithm if ``log``."""
 
     in_place: ClassVar[bool] = True
 
+    axis: Axis
+    log: bool = False
+
 
 @dataclass(frozen=True)
-class SumNeighbours(Operation):
-    """``y[i, s] = x[i * count, s] + ... + x[i * count + count - 1, s]``; only the planner makes one.
+class Reduce(Operation):
+    """``[outer, size, inner] -> [outer, inner]``; ``function`` is the kernel: mean, sum, maximum, argmax, ..."""
+
+    function: str
+    axis: Axis
+
+
+@dataclass(frozen=True)
+class Norm(Operation):
+    """Normalisation of each row: ``(x - mean) / sqrt(variance + eps)``, then times ``weight`` plus ``bias``.
 
     Attributes:
-        count: neighbours in each sum.
-        inner: elements behind each of them: 1 for features, the image's size for channels.
+        columns: elements of a row, and of ``weight`` and ``bias``.
+        eps: added to the variance.
+        weight, bias: factors and addends, or ``None``.
     """
 
-    count: int
-    inner: int = 1
+    in_place: ClassVar[bool] = True
 
-
-@dataclass(frozen=True)
-class Linear(Operation):
-    """``x [..., n] -> x @ weight.T + bias [..., m]`` with a float weight ``[m, n]``, and a ReLU if ``relu``."""
-
-    weight: Constant
+    columns: int
+    eps: float
+    weight: Constant | None
     bias: Constant | None
-    relu: bool = False
 
 
 @dataclass(frozen=True)
-class TiledLinear(Operation):
-    """A linear layer on a stored tile (``tbn::linear``).
+class MatMul(Operation):
+    """``a [..., m, k] @ b [..., k, n]``; the accesses have equal sizes but the last two.
 
     Attributes:
-        tile: packed bits ``[ceil(q / 8)]``, or float32 ``[q]`` for a full-precision tile.
-        alpha: scales, as many as ``layout.allows_alphas``.
-        bias: ``[m]`` or ``None``.
-        input_alpha: ``[k]``, the input stands for ``k`` copies of it with these scales, or ``None``.
-        layout: shape of the weight and the way the tile fills it.
-        relu: whether a ReLU follows.
+        accesses: both operands, leading sizes broadcast.
+        result: where the elements of the result ``[..., m, n]`` are written.
     """
 
-    tile: Constant
-    alpha: Constant
-    bias: Constant | None
-    input_alpha: Constant | None
-    layout: TileLayout
-    relu: bool = False
+    accesses: tuple[Access, Access]
+    result: Access
 
-    @property
-    def replicas(self) -> int:
-        """``k``: the input holds ``n / k`` elements for each row."""
-        return 1 if self.input_alpha is None else self.input_alpha.size
+
+@dataclass(frozen=True)
+class Attention(Operation):
+    """``softmax(scale * q @ k.T + mask) @ v``, all of it row by row.
+
+    Attributes:
+        accesses: q ``[B, H, L, D]``, k ``[B, H, S, D]``, v ``[B, H, S, E]`` and, if there is one, mask ``[B, H, L, S]``.
+        result: where the elements of the result ``[B, H, L, E]`` are written.
+        scale: factor of the scores.
+        causal: query ``i`` sees keys 0 to ``i`` only.
+    """
+
+    accesses: tuple[Access, ...]
+    result: Access
+    scale: float
+    causal: bool
+
+
+@dataclass(frozen=True)
+class Concat(Operation):
+    """Inputs one behind the other along an axis: ``blocks[i]`` elements of input ``i`` in each of ``outer`` rows."""
+
+    outer: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pad(Operation):
+    """``value`` everywhere but at the elements that ``result`` names, which are those of the input in order."""
+
+    value: float
+    result: Access
 
 
 @dataclass(frozen=True)
@@ -215,19 +324,82 @@ class Window:
 
 
 @dataclass(frozen=True)
-class TiledConv(Operation):
-    """A convolution ``[N, C, H, W] -> [N, m, H', W']`` on a stored tile (``tbn::conv1d``, ``tbn::conv2d``).
-
-    The weight is ``[m, C / groups, *kernel]`` (OIHW): rows are filters, and in a row the window's elements follow one
-    another for each input channel.
+class Pool(Operation):
+    """Pooling of ``planes`` images.
 
     Attributes:
-        tile, alpha, bias, relu: as of :class:`TiledLinear`; ``m`` is the number of output channels.
-        input_alpha: ``[k]``, the input's ``C / k`` channels stand for ``k`` copies of them, or ``None``; ``groups`` is
-            1 then.
-        layout: shape of the weight and the way the tile fills it.
+        function: name of the kernel: ``max_pool`` or ``avg_pool``.
+        planes: samples times channels.
         window: the geometry.
-        groups: the ``m / groups`` filters of group ``g`` read the channels from ``g * C / groups``.
+        include_padding: an average counts the padding as zeros.
+        divisor: what an average divides by instead of the number of elements; 0 if nothing.
+    """
+
+    function: str
+    planes: int
+    window: Window
+    include_padding: bool = True
+    divisor: int = 0
+
+
+@dataclass(frozen=True)
+class Resample(Operation):
+    """``planes`` images of another size: adaptive pooling, nearest neighbour.
+
+    Attributes:
+        function: name of the kernel.
+        planes: samples times channels.
+        input, output: (height, width) of the images.
+    """
+
+    function: str
+    planes: int
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Gather(Operation):
+    """Rows of a table ``[rows, columns]`` by index: ``inputs`` are the indices (``int32``) and the table."""
+
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class SumNeighbours(Operation):
+    """``y[i, s] = x[i * count, s] + ... + x[i * count + count - 1, s]``; only the planner makes one.
+
+    Attributes:
+        count: neighbours in each sum.
+        inner: elements behind each of them: 1 for features, the image's size for channels.
+    """
+
+    count: int
+    inner: int = 1
+
+
+@dataclass(frozen=True)
+class Linear(Operation):
+    """``x [..., n] -> x @ weight.T + bias [..., m]`` with a float weight ``[m, n]``, and a ReLU if ``relu``."""
+
+    weight: Constant
+    bias: Constant | None
+    relu: bool = False
+
+
+@dataclass(frozen=True)
+class Tiled(Operation):
+    """A layer on a stored tile.
+
+    Attributes:
+        tile: packed bits ``[ceil(q / 8)]``, or float32 ``[q]`` for a full-precision tile.
+        alpha: scales, as many as ``layout.allows_alphas``.
+        bias: one number for each output feature or channel, or ``None``.
+        input_alpha: ``[k]``, the input's features or channels stand for ``k`` copies of them, one behind the other, with
+            these scales; or ``None``.
+        layout: shape of the weight and the way the tile fills it.
+        relu: whether a ReLU follows.
     """
 
     tile: Constant
@@ -235,14 +407,34 @@ class TiledConv(Operation):
     bias: Constant | None
     input_alpha: Constant | None
     layout: TileLayout
-    window: Window
-    groups: int = 1
-    relu: bool = False
+    relu: bool = field(default=False, kw_only=True)
 
     @property
     def replicas(self) -> int:
-        """``k``: copies that each input channel stands for."""
+        """``k``: the input holds ``n / k`` elements for each row of ``n`` weights."""
         return 1 if self.input_alpha is None else self.input_alpha.size
+
+
+@dataclass(frozen=True)
+class TiledLinear(Tiled):
+    """A linear layer on a stored tile (``tbn::linear``)."""
+
+
+@dataclass(frozen=True)
+class TiledConv(Tiled):
+    """A convolution ``[N, C, H, W] -> [N, m, H', W']`` on a stored tile (``tbn::conv1d``, ``tbn::conv2d``).
+
+    The weight is ``[m, C / groups, *kernel]`` (OIHW): rows are filters, and in a row the window's elements follow one
+    another for each input channel.
+
+    Attributes:
+        window: the geometry.
+        groups: the ``m / groups`` filters of group ``g`` read the channels from ``g * C / groups``; 1 with
+            ``input_alpha``.
+    """
+
+    window: Window
+    groups: int = 1
 
     @property
     def samples(self) -> int:
@@ -253,6 +445,42 @@ class TiledConv(Operation):
     def input_channels(self) -> int:
         """Channels of the input as it is stored, without copies."""
         return self.layout.shape[1] * self.groups // self.replicas
+
+
+@dataclass(frozen=True)
+class Conv(Operation):
+    """A convolution ``[N, C, H, W] -> [N, m, H', W']`` with a float weight ``[m, C / groups, *kernel]``."""
+
+    weight: Constant
+    bias: Constant | None
+    window: Window
+    groups: int = 1
+    relu: bool = False
+
+
+@dataclass(frozen=True)
+class ConvTranspose(Operation):
+    """A transpose convolution with a float weight ``[C, m / groups, *kernel]``.
+
+    The window slides over the *output*: input pixel ``i`` adds to the output pixels under the window at ``i``.
+    """
+
+    weight: Constant
+    bias: Constant | None
+    window: Window
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class TiledConvTranspose(Tiled):
+    """A transpose convolution on a stored tile (``tbn::conv_transpose1d``, ``tbn::conv_transpose2d``).
+
+    The rows of the layout are *input* channels: its shape is ``[C, m / groups, *kernel]``. ``input_alpha`` is ``None``, and
+    ``relu`` is false.
+    """
+
+    window: Window
+    groups: int = 1
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tbn_compiler.backends.c import ir
@@ -25,7 +25,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Storage:
-    """Values that share memory, one after the other in time.
+    """Values that share memory, one after the other in time, and parts of them.
 
     Attributes:
         values: the values, in the order in which they are written.
@@ -37,28 +37,57 @@ class Storage:
     last: int
 
 
+def resolve_parts(operations: Sequence[ir.Operation]) -> dict[ir.Value, tuple[ir.Operand, int]]:
+    """For each value that is a part of another one: what it lies in, which is no part itself, and where."""
+    parts: dict[ir.Value, tuple[ir.Operand, int]] = {}
+    for operation in operations:
+        if isinstance(operation, ir.Part):
+            (source,) = operation.inputs
+            whole, offset = parts[source] if isinstance(source, ir.Value) and source in parts else (source, 0)
+            parts[operation.output] = (whole, offset + operation.offset)
+    return parts
+
+
 def share_storage(
-    operations: Sequence[ir.Operation], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]
+    operations: Sequence[ir.Operation],
+    parts: Mapping[ir.Value, tuple[ir.Operand, int]],
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
 ) -> list[Storage]:
     """Let an operation that may write in place do so where nothing reads its input again.
 
     The model's inputs belong to the caller and are never written; an output is never written over.
+
+    Args:
+        operations: the steps.
+        parts: what :func:`resolve_parts` gives.
+        inputs, outputs: the model's.
     """
+
+    def whole(operand: ir.Operand) -> ir.Operand:
+        return parts[operand][0] if isinstance(operand, ir.Value) and operand in parts else operand
+
     last_read: dict[ir.Operand, int] = {}
     for step, operation in enumerate(operations):
-        last_read |= dict.fromkeys(operation.inputs, step)
+        last_read |= dict.fromkeys(map(whole, operation.inputs), step)
     last_read |= dict.fromkeys(outputs, len(operations))
     shared: dict[ir.Value, list[ir.Value]] = {}
     owner: dict[ir.Operand, ir.Value] = {}
     made_at = {operation.output: step for step, operation in enumerate(operations)}
     for step, operation in enumerate(operations):
         value = operation.output
-        dying = [
+        wholes = [whole(operand) for operand in operation.inputs]
+        free = [
             v
-            for v in operation.inputs
-            if isinstance(v, ir.Value) and v not in inputs and last_read[v] == step and v.size == value.size
+            for v in operation.overwritable
+            if v in owner
+            and last_read[v] == step
+            and isinstance(v, ir.Value)
+            and (v.size, v.dtype) == (value.size, value.dtype)
+            # Nothing else that the operation reads may lie there, but the same value once more.
+            and wholes.count(v) == operation.inputs.count(v)
         ]
-        owner[value] = owner[dying[0]] if operation.in_place and dying else value
+        owner[value] = owner[free[0]] if free else value
         shared.setdefault(owner[value], []).append(value)
     return [
         Storage(tuple(values), made_at[first], max(last_read[value] for value in values))

@@ -9,13 +9,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from tbn_compiler.backends.c import ir, kernels
 from tbn_compiler.backends.c.emit import template_names
 from tbn_compiler.backends.c.fuse import simplify
-from tbn_compiler.backends.c.memory import Buffer, live_bytes, place_buffers, share_storage
+from tbn_compiler.backends.c.memory import Buffer, live_bytes, place_buffers, resolve_parts, share_storage
 from tbn_compiler.backends.c.names import SymbolTable
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.plan import (
@@ -40,7 +40,9 @@ assert kernels  # imported so that the implementations are registered
 
 def build_plan(graph: ir.Graph, options: Options) -> Plan:
     """Plan the program for a graph."""
-    operations, results = simplify(graph)
+    simplified, results = simplify(graph)
+    parts = resolve_parts(simplified)
+    operations = [operation for operation in simplified if not isinstance(operation, ir.Part)]
     context = Context(options)
     implementations = [implement(operation, context) for operation in operations]
     # Constants are named first, so that no buffer of the run function hides one.
@@ -50,7 +52,7 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
     local_names = SymbolTable((*_LOCAL_NAMES, *(f"{options.name}_{symbol}" for symbol in symbols.taken)))
     inputs = _ports(graph.inputs, "input", [value.name for value in graph.inputs], local_names)
     outputs = _ports(results, "output", [f"out{index}" for index in range(len(results))], local_names)
-    memory = _Memory(operations, implementations, inputs, outputs, local_names)
+    memory = _Memory(operations, parts, implementations, inputs, outputs, local_names)
     buffers, offsets = memory.buffers, place_buffers(memory.buffers)
     live = live_bytes(buffers, len(operations))
     peak = max(range(len(operations)), key=live.__getitem__)
@@ -114,6 +116,7 @@ class _Memory:
     def __init__(
         self,
         operations: Sequence[ir.Operation],
+        parts: Mapping[ir.Value, tuple[ir.Operand, int]],
         implementations: Sequence[Implementation],
         inputs: Sequence[Port],
         outputs: Sequence[Port],
@@ -123,7 +126,8 @@ class _Memory:
         self.pointers: dict[ir.Operand | tuple[int, Workspace], str] = {port.value: port.name for port in inputs}
         self._names = names
         parameters = {port.value: port.name for port in outputs}
-        for storage in share_storage(operations, [port.value for port in inputs], [port.value for port in outputs]):
+        given, made = ([port.value for port in ports] for ports in (inputs, outputs))
+        for storage in share_storage(operations, parts, given, made):
             place = next((parameters[value] for value in storage.values if value in parameters), None)
             if place is None:
                 operation, value = operations[storage.first], storage.values[0]
@@ -131,6 +135,9 @@ class _Memory:
                 name = f"{operation.layer}_{suffix}"
                 place = self._buffer(name, value.nbytes, storage.first, storage.last, value.dtype)
             self.pointers |= dict.fromkeys(storage.values, place)
+        self.pointers |= {
+            value: self.pointers[whole] + (f" + {offset}" if offset else "") for value, (whole, offset) in parts.items()
+        }
         for index, (operation, implementation) in enumerate(zip(operations, implementations, strict=True)):
             for space in workspaces(implementation):
                 name = f"{operation.layer}_{space.name}"

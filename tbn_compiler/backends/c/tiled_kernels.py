@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.registry import Context, implements
+from tbn_compiler.backends.c.geometry import window_struct
 from tbn_compiler.backends.c.plan import At, Call, Implementation, Struct
 from tbn_compiler.tiling import TileLayout
 
@@ -60,7 +61,7 @@ def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
             ("relu", int(operation.relu)),
         ),
     )
-    arguments = (layer, weight_struct(operation, title), window_struct(operation), operation.tile)
+    arguments = (layer, weight_struct(operation, title), window_struct(window), operation.tile)
     pointers = (
         At(source, stride=operation.input_channels * window.input_size),
         At(operation.output, stride=layout.rows * window.output_size),
@@ -99,7 +100,7 @@ def _runs_struct(operation: ir.TiledLinear, title: str) -> Struct:
     return Struct("tiled_runs", f"{operation.layer}_runs", title, fields)
 
 
-def weight_struct(operation: ir.TiledConv, title: str) -> Struct:
+def weight_struct(operation: ir.Tiled, title: str) -> Struct:
     """``tiled_weight``: how a tile in any layout fills the weight of a convolution."""
     layout = operation.layout
     kernel = layout.row_size // layout.shape[1]
@@ -116,31 +117,12 @@ def weight_struct(operation: ir.TiledConv, title: str) -> Struct:
     return Struct("tiled_weight", f"{operation.layer}_weight_layout", title, fields)
 
 
-def window_struct(operation: ir.TiledConv) -> Struct:
-    """``window``: the geometry of a convolution or a pooling; layers with the same one share it."""
-    w = operation.window
-    fields = tuple(
-        (f"{name}_{axis}", pair[i])
-        for name, pair in (
-            ("input", w.input),
-            ("output", w.output),
-            ("kernel", w.kernel),
-            ("stride", w.stride),
-            ("padding", w.padding),
-            ("dilation", w.dilation),
-        )
-        for i, axis in enumerate(("height", "width"))
-    )
-    size = f"{w.kernel[0]} x {w.kernel[1]} on {w.input[0]} x {w.input[1]}"
-    return Struct("window", f"window_{w.kernel[0]}x{w.kernel[1]}", f"window of {size}", fields)
-
-
 def shift(layout: TileLayout) -> int:
     """Elements by which each further copy is rolled; a single copy is not."""
     return layout.shift % layout.tile_size if layout.p > 1 else 0
 
 
-def rows_per_alpha(operation: ir.TiledLinear | ir.TiledConv) -> int:
+def rows_per_alpha(operation: ir.Tiled) -> int:
     """Row ``r`` is scaled by ``alpha[r // rows_per_alpha]``; 0 where alphas change inside a row.
 
     That is the case where a copy with an alpha of its own ends inside a row, and where neighbouring inputs have
@@ -152,19 +134,19 @@ def rows_per_alpha(operation: ir.TiledLinear | ir.TiledConv) -> int:
     return layout.rows // num_alphas
 
 
-def row_alpha(operation: ir.TiledLinear | ir.TiledConv) -> ir.Constant | None:
+def row_alpha(operation: ir.Tiled) -> ir.Constant | None:
     """The alphas that scale whole rows; ``None`` where there are none to apply: a single 1, or alphas inside rows."""
     if not rows_per_alpha(operation) or (operation.alpha.array == 1).all():
         return None
     return operation.alpha
 
 
-def copy_alpha(operation: ir.TiledLinear | ir.TiledConv) -> ir.Constant | None:
+def copy_alpha(operation: ir.Tiled) -> ir.Constant | None:
     """The alphas that change inside rows: copy ``i`` at neighbour ``j`` has ``alpha[i * p_in + j]``."""
     return None if rows_per_alpha(operation) else operation.alpha
 
 
-def describe(operation: ir.TiledLinear | ir.TiledConv, unique_rows: int) -> str:
+def describe(operation: ir.Tiled, unique_rows: int) -> str:
     """What a title says about a tile."""
     layout, num_alphas = operation.layout, operation.alpha.size
     axes = f" ({layout.p_out} x {layout.p_in})" if layout.p_in > 1 else ""

@@ -36,10 +36,10 @@ def _refused(module: nn.Module, inputs: Any, path: Path, match: str, **options: 
 
 
 def test_an_unsupported_operator_is_named_with_shapes_layer_and_what_is_supported(tmp_path: Path) -> None:
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4))
-    message = _refused(net, torch.zeros(1, 3, 8, 8), tmp_path, "does not support this operator")
-    assert "node 'conv2d' (aten.conv2d.default) of layer '0'" in message
-    assert "inputs [1, 3, 8, 8], [8, 3, 3, 3], [8] -> output [1, 8, 6, 6]" in message
+    net = nn.Sequential(nn.Conv3d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4))
+    message = _refused(net, torch.zeros(1, 3, 3, 8, 8), tmp_path, "does not support this operator")
+    assert "node 'conv3d' (aten.conv3d.default) of layer '0'" in message
+    assert "inputs [1, 3, 3, 8, 8], [8, 3, 3, 3, 3], [8] -> output [1, 8, 1, 6, 6]" in message
     assert message.endswith(f"Supported operators: {', '.join(supported_operators())}")
     assert "tbn.linear.default" in message
 
@@ -47,14 +47,20 @@ def test_an_unsupported_operator_is_named_with_shapes_layer_and_what_is_supporte
 @pytest.mark.parametrize(
     ("function", "match"),
     [
-        (lambda m, x: torch.add(x, x, alpha=2), "alpha=2 is not 1"),
-        (lambda m, x: x + x[:, :1], "does not support this operator"),
-        (lambda m, x: x.view(1, 1, 4) + x.view(1, 4, 1), "both operands must have the shape of the result"),
         (lambda m, x: x + float("inf"), "the number inf is not finite"),
-        (lambda m, x: torch.softmax(x, 0), "dim=0 is not the last dimension"),
         (lambda m, x: nn.functional.dropout(x, 0.5, True), "'native_dropout' .* does not support this operator"),
-        (lambda m, x: nn.functional.linear(x, x.relu()), "computed while the model runs, not a stored tensor"),
         (lambda m, x: nn.functional.linear(x, m.weight), "the weight is not a matrix"),
+        (lambda m, x: nn.functional.linear(x, x.relu(), m.weight[:1]), "computed while the model runs, and it has"),
+        (lambda m, x: nn.functional.conv1d(x, x[:, None]), "computed while the model runs, not a stored tensor"),
+        (lambda m, x: torch.addmm(x, x, x.T @ x, beta=2), r"alpha=1, beta=2 are not 1"),
+        (lambda m, x: nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5), r"dropout_p=0\.5 is not 0"),
+        (lambda m, x: nn.functional.batch_norm(x[None], None, None, training=True), "_native_batch_norm_legit"),
+        (lambda m, x: nn.functional.interpolate(x[None], scale_factor=1.7), "does not take pixels evenly"),
+        (lambda m, x: torch.linalg.vector_norm(x, 3), "a norm of order 3 is not 1 or 2"),
+        (lambda m, x: x.argmax(-1) + 1, "holds integers"),
+        (lambda m, x: x.argmax(-1).float(), "turns int32 into float32"),
+        (lambda m, x: x > 0, "does not support this operator"),
+        (lambda m, x: torch.roll(x, (1, 1), (0, 1)), "rolls 2 dimensions at once"),
         (lambda m, x: x.double(), "gives torch.float64; export in float32"),
         (lambda m, x: m.weight.relu(), "the output relu does not depend on the input"),
         (lambda m, x: x + m.count.add_(1), "changes 'count' while it runs"),

@@ -57,12 +57,14 @@ def _graphs(draw: st.DrawFn) -> ir.Graph:
         kind = draw(st.sampled_from(["relu", "add", "add_scalar", "alias", "linear"]))
         head = (name, name, (source,), ir.Value(name, source.shape))
         if kind == "relu":
-            operations.append(ir.Relu(*head))
+            operations.append(ir.Unary(*head, function="relu"))
         elif kind == "add":
             other = draw(st.sampled_from([value for value in values if value.size == source.size]))
-            operations.append(ir.Add(name, name, (source, other), ir.Value(name, source.shape)))
+            access = ir.Access.whole(source.shape)
+            head = (name, name, (source, other), ir.Value(name, source.shape))
+            operations.append(ir.Binary(*head, function="add", accesses=(access, access)))
         elif kind == "add_scalar":
-            operations.append(ir.AddScalar(*head, scalar=float(index + 1)))
+            operations.append(ir.Unary(*head, function="add_scalar", parameters=(float(index + 1),)))
         elif kind == "alias":
             operations.append(ir.Alias(name, name, (source,), ir.Value(name, (1, *source.shape))))
         else:
@@ -81,12 +83,12 @@ def _evaluate(graph: ir.Graph, x: np.ndarray) -> np.ndarray:
     for operation in graph.operations:
         sources = [arrays[value] for value in operation.inputs]
         match operation:
-            case ir.Relu():
+            case ir.Unary(function="relu"):
                 result = np.maximum(sources[0], 0)
-            case ir.Add():
+            case ir.Unary():
+                result = sources[0] + operation.parameters[0]
+            case ir.Binary():
                 result = sources[0] + sources[1]
-            case ir.AddScalar():
-                result = sources[0] + operation.scalar
             case ir.Linear():
                 result = sources[0] @ operation.weight.array.T
             case _:

@@ -1,12 +1,13 @@
 """Converts an exported program node by node.
 
-``torch.export`` gives one flat graph with known shapes; ``run_decompositions({})`` makes it functional (``relu_``
-becomes ``relu``) and keeps layers and the ``tbn::`` operators whole. What depends on stored tensors only is computed
-here and stored as its result.
+``torch.export`` gives one flat graph with known shapes; ``run_decompositions`` makes it functional (``relu_`` becomes
+``relu``), takes apart what has no converter and keeps layers and the ``tbn::`` operators whole. What depends on stored
+tensors only is computed here and stored as its result.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ from tbn_compiler.errors import ExportError
 from tbn_compiler.layers import get_records
 from tbn_compiler.tracing import share_tensors_copy
 
-_tbn = torch.ops.tbn
+_aten, _tbn = torch.ops.aten, torch.ops.tbn
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -60,9 +61,30 @@ def import_graph(module: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -
         with torch.no_grad(), _whole_attention(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.export warns about its own internals
             program = torch.export.export(module, inputs).run_decompositions({})
+            if not _supported_targets() >= _targets(program):
+                program = program.run_decompositions(_decompositions())
     except Exception as error:
         raise ExportError(f"{failure}: {error}") from error
     return Importer(program).graph()
+
+
+def _supported_targets() -> set[Any]:
+    return {operator.getitem, *CONVERTERS, *RESULT_CONVERTERS, *SKIPPED}
+
+
+def _targets(program: ExportedProgram) -> set[Any]:
+    return {node.target for node in program.graph.nodes if node.op == "call_function"}
+
+
+def _decompositions() -> dict[Any, Any]:
+    """PyTorch's own decompositions of the operators that have no converter; the others stay whole."""
+    table = torch.export.default_decompositions()
+    # A convolution that is not supported is named as it was written.
+    return {
+        op: table[op]
+        for op in table
+        if op not in CONVERTERS and op not in RESULT_CONVERTERS and not op.name().startswith("aten::conv")
+    }
 
 
 @contextmanager
@@ -119,16 +141,17 @@ class Importer:
 
     def _fold(self, node: fx.Node) -> bool:
         """Compute a node that reads stored tensors only; whether it is one."""
-        if any(value not in self._tensors for value in node.all_input_nodes) or node.target in _NOT_FOLDED:
+        stored = all(value in self._tensors for value in node.all_input_nodes)
+        if node.target in _NOT_FOLDED or not (stored or node.target in _READS_SHAPE_ONLY):
             return False
 
         def tensor(value: fx.Node) -> Any:
-            return self._tensors[value][1]
+            return self._tensors[value][1] if value in self._tensors else _zeros_like(value)
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), tensor)
         with torch.no_grad():
             result = node.target(*args, **kwargs)  # type: ignore[operator]
-        names = [self._tensors[value][0] for value in node.all_input_nodes]
+        names = [self._tensors[value][0] for value in node.all_input_nodes if value in self._tensors]
         self._tensors[node] = (names[0] if len(names) == 1 else node.name, result)
         return True
 
@@ -195,22 +218,45 @@ class Importer:
 
     def operand(self, node: fx.Node, value: Any) -> ir.Operand:
         """What an operation reads: a computed value, or a stored tensor."""
+        if isinstance(value, ir.Value | ir.Constant):
+            return value
         if isinstance(value, fx.Node) and value in self._values:
             return self._values[value]
-        return self.constant(node, value)
+        return self.constant(node, value, infinite=True)
 
-    def constant(self, node: fx.Node, value: Any) -> ir.Constant:
-        """A stored tensor as float32, or as it is if it holds packed bits."""
+    def is_computed(self, value: Any) -> bool:
+        """Whether an argument is computed while the model runs."""
+        return isinstance(value, fx.Node) and value in self._values
+
+    def scalar(self, value: Any) -> float | None:
+        """A number, or the number in a stored tensor with one element and no dimensions; ``None`` for anything else."""
+        if isinstance(value, fx.Node) and value in self._tensors and self._tensors[value][1].dim() == 0:
+            return float(self._tensors[value][1])
+        return value if isinstance(value, int | float) else None
+
+    def temporary(self, node: fx.Node, name: str, shape: tuple[int, ...]) -> ir.Value:
+        """A value between the operations that a node becomes."""
+        return ir.Value(f"{node.name}_{name}", tuple(shape))
+
+    def constant(self, node: fx.Node, value: Any, infinite: bool = False) -> ir.Constant:
+        """A stored tensor as float32, or as it is if it holds packed bits; ``infinite`` allows infinity (a mask)."""
         if not isinstance(value, fx.Node) or value not in self._tensors:
             raise self.unsupported(node, f"operand {value} is computed while the model runs, not a stored tensor")
         name, tensor = self._tensors[value]
         if id(tensor) not in self._constants:
             array = tensor.detach().cpu()
             array = array if array.dtype == torch.uint8 else array.float()
-            if not torch.isfinite(array).all():
+            if not (array.isfinite() | (array.isinf() & infinite)).all():
                 raise ExportError(f"{name} {list(tensor.shape)} holds values that are not finite")
             self._constants[id(tensor)] = self.new_constant(name, array.numpy())
         return self._constants[id(tensor)]
+
+    def additive_mask(self, node: fx.Node, value: Any) -> Any:
+        """A mask to add to scores, from a stored one that is true where a score counts; others as they are."""
+        if isinstance(value, fx.Node) and value in self._tensors and self._tensors[value][1].dtype == torch.bool:
+            name, tensor = self._tensors[value]
+            return self.new_constant(name, torch.zeros(tensor.shape).masked_fill(~tensor.cpu(), -math.inf).numpy())
+        return value
 
     def new_constant(self, name: str, array: Any) -> ir.Constant:
         """A constant that is not a tensor of the program."""
@@ -240,6 +286,17 @@ class Importer:
 
 # Training operators: to store their result would silently lose the tile.
 _NOT_FOLDED = (_tbn.tile.default, _tbn.scale.default)
+# What these give does not depend on the elements of their input.
+_READS_SHAPE_ONLY = (
+    *(_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default),
+    *(_aten.new_ones.default, _aten.new_zeros.default, _aten.new_full.default),
+)
+
+
+def _zeros_like(node: fx.Node) -> Tensor:
+    """A real tensor with the shape and dtype of a traced one."""
+    val = node.meta["val"]
+    return torch.zeros(tuple(val.shape), dtype=val.dtype)
 
 
 def _arguments(node: fx.Node) -> Arguments:

@@ -9,7 +9,9 @@ import torch
 from torch import fx
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.frontend.attention import product
 from tbn_compiler.backends.c.frontend.importer import Importer
+from tbn_compiler.backends.c.frontend.reductions import pair
 from tbn_compiler.backends.c.frontend.registry import Arguments, converts
 from tbn_compiler.tiling import TileLayout
 
@@ -18,6 +20,8 @@ _aten, _tbn = torch.ops.aten, torch.ops.tbn
 
 @converts(_aten.linear.default)
 def _linear(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    if importer.is_computed(args["weight"]):
+        return _computed_linear(importer, node, args)
     weight = importer.constant(node, args["weight"])
     bias = importer.optional_constant(node, args["bias"])
     if weight.array.ndim != 2:
@@ -26,57 +30,114 @@ def _linear(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
     return ir.Linear(**importer.head(node, args["input"], layer=layer), weight=weight, bias=bias)
 
 
-@converts(_tbn.linear.default)
-def _tiled_linear(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
-    shape = (args["out_features"], args["in_features"])
-    return ir.TiledLinear(
-        **_tiled_head(importer, node, args),
-        **_tile(importer, node, args),
-        layout=TileLayout(shape, args["p"], args["p_in"], args["shift"]),
+def _computed_linear(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    """A product with a matrix that the model computes, transposed."""
+    if args["bias"] is not None:
+        raise importer.unsupported(node, "its weight is computed while the model runs, and it has a bias")
+    return product(importer, node, args["input"], args["weight"], transposed=True)
+
+
+@converts(_aten.embedding.default)
+def _embedding(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    head = importer.head(node, args["indices"], integers=True)
+    table = importer.constant(node, args["weight"])
+    head["inputs"] += (table,)
+    rows, columns = table.shape
+    return ir.Gather(**head, rows=rows, columns=columns)
+
+
+@converts(_aten.conv1d.default, _aten.conv1d.padding, _aten.conv2d.default, _aten.conv2d.padding)
+def _conv(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    weight = importer.constant(node, args["weight"])
+    bias = importer.optional_constant(node, args["bias"])
+    head = importer.head(node, args["input"], layer=weight.name.removesuffix(".weight"))
+    window = _window(args, head["inputs"][0].shape, head["output"].shape, weight.shape[2:])
+    return ir.Conv(**head, weight=weight, bias=bias, window=window, groups=args["groups"])
+
+
+@converts(_aten.conv_transpose1d.default, _aten.conv_transpose2d.input)
+def _conv_transpose(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    weight = importer.constant(node, args["weight"])
+    bias = importer.optional_constant(node, args["bias"])
+    head = importer.head(node, args["input"], layer=weight.name.removesuffix(".weight"))
+    window = _window(args, head["output"].shape, head["inputs"][0].shape, weight.shape[2:])
+    return ir.ConvTranspose(**head, weight=weight, bias=bias, window=window, groups=args["groups"])
+
+
+def _window(
+    args: Arguments, image: tuple[int, ...], positions: tuple[int, ...], kernel: tuple[int, ...]
+) -> ir.Window:
+    """The window that slides over an ``image`` and stops at ``positions``; both are shapes that end in the sizes."""
+    dims = len(kernel)
+    dilation, padding = pair(args["dilation"], dims), args["padding"]
+    if padding == "same":
+        # An odd number of padding rows has the larger part at the end, where any distance is allowed.
+        padding = [d * (k - 1) // 2 for d, k in zip(dilation[-dims:], kernel, strict=True)]
+    elif padding == "valid":
+        padding = [0]
+    return ir.Window(
+        input=pair(image[-dims:]),
+        output=pair(positions[-dims:]),
+        kernel=pair(kernel),
+        stride=pair(args["stride"], dims),
+        padding=pair(padding, dims, missing=0),
+        dilation=dilation,
     )
+
+
+@converts(_tbn.conv_transpose1d.default, _tbn.conv_transpose2d.default)
+def _tiled_conv_transpose(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    tile, kernel, groups = importer.constant(node, args["tile"]), args["kernel_size"], args["groups"]
+    head = importer.head(node, args["input"], layer=_layer_of(tile))
+    return ir.TiledConvTranspose(
+        **head,
+        tile=tile,
+        alpha=importer.constant(node, args["alpha"]),
+        bias=importer.optional_constant(node, args["bias"]),
+        input_alpha=None,
+        layout=TileLayout(
+            (args["in_channels"], args["out_channels"] // groups, *kernel), args["p"], shift=args["shift"]
+        ),
+        window=_window(args, head["output"].shape, head["inputs"][0].shape, tuple(kernel)),
+        groups=groups,
+    )
+
+
+@converts(_tbn.linear.default)
+def _tiled_linear(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
+    shape = (args["out_features"], args["in_features"])
+    layout = TileLayout(shape, args["p"], args["p_in"], args["shift"])
+    head, tail = _tiled_head(importer, node, args)
+    return ir.TiledLinear(**head, **_tile(importer, node, args), layout=layout), *tail
 
 
 @converts(_tbn.conv1d.default, _tbn.conv2d.default)
-def _tiled_conv(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
-    head = _tiled_head(importer, node, args)
-    (source,) = head["inputs"]
-    kernel, groups = args["kernel_size"], args["groups"]
+def _tiled_conv(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
+    kernel, groups = tuple(args["kernel_size"]), args["groups"]
     shape = (args["out_channels"], args["in_channels"] // groups, *kernel)
-    dims = len(kernel)
-    window = ir.Window(
-        input=pair(source.shape[-dims:]),
-        output=pair(head["output"].shape[-dims:]),
-        kernel=pair(kernel),
-        stride=pair(args["stride"], dims),
-        padding=pair(args["padding"], dims, missing=0),
-        dilation=pair(args["dilation"], dims),
-    )
     layout = TileLayout(shape, args["p"], args["p_in"], args["shift"])
-    return ir.TiledConv(**head, **_tile(importer, node, args), layout=layout, window=window, groups=groups)
+    head, tail = _tiled_head(importer, node, args)
+    window = _window(args, head["inputs"][0].shape, head["output"].shape, kernel)
+    return ir.TiledConv(**head, **_tile(importer, node, args), layout=layout, window=window, groups=groups), *tail
 
 
-def _tiled_head(importer: Importer, node: fx.Node, args: Arguments) -> dict[str, Any]:
-    tile = importer.constant(node, args["tile"])
+def _tiled_head(importer: Importer, node: fx.Node, args: Arguments) -> tuple[dict[str, Any], Sequence[ir.Operation]]:
+    """The fields that all operations share, and the operation for the fused function, if there is one."""
     if args["activation"] != "float":
         raise importer.unsupported(node, f"activation={args['activation']!r}: inputs stay in float in C")
-    if args["epilogue"] != "none":
-        raise importer.unsupported(node, f"epilogue={args['epilogue']!r}")
-    layer = tile.name.removesuffix("_tile").removesuffix(".weight")
-    return importer.head(node, args["input"], layer=layer)
+    head = importer.head(node, args["input"], layer=_layer_of(importer.constant(node, args["tile"])))
+    if args["epilogue"] == "none":
+        return head, ()
+    before = importer.temporary(node, "before", head["output"].shape)
+    function = ir.Unary(head["name"], head["layer"], (before,), head["output"], function=args["epilogue"])
+    return head | {"name": before.name, "output": before}, (function,)
+
+
+def _layer_of(tile: ir.Constant) -> str:
+    return tile.name.removesuffix("_tile").removesuffix(".weight")
 
 
 def _tile(importer: Importer, node: fx.Node, args: Arguments) -> dict[str, Any]:
-    names = ("tile", "alpha")
-    optional = ("bias", "input_alpha")
-    return {name: importer.constant(node, args[name]) for name in names} | {
-        name: importer.optional_constant(node, args[name]) for name in optional
-    }
-
-
-def pair(sizes: Sequence[int], dims: int | None = None, missing: int = 1) -> tuple[int, int]:
-    """Sizes as (height, width): a single one is that of all ``dims``, and 1-D has the height ``missing``."""
-    sizes = list(sizes)
-    if dims is not None and len(sizes) == 1:
-        sizes *= dims
-    height, width = sizes if len(sizes) == 2 else (missing, sizes[0])
-    return height, width
+    """The stored tensors of a tiled layer."""
+    stored = {name: importer.constant(node, args[name]) for name in ("tile", "alpha")}
+    return stored | {name: importer.optional_constant(node, args[name]) for name in ("bias", "input_alpha")}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import fx
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.frontend.elementwise import binary, broadcast
 from tbn_compiler.backends.c.frontend.importer import Importer
-from tbn_compiler.backends.c.frontend.registry import Arguments, converts
+from tbn_compiler.backends.c.frontend.registry import Arguments, converts, converts_results
 
 _aten = torch.ops.aten
 
@@ -20,7 +26,9 @@ _aten = torch.ops.aten
     _aten.clone.default,
     _aten.contiguous.default,
     _aten.detach.default,
+    _aten.dropout.default,
     _aten.flatten.using_ints,
+    _aten.lift_fresh_copy.default,
     _aten.reshape.default,
     _aten.squeeze.default,
     _aten.squeeze.dim,
@@ -30,4 +38,285 @@ _aten = torch.ops.aten
     _aten.view.default,
 )
 def _alias(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
-    return ir.Alias(**importer.head(node, next(iter(args.values()))))
+    if args.get("train"):
+        raise importer.unsupported(node, "it is in training mode")
+    head = importer.head(node, next(iter(args.values())), integers=True)
+    (source,) = head["inputs"]
+    if isinstance(source, ir.Value) and source.dtype != head["output"].dtype:
+        raise importer.unsupported(node, f"it turns {source.dtype} into {head['output'].dtype}")
+    return ir.Alias(**head)
+
+
+def rearrange(importer: Importer, node: fx.Node, value: Any, access: ir.Access) -> ir.Operation:
+    """The elements of ``value`` that ``access`` names: a part of it, or a copy."""
+    head = importer.head(node, value, integers=True)
+    return moved(head["name"], head["layer"], head["inputs"][0], head["output"], access)
+
+
+def moved(name: str, layer: str, source: ir.Operand, output: ir.Value, access: ir.Access) -> ir.Operation:
+    """As :func:`rearrange`, between an operand and a value."""
+    if access.in_order and math.prod(access.sizes) == math.prod(source.shape):
+        return ir.Alias(name, layer, (source,), output)
+    if access.in_order:
+        return ir.Part(name, layer, (source,), output, offset=access.offset)
+    return ir.Strided(name, layer, (source,), output, access=access)
+
+
+def _shape(importer: Importer, node: fx.Node, value: Any) -> tuple[int, ...]:
+    return importer.operand(node, value).shape
+
+
+@converts(_aten.permute.default)
+def _convert_permute(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    return _permute(importer, node, args["self"], args["dims"])
+
+
+def _permute(importer: Importer, node: fx.Node, value: Any, dims: Sequence[int]) -> ir.Operation:
+    shape = _shape(importer, node, value)
+    whole = ir.Access.whole(shape)
+    order = [dim % len(shape) for dim in dims]
+    access = ir.Access(tuple(shape[d] for d in order), tuple(whole.strides[d] for d in order))
+    return rearrange(importer, node, value, access)
+
+
+@converts(_aten.transpose.int)
+def _transpose(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    dims = list(range(len(_shape(importer, node, args["self"]))))
+    first, second = args["dim0"], args["dim1"]
+    dims[first], dims[second] = dims[second], dims[first]
+    return _permute(importer, node, args["self"], dims)
+
+
+@converts(_aten.t.default, _aten.numpy_T.default, _aten.mT.default)
+def _matrix_transpose(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    rank = len(_shape(importer, node, args["self"]))
+    dims = list(range(rank))
+    if rank >= 2:
+        dims[-2:] = dims[:-3:-1]
+    if node.target == _aten.numpy_T.default:
+        dims = dims[::-1] if rank == 2 else list(range(rank))[::-1]
+    return _permute(importer, node, args["self"], dims)
+
+
+def sliced(shape: tuple[int, ...], dim: int, start: int, size: int, step: int = 1) -> ir.Access:
+    """``size`` elements along an axis from ``start`` on."""
+    whole = ir.Access.whole(shape)
+    sizes, strides = list(shape), list(whole.strides)
+    sizes[dim], strides[dim] = size, strides[dim] * step
+    return ir.Access(tuple(sizes), tuple(strides), whole.strides[dim] * start)
+
+
+@converts(_aten.slice.Tensor)
+def _slice(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    shape, dim = _shape(importer, node, args["self"]), args["dim"]
+    start, stop, step = slice(args["start"], args["end"], args["step"]).indices(shape[dim])
+    size = len(range(start, stop, step))
+    return rearrange(importer, node, args["self"], sliced(shape, dim, start, size, step))
+
+
+@converts(_aten.narrow.default)
+def _narrow(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    shape, dim, start = _shape(importer, node, args["self"]), args["dim"], args["start"]
+    start = start % shape[dim] if start < 0 else start
+    return rearrange(importer, node, args["self"], sliced(shape, dim, start, args["length"]))
+
+
+@converts(_aten.select.int)
+def _select(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    shape, dim = _shape(importer, node, args["self"]), args["dim"]
+    return rearrange(importer, node, args["self"], sliced(shape, dim, args["index"] % shape[dim], 1))
+
+
+@converts_results(_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default, _aten.unbind.int)
+def _split(importer: Importer, node: fx.Node, args: Arguments, index: int) -> ir.Operation:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    shape, dim = _shape(importer, node, args["self"]), args["dim"]
+    sizes = [1 if source.target == _aten.unbind.int else value.shape[dim] for value in source.meta["val"]]
+    access = sliced(shape, dim, sum(sizes[:index]), sizes[index])
+    return rearrange(importer, node, args["self"], access)
+
+
+@converts(_aten.flip.default)
+def _flip(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    shape = _shape(importer, node, args["self"])
+    access = ir.Access.whole(shape)
+    for dim in args["dims"]:
+        strides = list(access.strides)
+        offset = access.offset + (shape[dim] - 1) * strides[dim]
+        strides[dim] = -strides[dim]
+        access = replace(access, strides=tuple(strides), offset=offset)
+    return rearrange(importer, node, args["self"], access)
+
+
+@converts(_aten.expand.default)
+def _expand(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    sizes = importer.value_of(node).shape
+    return rearrange(importer, node, args["self"], broadcast(_shape(importer, node, args["self"]), sizes))
+
+
+@converts(_aten.repeat.default)
+def _repeat(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    repeats, shape = args["repeats"], _shape(importer, node, args["self"])
+    aligned = (1,) * (len(repeats) - len(shape)) + shape
+    strides = ir.row_major(aligned)
+    # Each dimension becomes two: how often it is repeated, and itself.
+    sizes = tuple(size for both in zip(repeats, aligned, strict=True) for size in both)
+    steps = tuple(step for stride in strides for step in (0, stride))
+    return rearrange(importer, node, args["self"], ir.Access(sizes, steps))
+
+
+@converts(_aten.pixel_shuffle.default)
+def _pixel_shuffle(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    *outer, channels, height, width = _shape(importer, node, args["self"])
+    r = args["upscale_factor"]
+    whole = ir.Access.whole((math.prod(outer), channels // r**2, r, r, height, width))
+    order = (0, 1, 4, 2, 5, 3)
+    access = ir.Access(tuple(whole.sizes[d] for d in order), tuple(whole.strides[d] for d in order))
+    return rearrange(importer, node, args["self"], access)
+
+
+@converts(_aten.channel_shuffle.default)
+def _channel_shuffle(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    samples, channels, *image = _shape(importer, node, args["self"])
+    whole = ir.Access.whole((samples, args["groups"], channels // args["groups"], math.prod(image)))
+    order = (0, 2, 1, 3)
+    access = ir.Access(tuple(whole.sizes[d] for d in order), tuple(whole.strides[d] for d in order))
+    return rearrange(importer, node, args["self"], access)
+
+
+@converts(_aten.cat.default)
+def _cat(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    head = importer.head(node, *args["tensors"])
+    return _concat(head["name"], head["layer"], head["inputs"], head["output"], args["dim"])
+
+
+def _concat(
+    name: str, layer: str, inputs: Sequence[ir.Operand], output: ir.Value, dim: int
+) -> ir.Concat:
+    dim %= len(output.shape)
+    outer = math.prod(output.shape[:dim])
+    blocks = tuple(math.prod(source.shape) // outer for source in inputs)
+    return ir.Concat(name, layer, tuple(inputs), output, outer=outer, blocks=blocks)
+
+
+@converts(_aten.stack.default)
+def _stack(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    head = importer.head(node, *args["tensors"])
+    dim = args["dim"] % len(head["output"].shape)
+    outer = math.prod(head["output"].shape[:dim])
+    blocks = (head["output"].size // outer // len(args["tensors"]),) * len(args["tensors"])
+    return ir.Concat(**head, outer=outer, blocks=blocks)
+
+
+@converts(_aten.roll.default)
+def _roll(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
+    if len(args["dims"]) != 1:
+        raise importer.unsupported(node, f"it rolls {len(args['dims'])} dimensions at once; roll them one by one")
+    (dim,), (shift,) = args["dims"], args["shifts"]
+    shape = _shape(importer, node, args["self"])
+    shift %= shape[dim]
+    pieces = [sliced(shape, dim, shape[dim] - shift, shift), sliced(shape, dim, 0, shape[dim] - shift)]
+    return _joined(importer, node, args["self"], dim, [piece for piece in pieces if piece.sizes[dim]])
+
+
+def _joined(
+    importer: Importer, node: fx.Node, value: Any, dim: int, pieces: Sequence[ir.Access]
+) -> Sequence[ir.Operation]:
+    """Parts of a value, one behind the other along an axis."""
+    head = importer.head(node, value)
+    (source,) = head["inputs"]
+    parts = []
+    for index, piece in enumerate(pieces):
+        output = importer.temporary(node, f"part_{index}", piece.sizes)
+        parts.append(moved(output.name, head["layer"], source, output, piece))
+    values = [part.output for part in parts]
+    return *parts, _concat(head["name"], head["layer"], values, head["output"], dim)
+
+
+@converts(_aten.constant_pad_nd.default)
+def _constant_pad(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
+    return _pad_with(importer, node, args["self"], args["pad"], args["value"])
+
+
+@converts(_aten.pad.default)
+def _pad(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
+    if args["mode"] == "constant":
+        return _pad_with(importer, node, args["self"], args["pad"], args["value"] or 0.0)
+    return _pad_from_itself(importer, node, args["self"], args["pad"], args["mode"])
+
+
+def _pad_with(
+    importer: Importer, node: fx.Node, value: Any, pad: Sequence[int], number: float
+) -> Sequence[ir.Operation]:
+    if not math.isfinite(number):
+        raise importer.unsupported(node, f"the number {number} is not finite")
+    head = importer.head(node, value)
+    (source,), output = head["inputs"], head["output"]
+    before, crop = [0] * len(source.shape), list(source.shape)
+    start = [0] * len(source.shape)
+    for index in range(0, len(pad), 2):
+        dim = len(source.shape) - 1 - index // 2
+        left, right = pad[index], pad[index + 1]
+        before[dim], start[dim] = max(left, 0), max(-left, 0)
+        crop[dim] += min(left, 0) + min(right, 0)
+    operations: list[ir.Operation] = []
+    if tuple(crop) != source.shape:  # negative padding
+        whole = ir.Access.whole(source.shape)
+        offset = sum(s * i for s, i in zip(whole.strides, start, strict=True))
+        cropped = importer.temporary(node, "cropped", tuple(crop))
+        access = ir.Access(tuple(crop), whole.strides, offset)
+        operations.append(moved(cropped.name, head["layer"], source, cropped, access))
+        source = cropped
+    strides = ir.row_major(output.shape)
+    result = ir.Access(tuple(crop), strides, sum(s * i for s, i in zip(strides, before, strict=True)))
+    return *operations, ir.Pad(**head | {"inputs": (source,)}, value=float(number), result=result)
+
+
+def _pad_from_itself(
+    importer: Importer, node: fx.Node, value: Any, pad: Sequence[int], mode: str
+) -> Sequence[ir.Operation]:
+    """Padding with elements of the input, one axis after the other."""
+    head = importer.head(node, value)
+    (source,), layer = head["inputs"], head["layer"]
+    operations: list[ir.Operation] = []
+    for index in range(0, len(pad), 2):
+        dim = len(source.shape) - 1 - index // 2
+        left, right = pad[index], pad[index + 1]
+        if left < 0 or right < 0:
+            raise importer.unsupported(node, f"negative padding with mode={mode!r}")
+        if not left and not right:
+            continue
+        shape, size = source.shape, source.shape[dim]
+        ends = {
+            "reflect": (sliced(shape, dim, left, left, -1), sliced(shape, dim, size - 2, right, -1)),
+            "replicate": (sliced(shape, dim, 0, left, 0), sliced(shape, dim, size - 1, right, 0)),
+            "circular": (sliced(shape, dim, size - left, left), sliced(shape, dim, 0, right)),
+        }[mode]
+        values: list[ir.Operand] = [source]
+        for place, length, access in ((0, left, ends[0]), (2, right, ends[1])):
+            if length:
+                end = importer.temporary(node, f"{dim}_{'before' if place == 0 else 'after'}", access.sizes)
+                operations.append(moved(end.name, layer, source, end, access))
+                values.insert(place, end)
+        padded = list(shape)
+        padded[dim] += left + right
+        result = importer.temporary(node, f"{dim}", tuple(padded))
+        operations.append(_concat(result.name, layer, values, result, dim))
+        source = result
+    return *operations, ir.Alias(**head | {"inputs": (source,)})
+
+
+@converts(_aten.glu.default)
+def _glu(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
+    head = importer.head(node, args["self"])
+    (source,), output, dim = head["inputs"], head["output"], args["dim"]
+    halves = []
+    for index, name in enumerate(("value", "gate")):
+        half = importer.temporary(node, name, output.shape)
+        access = sliced(source.shape, dim, index * output.shape[dim], output.shape[dim])
+        halves.append(moved(half.name, head["layer"], source, half, access))
+    value, gate = (half.output for half in halves)
+    open_gate = importer.temporary(node, "open_gate", output.shape)
+    sigmoid = ir.Unary(open_gate.name, head["layer"], (gate,), open_gate, function="sigmoid")
+    return *halves, sigmoid, binary(importer, node, "multiply", value, open_gate)

@@ -3,31 +3,111 @@
 from __future__ import annotations
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.plan import At, Call, Implementation, Struct
 from tbn_compiler.backends.c.registry import Context, implements
-from tbn_compiler.backends.c.plan import Call, Implementation
+
+MAX_RANK = 6  # of an access, once neighbouring dimensions are merged; the size of the arrays in its structure
 
 
 @implements(ir.Copy)
 def _copy(operation: ir.Copy, context: Context) -> Implementation:
-    return _elementwise("copy", operation, ())
+    call = Call("copy", (*operation.inputs, operation.output, operation.output.size))
+    return Implementation("copy", (call,), cost=operation.output.size)
 
 
-@implements(ir.Relu)
-def _relu(operation: ir.Relu, context: Context) -> Implementation:
-    return _elementwise("relu", operation, ())
+@implements(ir.Unary)
+def _unary(operation: ir.Unary, context: Context) -> Implementation:
+    size, parameters = operation.output.size, operation.parameters
+    call = Call(operation.function, (*operation.inputs, *parameters, operation.output, size))
+    title = operation.function.removesuffix("_scalar")
+    return Implementation(" ".join([title, *(f"{number:g}" for number in parameters)]), (call,), cost=size)
 
 
-@implements(ir.Add)
-def _add(operation: ir.Add, context: Context) -> Implementation:
-    return _elementwise("add", operation, ())
-
-
-@implements(ir.AddScalar)
-def _add_scalar(operation: ir.AddScalar, context: Context) -> Implementation:
-    return _elementwise("add_scalar", operation, (operation.scalar,))
-
-
-def _elementwise(kernel: str, operation: ir.Operation, numbers: tuple[float, ...]) -> Implementation:
+@implements(ir.Binary)
+def _binary(operation: ir.Binary, context: Context) -> Implementation:
+    a, b = operation.accesses
     size = operation.output.size
-    call = Call(kernel, (*operation.inputs, *numbers, operation.output, size))
-    return Implementation(" ".join([kernel, *map(str, numbers)]), (call,), cost=size)
+    pointers = (At(operation.inputs[0], a.offset), At(operation.inputs[1], b.offset), operation.output)
+    if a.in_order and b.in_order:
+        call = Call(operation.function, (*pointers, size))
+    else:
+        loops = nest(operation.layer, a, b, _result(a))
+        call = Call(f"broadcast_{operation.function}", (loops, *pointers))
+    return Implementation(operation.function, (call,), cost=size)
+
+
+@implements(ir.ChannelAffine)
+def _channel_affine(operation: ir.ChannelAffine, context: Context) -> Implementation:
+    size, channels = operation.output.size, operation.scale.size
+    samples = size // (channels * operation.inner)
+    pointers = (*operation.inputs, operation.scale, operation.shift, operation.output)
+    call = Call("channel_affine", (*pointers, samples, channels, operation.inner))
+    return Implementation("scale and shift each channel", (call,), cost=size)
+
+
+@implements(ir.Strided)
+def _strided(operation: ir.Strided, context: Context) -> Implementation:
+    access, (source,) = operation.access, operation.inputs
+    loops = nest(operation.layer, access, _result(access))
+    call = Call("strided_copy", (loops, At(source, access.offset), operation.output))
+    return Implementation("rearrange", (call,), cost=operation.output.size)
+
+
+@implements(ir.Pad)
+def _pad(operation: ir.Pad, context: Context) -> Implementation:
+    size, result = operation.output.size, operation.result
+    source = ir.Access.whole(result.sizes)
+    fill = Call("fill", (operation.value, operation.output, size))
+    loops = nest(operation.layer, source, result)
+    copy = Call("strided_copy", (loops, *operation.inputs, At(operation.output, result.offset)))
+    return Implementation(f"pad with {operation.value:g}", (fill, copy), cost=size)
+
+
+@implements(ir.Concat)
+def _concat(operation: ir.Concat, context: Context) -> Implementation:
+    width = sum(operation.blocks)
+    calls, offset = [], 0
+    for source, block in zip(operation.inputs, operation.blocks, strict=True):
+        calls.append(Call("copy_blocks", (source, At(operation.output, offset), operation.outer, block, width)))
+        offset += block
+    return Implementation(f"concatenate {len(calls)}", tuple(calls), cost=operation.output.size)
+
+
+def _result(access: ir.Access) -> ir.Access:
+    """The result of an operation: all elements in order."""
+    return ir.Access.whole(access.sizes)
+
+
+def nest(layer: str, *accesses: ir.Access) -> Struct:
+    """``nest2`` or ``nest3``: loops over two or three arrays of equal sizes, the last of which is written.
+
+    Dimensions that are neighbours in all arrays become one.
+    """
+    sizes, strides = merge_dimensions(*accesses)
+    fill = MAX_RANK - len(sizes)
+    names = ("x", "y") if len(accesses) == 2 else ("a", "b", "y")
+    fields = (
+        ("size", (1,) * fill + sizes),
+        *((name, (0,) * fill + steps) for name, steps in zip(names, strides, strict=True)),
+    )
+    title = f"loops over {' x '.join(map(str, sizes)) or '1'} elements, and strides"
+    return Struct(f"nest{len(accesses)}", f"{layer}_loops", title, fields)
+
+
+def merge_dimensions(*accesses: ir.Access) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The sizes of accesses, and the strides of each one, with as few dimensions as possible."""
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in accesses]
+    for d, size in enumerate(accesses[0].sizes):
+        if size == 1:
+            continue
+        steps = [access.strides[d] for access in accesses]
+        if sizes and all(stride[-1] == step * size for stride, step in zip(strides, steps, strict=True)):
+            sizes[-1] *= size
+            for stride, step in zip(strides, steps, strict=True):
+                stride[-1] = step
+        else:
+            sizes.append(size)
+            for stride, step in zip(strides, steps, strict=True):
+                stride.append(step)
+    return tuple(sizes), [tuple(stride) for stride in strides]

@@ -92,24 +92,26 @@ static void small_linear(const float *weight, const float *bias, size_t in_featu
     }
 }
 
-/* Softmax of each row; the largest element is subtracted first, so that nothing overflows. y may be x. */
-static void small_softmax(const float *x, float *y, size_t rows, size_t columns)
+/*
+ * Softmax of count elements, inner apart; the largest is subtracted first, so that nothing overflows. y may be x.
+ */
+static void small_softmax(const float *x, float *y, size_t outer, size_t count, size_t inner)
 {
-    for (size_t row = 0; row < rows; ++row) {
-        float largest = x[0];
+    for (size_t i = 0; i < outer * inner; ++i) {
+        const size_t first = i / inner * count * inner + i % inner;
+        float largest = x[first];
         float sum = 0.0f;
-        for (size_t j = 1; j < columns; ++j) {
-            largest = x[j] > largest ? x[j] : largest;
+
+        for (size_t j = 1; j < count; ++j) {
+            largest = x[first + j * inner] > largest ? x[first + j * inner] : largest;
         }
-        for (size_t j = 0; j < columns; ++j) {
-            y[j] = expf(x[j] - largest);
-            sum += y[j];
+        for (size_t j = 0; j < count; ++j) {
+            y[first + j * inner] = expf(x[first + j * inner] - largest);
+            sum += y[first + j * inner];
         }
-        for (size_t j = 0; j < columns; ++j) {
-            y[j] /= sum;
+        for (size_t j = 0; j < count; ++j) {
+            y[first + j * inner] /= sum;
         }
-        x += columns;
-        y += columns;
     }
 }
 
@@ -192,5 +194,5 @@ void small_run(const float *input, float *output)
     /* head: float linear 8 -> 3, bias */
     small_linear(small_head_weight, small_head_bias, 8, 3, 0, stem_0_out, output);
     /* softmax */
-    small_softmax(output, output, 1, 3);
+    small_softmax(output, output, 1, 3, 1);
 }

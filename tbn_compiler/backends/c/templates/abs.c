@@ -1,0 +1,4 @@
+{# headers: math.h #}
+{% set function, parameters = "abs", [] %}
+{% set expression = "fabsf(x[i])" %}
+{% include "loops/unary.c" %}

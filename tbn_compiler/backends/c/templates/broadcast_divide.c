@@ -1,0 +1,3 @@
+{# needs: nest3 #}
+{% set function, expression = "divide", "a[i] / b[i]" %}
+{% include "loops/broadcast.c" %}

@@ -1,0 +1,2 @@
+{% set function, expression = "divide", "a[i] / b[i]" %}
+{% include "loops/binary.c" %}

@@ -1,0 +1,4 @@
+{# headers: math.h #}
+{% set function, parameters = "erf", [] %}
+{% set expression = "erff(x[i])" %}
+{% include "loops/unary.c" %}

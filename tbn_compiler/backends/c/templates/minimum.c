@@ -1,0 +1,2 @@
+{% set function, expression = "minimum", "a[i] < b[i] ? a[i] : b[i]" %}
+{% include "loops/binary.c" %}

@@ -1,0 +1,2 @@
+{% set function, expression = "multiply", "a[i] * b[i]" %}
+{% include "loops/binary.c" %}

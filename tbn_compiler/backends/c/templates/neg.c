@@ -1,0 +1,3 @@
+{% set function, parameters = "neg", [] %}
+{% set expression = "-x[i]" %}
+{% include "loops/unary.c" %}

@@ -1,0 +1,2 @@
+{% set function, expression = "prelu", "a[i] < 0.0f ? b[i] * a[i] : a[i]" %}
+{% include "loops/binary.c" %}

@@ -1,0 +1,3 @@
+{# headers: stdint.h #}
+{% set function, title, comparison = "argmax", "largest", ">" %}
+{% include "loops/reduce_index.c" %}

@@ -1,0 +1,3 @@
+{% set function, title, start = "maximum", "The largest", "first[0]" %}
+{% set step = "value = first[j * inner] > value ? first[j * inner] : value;" %}
+{% include "loops/reduce.c" %}

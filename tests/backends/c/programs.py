@@ -1,0 +1,135 @@
+"""Many exported networks in one program: one start of the compiler for all of them."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tbn_compiler.backends.c import Plan, export_c, host
+from tests.backends.c.toolchain import WARNINGS, sanitizer_flags
+
+_TYPES = {"float32": ("float", np.float32), "int32": ("int32_t", np.int32)}
+
+
+@dataclass
+class Network:
+    """A network, the inputs to run it on, and what was exported.
+
+    Attributes:
+        module: what is exported, in evaluation mode.
+        samples: tuples of inputs, one for each run.
+        options: of ``export_c``.
+        tolerance: largest error, relative to the largest expected element.
+        plan: what ``export_c`` returned.
+    """
+
+    module: nn.Module
+    samples: Sequence[tuple[Tensor, ...]]
+    options: dict[str, Any] = field(default_factory=dict)
+    tolerance: float = 1e-5
+    plan: Plan | None = None
+
+
+def check(networks: Sequence[Network], folder: Path) -> None:
+    """Export all networks, run them in one program under sanitizers, and compare with PyTorch."""
+    for index, network in enumerate(networks):
+        path = folder / f"net{index}.c"
+        network.plan = export_c(network.module, network.samples[0], path, name=f"net{index}", **network.options)
+    outputs = _run(networks, folder)
+    for index, network in enumerate(networks):
+        module = network.module.eval()
+        for sample, actual in zip(network.samples, outputs[index], strict=True):
+            with torch.no_grad():
+                result = module(*sample)
+            expected = [result] if isinstance(result, Tensor) else list(result)
+            assert len(expected) == len(actual)
+            for position, (have, want) in enumerate(zip(actual, expected, strict=True)):
+                _assert_close(torch.from_numpy(have), want.flatten(), network, f"network {index}, output {position}")
+
+
+def _assert_close(actual: Tensor, expected: Tensor, network: Network, where: str) -> None:
+    steps = "\n".join(step.title for step in network.plan.steps) if network.plan else ""
+    if not expected.is_floating_point():
+        assert actual.tolist() == expected.tolist(), f"{where}:\n{steps}"
+        return
+    assert expected.isfinite().all(), where
+    error = (actual - expected).abs().max().item()
+    largest = expected.abs().max().item()
+    assert error <= network.tolerance * largest, f"{where}: error {error}, largest element {largest}:\n{steps}"
+
+
+def _run(networks: Sequence[Network], folder: Path) -> list[list[list[np.ndarray]]]:
+    """The outputs of every sample of every network."""
+    (folder / "main.c").write_text(_main(networks))
+    compiler = shlex.split(host.find_compiler() or "cc")
+    flags = ["-std=c99", "-O0", *WARNINGS, *sanitizer_flags(), "-Wno-unused-function"]
+    executable = folder / "main"
+    command = [*compiler, *flags, str(folder / "main.c"), "-lm", "-o", str(executable)]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr[:5000]
+    data = b"".join(
+        value.numpy().astype(_TYPES["float32" if value.is_floating_point() else "int32"][1]).tobytes()
+        for network in networks
+        for sample in network.samples
+        for value in sample
+    )
+    ran = subprocess.run([str(executable)], input=data, capture_output=True)
+    assert ran.returncode == 0, ran.stderr.decode(errors="replace")[:5000]
+    rest = ran.stdout
+    results: list[list[list[np.ndarray]]] = []
+    for network in networks:
+        assert network.plan is not None
+        results.append([])
+        for _ in network.samples:
+            arrays = []
+            for port in network.plan.outputs:
+                arrays.append(np.frombuffer(rest, _TYPES[port.value.dtype][1], port.value.size).copy())
+                rest = rest[port.value.nbytes :]
+            results[-1].append(arrays)
+    assert not rest
+    return results
+
+
+def _main(networks: Sequence[Network]) -> str:
+    """A program with all networks: inputs from standard input, outputs to standard output, each array on the heap."""
+    lines = ["#include <stdint.h>", "#include <stdio.h>", "#include <stdlib.h>"]
+    lines += [f'#include "net{index}.c"' for index in range(len(networks))]
+    lines += [
+        "static void *take(size_t size) { void *p = malloc(size); if (p == NULL) { exit(3); } return p; }",
+        "static void get(void *p, size_t size) { if (fread(p, 1, size, stdin) != size) { exit(4); } }",
+        "static void put(const void *p, size_t size) { if (fwrite(p, 1, size, stdout) != size) { exit(5); } }",
+        "int main(void)",
+        "{",
+    ]
+    for index, network in enumerate(networks):
+        plan = network.plan
+        assert plan is not None
+        ports = (*plan.inputs, *plan.outputs)
+        names = [f"p{number}" for number in range(len(ports))]
+        lines.append(f"    for (int i = 0; i < {len(network.samples)}; ++i) {{")
+        for name, port in zip(names, ports, strict=True):
+            kind = _TYPES[port.value.dtype][0]
+            lines.append(f"        {kind} *{name} = ({kind} *)take({port.value.nbytes});")
+        lines += [
+            f"        get({n}, {p.value.nbytes});" for n, p in zip(names, plan.inputs, strict=False)
+        ]
+        arguments = list(names)
+        if plan.scratch == "caller":
+            lines.append(f"        void *scratch = take({max(plan.scratch_bytes, 1)});")
+            arguments.append("scratch")
+        lines.append(f"        {plan.name}_run({', '.join(arguments)});")
+        lines += [
+            f"        put({n}, {p.value.nbytes});"
+            for n, p in zip(names[len(plan.inputs) :], plan.outputs, strict=True)
+        ]
+        lines += [f"        free({name});" for name in arguments]
+        lines.append("    }")
+    return "\n".join([*lines, "    return 0;", "}", ""])
