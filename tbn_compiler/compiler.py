@@ -196,8 +196,9 @@ def optimize(module: nn.Module, example_inputs: Any = None) -> Any:
 
     Args:
         module: the result of :func:`lower` or :func:`transform` (which is lowered first). It is not changed.
-        example_inputs: a tensor or a tuple of the arguments of ``forward``. Only numbers of dimensions are
-            taken from it; without them flattening stops the copies, and ``BatchNorm1d`` is not folded.
+        example_inputs: a tensor, a tuple of the arguments of ``forward``, or a dictionary of them by name. Only
+            numbers of dimensions are taken from it; without them flattening stops the copies, and ``BatchNorm1d`` is
+            not folded.
 
     Returns:
         A module of the same form in evaluation mode.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -37,13 +37,18 @@ def visit_results(module: nn.Module, example_inputs: Any, visit: _Visit) -> None
 
     Args:
         module: a graph module, or a module with traced parts; a part that is called twice is visited twice.
-        example_inputs: a tensor or a tuple of the arguments of ``forward``.
+        example_inputs: a tensor, a tuple of the arguments of ``forward``, or a dictionary of them by name.
         visit: called with each node of the graphs and its result, in the order of execution.
 
     Raises:
         TBNError: the module does not run on these inputs, or not without their values; the cause is chained.
     """
-    arguments = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    arguments: tuple[Any, ...] = ()
+    by_name: dict[str, Any] = {}
+    if isinstance(example_inputs, Mapping):
+        by_name = dict(example_inputs)
+    else:
+        arguments = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), ExitStack() as stack:
             for _, part in graph_parts(module):
@@ -51,10 +56,10 @@ def visit_results(module: nn.Module, example_inputs: Any, visit: _Visit) -> None
                 stack.callback(part.__dict__.pop, "forward")
             # Fake mode would count real batches: the counter of a batch-norm is a scalar, which it computes.
             buffers: dict[str, Tensor] = {name: mode.from_tensor(buffer) for name, buffer in module.named_buffers()}
-            fakes = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(arguments))
-            torch.func.functional_call(module, buffers, fakes)
+            fakes, named = pytree.tree_map_only(Tensor, mode.from_tensor, (arguments, by_name))
+            torch.func.functional_call(module, buffers, fakes, named)
     except Exception as error:
-        shapes = pytree.tree_map_only(Tensor, lambda value: list(value.shape), tuple(arguments))
+        shapes = pytree.tree_map_only(Tensor, lambda value: list(value.shape), by_name or arguments)
         raise TBNError(f"{type(module).__name__} does not run on example inputs of shapes {shapes}: {error}") from error
 
 

@@ -198,9 +198,9 @@ def summary(module: nn.Module, example_inputs: Any = None) -> Summary:
 
     Args:
         module: the transformed or lowered module.
-        example_inputs: a tensor or a tuple of the arguments of ``forward``. With it multiply-adds are counted for
-            this input, every call of a layer included; without it they are given per output position. Nothing
-            is computed: shapes are propagated.
+        example_inputs: a tensor, or the arguments of ``forward`` as a tuple or by name. With it multiply-adds are
+            counted for this input, every call of a layer included; without it they are given per output position.
+            Nothing is computed: shapes are propagated.
 
     Returns:
         A :class:`Summary`: ``print`` gives a table, ``to_dict()`` and ``to_markdown()`` give data.

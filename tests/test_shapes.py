@@ -48,7 +48,8 @@ def test_every_result_is_visited_in_order() -> None:
 def test_parts_of_a_model() -> None:
     packed = tbn.lower(tbn.transform(Parts(), tbn.TilingConfig(p=4, min_size=0)))
     assert {path for path, _ in graph_parts(packed)} == {"body", "head"}
-    for inputs in (torch.zeros(3, 16), (torch.zeros(3, 16), torch.zeros(16))):
+    named = {"scale": torch.zeros(16), "x": torch.zeros(3, 16)}
+    for inputs in (torch.zeros(3, 16), (torch.zeros(3, 16), torch.zeros(16)), named):
         assert shapes(packed, inputs) == [("1", [3, 16]), ("1", [3, 8]), ("1", [3, 8])]
     rows = {row.name: row.macs_tiled for row in tbn.summary(packed, torch.zeros(3, 16)).layers}
     # The head runs twice.

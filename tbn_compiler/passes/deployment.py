@@ -20,7 +20,7 @@ def propagate_ranks(module: nn.Module, example_inputs: Any) -> None:
 
     Args:
         module: a graph module, or a module with traced parts.
-        example_inputs: a tensor or a tuple of the arguments of ``forward``.
+        example_inputs: a tensor, a tuple of the arguments of ``forward``, or a dictionary of them by name.
 
     Raises:
         TBNError: the module does not run on these inputs; the cause is chained.
