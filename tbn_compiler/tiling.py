@@ -135,16 +135,17 @@ class TileLayout:
         """
         return num_alphas in (1, self.p_out, self.p, self.rows)
 
+    def one_alpha_per_row(self, num_alphas: int) -> bool:
+        """Whether one alpha holds for a whole row: no copy ends inside a row, and no alphas lie along the input."""
+        return self.alphas_in(num_alphas) == 1 and (num_alphas in (1, self.rows) or self.aligned)
+
     def distinct_rows(self, num_alphas: int) -> int:
         """Number of rows that differ once they are scaled, up to one factor per row.
 
-        That is :attr:`unique_rows` as long as one alpha holds for a whole row. Otherwise (a copy that ends inside a
-        row, or alphas along the input) a row mixes alphas and every row is its own.
+        That is :attr:`unique_rows` as long as one alpha holds for a whole row. Otherwise a row mixes alphas and every
+        row is its own.
         """
-        one_per_row = num_alphas in (1, self.rows) or self.aligned
-        if self.alphas_in(num_alphas) > 1:
-            return self.rows
-        return self.unique_rows if one_per_row else self.rows
+        return self.unique_rows if self.one_alpha_per_row(num_alphas) else self.rows
 
     def rows_per_group(self, num_alphas: int, groups: int = 1) -> int:
         """Number of rows to multiply in each of ``groups`` convolution groups.

@@ -87,6 +87,13 @@ def _copy_factors(alpha: Tensor, copies: int) -> Tensor:
     return alpha if alpha.numel() == 1 else alpha.view(copies, -1)
 
 
+def replicate_features(unique: Tensor, alpha: Tensor, copies: int) -> Tensor:
+    """``[..., R] -> [..., copies * R]``: the results of the unique rows, times the alphas of all rows."""
+    *outer, rows = unique.shape
+    scaled = unique.unsqueeze(-2) * _copy_factors(alpha, copies)
+    return scaled.expand(*outer, copies, rows).reshape(*outer, copies * rows)
+
+
 def linear(
     input: Tensor,
     tile: Tensor,
@@ -132,11 +139,7 @@ def _linear(
         weight = fold_replicas(weight, input_alpha)
     if not shares:
         return F.linear(input, weight, bias)
-    z = F.linear(input, weight)
-    copies = layout.rows // layout.unique_rows
-    factors = _copy_factors(alpha.to(dtype), copies)
-    out = (z.unsqueeze(-2) * factors).expand(*z.shape[:-1], copies, layout.unique_rows)
-    out = out.reshape(*z.shape[:-1], layout.rows)
+    out = replicate_features(F.linear(input, weight), alpha.to(dtype), layout.rows // layout.unique_rows)
     return out if bias is None else out + bias
 
 
@@ -278,7 +281,18 @@ def _make_conv_transpose(d: int) -> Callable[..., Tensor]:
     return conv_transpose
 
 
+# By operator name.
+KERNELS: dict[str, Callable[..., Tensor]] = {
+    "tile": tile,
+    "scale": scale,
+    "unpack": unpack,
+    "linear": linear,
+    **{name: _make_conv(d) for d, name in CONV_OPS.items()},
+    **{name: _make_conv_transpose(d) for d, name in CONV_TRANSPOSE_OPS.items()},
+}
+
+
 def register() -> None:
     """Register the kernels for every device that has no faster one."""
-    for kernel in (tile, scale, unpack, linear, *map(_make_conv, CONV_OPS), *map(_make_conv_transpose, CONV_OPS)):
-        LIBRARY.impl(kernel.__name__, kernel, "CompositeExplicitAutograd")
+    for name, kernel in KERNELS.items():
+        LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
