@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tbn_compiler import backends
@@ -25,13 +26,13 @@ from tbn_compiler.errors import (
 from tbn_compiler.serialize import load, save
 from tbn_compiler.summary import Summary, summary
 from tbn_compiler.training import init_from_float, set_tiling_strength, tiling_strength
+from tbn_compiler.version import __version__
 
 if TYPE_CHECKING:
     from torch import nn
 
     from tbn_compiler.backends.c import Plan
-
-__version__ = "0.1.0"
+    from tbn_compiler.backends.onnx import ExportedFile, WeightForm
 
 backends.register()
 
@@ -48,6 +49,38 @@ def export_c(
     return export(module, example_inputs, path, **options)
 
 
+def export_onnx(
+    module: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    weights: WeightForm = "bits",
+    dynamic_batch: bool | Sequence[str] = True,
+    opset: int = 18,
+    optimized: bool = True,
+    bits: int = 4,
+    accuracy_level: int = 0,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> ExportedFile:
+    """Write a lowered module as an ONNX file; see :func:`tbn_compiler.backends.onnx.export_onnx`."""
+    from tbn_compiler.backends.onnx import export_onnx as export  # backends load when used
+
+    return export(
+        module,
+        example_inputs,
+        path,
+        weights=weights,
+        dynamic_batch=dynamic_batch,
+        opset=opset,
+        optimized=optimized,
+        bits=bits,
+        accuracy_level=accuracy_level,
+        input_names=input_names,
+        output_names=output_names,
+    )
+
+
 __all__ = [
     "ConfigError",
     "ExportError",
@@ -58,7 +91,9 @@ __all__ = [
     "TBNError",
     "TilingConfig",
     "TransformError",
+    "__version__",
     "export_c",
+    "export_onnx",
     "init_from_float",
     "load",
     "lower",

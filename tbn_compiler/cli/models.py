@@ -22,12 +22,14 @@ from tbn_compiler.serialize import load
 _PRESETS = {"paper": TilingConfig.paper, "imagenet": TilingConfig.imagenet, "time-series": TilingConfig.time_series}
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The options that name a model and how to tile it."""
+def add_model(parser: argparse.ArgumentParser, *, checkpoint: str = "--checkpoint") -> None:
+    """The options that name a model and how to tile it; ``checkpoint`` is the name of the option for its weights."""
     defaults = TilingConfig()
     parser.add_argument("model", help="module:factory, a callable without arguments that returns an nn.Module")
     parser.add_argument(
-        "--checkpoint",
+        checkpoint,
+        dest="checkpoint",
+        metavar="CHECKPOINT",
         type=Path,
         help="packed file of tbn_compiler.save, or a state_dict (.safetensors, .pt) of the float or the tiled model",
     )

@@ -1,0 +1,290 @@
+"""The two weight forms that need the values of the weights: ``"nbits"`` and ``"dense"``, as rewrites of a graph.
+
+``"nbits"``: the unique rows of a linear layer as ``com.microsoft::MatMulNBits``, 2 or 4 bits an element. Elements are
+stored as ``zero point + element`` with the operator's usual zero point ``2 ** (bits - 1)`` and scale 1, so they are
++1 and -1 exactly. ``"dense"``: the whole weight of each layer as an array of floats.
+
+What the rewrites leave alone keeps its ``tbn::`` operator, which :mod:`bits` decodes in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from tbn_compiler.backends.onnx.bits import op_arguments, tiled_nodes, weight_shape
+from tbn_compiler.errors import ExportError
+from tbn_compiler.layers import INFERENCE_OPS, is_transposed, join_key, split_key
+from tbn_compiler.ops.calls import InferenceCall, attribute, inference_call
+from tbn_compiler.ops.formats import apply_epilogue, in_format
+from tbn_compiler.ops.reference import decode, dense_weight, fold_replicas, replicate_features
+from tbn_compiler.ops.schemas import make_layout
+
+# ONNX Runtime has fast kernels for these only; of others it decodes the whole weight at every call.
+_BLOCK_SIZES = (128, 64, 32)
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {kind: getattr(F, kind) for kind in INFERENCE_OPS}
+_KINDS = {op: kind for kind, op in INFERENCE_OPS.items()}
+
+
+def tile_name(node: fx.Node) -> str:
+    """Name of the weight behind a call of an inference operator."""
+    tile = node.args[1]
+    return str(tile.target if isinstance(tile, fx.Node) and tile.op == "get_attr" else tile).removesuffix("_tile")
+
+
+# nbits
+
+
+def use_nbits(gm: fx.GraphModule, bits: int, accuracy_level: int) -> dict[str, str]:
+    """Turn the linear layers of a graph into ``MatMulNBits``, in place.
+
+    Returns:
+        For each layer that keeps its packed bits, by the name of its weight, why.
+    """
+    reasons: dict[str, str] = {}
+    for node in tiled_nodes(gm):
+        call = inference_call(node)
+        reason = "convolutions take decoded filters" if call is None else _why_not_nbits(gm, call)
+        if call is None or reason is not None:
+            reasons[tile_name(node)] = str(reason)
+        else:
+            _to_nbits(gm, call, bits, accuracy_level)
+    gm.recompile()
+    return reasons
+
+
+def _why_not_nbits(gm: fx.GraphModule, call: InferenceCall) -> str | None:
+    """Why a layer is no product with rows of +1 and -1; ``None`` if it is."""
+    layout, arguments = call.layout, call.arguments
+    if "kernel_size" in arguments:
+        return "convolutions take decoded filters"
+    if arguments["activation"] != "float":
+        return f"its input is in the format {arguments['activation']!r}"
+    values = [attribute(gm, arguments[name]) for name in ("tile", "alpha")]
+    if any(value is None for value in values):
+        return "the graph computes its tile or its alphas"
+    tile, alpha = values
+    assert tile is not None
+    assert alpha is not None
+    if tile.dtype != torch.uint8:
+        return "its tile is in full precision"
+    if not layout.one_alpha_per_row(alpha.numel()):
+        return "its alphas change inside a row"
+    return None
+
+
+def _to_nbits(gm: fx.GraphModule, call: InferenceCall, bits: int, accuracy_level: int) -> None:
+    layout, arguments, name = call.layout, call.arguments, tile_name(call.node)
+    tile, alpha, input_alpha = (call.tensor(gm, key) for key in ("tile", "alpha", "input_alpha"))
+    assert tile is not None
+    assert alpha is not None
+    rows = layout.unique_weight(decode(tile, layout, torch.float32))
+    step = 1.0
+    folded = None if input_alpha is None else _folded(rows, input_alpha, bits)
+    if folded is not None:
+        rows, step = folded
+    copies = layout.rows // layout.unique_rows
+    scales = torch.full((len(rows), 1), step)
+    if copies == 1:  # one result for each row: the scales take the alphas
+        scales = scales * layout.row_alphas(alpha.detach().cpu().float())[:, None]
+    block_size = _block_size(rows.shape[1], bits)
+    packed = pack_nbits(rows.detach().cpu(), bits, block_size)
+    options = {
+        "copies": copies,
+        "p_in": layout.p_in,
+        "bits": bits,
+        "block_size": block_size,
+        "accuracy_level": accuracy_level,
+        "epilogue": arguments["epilogue"],
+    }
+    with gm.graph.inserting_before(call.node):
+        operands = (
+            arguments["input"],
+            _stored(gm, f"{name}_{bits}bit", packed),
+            _stored(gm, f"{name}_{bits}bit_scales", scales.repeat(1, packed.shape[1])),
+            arguments["alpha"] if copies > 1 else None,
+            arguments["bias"],
+            arguments["input_alpha"] if folded is None else None,
+        )
+        _replace(call.node, gm.graph.call_function(nbits_linear, operands, options))
+
+
+def _folded(rows: Tensor, input_alpha: Tensor, bits: int) -> tuple[Tensor, float] | None:
+    """The sum of the column blocks, for equal copies of the input, as ``(integers, step)``; ``None`` if too large.
+
+    A sum of ``k`` signs has the parity of ``k``: even ones are stored as halves.
+    """
+    copies = input_alpha.numel()
+    factor = float(input_alpha[0])
+    if not bool((input_alpha == factor).all()) or rows.shape[1] % copies:
+        return None
+    sums = fold_replicas(rows, torch.ones_like(input_alpha))
+    parity = 1 if copies % 2 else 2
+    integers = sums / parity
+    limit = 2 ** (bits - 1)
+    if float(integers.min()) < -limit or float(integers.max()) > limit - 1:
+        return None
+    return integers, factor * parity
+
+
+def _block_size(columns: int, bits: int) -> int:
+    """The block size that stores a row in the fewest bytes, padding and scales included; the largest of equal ones."""
+    return min(_BLOCK_SIZES, key=lambda size: -(-columns // size) * (size * bits // 8 + 4))
+
+
+def pack_nbits(rows: Tensor, bits: int, block_size: int) -> Tensor:
+    """Pack small integers as ``MatMulNBits`` reads them.
+
+    Args:
+        rows: integers ``[N, K]`` in any dtype, from ``-2 ** (bits - 1)`` to ``2 ** (bits - 1) - 1``.
+        bits: bits of an element; divides 8.
+        block_size: elements that share a scale.
+
+    Returns:
+        ``uint8 [N, ceil(K / block_size), block_size * bits / 8]``, first element in the lowest bits; padding is zero.
+    """
+    values = (rows + 2 ** (bits - 1)).to(torch.uint8)
+    pad = 2 ** (bits - 1)  # the zero point
+    values = F.pad(values, (0, -values.shape[1] % block_size), value=pad)
+    values = values.reshape(len(values), -1, block_size * bits // 8, 8 // bits)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return (values << shifts).sum(-1, dtype=torch.uint8)
+
+
+def nbits_linear(
+    input: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    alpha: Tensor | None,
+    bias: Tensor | None,
+    input_alpha: Tensor | None,
+    *,
+    copies: int,
+    p_in: int,
+    bits: int,
+    block_size: int,
+    accuracy_level: int,
+    epilogue: str,
+) -> Tensor:
+    """A tiled linear layer around ``MatMulNBits``; only to be traced for ONNX, it computes nothing.
+
+    Args:
+        input: ``[..., n]``, or ``[..., n / k]`` with ``input_alpha``.
+        weight: unique rows as :func:`pack_nbits` packs them.
+        scales: ``[R, blocks]``.
+        alpha: alphas of the copies; ``None`` if the scales hold them.
+        bias: ``[m]`` or ``None``.
+        input_alpha: factors ``[k]`` of the copies that the input stands for, or ``None``.
+        copies: ``m / R``.
+        p_in: neighbouring inputs that share a weight.
+        bits: bits of a stored element.
+        block_size: elements that share a scale.
+        accuracy_level: of the operator: 0 computes in float32, 4 rounds the input to int8.
+        epilogue: function behind the layer.
+    """
+    if input_alpha is not None:
+        input = (input.unsqueeze(-2) * input_alpha[:, None]).flatten(-2)
+    if p_in > 1:
+        input = input.unflatten(-1, (-1, p_in)).sum(-1)
+    out = torch.onnx.ops.symbolic(
+        "com.microsoft::MatMulNBits",
+        (input, weight, scales),
+        {
+            "K": input.shape[-1],
+            "N": weight.shape[0],
+            "bits": bits,
+            "block_size": block_size,
+            "accuracy_level": accuracy_level,
+        },
+        dtype=input.dtype,
+        shape=(*input.shape[:-1], weight.shape[0]),
+        version=1,
+    )
+    if alpha is not None:
+        out = replicate_features(out, alpha, copies)
+    return apply_epilogue(out if bias is None else out + bias, epilogue)
+
+
+# dense
+
+
+def use_dense(gm: fx.GraphModule) -> None:
+    """Turn the tiled layers of a graph into ordinary ones on float weights, in place.
+
+    Raises:
+        ExportError: the graph computes a layer's tile or alphas.
+    """
+    for node in tiled_nodes(gm):
+        assert isinstance(node.target, torch._ops.OpOverload)
+        kind, name = _KINDS[node.target], tile_name(node)
+        arguments = op_arguments(node.target, node.args, node.kwargs)
+        tile, alpha = (attribute(gm, arguments[key]) for key in ("tile", "alpha"))
+        if tile is None or alpha is None:
+            raise ExportError(f"layer {name!r}: the graph computes its tile or its alphas; export weights='bits'")
+        shape = weight_shape(arguments, transposed=is_transposed(kind))
+        layout = make_layout(shape, arguments["p"], arguments.get("p_in", 1), arguments["shift"])
+        weight = dense_weight(tile, alpha, layout, torch.float32)
+        if arguments.get("input_alpha") is not None:
+            input_alpha = attribute(gm, arguments["input_alpha"])
+            assert input_alpha is not None
+            weight = fold_replicas(weight, input_alpha)
+        geometry = [arguments[key] for key in ("stride", "padding", "output_padding") if key in arguments]
+        order = ("groups", "dilation") if is_transposed(kind) else ("dilation", "groups")
+        geometry += [arguments[key] for key in order if key in arguments]
+        with gm.graph.inserting_before(node):
+            stored = _stored(gm, f"{name}_dense", weight.detach())
+            operands = (arguments["input"], stored, arguments["bias"], kind, geometry)
+            options: dict[str, Any] = {key: arguments[key] for key in ("activation", "epilogue") if key in arguments}
+            _replace(node, gm.graph.call_function(dense_layer, operands, options))
+    gm.recompile()
+
+
+def dense_layer(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    geometry: list[Any],
+    *,
+    activation: str = "float",
+    epilogue: str = "none",
+) -> Tensor:
+    """A linear layer or convolution on a float weight; ``geometry`` holds the function's arguments after ``bias``."""
+    out = in_format(
+        lambda input, bias: _FUNCTIONS[kind](input, weight, bias, *geometry),
+        input,
+        bias,
+        activation,
+        token_dims=tuple(range(1 - weight.dim(), 0)) if geometry else (-1,),
+        terms=weight[0].numel(),
+    )
+    return apply_epilogue(out, epilogue)
+
+
+# Both
+
+
+def _stored(gm: fx.GraphModule, key: str, value: Tensor) -> fx.Node:
+    """A node that reads ``value`` from a buffer; calls of one layer share it if they need the same values."""
+    path, name = split_key(key)
+    owner = gm.get_submodule(path)
+    candidates = [name, *(f"{name}_{count}" for count in range(1, len(owner._buffers) + 1))]
+    for candidate in candidates:
+        present = owner._buffers.get(candidate)
+        if present is None:
+            owner.register_buffer(candidate, value)
+        elif present.shape != value.shape or not torch.equal(present, value):
+            continue
+        return gm.graph.get_attr(join_key(path, candidate))
+    raise AssertionError(f"no free name for {key}")
+
+
+def _replace(node: fx.Node, new: fx.Node) -> None:
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)

@@ -1,0 +1,164 @@
+"""Comparing an exported file with the PyTorch model that it was made from."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tbn_compiler.errors import ExportError
+
+Arrays = dict[str, np.ndarray]
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output of a file is from the model's.
+
+    Attributes:
+        name: name of the output.
+        shape: its shape.
+        absolute: the largest absolute difference.
+        relative: the same over the largest magnitude in the model's output.
+        top1: share of the vectors along the last axis whose largest element is at the same place in both; ``None``
+            for an output without such a choice.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    absolute: float
+    relative: float
+    top1: float | None
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the relative error is at most ``tolerance``; never with NaN in either output."""
+        return self.relative <= tolerance
+
+
+def compare(name: str, actual: np.ndarray, expected: np.ndarray) -> Difference:
+    """Compare an output of a file with the model's; the file's may be flat.
+
+    Raises:
+        ExportError: they differ in size.
+    """
+    if actual.size != expected.size:
+        raise ExportError(f"output {name!r} has the shape {actual.shape} in the file and {expected.shape} in the model")
+    actual = actual.reshape(expected.shape).astype(np.float64)
+    expected = expected.astype(np.float64)
+    absolute = float(np.abs(actual - expected).max(initial=0.0))
+    largest = float(np.abs(expected).max(initial=0.0))
+    relative = absolute / largest if largest else (0.0 if absolute == 0 else math.inf)
+    top1 = None
+    if expected.ndim >= 2 and expected.shape[-1] > 1 and expected.size:
+        top1 = float((actual.argmax(-1) == expected.argmax(-1)).mean())
+    return Difference(name, expected.shape, absolute, relative, top1)
+
+
+def run_model(module: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The outputs of a PyTorch model, in order. Inputs are passed by name where ``forward`` has these names."""
+    tensors: dict[str, Tensor] = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    named = inspect.signature(module.forward).parameters.keys() >= tensors.keys()
+    with torch.no_grad():
+        result = module(**tensors) if named else module(*tensors.values())
+    return [leaf.numpy() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+class OnnxFile:
+    """An ONNX file in ONNX Runtime on the CPU.
+
+    Raises:
+        ExportError: ONNX Runtime is not installed, or does not load the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ExportError(f"verify needs onnxruntime ({error}): pip install 'tbn-compiler[onnx]'") from error
+        if not Path(path).is_file():
+            raise ExportError(f"{path} is no file")
+        try:
+            self._session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no common base class
+            raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+    def random_inputs(self, batch: int, generator: np.random.Generator) -> Arrays:
+        """Normally distributed inputs of the file's shapes; integers are 0 or 1. Free dimensions become ``batch``."""
+        inputs: Arrays = {}
+        for value in self._session.get_inputs():
+            shape = [size if isinstance(size, int) else batch for size in value.shape]
+            if value.type == "tensor(float)":
+                inputs[value.name] = generator.standard_normal(shape, dtype=np.float32)
+            elif value.type in _DTYPES:
+                inputs[value.name] = generator.integers(0, 2, shape).astype(_DTYPES[value.type])
+            else:
+                raise ExportError(f"input {value.name!r} is a {value.type}: give stored inputs")
+        return inputs
+
+    def name_inputs(self, arrays: Mapping[str, np.ndarray], *, by_order: bool = False) -> Arrays:
+        """Inputs by the file's names, in its dtypes; a single one may have any name, and all with ``by_order``.
+
+        Raises:
+            ExportError: the names or the number are not those of the file's inputs.
+        """
+        values = self._session.get_inputs()
+        names = [value.name for value in values]
+        if len(arrays) == len(values) and (by_order or len(values) == 1):
+            arrays = dict(zip(names, arrays.values(), strict=True))
+        if arrays.keys() != set(names):
+            raise ExportError(f"stored inputs are named {sorted(arrays)}, the file's are {names}")
+        return {value.name: arrays[value.name].astype(_DTYPES.get(value.type), copy=False) for value in values}
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """The outputs by name.
+
+        Raises:
+            ExportError: ONNX Runtime fails on these inputs.
+        """
+        names = [output.name for output in self._session.get_outputs()]
+        try:
+            return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        except Exception as error:  # its exceptions have no common base class
+            raise ExportError(f"ONNX Runtime cannot run the file on these inputs: {error}") from error
+
+
+def run_c(path: str | os.PathLike[str], inputs: Mapping[str, np.ndarray], name: str, scratch: str) -> Arrays:
+    """The output of an exported C file, compiled on this computer; ``name`` and ``scratch`` as in the export.
+
+    Raises:
+        ExportError: there is no C compiler, or the file does not compile or does not take these inputs.
+    """
+    from tbn_compiler.backends.c import host
+
+    if len(inputs) != 1:
+        raise ExportError(f"a C file has one input, got {sorted(inputs)}")
+    if not Path(path).is_file():
+        raise ExportError(f"{path} is no file")
+    return {"output": host.run(path, next(iter(inputs.values())), name=name, scratch=scratch)}
+
+
+def verify(actual: Mapping[str, np.ndarray], module: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[Difference]:
+    """Compare the outputs of a file with those of the model on the same inputs.
+
+    Raises:
+        ExportError: the number or the sizes of the outputs differ.
+    """
+    expected = run_model(module, inputs)
+    if len(actual) != len(expected):
+        raise ExportError(f"the file has {len(actual)} outputs, the model {len(expected)}")
+    return [compare(name, value, wanted) for (name, value), wanted in zip(actual.items(), expected, strict=True)]
