@@ -8,7 +8,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS)
-INPUTS := pyproject.toml constraints.txt
+# What the installed package is made of; everything else is used in place.
+INPUTS := pyproject.toml constraints.txt setup.py $(wildcard tbn_compiler/backends/cpu/src/*)
 
 .PHONY: demo test clean
 
@@ -34,4 +35,4 @@ test: .venv/.test
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info tbn-demo runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build dist tbn_compiler/backends/cpu/_tbn_cpu* *.egg-info tbn-demo runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

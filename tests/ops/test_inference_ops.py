@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tbn_compiler  # noqa: F401  (registers the operators)
+from tbn_compiler.backends import cpu
 from tests import oracle
 
 tbn = torch.ops.tbn
@@ -276,7 +277,7 @@ def test_opcheck_conv_channels_last(p: int, groups: int) -> None:
 
 def multiply_adds(function: Any, *args: Any, **kwargs: Any) -> int:
     """Multiply-adds of the matrix products and 2-d convolutions that run, custom operators looked through."""
-    with torch.profiler.profile(record_shapes=True, with_flops=True) as profile:
+    with cpu.use_level("none"), torch.profiler.profile(record_shapes=True, with_flops=True) as profile:
         function(*args, **kwargs)
     names = ("aten::mm", "aten::addmm", "aten::bmm", "aten::conv2d")
     return sum(event.flops for event in profile.key_averages() if event.key in names) // 2

@@ -1,0 +1,151 @@
+"""The native library: finding it, its functions, and the vector level that they use."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tbn_compiler.errors import ConfigError
+
+LEVELS = ("avx512", "avx2", "neon", "portable")
+"""Vector levels, best first. A machine runs the portable one and some of the others."""
+
+LEVEL_VARIABLE = "TBN_CPU_LEVEL"
+"""Environment variable that names the level to use instead of the best; ``none`` turns the native kernels off."""
+
+INTERFACE = 1
+"""Version of the interface in ``src/tbn_cpu.h`` (``TBN_INTERFACE``)."""
+
+_STEM = "_tbn_cpu"
+_size, _pointer = ctypes.c_size_t, ctypes.c_void_p
+
+
+class LinearPlan(ctypes.Structure):
+    """``struct tbn_linear`` of ``src/tbn_cpu.h``."""
+
+    _fields_ = (
+        ("kernels", _pointer),
+        ("index", _pointer),
+        ("sums_index", _pointer),
+        ("inputs", _size),
+        ("rows", _size),
+        ("copies", _size),
+        ("alpha_copy_stride", _size),
+        ("alpha_row_stride", _size),
+        ("activation", ctypes.c_int32),
+        ("relu", ctypes.c_int32),
+    )
+
+
+_FUNCTIONS = {
+    "tbn_interface": (ctypes.c_int, []),
+    "tbn_level": (_pointer, [ctypes.c_char_p]),
+    "tbn_pack_bytes": (_size, [_pointer, ctypes.c_int, _size, _size]),
+    "tbn_pack_sums_bytes": (_size, [_size, _size]),
+    "tbn_pack": (None, [_pointer, ctypes.c_int, _pointer, _size, _size, _pointer]),
+    "tbn_pack_sums": (None, [_pointer, _size, _size, _pointer]),
+    "tbn_linear": (ctypes.c_int, [_pointer, _pointer, _pointer, _size, _pointer, _pointer, _size]),
+    "tbn_pool_threads": (_size, []),
+}
+
+
+def library_path() -> Path | None:
+    """The shared library beside this module, or ``None`` if the installation built none."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(_STEM + suffix)
+        if path.exists():
+            return path
+    return None
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or ``None`` and the reason why there is none."""
+    path = library_path()
+    if path is None:
+        return None, "the installation found no C compiler: no native library was built"
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return None, f"the native library {path.name} does not load: {error}"
+    if library.tbn_interface() != INTERFACE:
+        return None, f"the native library {path.name} belongs to another version: install the package again"
+    return library, ""
+
+
+def available_levels() -> tuple[str, ...]:
+    """The levels that this machine runs, best first; empty without the library."""
+    library, _ = load()
+    return () if library is None else tuple(level for level in LEVELS if library.tbn_level(level.encode()))
+
+
+def _check(level: str) -> str | None:
+    if level == "none":
+        return None
+    if level not in LEVELS:
+        raise ConfigError(f"CPU level {level!r} is not one of {', '.join(LEVELS)} or none")
+    if level not in available_levels():
+        raise ConfigError(f"this machine does not run CPU level {level!r}, only {', '.join(available_levels())}")
+    return level
+
+
+class _Choice:
+    """The level in use, chosen at the first call. ``version`` changes with it, for those who cache by it."""
+
+    def __init__(self) -> None:
+        self.level: str | None = None
+        self.chosen = False
+
+    def get(self) -> str | None:
+        if not self.chosen:
+            wanted = os.environ.get(LEVEL_VARIABLE, "")
+            levels = available_levels()
+            self.level = _check(wanted) if wanted and levels else next(iter(levels), None)
+            self.chosen = True
+        return self.level
+
+
+_choice = _Choice()
+
+
+def level() -> str | None:
+    """The level in use, or ``None`` where PyTorch computes.
+
+    Raises:
+        ConfigError: the environment variable names a level that does not exist or that this machine does not run.
+    """
+    return _choice.get()
+
+
+def unused() -> str:
+    """Why the native kernels are not in use, where :func:`level` is ``None``."""
+    return load()[1] or "the native kernels are turned off"
+
+
+def set_level(name: str | None) -> None:
+    """Use one level from now on: one of :data:`LEVELS`, ``"none"`` for PyTorch, or ``None`` for the default again.
+
+    Raises:
+        ConfigError: there is no such level, or this machine does not run it.
+    """
+    level = None if name is None else _check(name)
+    _choice.level, _choice.chosen = level, name is not None
+
+
+@contextmanager
+def use_level(name: str | None) -> Iterator[None]:
+    """Use a level inside a ``with`` block, for all threads."""
+    before = _choice.level, _choice.chosen
+    set_level(name)
+    try:
+        yield
+    finally:
+        _choice.level, _choice.chosen = before

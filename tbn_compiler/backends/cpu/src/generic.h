@@ -1,0 +1,79 @@
+/*
+ * Kernels in plain C, inlined into every level, so that each gets them in its own instructions.
+ */
+#ifndef TBN_GENERIC_H
+#define TBN_GENERIC_H
+
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#define TBN_INLINE static inline __attribute__((always_inline))
+
+/* One output. The order of the products is the reference's: (z * alpha) * scale + bias. */
+TBN_INLINE float finish_one(float z, float alpha, float scale, const float *bias, size_t output, int relu) {
+    float value = z * alpha * scale;
+    if (bias)
+        value += bias[output];
+    return relu && value < 0.0f ? 0.0f : value; /* a NaN is no smaller than 0 and stays */
+}
+
+/* Rows [first, last) in every copy. One of `floats` and `integers` holds the sums, the other is NULL. */
+TBN_INLINE void finish_rows(const struct tbn_finish *job, const float *floats, const int32_t *integers, float scale,
+                            size_t first, size_t last, float *restrict out) {
+    const float *bias = job->bias;
+    const int relu = job->relu;
+    for (size_t copy = 0; copy < job->copies; copy++) {
+        const float *alpha = job->alpha + copy * job->alpha_copy_stride;
+        const size_t begin = copy * job->rows + first, count = last - first;
+        /* The sums lie apart from the outputs, and a scale for each row is rare: loops that the compiler vectorises. */
+        if (job->alpha_row_stride) {
+            for (size_t i = 0; i < count; i++)
+                out[begin + i] = finish_one(floats ? floats[i] : (float)integers[i],
+                                            alpha[(first + i) * job->alpha_row_stride], scale, bias, begin + i, relu);
+        } else {
+            const float same = *alpha;
+            for (size_t i = 0; i < count; i++)
+                out[begin + i] =
+                    finish_one(floats ? floats[i] : (float)integers[i], same, scale, bias, begin + i, relu);
+        }
+    }
+}
+
+/* Adding and subtracting 1.5 * 2^23 rounds to an integer, half to even, where |x| < 2^22. */
+TBN_INLINE int16_t round_half_even(float x) {
+    const float shift = 12582912.0f;
+    return (int16_t)((x + shift) - shift);
+}
+
+TBN_INLINE float quantize_token(const float *x, size_t count, int binary, int16_t *q) {
+    if (binary) {
+        double sum = 0.0;
+        for (size_t i = 0; i < count; i++) {
+            sum += (double)fabsf(x[i]);
+            q[i] = x[i] > 0.0f ? 1 : -1;
+        }
+        return (float)(sum / (double)count);
+    }
+    /* As integers, magnitudes compare as they do as floats, and infinities and NaN come last. */
+    uint32_t largest_bits = 0;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffffu;
+        largest_bits = bits > largest_bits ? bits : largest_bits;
+    }
+    float largest;
+    memcpy(&largest, &largest_bits, sizeof largest);
+    if (!(largest >= 0x1p-100f) || largest == INFINITY) { /* schemas.INT8_TINY, or a NaN */
+        memset(q, 0, count * sizeof *q);
+        return largest < 0x1p-100f ? 0.0f : NAN;
+    }
+    const float factor = 127.0f / largest;
+    for (size_t i = 0; i < count; i++)
+        q[i] = round_half_even(x[i] * factor);
+    return largest / 127.0f;
+}
+
+#endif

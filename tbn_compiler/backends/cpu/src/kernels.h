@@ -1,0 +1,96 @@
+/*
+ * What a vector level (AVX-512, AVX2, NEON, portable C) provides, and the jobs that it is given.
+ *
+ * A tile holds one bit a weight. `group` neighbouring inputs can be summed with 2^group patterns of signs only, so
+ * all these sums are put in a table once, and every row of the tile looks its own up: one addition serves `group`
+ * multiply-adds. The prepared tile ("index") holds the table entries that the rows look up, `rows` rows side by side
+ * in one vector, `groups` of them in each word of a lane, the first group in the lowest bits.
+ */
+#ifndef TBN_KERNELS_H
+#define TBN_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Largest vector, in bytes: alignment of tables, prepared tiles and scratch. */
+enum { TBN_ALIGN = 64 };
+
+/* Integer tables hold 16-bit sums, added in 16 bits: 256 inputs of magnitude 127 are the most that cannot overflow. */
+enum { TBN_MAX_INT16_INPUTS = 256 };
+
+/* Layout of a prepared tile and of the tables that it looks up. */
+struct tbn_format {
+    size_t rows;        /* rows side by side in a row block */
+    size_t word_bytes;  /* bytes of a lane's word */
+    size_t groups;      /* groups of inputs in a word */
+    size_t group;       /* inputs in a group */
+    size_t table_bytes; /* bytes of the table of one group */
+};
+
+/* z[lane][row] (+)= sum over groups of tables[group][lane][entry(row, group)] */
+struct tbn_lookup {
+    const void *index;       /* first word of the first row block */
+    size_t index_stride;     /* bytes between row blocks */
+    size_t row_blocks;       /* row blocks to compute */
+    size_t words;            /* words to add */
+    const void *tables;      /* tables of consecutive lanes follow one another */
+    const uint32_t *offsets; /* byte offset of lane 0's table for each group of each word */
+    size_t lanes;            /* inputs (tokens or positions) that share the prepared tile */
+    void *z;                 /* float or int32, row blocks one behind the other */
+    size_t z_stride;         /* elements between lanes */
+    int accumulate;          /* add to z instead of writing it */
+};
+
+/* Tables in memory, a batch side by side: each entry is a vector of TBN_BATCH tokens. */
+enum { TBN_BATCH = 16, TBN_SUMS_GROUP = 6, TBN_SUMS_GROUPS = 8, TBN_SUMS_INPUTS = TBN_SUMS_GROUP * TBN_SUMS_GROUPS };
+enum { TBN_SUMS_TABLE_BYTES = (1 << TBN_SUMS_GROUP) * TBN_BATCH * 4 };
+
+/* z[row][token] = sum over passes and groups of a table entry */
+struct tbn_sums {
+    const uint16_t *index; /* [pass][row][group]: byte offsets into the group's table */
+    size_t index_stride;   /* elements between passes */
+    size_t rows;
+    size_t inputs;
+    const float *x; /* [tokens][inputs] */
+    size_t tokens;  /* at most TBN_BATCH */
+    void *tables;      /* room for TBN_SUMS_GROUPS tables */
+    const float *zero; /* TBN_BATCH zeros */
+    float *z;          /* [rows][TBN_BATCH] */
+};
+
+/* out[copy * rows + row] = alpha * z[row] * scale + bias, and the larger of that and 0 if relu */
+struct tbn_finish {
+    size_t rows;   /* different rows */
+    size_t copies; /* outputs are copies * rows */
+    const float *alpha;
+    size_t alpha_copy_stride, alpha_row_stride;
+    const float *bias; /* one for each output, or NULL */
+    int relu;
+};
+
+struct tbn_kernels {
+    const char *name;
+    struct tbn_format f32, i16;
+    /* Tables of `count` groups, the inputs of successive groups `stride` elements apart. */
+    void (*tables_f32)(const float *x, size_t stride, size_t count, void *tables, size_t table_stride);
+    void (*tables_i16)(const int16_t *x, size_t stride, size_t count, void *tables, size_t table_stride);
+    void (*lookup_f32)(const struct tbn_lookup *job);
+    void (*lookup_i16)(const struct tbn_lookup *job);
+    void (*sums)(const struct tbn_sums *job);
+    /* Rows [first, last) of one token, from the sums of these rows; `scale` is the token's. */
+    void (*finish_f32)(const struct tbn_finish *job, const float *z, size_t first, size_t last, float *out);
+    void (*finish_i32)(const struct tbn_finish *job, const int32_t *z, float scale, size_t first, size_t last,
+                       float *out);
+    /* Integers of one token and the scale that they stand for; see tbn_compiler/ops/schemas.py. */
+    float (*quantize)(const float *x, size_t count, int binary, int16_t *q);
+};
+
+extern const struct tbn_kernels tbn_portable;
+#if defined(__x86_64__)
+extern const struct tbn_kernels tbn_avx2;
+extern const struct tbn_kernels tbn_avx512;
+#elif defined(__aarch64__)
+extern const struct tbn_kernels tbn_neon;
+#endif
+
+#endif

@@ -1,0 +1,37 @@
+/* Working memory of one thread in one call: parts of one block, each aligned for vectors. */
+#ifndef TBN_SCRATCH_H
+#define TBN_SCRATCH_H
+
+#include "kernels.h"
+
+#include <stdlib.h>
+
+static inline size_t tbn_round_up(size_t size, size_t multiple) {
+    return (size + multiple - 1) / multiple * multiple;
+}
+
+static inline size_t tbn_ceil_divide(size_t a, size_t b) {
+    return (a + b - 1) / b;
+}
+
+static inline size_t tbn_min(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+static inline size_t tbn_max(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
+/* Where to cut the next part. With `base` NULL only the size is counted. */
+struct tbn_scratch {
+    char *base;
+    size_t used;
+};
+
+static inline void *tbn_take(struct tbn_scratch *scratch, size_t bytes) {
+    char *part = scratch->base ? scratch->base + scratch->used : NULL;
+    scratch->used += tbn_round_up(bytes, TBN_ALIGN);
+    return part;
+}
+
+#endif

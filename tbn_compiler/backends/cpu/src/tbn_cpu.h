@@ -1,0 +1,50 @@
+/* The library's interface. Sizes are in elements unless they say bytes; every pointer is to contiguous memory. */
+#ifndef TBN_CPU_H
+#define TBN_CPU_H
+
+#include "kernels.h"
+
+#define TBN_EXPORT __attribute__((visibility("default")))
+
+/* Changes with anything below: a library left over from another version is not used. */
+enum { TBN_INTERFACE = 1 };
+
+TBN_EXPORT int tbn_interface(void);
+
+enum { TBN_OK = 0, TBN_OUT_OF_MEMORY = 1 };
+
+enum tbn_activation { TBN_FLOAT = 0, TBN_INT8 = 1, TBN_BINARY = 2 };
+
+/* A linear layer. backends/cpu/library.py declares the same fields. */
+struct tbn_linear {
+    const struct tbn_kernels *kernels;
+    const void *index;      /* tile prepared by tbn_pack for the activation's format */
+    const void *sums_index; /* tile prepared by tbn_pack_sums, or NULL: no batch kernel */
+    size_t inputs;
+    size_t rows;   /* different rows */
+    size_t copies; /* outputs are copies * rows */
+    size_t alpha_copy_stride, alpha_row_stride;
+    int32_t activation;
+    int32_t relu;
+};
+
+/* Kernels of a level by name, or NULL where the machine does not run it. */
+TBN_EXPORT const struct tbn_kernels *tbn_level(const char *name);
+
+/* Bytes of a prepared tile of `rows` rows of `columns` weights; `integer` picks the format of integer activations. */
+TBN_EXPORT size_t tbn_pack_bytes(const struct tbn_kernels *kernels, int integer, size_t rows, size_t columns);
+TBN_EXPORT size_t tbn_pack_sums_bytes(size_t rows, size_t columns);
+
+/* Prepares a tile from `signs` [rows][columns], positive for +1. */
+TBN_EXPORT void tbn_pack(const struct tbn_kernels *kernels, int integer, const int8_t *signs, size_t rows,
+                         size_t columns, void *index);
+TBN_EXPORT void tbn_pack_sums(const int8_t *signs, size_t rows, size_t columns, void *index);
+
+/* x [tokens][inputs] -> out [tokens][copies * rows]; returns TBN_OK or TBN_OUT_OF_MEMORY. */
+TBN_EXPORT int tbn_linear(const struct tbn_linear *layer, const float *x, float *out, size_t tokens,
+                          const float *alpha, const float *bias, size_t threads);
+
+/* Threads that wait for work, for tests. */
+TBN_EXPORT size_t tbn_pool_threads(void);
+
+#endif
