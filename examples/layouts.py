@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import documents
 import torch
 import torch.nn.functional as F
 from example_data import DataError, ImageData, read_mnist, sklearn_digits
@@ -302,9 +303,9 @@ def tables(results: Results, studies: Mapping[str, Study] = STUDIES) -> dict[str
     made = {}
     for name, study in studies.items():
         rows = [_cells(results, name, study, layout) for layout in study.layouts]
-        made[name] = _markdown(header, [row for row in rows if row])
+        made[name] = documents.markdown(header, [row for row in rows if row], left=["layout"])
     shifts = [[run["layout"], str(run["shift"] or ""), f"{run['accuracy']:.2f}"] for run in results.get("shifts", [])]
-    return made | {"shifts": _markdown(["layout", "shift", "validation accuracy %"], shifts)}
+    return made | {"shifts": documents.markdown(["layout", "shift", "validation accuracy %"], shifts, ["layout"])}
 
 
 def _cells(results: Results, name: str, study: Study, layout: Layout) -> list[str]:
@@ -329,18 +330,9 @@ def _cells(results: Results, name: str, study: Study, layout: Layout) -> list[st
     ]
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---" if title == "layout" else "---:" for title in header]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
-
-
 def fill(document: str, results: Results) -> str:
     """``document`` with its tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, replaced."""
-    for name, table in tables(results).items():
-        before, begin, rest = document.partition(f"<!-- table: {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        document = f"{before}{begin}{table}\n{end}{after}"
-    return document
+    return documents.fill(document, tables(results))
 
 
 # Families of layouts in the plot, and the factors that keep points of equal bits apart.

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import documents
 import torch
 from example_data import DataError, ImageData, read_mnist
 from mnist_mlp import NETWORKS, RECIPES, Recipe, Result, run_all, to_json
@@ -101,11 +102,6 @@ def _row(title: str, entry: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
-
-
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
     """The tables of the document, by the name of their place in it."""
     header = ["network", "epochs", "accuracy %", "range", "training accuracy %", "stored bytes"]
@@ -121,20 +117,15 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
         for entry in results["explored"]
     ]
     return {
-        "explored": _markdown(["change", "of", "points"], explored),
-        "final": _markdown([*header, "points below float", "paper, Table 6"], rows),
-        "steps": _markdown([header[0], header[1], "validation accuracy %", *header[3:]], steps),
+        "explored": documents.markdown(["change", "of", "points"], explored, left=["change"]),
+        "final": documents.markdown([*header, "points below float", "paper, Table 6"], rows, left=["network"]),
+        "steps": documents.markdown([*header[:2], "validation accuracy %", *header[3:]], steps, left=["network"]),
     }
 
 
 def fill(document: str, results: Mapping[str, Any]) -> str:
     """``document`` with its tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, replaced."""
-    for name, table in tables(results).items():
-        begin = f"<!-- table: {name} -->\n"
-        before, _, rest = document.partition(begin)
-        _, end, after = rest.partition("<!-- end -->")
-        document = f"{before}{begin}{table}\n{end}{after}"
-    return document
+    return documents.fill(document, tables(results))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
