@@ -1,0 +1,244 @@
+"""The microcontroller examples run end to end, read their data right, and their page comes from the result file."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tbn_compiler as tbn
+
+ROOT = Path(__file__).parent.parent.parent
+TASKS = ("mlp", "cnn", "keywords", "forecast")
+
+
+@pytest.fixture(autouse=True)
+def _examples_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+
+
+@pytest.fixture
+def trial(tmp_path):
+    """Arguments that keep a trial's files apart."""
+    return ["--made-up", "--results", str(tmp_path / "results.json"), "--models", str(tmp_path / "models")]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_networks_train_on_made_up_data_and_are_stored(name, trial, tmp_path, capsys):
+    from mcu.task import scores
+    from mcu.training import predict
+    from microcontroller import TASKS, load, main, restore
+
+    command = ["train", *trial, "--task", name, "--epochs", "6", "--seeds", "1"]
+    assert main(command) == 0
+    results = json.loads((tmp_path / "results.json").read_text())["tasks"][name]
+    task = TASKS[name]
+    assert list(results["networks"]) == list(task.networks)
+    data = load(task, type("Options", (), {"made_up": True}))
+    _, test = data.for_results()
+    untrained = scores(predict(task.build().eval(), test.x), test.y)
+    for key, network in task.networks.items():
+        model = restore(task, network, tmp_path / "models" / f"{name}-{key}.safetensors")
+        found = scores(predict(model, test.x), test.y)
+        assert found == pytest.approx(results["networks"][key]["scores"]["0"])
+        if key == "float":
+            better = found["accuracy"] > 60 if "accuracy" in found else found["mse"] < 0.9 * untrained["mse"]
+            assert better, found
+        else:
+            layers = tbn.summary(model).layers
+            copies = {layer.p for layer in layers}
+            assert copies == ({1} if key == "binary" else {1, 4}), key
+    capsys.readouterr()
+    assert main(command) == 0  # everything is there
+    assert capsys.readouterr().out == ""
+
+
+def test_parts_share_no_example_and_choices_leave_the_test_alone():
+    from mcu.task import Dataset, Examples
+
+    train, validation, test = (Examples(torch.full((n, 1), n), torch.full((n,), n)) for n in (3, 4, 5))
+    data = Dataset("", "", train, validation, test, retrain=True)
+    assert [part.y.unique().tolist() for part in data.for_choices()] == [[3], [4]]
+    assert [part.y.unique().tolist() for part in data.for_results()] == [[3, 4], [5]]
+    kept = dataclasses.replace(data, retrain=False)
+    assert [part.y.unique().tolist() for part in kept.for_results()] == [[3], [5]]
+
+
+def test_starting_alphas_are_spread():
+    from mcu.images import MLP
+    from mcu.training import tile
+
+    network = MLP.networks["tbn4"]
+    packed = tbn.lower(tile(MLP.build(), network, teacher=None))
+    alphas = packed.state_dict()["0.weight_alpha"]
+    torch.testing.assert_close(alphas / alphas[1], torch.tensor(network.recipe.alpha_start), rtol=0.05, atol=0)
+
+
+def test_a_start_from_the_float_network_takes_its_magnitudes():
+    from mcu.keywords import TASK
+    from mcu.task import Network, Recipe
+    from mcu.training import tile
+
+    teacher = TASK.build()
+    network = Network("", Recipe(epochs=1, from_float=True), tbn.TilingConfig(p=1, min_size=0))
+    packed = tbn.lower(tile(TASK.build(), network, teacher))
+    expected = teacher.state_dict()["0.weight"].abs().mean()
+    torch.testing.assert_close(packed.state_dict()["0.weight_alpha"], expected.reshape(1))
+
+
+def test_a_tone_fills_its_mel_band():
+    from mcu import keywords
+
+    filters = keywords.mel_filters()
+    assert filters.shape == (keywords.BANDS, 129)
+    assert filters.max() <= 1
+    assert (filters.max(axis=1) > 0).all()
+    for hertz in (300, 1000, 3000):
+        tone = 8000 * np.sin(2 * np.pi * hertz * np.arange(keywords.SAMPLES) / keywords.RATE)
+        spectrum = keywords.log_mel(tone.astype(np.int16))
+        assert spectrum.shape == (keywords.BANDS, keywords.FRAMES)
+        band = spectrum.mean(axis=1).argmax()
+        assert filters[band, round(hertz / keywords.RATE * 256)] == filters[:, round(hertz / keywords.RATE * 256)].max()
+
+
+def test_recordings_are_centred():
+    from mcu import keywords
+
+    silence = np.log(np.float32(1e-6))
+    short = keywords.log_mel(np.full(1000, 5000, np.int16))
+    assert short[:, 0].max() == pytest.approx(silence)
+    assert short[:, -1].max() == pytest.approx(silence)
+    assert short[0, keywords.FRAMES // 2] > silence + 0.1
+    noise = np.random.default_rng(0).integers(-9000, 9000, keywords.SAMPLES + 20).astype(np.int16)
+    assert (keywords.log_mel(noise) == keywords.log_mel(noise[10:-10])).all()
+
+
+@pytest.fixture
+def recordings():
+    """(samples, digit, index) of one speaker; the samples tell which recording it is."""
+    random = np.random.default_rng(0)
+    return [
+        (random.integers(-9000, 9000, 900 + 7 * digit + index).astype(np.int16), digit, index)
+        for digit in range(10)
+        for index in range(12)
+    ]
+
+
+def write_wavs(folder, recordings):
+    folder.mkdir(parents=True)
+    for samples, digit, index in recordings:
+        with wave.open(str(folder / f"{digit}_nobody_{index}.wav"), "wb") as file:
+            file.setparams((1, 2, 8000, 0, "NONE", ""))
+            file.writeframes(samples.astype("<i2").tobytes())
+
+
+def write_npz(path, recordings):
+    samples, digits, indices = zip(*recordings, strict=True)
+    np.savez(path, audio=np.concatenate(samples), length=[len(s) for s in samples], label=digits, index=indices)
+
+
+def test_recordings_are_read_and_divided_by_index(recordings, tmp_path):
+    from mcu import keywords
+
+    write_wavs(tmp_path / "wav" / "fsdd" / "recordings", recordings)
+    (tmp_path / "npz" / "fsdd").mkdir(parents=True)
+    write_npz(tmp_path / "npz" / "fsdd" / "fsdd.npz", recordings)
+    from_wav, from_npz = (keywords.read(tmp_path / kind) for kind in ("wav", "npz"))
+    assert [len(part) for part in (from_npz.train, from_npz.validation, from_npz.test)] == [20, 50, 50]
+    train, test = (
+        np.stack([keywords.log_mel(samples) for samples, _, index in recordings if index in part])
+        for part in (range(10, 12), range(5))
+    )
+    mean, std = train.mean(axis=(0, 2), keepdims=True), train.std(axis=(0, 2), keepdims=True, ddof=1)
+    np.testing.assert_allclose(from_npz.test.x, (test - mean) / std, rtol=1e-4, atol=1e-4)
+    for name in ("train", "validation", "test"):
+        one, other = getattr(from_wav, name), getattr(from_npz, name)
+        order, other_order = (x.flatten(1).sum(1).argsort() for x in (one.x, other.x))
+        torch.testing.assert_close(one.x[order], other.x[other_order], rtol=1e-5, atol=1e-5)
+        assert (one.y[order] == other.y[other_order]).all()
+
+
+def test_windows_of_the_forecast_stay_in_their_months(tmp_path):
+    from mcu import forecast
+
+    hours = 20 * 720 + 50
+    (tmp_path / "ett").mkdir()
+    rows = "".join(f"2016-07-01,{','.join(str(hour + 0.5 * column) for column in range(7))}\n" for hour in range(hours))
+    content = "date,a,b,c,d,e,f,g\n" + rows
+    (tmp_path / "ett" / "ETTh1.csv.gz").write_bytes(gzip.compress(content.encode()))
+    data = forecast.read(tmp_path)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [8640 - 191, 2880 - 95, 2880 - 95]
+    assert data.test.x.shape[1:] == data.test.y.shape[1:] == (96, 7)
+    std = np.arange(8640).std()
+    for part, first, last in ((data.train, 96, 8640), (data.validation, 8640, 11520), (data.test, 11520, 14400)):
+        forecast_hours = part.y[:, :, 0] * std + np.arange(8640).mean()
+        assert forecast_hours[0, 0] == pytest.approx(first, abs=0.01)
+        assert forecast_hours[-1, -1] == pytest.approx(last - 1, abs=0.01)
+        torch.testing.assert_close(part.x[96], part.y[0])
+
+
+def test_series_are_forecast_by_themselves():
+    from mcu.forecast import Forecaster
+
+    model = Forecaster().eval()
+    x = torch.randn(2, 96, 7)
+    changed = x.clone()
+    changed[:, :, 3] = torch.randn(2, 96)
+    same = [0, 1, 2, 4, 5, 6]
+    torch.testing.assert_close(model(x)[:, :, same], model(changed)[:, :, same])
+    torch.testing.assert_close(model(x + 5), model(x) + 5, rtol=1e-4, atol=1e-4)
+
+
+def test_missing_and_damaged_data_is_named(recordings, tmp_path, capsys):
+    from microcontroller import main
+
+    command = ["train", "--data", str(tmp_path), "--results", str(tmp_path / "r.json"), "--models", str(tmp_path)]
+    (tmp_path / "ett").mkdir()
+    (tmp_path / "fsdd").mkdir()
+    cases = [
+        ("mlp", None, b"", "train-images-idx3-ubyte.gz"),
+        ("keywords", None, b"", "no recordings/*.wav and no fsdd.npz"),
+        ("keywords", "fsdd/fsdd.npz", b"no archive", "cannot read"),
+        ("forecast", None, b"", "no ETTh1.csv"),
+        ("forecast", "ett/ETTh1.csv", b"date,a\n2016,1\n", "2 columns and 1 rows"),
+        ("forecast", "ett/ETTh1.csv", b"date,a\n2016,x\n", "cannot read"),
+    ]
+    for task, path, content, message in cases:
+        if path:
+            (tmp_path / path).write_bytes(content)
+        assert main([*command, "--task", task]) == 1
+        assert message in capsys.readouterr().err
+    (tmp_path / "fsdd" / "recordings").mkdir()
+    assert main([*command, "--task", "keywords"]) == 1
+    assert "no recordings in" in capsys.readouterr().err
+    for name, message in (("3_nobody.wav", "as {digit}_{speaker}_{index}.wav"), ("3_nobody_1.wav", "cannot read")):
+        (tmp_path / "fsdd" / "recordings" / name).write_bytes(b"no sound")
+        assert main([*command, "--task", "keywords"]) == 1
+        assert message in capsys.readouterr().err
+        (tmp_path / "fsdd" / "recordings" / name).unlink()
+
+
+def test_trials_keep_away_from_the_results(capsys):
+    from microcontroller import main
+
+    for arguments, message in (
+        (["train", "--made-up"], "a trial needs --results"),
+        (["train", "--data", "x", "--validate"], "a trial needs --results"),
+        (["train", "--data", "x", "--seeds", "0"], "--seeds must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_a_forecast_row_shows_both_errors():
+    from mcu.report import score
+
+    assert score({"accuracy": 96.504}) == "96.50 %"
+    assert score({"mse": 0.38655, "mae": 0.4}) == "0.387 / 0.400"
