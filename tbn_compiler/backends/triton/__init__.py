@@ -1,0 +1,89 @@
+"""Triton kernels behind the ``tbn::`` operators on a GPU.
+
+The kernels are registered without importing triton; that happens at the first call on a GPU. Where triton is missing,
+or for a call that no kernel covers, the operator's PyTorch reference computes the result, and the reason is logged
+once at level INFO (logger ``tbn_compiler.backends.triton``). :func:`info` tells what is in use.
+
+============  ==========================================================================================
+``plan``      how kernels read a tiled weight, from its layout
+``kernels``   the kernels
+``linear``    ``tbn::linear``: operands, grids, launches
+``conv``      ``tbn::conv1d/2d/3d``
+``search``    the configurations that a shape may be run with
+``tuning``    choosing among them by measurement, and the file that keeps the choice
+============  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbn_compiler.ops import reference
+from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the Triton kernels cannot be used at all, or ``None``."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'tbn-compiler[gpu]')"
+    return None
+
+
+@functools.cache
+def log_once(reason: str) -> None:
+    """Log why a call is left to the reference, once for each reason."""
+    _LOGGER.info("left to the PyTorch reference: %s", reason)
+
+
+def info() -> dict[str, Any]:
+    """What runs the operators on a GPU.
+
+    Returns:
+        ``kernels``: "triton" or "reference"; ``reason``: why not Triton, or ``None``; ``triton`` and ``torch``: versions;
+        ``device``: name of the current GPU, or ``None``; ``tuning_file``: where measured configurations are kept.
+
+    Example:
+        >>> sorted(info())
+        ['device', 'kernels', 'reason', 'torch', 'triton', 'tuning_file']
+    """
+    reason = unavailable()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    found: dict[str, Any] = {"torch": torch.__version__, "triton": None, "device": device, "tuning_file": None}
+    if reason is None:
+        import triton
+
+        from tbn_compiler.backends.triton.tuning import tuning_file
+
+        found["triton"] = triton.__version__
+        found["tuning_file"] = None if device is None else str(tuning_file(device))
+    return {"kernels": "triton" if reason is None else "reference", "reason": reason} | found
+
+
+def _kernel(module: str, name: str, fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        reason = unavailable()
+        if reason is not None:
+            log_once(reason)
+            return fallback(*args, **kwargs)
+        function = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        result: Tensor = function(*args, **kwargs)
+        return result
+
+    return call
+
+
+def register() -> None:
+    """Register the kernels for CUDA devices (ROCm's too); triton is imported at the first call."""
+    LIBRARY.impl("linear", _kernel("linear", "linear", reference.linear), "CUDA")
+    for op in CONV_OPS.values():
+        LIBRARY.impl(op, _kernel("conv", op, reference.KERNELS[op]), "CUDA")

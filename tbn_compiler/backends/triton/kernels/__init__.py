@@ -1,0 +1,1 @@
+"""Triton kernels. Importing a module of this package imports triton; nothing is compiled before the first launch."""

@@ -1,0 +1,167 @@
+"""Choosing a configuration by measurement, once for each shape, and keeping the choice in a file.
+
+The file is ``tbn_compiler/triton/<GPU name>-triton-<version>.json`` in the user's cache folder (``$XDG_CACHE_HOME``, or
+``~/.cache``). It can be copied to another machine with the same GPU and version. Tuning is off with the environment
+variable ``TBN_TRITON_TUNE=0``, while a CUDA graph is captured, and in Triton's interpreter: then a kept choice is used,
+or the first candidate.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import triton
+
+from tbn_compiler.backends.triton.search import Config
+from tbn_compiler.files import replacing
+
+LOGGER = logging.getLogger("tbn_compiler.backends.triton")
+
+FORMAT = 1
+SECONDS = 8.0  # a new shape measures no further candidates after this
+
+
+def cache_folder() -> Path:
+    """The folder of tuning files: under ``$XDG_CACHE_HOME`` if that is an absolute path, else ``~/.cache``."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "tbn_compiler" / "triton"
+
+
+def tuning_file(device_name: str) -> Path:
+    """The file of choices for one GPU and the installed triton."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device_name}-triton-{triton.__version__}")
+    return cache_folder() / f"{name}.json"
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Median time of ``run`` on the GPU; the second-level cache is flushed before each."""
+    return float(triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median"))
+
+
+class Tuner:
+    """Choices for one GPU: measures what is new, remembers, and writes to a file.
+
+    Args:
+        path: the file; it need not exist.
+        measure: time of a call.
+        clock: seconds, for the limit on one shape.
+
+    Example:
+        >>> tuner = Tuner(Path("/tmp/none.json"), measure=lambda run: run())
+        >>> tuner.choose("key", [Config("dot"), Config("sum")], lambda config: len(config.kernel), save=False).kernel
+        'dot'
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        measure: Callable[[Callable[[], object]], float] = milliseconds,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.path = path
+        self._measure = measure
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._choices = read_choices(path)
+
+    def known(self, key: str, candidates: Sequence[Config]) -> Config | None:
+        """The kept choice, if it is still a candidate: a newer version may have other ones."""
+        found = self._choices.get(key)
+        return found if found in candidates else None
+
+    def choose(
+        self, key: str, candidates: Sequence[Config], run: Callable[[Config], object], *, save: bool = True
+    ) -> Config:
+        """The kept choice, or the fastest candidate by measurement.
+
+        A candidate that the GPU refuses (too much shared memory, too many registers) is passed over.
+
+        Raises:
+            RuntimeError: no candidate runs; the cause is the last one's error.
+        """
+        with self._lock:
+            known = self.known(key, candidates)
+            if known is not None:
+                return known
+            best: tuple[float, Config] | None = None
+            failure: Exception | None = None
+            start = self._clock()
+            for config in candidates:
+                if best is not None and self._clock() - start > SECONDS:
+                    LOGGER.info("tuning of %s stopped after %.0f s", key, SECONDS)
+                    break
+                try:
+                    elapsed = self._measure(functools.partial(run, config))
+                except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as error:
+                    failure = error
+                    continue
+                if best is None or elapsed < best[0]:
+                    best = elapsed, config
+            if best is None:
+                raise RuntimeError(f"none of {len(candidates)} configurations runs for {key}") from failure
+            self._choices[key] = best[1]
+            if save:
+                self._write()
+            return best[1]
+
+    def _write(self) -> None:
+        """Add the choices to the file, keeping what another process has added meanwhile."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            choices = read_choices(self.path) | self._choices
+            text = {key: vars(config) for key, config in sorted(choices.items())}
+            with replacing(self.path) as temporary:
+                temporary.write_text(json.dumps({"format": FORMAT, "choices": text}, indent=1) + "\n")
+        except OSError as error:
+            # Tuning works without the file, only not in the next process.
+            warnings.warn(f"cannot keep tuned configurations in {self.path}: {error}", RuntimeWarning, stacklevel=2)
+
+
+def read_choices(path: Path) -> dict[str, Config]:
+    """The choices in a tuning file; none, with a warning, if it cannot be read as one."""
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            return {}
+        return {key: Config(**fields) for key, fields in content["choices"].items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"ignoring the tuning file {path}, which cannot be read ({type(error).__name__}: {error}); "
+            "it will be written anew",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+@functools.cache
+def tuner_for(device_index: int) -> Tuner:
+    """The tuner of a GPU."""
+    return Tuner(tuning_file(torch.cuda.get_device_name(device_index)))
+
+
+def tuning_allowed() -> bool:
+    """Whether measuring is possible and wanted now."""
+    return os.environ.get("TBN_TRITON_TUNE", "1") != "0" and not torch.cuda.is_current_stream_capturing()
+
+
+def choose(device: torch.device, key: str, candidates: Sequence[Config], run: Callable[[Config], object]) -> Config:
+    """The configuration to run: kept, measured, or the first candidate where measuring is not possible."""
+    if device.type != "cuda":  # the interpreter
+        return candidates[0]
+    tuner = tuner_for(torch.cuda.current_device() if device.index is None else device.index)
+    if tuning_allowed():
+        return tuner.choose(key, candidates, run)
+    return tuner.known(key, candidates) or candidates[0]

@@ -1,0 +1,305 @@
+"""``tbn::linear`` by the Triton kernels, in the interpreter, against the PyTorch reference in float64."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import tbn_compiler  # noqa: F401  (registers the operators)
+from tbn_compiler.backends import triton as backend
+from tbn_compiler.backends.triton import linear as wrapper
+from tbn_compiler.backends.triton import search, tuning
+from tbn_compiler.backends.triton.linear import linear
+from tbn_compiler.ops import reference
+from tbn_compiler.packing import pack_bits
+from tests.backends.triton.calls import Call
+
+# The interpreter computes in NumPy, which says so where infinity and NaN come up as they should.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that is left to the reference would agree with it: tests that expect that undo this."""
+
+    def refuse(reason: str) -> None:
+        raise AssertionError(f"left to the reference: {reason}")
+
+    monkeypatch.setattr(wrapper, "log_once", refuse)
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Set ``kernel`` to run the candidate with that kernel; ``keys`` collects what was tuned."""
+    state: dict[str, Any] = {"kernel": None, "keys": []}
+
+    def choose(device: torch.device, key: str, candidates: Any, run: Any) -> Any:
+        state["keys"].append(key)
+        wanted = [config for config in candidates if state["kernel"] in (None, config.kernel)]
+        return wanted[0]
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    return state
+
+
+@pytest.mark.parametrize("batch", [1, 3, 17])
+@pytest.mark.parametrize("p", [1, 2, 4, 7, 8, 16])
+def test_aligned(p: int, batch: int) -> None:
+    call = Call((112, 64), p, p)
+    call.check(linear, call.input(batch))
+
+
+@pytest.mark.parametrize("kernel", ["sum", "dot"])
+@pytest.mark.parametrize(
+    ("shape", "p", "num_alphas"),
+    [
+        ((64, 96), 4, 4),  # whole words
+        ((64, 104), 4, 1),  # whole bytes
+        ((16, 100), 4, 16),  # rows begin inside a byte
+        ((16, 37), 4, 4),
+        ((10, 36), 4, 1),  # misaligned: 90 elements, 5 different rows
+        ((32, 33), 44, 1),  # 24 elements: less than a row
+        ((7, 16), 4, 7),  # misaligned, an alpha for each row
+    ],
+)
+def test_kernels(chosen: dict[str, Any], kernel: str, shape: tuple[int, int], p: int, num_alphas: int) -> None:
+    chosen["kernel"] = kernel
+    for batch in (3, 5):
+        call = Call(shape, p, num_alphas)
+        call.check(linear, call.input(batch))
+    assert len(chosen["keys"]) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ((10, 36, 4, 4, 0), {}),  # a copy ends inside a row: its alpha changes there
+        ((7, 20, 10, 10, 0), {}),  # and twice in some rows
+        ((16, 40, 4, 4, 0), {"shift": 5}),
+        ((10, 36, 4, 4, 0), {"shift": 5}),
+        ((10, 36, 4, 1, 0), {"shift": 89}),
+        ((16, 48, 8, 2, 0), {"p_in": 4}),
+        ((16, 48, 8, 1, 0), {"p_in": 4}),
+        ((16, 48, 8, 8, 0), {"p_in": 4}),  # an alpha for each copy along both axes
+        ((16, 64, 4, 4, 2), {}),  # replicas of the input, folded into the weight
+        ((10, 36, 4, 4, 3), {}),
+        ((16, 48, 4, 2, 3), {"p_in": 2}),
+    ],
+)
+def test_general(case: tuple[int, ...], options: dict[str, int], dtype: torch.dtype) -> None:
+    m, n, p, num_alphas, replicas = case
+    call = Call((m, n), p, num_alphas, dtype, replicas=replicas)
+    for batch in (3, 17):
+        # Neighbours that share a weight are summed in the dtype of the input first: here, exactly.
+        x = (call.input(batch) * 8).round() / 8
+        call.check(linear, x, **options)
+
+
+@pytest.mark.parametrize("batch", [3, 17])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision(dtype: torch.dtype, batch: int) -> None:
+    """float32 accumulation: 1,024 terms lose nothing but the last rounding."""
+    call = Call((16, 1024), 4, 4, dtype)
+    call.check(linear, call.input(batch))
+
+
+@pytest.mark.parametrize("epilogue", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("batch", [2, 17])
+def test_epilogues(epilogue: str, batch: int) -> None:
+    call = Call((64, 96), 4, 4)
+    call.check(linear, call.input(batch), epilogue=epilogue)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_split_columns(chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    """Sums in several programs, added by a second kernel, with everything that follows."""
+    sizes: list[tuple[int, ...]] = []
+    finish = wrapper._finish
+    monkeypatch.setattr(wrapper, "_finish", lambda *args: (sizes.append(tuple(args[3].shape)), finish(*args))[1])
+    monkeypatch.setattr(search, "_split", lambda *sizes: 4)
+    chosen["kernel"] = "dot"
+    for shape, p, num_alphas, options in (
+        ((64, 320), 4, 4, {"epilogue": "gelu"}),
+        ((10, 300), 4, 4, {}),
+        ((64, 1056), 4, 4, {"activation": "int8"}),
+        ((64, 32), 4, 4, {}),  # more programs than steps
+    ):
+        call = Call(shape, p, num_alphas, bias=bias)
+        call.check(linear, call.input(17), **options)
+    assert [size[0] for size in sizes] == [4] * 4
+
+
+@pytest.mark.parametrize("kernel", ["dot", "unpack"])
+def test_many_tokens(chosen: dict[str, Any], kernel: str) -> None:
+    chosen["kernel"] = kernel
+    call = Call((64, 96), 4, 4, torch.bfloat16)
+    call.check(linear, call.input(513), epilogue="relu")
+
+
+def test_float32_in_three_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wrapper, "compute_capability", lambda device: 100)
+    call = Call((64, 96), 4, 4)
+    x = call.input(17)
+    call.check(linear, x)
+    call.check(linear, x * torch.logspace(-30, 30, 96))
+    x[0, 3], x[1, 5], x[2, 0] = torch.inf, torch.nan, torch.finfo(torch.float32).max
+    got, expected = call(linear, x), call(reference.linear, x)
+    torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ((16, 40, 4, 4), {}),
+        ((10, 36, 4, 4), {}),
+        ((10, 36, 4, 1), {}),
+        ((16, 40, 4, 4), {"shift": 5}),
+        ((16, 48, 8, 2), {"p_in": 4}),
+        ((16, 48, 8, 8), {"p_in": 4}),
+    ],
+)
+@pytest.mark.parametrize("batch", [3, 17])
+def test_full_precision_tile(case: tuple[int, ...], options: dict[str, int], batch: int) -> None:
+    m, n, p, num_alphas = case
+    call = Call((m, n), p, num_alphas, packed=False)
+    call.check(linear, call.input(batch), **options)
+
+
+def test_full_precision_tile_in_half() -> None:
+    call = Call((16, 40), 4, 4, torch.bfloat16, packed=False)
+    call.check(linear, call.input(17))
+
+
+@pytest.mark.parametrize("activation", ["int8", "binary"])
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ((64, 96, 4, 4), {}),
+        ((64, 72, 4, 4), {}),
+        ((10, 36, 4, 1), {}),
+        ((16, 40, 4, 4), {"shift": 5}),
+        ((16, 48, 8, 2), {"p_in": 4}),
+        ((16, 4096, 2, 2), {}),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 17])
+def test_number_formats(case: tuple[int, ...], options: dict[str, int], activation: str, batch: int) -> None:
+    m, n, p, num_alphas = case
+    for dtype in (torch.float32, torch.bfloat16):
+        call = Call((m, n), p, num_alphas, dtype)
+        call.check(linear, call.input(batch), activation=activation, epilogue="relu", **options)
+
+
+@pytest.mark.parametrize("activation", ["int8", "binary"])
+def test_quantised_values(activation: str) -> None:
+    """Bit for bit what the reference multiplies, in every dtype; ties, zeros and tiny tokens included."""
+    from tbn_compiler.ops import formats
+
+    x = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 30, 9)[:, None]
+    x[0] = torch.arange(-20, 20) + 0.5
+    x[0, 0] = 127
+    x[1] = 0
+    x[2] = 2.0**-101
+    for dtype in (torch.float32, torch.bfloat16):
+        values, scale = wrapper.quantize(x.to(dtype), activation)
+        function = formats.quantize_int8 if activation == "int8" else formats.binarize
+        wanted, wanted_scale = function(x.to(dtype).float(), (-1,))
+        assert torch.equal(values.float(), wanted)
+        torch.testing.assert_close(scale, wanted_scale[:, 0], rtol=0 if activation == "int8" else 1e-6, atol=0)
+
+
+def test_packed_signs() -> None:
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 5] = 0
+    values, _ = wrapper.quantize(x, "signs")
+    assert torch.equal(values, torch.stack([pack_bits(row) for row in x]))
+
+
+@pytest.mark.parametrize("activation", ["float", "int8", "binary"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_not_finite(activation: str, value: float) -> None:
+    call = Call((16, 64), 4)
+    x = call.input(3)
+    x[1, 3] = value
+    got, expected = (call(f, x, activation=activation) for f in (linear, reference.linear))
+    torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert not got[1].isfinite().any()
+
+
+def test_shapes_and_strides() -> None:
+    call = Call((64, 96), 4, 4)
+    call.check(linear, call.input(2, 3, 5))
+    call.check(linear, call.input())
+    call.check(linear, torch.randn(17, 192)[:, ::2])
+    call.check(linear, torch.randn(17, 192)[:, 96:])
+    call.check(linear, torch.randn(96, 17).t())
+    assert call(linear, torch.randn(0, 96)).shape == (0, 64)
+    assert call(linear, torch.randn(2, 0, 96), activation="int8").shape == (2, 0, 64)
+
+
+def test_tile_at_an_odd_address() -> None:
+    """A tile inside a flat buffer need not begin at a whole word."""
+    tile = pack_bits(torch.randn(16 * 64))
+    shifted = torch.cat([tile.new_zeros(1), tile])[1:]
+    assert shifted.data_ptr() % 4
+    x = torch.randn(3, 64)
+    args = (torch.ones(1), None, 64, 64, 4)
+    assert torch.equal(linear(x, shifted, *args), linear(x, tile, *args))
+
+
+def test_alpha_and_bias_of_other_dtypes() -> None:
+    tile, x = pack_bits(torch.randn(16 * 64)), torch.randn(3, 64)
+    alpha, bias = torch.rand(4, dtype=torch.bfloat16), torch.randn(64, dtype=torch.float16)
+    got = linear(x, tile, alpha, bias, 64, 64, 4)
+    torch.testing.assert_close(got, reference.linear(x, tile, alpha, bias, 64, 64, 4), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "dtype", "options", "reason"),
+    [
+        (Call((16, 64), 4), torch.float64, {}, "input of dtype torch.float64"),
+        (Call((2, 4), 4), torch.float32, {}, "a tile of 2 bits is smaller than a byte"),
+        (Call((10, 36), 4, 4), torch.float32, {"activation": "int8"}, "rows that mix alphas"),
+        (Call((16, 64), 4, packed=False), torch.float32, {"activation": "int8"}, "integer products need a packed tile"),
+        (Call((16, 64), 4, replicas=2), torch.float32, {"activation": "int8"}, "input alphas scale the weights"),
+        (Call((16, 48), 8, 8, replicas=2), torch.float32, {"p_in": 4}, "lie in different replicas"),
+    ],
+)
+def test_left_to_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    call: Call,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    reason: str,
+) -> None:
+    monkeypatch.setattr(wrapper, "log_once", backend.log_once)
+    backend.log_once.cache_clear()
+    x = call.input(3).to(dtype)
+    with caplog.at_level(logging.INFO, logger="tbn_compiler.backends.triton"):
+        for _ in range(2):
+            assert torch.equal(call(linear, x, **options), call(reference.linear, x, **options))
+    assert [reason in record.message for record in caplog.records] == [True]
+
+
+def test_bad_operands_are_refused() -> None:
+    tile, one = pack_bits(torch.randn(16 * 64)), torch.ones(1)
+    with pytest.raises(ValueError, match="expected 64 input features"):
+        linear(torch.ones(3, 63), tile, one, None, 64, 64, 4)
+    with pytest.raises(ValueError, match="bias must have shape"):
+        linear(torch.ones(3, 64), tile, one, torch.ones(3), 64, 64, 4)
+    with pytest.raises(ValueError, match="is on meta, input on cpu"):
+        linear(torch.ones(3, 64), tile.to("meta"), one, None, 64, 64, 4)
+    with pytest.raises(ValueError, match="input_alpha is on meta, input on cpu"):
+        linear(torch.ones(3, 32), tile, one, None, 64, 64, 4, torch.ones(2, device="meta"))
+    with pytest.raises(TypeError, match="input must be floating point"):
+        linear(torch.ones(3, 64, dtype=torch.int32), tile, one, None, 64, 64, 4)
+    with pytest.raises(ValueError, match="activation='int4'"):
+        linear(torch.ones(3, 64), tile, one, None, 64, 64, 4, activation="int4")

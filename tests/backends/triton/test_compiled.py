@@ -1,0 +1,168 @@
+"""The kernels that calls launch, compiled for GPUs that are not there: instructions, registers, shared memory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import tbn_compiler  # noqa: F401  (registers the operators)
+from tbn_compiler.backends.triton import conv, linear, tuning
+from tbn_compiler.packing import packed_size
+from tests.backends.triton.compiling import compiling, resources
+
+# Shared memory of a program: sm_80, sm_90 and sm_100 have 163, 227 and 227 KiB; gfx942 has 64.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+NVIDIA = ["sm_80", "sm_90", "sm_100"]
+MATRIX = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma", "gfx942": "v_mfma"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def compile_linear(
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    batch: int,
+    shape: tuple[int, int] = (4096, 4096),
+    p: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    kernel: str | None = None,
+    packed: bool = True,
+    **options: Any,
+) -> list[Any]:
+    """Compile what one call of a layer launches with its first candidate, or the first with ``kernel``."""
+
+    def choose(device: torch.device, key: str, candidates: Any, run: Any) -> Any:
+        return next(config for config in candidates if kernel in (None, config.kernel))
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    monkeypatch.setattr(linear, "compute_capability", lambda device: int(target[3:]) if target in NVIDIA else 0)
+    m, n = shape
+    q = m * n // p
+    tile = torch.zeros(packed_size(q), dtype=torch.uint8) if packed else torch.zeros(q, dtype=dtype)
+    with compiling(target) as compiled:
+        bias = torch.zeros(m, dtype=dtype)
+        linear.linear(torch.zeros(batch, n, dtype=dtype), tile, torch.ones(p), bias, n, m, p, **options)
+    return compiled
+
+
+def assembly(kernel: Any) -> str:
+    text: str = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
+    return text
+
+
+def check_resources(kernel: Any, target: str, folder: Path) -> dict[str, int]:
+    """Nothing is spilled, and shared memory fits the GPU."""
+    assert kernel.metadata.shared <= SHARED[target]
+    if target == "gfx942":
+        spills = re.findall(r"vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])
+        assert spills == ["0"], spills
+        return {"shared": kernel.metadata.shared}
+    found = resources(kernel, folder)
+    assert found["spilled"] == 0, found
+    return found
+
+
+@pytest.mark.parametrize("target", MATRIX)
+def test_many_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
+    """Tensor cores on expanded bits; 16 words of a row are loaded as words, not a word for each weight."""
+    product, finish = compile_linear(monkeypatch, target, 256, epilogue="gelu")
+    found = check_resources(product, target, tmp_path)
+    check_resources(finish, target, tmp_path)
+    text = assembly(product)
+    assert re.search(MATRIX[target], text)
+    # Three stages of a [128, 64] block of the input, its weights, and 64 bits of 128 rows: no word is kept per weight.
+    assert found["shared"] <= (3 * 128 * 64 + 128 * 64) * 2 + 3 * 128 * 8
+    if target == "sm_90":
+        assert not found["serialized"]
+        # The weights are the operand in registers: `{registers}` where a descriptor of shared memory would stand.
+        assert re.search(r"wgmma\.mma_async\S+ \{[^}]*\}, \{", text)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_int8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
+    kernels = compile_linear(monkeypatch, target, 256, activation="int8")
+    for kernel in kernels:
+        check_resources(kernel, target, tmp_path)
+    integer = {
+        "sm_80": r"mma\.sync\S*\.s32\.s8\.s8\.s32",
+        "sm_90": r"wgmma\S*\.s32\.s8\.s8",
+        "gfx942": r"v_mfma_i32\S*i8",
+    }
+    assert re.search(integer[target], assembly(kernels[1]))
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_float32_is_not_tf32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
+    product = compile_linear(monkeypatch, target, 256, dtype=torch.float32)[0]
+    check_resources(product, target, tmp_path)
+    assert "tf32" not in product.asm["ptx"]
+    assert "fma.rn.f32" in product.asm["ptx"] or "tcgen05.mma" in product.asm["ptx"]
+
+
+def test_tf32_where_the_user_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "tf32_allowed", lambda: True)
+    product = compile_linear(monkeypatch, "sm_90", 256, dtype=torch.float32)[0]
+    assert "tf32" in product.asm["ptx"]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_few_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, batch: int) -> None:
+    (kernel,) = compile_linear(monkeypatch, target, batch)
+    check_resources(kernel, target, tmp_path)
+    assert not re.search(MATRIX[target], assembly(kernel))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": 16},
+        {"batch": 4096, "kernel": "unpack"},
+        {"batch": 256, "packed": False},  # full-precision tile
+        {"batch": 256, "shape": (4096, 4095), "p": 3},  # rows go round the tile
+        {"batch": 256, "shift": 5},
+        {"batch": 256, "p_in": 2},
+        {"batch": 1, "activation": "binary"},
+    ],
+    ids=lambda options: "-".join(map(str, options)),
+)
+def test_other_forms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: dict[str, Any]) -> None:
+    for kernel in compile_linear(monkeypatch, "sm_90", **options):
+        check_resources(kernel, "sm_90", tmp_path)
+        if kernel.metadata.name == "linear_popcount":
+            assert "popc.b32" in kernel.asm["ptx"]
+        if kernel.metadata.name == "linear_dot":
+            assert "wgmma" in kernel.asm["ptx"]
+
+
+def test_sizes_of_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton compiles arguments that are 1 as constants."""
+    for kernel in ("sum", "dot"):
+        compile_linear(monkeypatch, "sm_90", 1, (1, 8), 1, kernel=kernel)
+    compile_linear(monkeypatch, "sm_90", 1, (1, 8), 1, activation="int8")
+
+
+def test_conv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tile, x = torch.zeros(packed_size(256 * 256 * 9 // 4), dtype=torch.uint8), torch.zeros(4, 256, 14, 14).bfloat16()
+    names = []
+    for kernel, activation in (("implicit", "float"), ("implicit", "int8"), ("library", "float")):
+        monkeypatch.setattr(
+            tuning, "choose", lambda device, key, found, run, wanted=kernel: [c for c in found if c.kernel == wanted][0]
+        )
+        with compiling("sm_90") as compiled:
+            conv.conv2d(x, tile, torch.ones(4), None, 256, 256, (3, 3), 4, padding=(1, 1), activation=activation)
+        for found in compiled:
+            check_resources(found, "sm_90", tmp_path)
+            names.append(found.metadata.name)
+            if found.metadata.name == "conv_dot":
+                assert "wgmma" in found.asm["ptx"]
+    assert names == ["conv_dot", "quantize_tokens", "conv_dot", "unpack_rows", "copy_channels"]

@@ -1,0 +1,96 @@
+"""How weights are read, and which configurations a shape may run with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tbn_compiler.backends.triton.plan import Unsupported, WeightPlan, plan_weight
+from tbn_compiler.backends.triton.search import Config, conv_candidates, linear_candidates, power_of_two
+from tbn_compiler.tiling import TileLayout
+
+
+def plan(shape: tuple[int, ...], p: int, num_alphas: int = 1, p_in: int = 1, shift: int = 0, **options) -> WeightPlan:
+    return plan_weight(
+        TileLayout(shape, p, p_in, shift), num_alphas, **{"packed": True, "word_aligned": True} | options
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "rows", "columns", "copies"),
+    [
+        (plan((64, 96), 4, 4), "words", 16, 96, 4),
+        (plan((64, 96), 4, 4, word_aligned=False), "bytes", 16, 96, 4),
+        (plan((64, 104), 4, 4), "bytes", 16, 104, 4),
+        (plan((64, 100), 4, 4), "bits", 16, 100, 4),
+        (plan((10, 36), 4), "bits", 5, 36, 2),
+        (plan((10, 36), 4, 4), "bits", 10, 36, 1),
+        (plan((64, 96), 4, 4, shift=3), "rolled", 64, 96, 1),
+        (plan((64, 96), 4, 4, packed=False), "float", 16, 96, 4),
+        (plan((10, 36), 4, packed=False), "indexed", 5, 36, 2),
+        (plan((64, 96), 4, 2, p_in=2), "bytes", 32, 48, 2),
+        (plan((64, 96), 4, 4, p_in=2), "bits", 64, 48, 1),
+        (plan((64, 96), 4, 4, blocks=3), "words", 16, 32, 4),
+        (plan((64, 96), 4, 4, blocks=2), "bytes", 16, 48, 4),
+        (plan((64, 96), 4, 4, blocks=8), "bits", 16, 12, 4),
+        (plan((64, 32, 3, 3), 4, 4), "words", 16, 288, 4),
+    ],
+)
+def test_reading(found: WeightPlan, kind: str, rows: int, columns: int, copies: int) -> None:
+    assert (found.kind, found.rows, found.columns, found.copies) == (kind, rows, columns, copies)
+
+
+def test_scales() -> None:
+    assert plan((64, 96), 4, 4).rows_per_alpha == 16
+    assert plan((64, 96), 4, 64).rows_per_alpha == 1
+    assert plan((64, 96), 4, 1).rows_per_alpha == 64
+    assert plan((10, 36), 4, 4).mixed
+    assert not plan((10, 36), 4, 1).mixed
+    assert plan((64, 96), 4, 4, p_in=2).inner_alphas
+    assert plan((64, 96), 4, 2, p_in=2).sum_inputs == 2
+    assert plan((64, 96), 4, 2, p_in=2, integer=True).interleaved == 2
+
+
+def test_sizes_beyond_the_index() -> None:
+    """Up to 2^31 weights and more is fine; a tile or a row of that size is not."""
+    assert plan((2**17, 2**16), 8).kind == "words"
+    with pytest.raises(Unsupported, match="exceed 32-bit indices"):
+        plan((2**17, 2**16), 2)
+    with pytest.raises(Unsupported, match="exceed 32-bit indices"):
+        plan((2, 2**31), 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 256, 4096, 100_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_candidates(tokens: int, dtype: torch.dtype) -> None:
+    for weight in (plan((4096, 4096), 4, 4), plan((10, 36), 4, 4), plan((28672, 8192), 8)):
+        found = linear_candidates(weight, tokens, dtype, 132)
+        assert 1 <= len(found) <= 8
+        assert len(set(found)) == len(found)
+        for config in found:
+            assert config.block_tokens <= max(16, power_of_two(tokens))
+            # Sums of a program fit the registers: at most 128 for each thread.
+            sums = config.block_tokens * config.block_rows * (config.block_k if config.kernel == "sum" else 1)
+            assert sums <= 128 * 32 * config.num_warps
+        kernels = {config.kernel for config in found}
+        assert ("sum" in kernels) == (tokens <= 8 and dtype != torch.int8 and weight.signs)
+        assert ("unpack" in kernels) == (tokens >= 512 and dtype == torch.bfloat16 and weight.signs)
+
+
+def test_few_blocks_share_their_columns() -> None:
+    """256 tokens and 1,024 different rows make 16 blocks: too few for a large GPU."""
+    first = linear_candidates(plan((4096, 4096), 4), 256, torch.bfloat16, 132)[0]
+    blocks = -(-256 // first.block_tokens) * -(-1024 // first.block_rows) * first.split_k
+    assert 64 <= blocks <= 132
+    assert all(c.split_k == 1 for c in linear_candidates(plan((4096, 4096), 4), 4096, torch.bfloat16, 132))
+
+
+def test_conv_candidates() -> None:
+    weight = plan((256, 256, 3, 3), 4, 4)
+    large = conv_candidates(weight, 64, 1, 32 * 56 * 56, torch.bfloat16, 132)
+    small = conv_candidates(weight, 64, 1, 49, torch.bfloat16, 132)
+    assert large[0].kernel == "library"
+    assert small[0].kernel == "implicit"
+    assert {config.kernel for config in large} == {config.kernel for config in small} == {"library", "implicit"}
+    assert {c.kernel for c in conv_candidates(weight, 64, 1, 49, torch.int8, 132)} == {"implicit"}
+    assert Config("library") in large

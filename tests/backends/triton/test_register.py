@@ -1,0 +1,58 @@
+"""What is registered for CUDA devices, and what happens without triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tbn_compiler  # noqa: F401  (registers the operators)
+from tbn_compiler.backends import triton as backend
+from tbn_compiler.ops import reference
+from tbn_compiler.packing import pack_bits
+
+
+@pytest.mark.parametrize("op", ["linear", "conv1d", "conv2d", "conv3d"])
+def test_cuda_kernels_are_registered(op: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tbn::{op}", "CUDA")
+
+
+def test_registering_imports_no_triton() -> None:
+    code = "import sys, torch; before = 'triton' in sys.modules; import tbn_compiler; "
+    code += "print(before or 'triton' not in sys.modules, 'tbn_compiler.backends.triton.linear' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["True", "False"]
+
+
+def test_info() -> None:
+    pytest.importorskip("triton")
+    found = backend.info()
+    assert (found["kernels"], found["reason"]) == ("triton", None)
+    assert found["torch"] == torch.__version__
+
+
+@pytest.fixture
+def _without_triton(monkeypatch: pytest.MonkeyPatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    backend.unavailable.cache_clear()
+    backend.log_once.cache_clear()
+    yield
+    backend.unavailable.cache_clear()
+
+
+@pytest.mark.usefixtures("_without_triton")
+def test_without_triton(caplog: pytest.LogCaptureFixture) -> None:
+    found = backend.info()
+    assert found["kernels"] == "reference"
+    assert "pip install" in found["reason"]
+    kernel = backend._kernel("linear", "linear", reference.linear)
+    args = (torch.randn(3, 64), pack_bits(torch.randn(16 * 64)), torch.ones(1), None, 64, 64, 4)
+    with caplog.at_level(logging.INFO, logger="tbn_compiler.backends.triton"):
+        assert torch.equal(kernel(*args), reference.linear(*args))
+        kernel(*args)
+    assert ["triton is not installed" in record.message for record in caplog.records] == [True]
