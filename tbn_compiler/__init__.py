@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tbn_compiler.backends.c import Plan
+    from tbn_compiler.backends.dynamo import Explanation
     from tbn_compiler.backends.onnx import ExportedFile, WeightForm
 
 backends.register()
@@ -81,6 +82,13 @@ def export_onnx(
     )
 
 
+def explain(compiled: nn.Module) -> Explanation:
+    """What ``torch.compile(..., backend="tbn")`` made of a module; see :func:`tbn_compiler.backends.dynamo.explain`."""
+    from tbn_compiler.backends.dynamo import explain as explain_compiled
+
+    return explain_compiled(compiled)
+
+
 __all__ = [
     "ConfigError",
     "ExportError",
@@ -92,6 +100,7 @@ __all__ = [
     "TilingConfig",
     "TransformError",
     "__version__",
+    "explain",
     "export_c",
     "export_onnx",
     "init_from_float",

@@ -217,7 +217,12 @@ class LayerCall:
     @property
     def view_text(self) -> str:
         """The view in words, equal for equal views."""
-        return "".join(_view_text(node) for node in self.view)
+        return view_text(self.view)
+
+
+def view_text(view: Iterable[fx.Node]) -> str:
+    """View nodes in words, equal for equal views."""
+    return "".join(_view_text(node) for node in view)
 
 
 # Operations that give a view of their first argument, by name; all other arguments must be constants.
@@ -249,11 +254,16 @@ def _view_text(node: fx.Node) -> str:
     return f".{name}" if node.target is getattr else f".{name}({', '.join(map(str, rest))})"
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a node takes a view of its first argument, by constants."""
+    return _view_name(node) in _VIEWS and bool(node.args) and len(node.all_input_nodes) == 1
+
+
 def parameter_view(node: Any) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
     """The ``get_attr`` node behind a weight and the view nodes in between; ``None`` if it is computed otherwise."""
     view: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.op != "get_attr":
-        if _view_name(node) not in _VIEWS or not node.args or len(node.all_input_nodes) != 1:
+        if not is_view(node):
             return None
         view.append(node)
         node = node.args[0]

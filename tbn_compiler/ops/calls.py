@@ -66,13 +66,18 @@ class InferenceCall:
                 self.node.update_kwarg(name, value)
 
 
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator's call by their name in the schema, defaults included."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    arguments = {argument.name: argument.default_value for argument in schema.arguments}
+    return arguments | dict(zip(arguments, node.args, strict=False)) | node.kwargs
+
+
 def inference_call(node: fx.Node) -> InferenceCall | None:
     """The call of an inference operator that ``node`` is, or ``None``."""
     if node.op != "call_function" or node.target not in _OPS:
         return None
-    schema = node.target._schema  # type: ignore[union-attr]
-    arguments = {argument.name: argument.default_value for argument in schema.arguments}
-    arguments |= dict(zip(arguments, node.args, strict=False)) | node.kwargs
+    arguments = named_arguments(node)
     if "kernel_size" in arguments:
         shape = (arguments["out_channels"], arguments["in_channels"] // arguments["groups"], *arguments["kernel_size"])
     else:

@@ -13,7 +13,9 @@ from tbn_compiler.passes.decompose_attention import DecomposeAttention
 from tbn_compiler.passes.expose_linears import ExposeLinears
 from tbn_compiler.passes.flow_replicas import FlowReplicas
 from tbn_compiler.passes.fold_batchnorm import FoldBatchNorm
+from tbn_compiler.passes.fuse_epilogue import FuseEpilogue
 from tbn_compiler.passes.lower_tiles import LowerTiles
+from tbn_compiler.passes.quantize_activations import QuantizeActivations
 from tbn_compiler.passes.remove_noops import RemoveNoOps
 from tbn_compiler.passes.tile_weights import TileWeights
 from tbn_compiler.tiling import TileSpec
@@ -57,8 +59,10 @@ __all__ = [
     "ExposeLinears",
     "FlowReplicas",
     "FoldBatchNorm",
+    "FuseEpilogue",
     "GraphPass",
     "LowerTiles",
+    "QuantizeActivations",
     "RemoveBlends",
     "RemoveNoOps",
     "TileWeights",

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from tbn_compiler.layers import get_records, join_key, set_records, split_key
 from tbn_compiler.ops.calls import InferenceCall, attribute
 from tbn_compiler.shapes import visit_results
 
-_RANK = "tbn_rank"
+_RANK, _DTYPE = "tbn_rank", "tbn_dtype"
 
 
 def propagate_ranks(module: nn.Module, example_inputs: Any) -> None:
@@ -37,10 +38,21 @@ def propagate_ranks(module: nn.Module, example_inputs: Any) -> None:
         node.meta[_RANK] = found.pop() if len(found) == 1 else None
 
 
+def note_value(node: fx.Node, value: Tensor) -> None:
+    """Note what the passes ask of a node's value: its number of dimensions and its dtype."""
+    node.meta[_RANK], node.meta[_DTYPE] = value.dim(), value.dtype
+
+
 def rank(node: fx.Node) -> int | None:
     """Number of dimensions of a node's value, where it was propagated or came with an exported graph."""
     value = node.meta.get("val")
     return node.meta.get(_RANK, value.dim() if isinstance(value, Tensor) else None)
+
+
+def dtype(node: fx.Node) -> torch.dtype | None:
+    """Dtype of a node's value, where it was noted or came with an exported graph."""
+    value = node.meta.get("val")
+    return node.meta.get(_DTYPE, value.dtype if isinstance(value, Tensor) else None)
 
 
 def describe(gm: fx.GraphModule, node: fx.Node) -> str:

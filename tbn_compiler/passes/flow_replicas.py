@@ -25,8 +25,8 @@ elementwise function may stand between, and any two such values may be added. ``
 A forward analysis finds every value that could be carried; a value then is, if each of its readers either passes it on
 likewise or is a tiled layer that sums its blocks. Left alone otherwise, with the reason in the note of the layer's
 record: a layer with bias (batch-norm folded into it, too), with groups (the rows of different groups read different
-inputs), with an alpha per row, with a negative alpha, or with an alpha along the input; a reader that is none of the
-above; a two-axis layer whose neighbours that share a weight lie in different copies. :class:`RemoveNoOps` and
+inputs), with an alpha per row, with a negative alpha, with an alpha along the input, or with a function fused behind it;
+a reader that is none of the above, or that brings its input into another number format; a two-axis layer whose neighbours that share a weight lie in different copies. :class:`RemoveNoOps` and
 :class:`FoldBatchNorm` run before; they leave less in the way.
 """
 
@@ -103,6 +103,8 @@ def _produced(gm: fx.GraphModule, call: InferenceCall) -> Replicas | str:
         return "it has a bias"
     if call.groups > 1:
         return f"it has {call.groups} groups"
+    if call.arguments["epilogue"] != "none":
+        return f"{call.arguments['epilogue']} is fused behind it"
     if alpha.numel() == 1:
         return Replicas(count, call.channel_axis, None, call.node)
     if alpha.numel() != count or layout.alphas_in(alpha.numel()) > 1:
@@ -152,6 +154,8 @@ def _cannot_sum(gm: fx.GraphModule, call: InferenceCall, node: fx.Node, replicas
         return f"layer {name!r} does not read them as its features"
     if call.arguments["input_alpha"] is not None:
         return f"layer {name!r} sums copies already"
+    if call.arguments["activation"] != "float":
+        return f"layer {name!r} takes the scale of its {call.arguments['activation']} input from all copies"
     if call.groups > 1:
         return f"layer {name!r} has {call.groups} groups, which read different copies"
     if inputs % copies:

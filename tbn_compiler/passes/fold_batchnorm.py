@@ -116,6 +116,8 @@ def _check(gm: fx.GraphModule, node: fx.Node, call: InferenceCall) -> _Norm | st
     layout, alpha, bias = call.layout, call.tensor(gm, "alpha"), call.arguments["bias"]
     if len(call.node.users) > 1:
         return "the layer's result has another reader"
+    if call.arguments["epilogue"] != "none":
+        return f"the layer ends in {call.arguments['epilogue']}, which comes before the norm"
     if alpha is None or (bias is not None and call.tensor(gm, "bias") is None):
         return "the layer's alphas or bias are computed in the graph"
     per_row = alpha.numel() in (1, layout.rows) or layout.aligned

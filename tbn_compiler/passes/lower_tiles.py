@@ -14,7 +14,8 @@ After::
 ``weight_alpha`` the ``k`` alphas. The float weight and its alpha source are removed under every name they have.
 Layers left in float are not touched.
 
-This is a required lowering: a non-finite weight or a subgraph that was edited beyond recognition raises.
+This is a required lowering: a non-finite weight or a subgraph that was edited beyond recognition raises. Only the
+``torch.compile`` backend, whose graph runs either way, lets such a layer stay as it is and keeps the reason.
 """
 
 from __future__ import annotations
@@ -76,20 +77,23 @@ class LowerTiles(GraphPass):
 
     Args:
         stored: tiles and alphas by ``state_dict`` key, as read from a file; default: computed from the weights.
+        refusals: takes the calls that cannot be lowered, each with the reason; they then stay as they are. Without it
+            they raise.
     """
 
-    def __init__(self, stored: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, stored: Mapping[str, Tensor] | None = None, refusals: dict[fx.Node, str] | None = None
+    ) -> None:
         self.stored = stored
+        self.refusals = refusals
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""
-        records = get_records(gm) or ()
-        work = [(call, _check(call, records)) for call in layer_calls(gm) if call.form == "tiled"]
+        work = self._checked_calls(gm)
         first = {record.weight: (call, record) for call, record in reversed(work)}
         tensors = {}
         for call, record in first.values():
             if self.stored is None:
-                _check_finite(gm, record)
                 # Clones: tensors that stay among the temporaries of each layer would keep their memory in use.
                 tile, alpha = _compute(gm, call, record)
                 tensors[record.weight] = (tile.clone(), alpha.clone())
@@ -102,6 +106,26 @@ class LowerTiles(GraphPass):
         remove_dead_nodes(gm.graph)
         _remove_float_weights(gm, [record for _, record in first.values()])
         return bool(work)
+
+    def _checked_calls(self, gm: fx.GraphModule) -> list[tuple[LayerCall, LayerRecord]]:
+        """The calls to lower. A parameter is lowered in all its calls or in none, since it is removed."""
+        records = get_records(gm) or ()
+        calls = [call for call in layer_calls(gm) if call.form == "tiled"]
+        work, refused = [], {}
+        for call in calls:
+            try:
+                record = _check(call, records)
+                if self.stored is None:
+                    _check_finite(gm, record)
+                work.append((call, record))
+            except LoweringError as error:
+                if self.refusals is None:
+                    raise
+                refused[call.weight] = self.refusals[call.node] = str(error)
+        for call, _ in work:
+            if self.refusals is not None and call.weight in refused:
+                self.refusals[call.node] = f"another use of its weight is not lowered: {refused[call.weight]}"
+        return [(call, record) for call, record in work if call.weight not in refused]
 
 
 def _check(call: LayerCall, records: Iterable[LayerRecord]) -> LayerRecord:

@@ -258,5 +258,5 @@ _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(_FLATTEN, _flatten),
     **dict.fromkeys(("view", "reshape", torch.reshape), _view),
     **dict.fromkeys(("mean", torch.mean, _aten.mean.dim), _mean),
-    **dict.fromkeys((F.pad, _aten.pad.default), _pad),
+    **dict.fromkeys((F.pad, torch._C._nn.pad, _aten.pad.default), _pad),
 }

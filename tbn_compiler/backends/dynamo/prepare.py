@@ -1,0 +1,105 @@
+"""From a graph of tiled layers, with the values of their weights, to the graph that Inductor compiles."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+from torch import fx
+
+from tbn_compiler.backends.dynamo.records import make_records
+from tbn_compiler.backends.dynamo.report import LayerReport
+from tbn_compiler.layers import LayerCall, LayerRecord, find_record, get_records, layer_calls, layer_name, set_records
+from tbn_compiler.ops.calls import inference_call
+from tbn_compiler.passes import (
+    FlowReplicas,
+    FoldBatchNorm,
+    FuseEpilogue,
+    GraphPass,
+    LowerTiles,
+    QuantizeActivations,
+    RemoveBlends,
+    RemoveNoOps,
+    run_passes,
+)
+from tbn_compiler.passes.blend_weights import strength_keys
+
+
+def pipeline(activation: str, refusals: dict[fx.Node, str]) -> list[GraphPass]:
+    """The passes, in order; ``refusals`` takes the layers in training form that stay so, with the reasons."""
+    return [
+        LowerTiles(refusals=refusals),
+        RemoveNoOps(),
+        FoldBatchNorm(),
+        FlowReplicas(),
+        FuseEpilogue(),
+        *([QuantizeActivations(activation)] if activation != "float" else []),
+    ]
+
+
+def prepare(gm: fx.GraphModule, activation: str) -> tuple[LayerReport, ...]:
+    """Lower and optimise a graph in place.
+
+    Args:
+        gm: a graph whose weights are attributes.
+        activation: number format of the inputs of tiled layers.
+
+    Returns:
+        What was done to each tiled layer and what was not, in the order of the graph.
+    """
+    records, reasons = make_records(gm)
+    set_records(gm, records)
+    trained = {call.weight for call in layer_calls(gm) if call.form == "tiled"}
+    if all(gm.get_buffer(key) == 1 for key in strength_keys(gm)):
+        RemoveBlends()(gm)
+    refusals: dict[fx.Node, str] = {}
+    run_passes(gm, pipeline(activation, refusals))
+    refusals |= reasons  # which know more than that there is no record
+    return (*_reports(gm, trained, refusals), *_nested_reports(gm))
+
+
+def _reports(
+    gm: fx.GraphModule, trained: set[str | None], refusals: dict[fx.Node, str]
+) -> Iterator[LayerReport]:
+    records = get_records(gm) or ()
+    for call in layer_calls(gm):
+        name = layer_name(str(call.weight)) if call.weight else call.node.name
+        if call.form == "tiled":
+            yield LayerReport(name, call.kind, lowered=False, declined=(refusals[call.node],))
+        elif call.form == "lowered":
+            record = find_record(records, call)
+            declined = tuple((record.note or "").split("; ")) if record is not None and record.note else ()
+            packed_here = record is not None and record.parameter in trained
+            done = (*(["packed here"] if packed_here else []), *_rewrites(call, record))
+            yield LayerReport(name, call.kind, lowered=True, done=done, declined=declined)
+
+
+def _rewrites(layer: LayerCall, record: LayerRecord | None) -> Iterator[str]:
+    """What the passes did to a call, read from its arguments."""
+    call = inference_call(layer.node)
+    if call is None or record is None:
+        return
+    if str(getattr(call.arguments["alpha"], "target", "")).startswith(f"{record.weight}_folded_alpha"):
+        yield "batch-norm folded"
+    if call.layout.rows < record.shape[0]:
+        yield f"gives {call.layout.rows} unique rows of {record.shape[0]}"
+    if call.arguments["input_alpha"] is not None:
+        yield "sums the copies in its input"
+    for name, usual in (("epilogue", "none"), ("activation", "float")):
+        if call.arguments[name] != usual:
+            yield f"{name} {call.arguments[name]}"
+
+
+def _nested_reports(gm: fx.GraphModule) -> Iterator[LayerReport]:
+    """Tiled layers in the bodies of higher-order operators, such as activation checkpointing, which stay as they are."""
+    for node in gm.graph.nodes:
+        if node.op not in ("get_attr", "call_module"):
+            continue
+        body = operator.attrgetter(str(node.target))(gm)
+        if not isinstance(body, fx.GraphModule):
+            continue
+        for call in layer_calls(body):
+            if call.form != "float":
+                reason = f"it is in the body {node.target} of a higher-order operator, which is not rewritten"
+                yield LayerReport(call.node.name, call.kind, call.form == "lowered", declined=(reason,))
+        yield from _nested_reports(body)

@@ -1,0 +1,137 @@
+"""What the backend made of each graph: :func:`tbn_compiler.explain`, and the log at level INFO."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tbn_compiler.errors import TBNError
+
+_logger = logging.getLogger("tbn_compiler.backends.dynamo")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One call of a tiled layer.
+
+    Attributes:
+        name: the layer, by the name of its weight in the compiled function.
+        kind: ``"linear"``, ``"conv2d"``, ...
+        lowered: whether it runs on a packed tile.
+        done: what was done to it, in words.
+        declined: what was not possible, and why.
+    """
+
+    name: str
+    kind: str
+    lowered: bool
+    done: tuple[str, ...] = ()
+    declined: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line, and one more for each reason."""
+        state = ", ".join(("on a packed tile" if self.lowered else "in training form", *self.done))
+        return "\n".join([f"{self.name} ({self.kind}): {state}", *(f"  but {reason}" for reason in self.declined)])
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One graph that ``torch.compile`` handed to the backend.
+
+    Attributes:
+        form: ``"inference"``: rewritten for packed tiles; ``"gradients"`` or ``"no tiled layer"``: compiled as with
+            ``backend="inductor"``.
+        layers: the tiled layers, in order.
+        notes: what holds for the graph as a whole.
+    """
+
+    form: str
+    layers: tuple[LayerReport, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """A heading, then the notes and the layers."""
+        lowered = sum(layer.lowered for layer in self.layers)
+        lines = [f"{self.form}: {lowered} of {len(self.layers)} tiled layers on packed tiles"]
+        lines += [f"  {line}" for entry in (*self.notes, *self.layers) for line in str(entry).splitlines()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The graphs that were compiled for a module, oldest first; printable."""
+
+    graphs: tuple[GraphReport, ...]
+
+    def __str__(self) -> str:
+        """The reports of all graphs."""
+        if not self.graphs:
+            return "nothing was compiled with backend='tbn' yet: call the module once"
+        return "\n".join(f"graph {index}, {graph}" for index, graph in enumerate(self.graphs))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    report: GraphReport
+    weight_sets: Callable[[], Iterable[set[int]]]
+
+
+# An entry lives as long as the compiled function that Dynamo keeps in its cache.
+_entries: weakref.WeakKeyDictionary[Callable[..., Any], _Entry] = weakref.WeakKeyDictionary()
+
+
+def add_report(
+    compiled: Callable[..., Any], report: GraphReport, weight_sets: Callable[[], Iterable[set[int]]]
+) -> None:
+    """File a report, and log it.
+
+    Args:
+        compiled: the function that the backend returns for the graph.
+        report: what was done.
+        weight_sets: gives the sets of weights, by id, that the graph has run on: one for each layer of a kind that is
+            compiled by itself.
+    """
+    _entries[compiled] = _Entry(report, weight_sets)
+    _logger.info("%s", report)
+
+
+def only_set(weights: Iterable[Tensor]) -> Callable[[], Iterable[set[int]]]:
+    """``weight_sets`` of a graph that runs on these weights only; they are not kept alive."""
+    refs = [weakref.ref(weight) for weight in weights]
+    return lambda: [{id(ref()) for ref in refs}]
+
+
+def explain(compiled: nn.Module) -> Explanation:
+    """What ``torch.compile(..., backend="tbn")`` made of a module, with a reason for all that it left as it was.
+
+    Args:
+        compiled: the result of ``torch.compile``, or a module with parts that were compiled (``layer.compile()``).
+
+    Returns:
+        One report for each graph that was compiled so far and has run on weights of the module.
+
+    Raises:
+        TBNError: ``compiled`` is not a module.
+
+    Example:
+        >>> import torch, tbn_compiler as tbn
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        >>> fast = torch.compile(tbn.lower(tbn.transform(net, tbn.TilingConfig(min_size=0))), backend="tbn")
+        >>> print(tbn.explain(fast))
+        nothing was compiled with backend='tbn' yet: call the module once
+    """
+    if not isinstance(compiled, nn.Module):
+        raise TBNError(f"expected a compiled nn.Module, got {type(compiled).__name__}: pass the module that was compiled")
+    own = {id(tensor) for tensors in (compiled.parameters(), compiled.buffers()) for tensor in tensors}
+    return Explanation(
+        tuple(
+            entry.report
+            for entry in list(_entries.values())
+            if any(weights and weights <= own for weights in entry.weight_sets())
+        )
+    )

@@ -1,0 +1,121 @@
+"""A compiled graph with what was computed from its weights: computed once, and again when the weights change."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from tbn_compiler.backends.dynamo.constants import LoweredGraph
+
+_logger = logging.getLogger("tbn_compiler.backends.dynamo")
+Compiled = Callable[..., Any]
+
+
+class _Mark:
+    """The state of a tensor's values. Writing through ``tensor.data`` escapes it, as it escapes autograd."""
+
+    __slots__ = ("pointer", "storage", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.version = _version(tensor)
+        self.pointer = tensor.data_ptr()
+        # A freed storage may be followed by another one at the same place, as in module.half().float().
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor, the same object as before, still has the same values."""
+        return (
+            self.version == _version(tensor) and self.pointer == tensor.data_ptr() and not self.storage.expired()
+        )
+
+
+def _version(tensor: Tensor) -> Any:
+    return object() if tensor.is_inference() else tensor._version  # no versions: never equal
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is computed for one set of weights."""
+
+    marks: tuple[_Mark, ...]
+    computed: tuple[Tensor, ...]
+    kept: tuple[int, ...]
+    compiled: Compiled
+
+
+class Runner:
+    """Calls a compiled graph, with the tensors computed from the weights that it is called with.
+
+    One compiled function serves several sets of weights: those of each layer of a kind that is compiled by itself. The
+    computed tensors of each set are kept as long as its weights live. Calls from several threads are safe.
+
+    Args:
+        first: the graph that was compiled.
+        compiled: its compiled function.
+        example_inputs: the inputs that it was compiled for.
+        weights: positions of the inputs that the graph was computed from; none if nothing was.
+        owners: positions of the weights of tiled layers, which tell whose graph it is.
+        prepare: makes the graph for other inputs.
+        compile_again: compiles a graph that has changed with the values of the weights.
+    """
+
+    def __init__(
+        self,
+        first: LoweredGraph,
+        compiled: Compiled,
+        example_inputs: Sequence[Any],
+        weights: Sequence[int],
+        owners: Sequence[int],
+        prepare: Callable[[Sequence[Any]], LoweredGraph],
+        compile_again: Callable[[LoweredGraph], Compiled],
+    ) -> None:
+        self._tracked = bool(weights)
+        self._weights = tuple(weights or owners[:1])
+        self._owned = [place for place, index in enumerate(self._weights) if index in owners]
+        self._prepare = prepare
+        self._compile_again = compile_again
+        self._compiled = {first.signature: compiled}
+        self._lock = threading.Lock()
+        self._states: dict[tuple[int, ...], tuple[_State, tuple[weakref.ref[Tensor], ...]]] = {}
+        self._store(first, example_inputs)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run on the inputs of Dynamo's graph."""
+        state = self._current(inputs)
+        if state is None:
+            with self._lock:
+                state = self._current(inputs) or self._store(self._prepare(inputs), inputs)
+        return state.compiled(*[inputs[index] for index in state.kept], *state.computed)
+
+    def weight_sets(self) -> list[set[int]]:
+        """The sets of weights, by id, that it has run on and that are still alive."""
+        return [set(map(key.__getitem__, self._owned)) for key in list(self._states)]
+
+    def _current(self, inputs: Sequence[Any]) -> _State | None:
+        """What was computed for these weights, unless they have changed since."""
+        weights = [inputs[index] for index in self._weights]
+        found = self._states.get(tuple(map(id, weights)))
+        if found is None or not all(map(_Mark.holds, found[0].marks, weights)):
+            return None
+        return found[0]
+
+    def _store(self, graph: LoweredGraph, inputs: Sequence[Any]) -> _State:
+        compiled = self._compiled.get(graph.signature)
+        if compiled is None:
+            _logger.info("the values of the weights allow another graph than before: it is compiled anew")
+            compiled = self._compiled[graph.signature] = self._compile_again(graph)
+        weights = [inputs[index] for index in self._weights]
+        key, states = tuple(map(id, weights)), self._states
+        marks = tuple(map(_Mark, weights)) if self._tracked else ()
+        state = _State(marks, graph.computed, graph.kept, compiled)
+        # An id may be given to another tensor once its own is gone, so the entry goes with it.
+        refs = tuple(weakref.ref(weight, lambda _: states.pop(key, None)) for weight in weights)
+        states[key] = (state, refs)
+        return state

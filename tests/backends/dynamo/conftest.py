@@ -1,0 +1,55 @@
+"""Every test starts with empty caches of Dynamo, and can look at what reached Inductor."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._dynamo.backends.debugging import aot_eager
+
+from tbn_compiler.backends import dynamo
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _load_inductor() -> None:
+    """Its modules use parts of torch that are deprecated, and say so when they are loaded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._inductor.compile_fx")
+        torch.compile(torch.sin)(torch.ones(2))
+
+
+@pytest.fixture(autouse=True)
+def _reset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    torch._dynamo.reset()
+    monkeypatch.setattr(dynamo, "_warned", set())
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
+    """The graphs that reach Inductor, which then compiles them."""
+    return _spy(monkeypatch, dynamo._compile_fx)
+
+
+@pytest.fixture
+def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
+    """The graphs that would reach Inductor: they go through AOTAutograd, as there, and then run in eager mode."""
+    return _spy(monkeypatch, lambda gm, inputs, options: aot_eager(gm, inputs))
+
+
+def _spy(monkeypatch: pytest.MonkeyPatch, compile_fx: Callable[..., Any]) -> list[fx.GraphModule]:
+    found: list[fx.GraphModule] = []
+
+    def spy(gm: fx.GraphModule, *arguments: Any) -> Any:
+        found.append(gm)
+        return compile_fx(gm, *arguments)
+
+    monkeypatch.setattr(dynamo, "_compile_fx", spy)
+    return found
