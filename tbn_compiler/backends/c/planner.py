@@ -10,15 +10,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from tbn_compiler.backends.c import ir, kernels
 from tbn_compiler.backends.c.emit import template_names
 from tbn_compiler.backends.c.fuse import simplify
-from tbn_compiler.backends.c.memory import Buffer, live_bytes, place_buffers, resolve_parts, share_storage
+from tbn_compiler.backends.c.memory import (
+    Buffer,
+    embed_joined,
+    end_of,
+    lifetimes,
+    live_bytes,
+    place_buffers,
+    resolve_parts,
+    share_storage,
+)
 from tbn_compiler.backends.c.names import SymbolTable
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.plan import (
+    At,
     Implementation,
     Plan,
     PlannedBuffer,
@@ -71,7 +82,7 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
                 inputs=tuple(pointers[value] for value in operation.inputs),
                 output=pointers[operation.output],
                 shape=operation.output.shape,
-                implementation=implementation,
+                implementation=memory.without_joined(index, operation, implementation),
                 workspace=tuple(pointers[index, space] for space in workspaces(implementation)),
             )
             for index, (operation, implementation) in enumerate(zip(operations, implementations, strict=True))
@@ -83,7 +94,7 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
             for buffer, offset in zip(buffers, offsets, strict=True)
         ),
         pointers=pointers,
-        scratch_bytes=max((offset + b.nbytes for b, offset in zip(buffers, offsets, strict=True)), default=0),
+        scratch_bytes=end_of(buffers, offsets),
         weight_bytes=sum(constant.array.nbytes for constant in stored),
         live_bytes=tuple(live),
         peak_step=operations[peak].name if live[peak] else None,
@@ -103,6 +114,10 @@ def _ports(values: Sequence[ir.Value], only: str, names: Sequence[str], symbols:
     if len(values) == 1:
         return (Port(only, values[0]),)
     return tuple(Port(symbols.unique(name), value) for name, value in zip(names, values, strict=True))
+
+
+def _plus(pointer: str, offset: int) -> str:
+    return f"{pointer} + {offset}" if offset else pointer
 
 
 class _Memory:
@@ -125,23 +140,40 @@ class _Memory:
         self.buffers: list[Buffer] = []
         self.pointers: dict[ir.Operand | tuple[int, Workspace], str] = {port.value: port.name for port in inputs}
         self._names = names
-        parameters = {port.value: port.name for port in outputs}
         given, made = ([port.value for port in ports] for ports in (inputs, outputs))
-        for storage in share_storage(operations, parts, given, made):
-            place = next((parameters[value] for value in storage.values if value in parameters), None)
-            if place is None:
+        storages = share_storage(operations, parts, given, made)
+        self._embeddings = embed_joined(operations, storages, made)
+        inside = {embedding.inner: embedding for embedding in self._embeddings}
+        spans = lifetimes(storages, self._embeddings)
+        parameters = {port.value: port.name for port in outputs}
+        # What lies inside another storage comes after it, as a join comes after what it joins.
+        for index in sorted(range(len(storages)), key=lambda i: (i in inside, -inside[i].step if i in inside else i)):
+            storage = storages[index]
+            if index in inside:
+                outer = storages[inside[index].outer].values[0]
+                place = _plus(self.pointers[outer], inside[index].offset)
+            else:
+                place = next((parameters[value] for value in storage.values if value in parameters), "")
+            if not place:
                 operation, value = operations[storage.first], storage.values[0]
                 suffix = "sums" if isinstance(operation, ir.SumNeighbours) else "out"
-                name = f"{operation.layer}_{suffix}"
-                place = self._buffer(name, value.nbytes, storage.first, storage.last, value.dtype)
+                place = self._buffer(f"{operation.layer}_{suffix}", value.nbytes, *spans[index], value.dtype)
             self.pointers |= dict.fromkeys(storage.values, place)
-        self.pointers |= {
-            value: self.pointers[whole] + (f" + {offset}" if offset else "") for value, (whole, offset) in parts.items()
-        }
+        self.pointers |= {value: _plus(self.pointers[whole], offset) for value, (whole, offset) in parts.items()}
         for index, (operation, implementation) in enumerate(zip(operations, implementations, strict=True)):
             for space in workspaces(implementation):
                 name = f"{operation.layer}_{space.name}"
                 self.pointers[index, space] = self._buffer(name, space.nbytes, index, index, space.dtype)
+
+    def without_joined(self, step: int, operation: ir.Operation, implementation: Implementation) -> Implementation:
+        """A join without the copies of what lies in its result already."""
+        there = {embedding.offset for embedding in self._embeddings if embedding.step == step}
+        if not there:
+            return implementation
+        skipped = {At(operation.output, offset) for offset in there}
+        calls = tuple(call for call in implementation.calls if not skipped.intersection(call.arguments))
+        choice = f"{len(there)} of {len(operation.inputs)} inputs lie in the result already"
+        return replace(implementation, calls=calls, choice=choice)
 
     def _buffer(self, name: str, nbytes: int, first: int, last: int, dtype: str) -> str:
         symbol = self._names.unique(name)
