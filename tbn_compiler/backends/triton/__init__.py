@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbn_compiler.backends.triton.plan import plan_weight
+from tbn_compiler.backends.triton.search import linear_candidates
 from tbn_compiler.ops import reference
-from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY
+from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY, make_layout
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -67,6 +69,35 @@ def info() -> dict[str, Any]:
         found["triton"] = triton.__version__
         found["tuning_file"] = None if device is None else str(tuning_file(device))
     return {"kernels": "triton" if reason is None else "reference", "reason": reason} | found
+
+
+def linear_workspace(
+    in_features: int,
+    out_features: int,
+    p: int,
+    num_alphas: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    packed: bool = True,
+    processors: int = 132,
+) -> int:
+    """Bytes that ``tbn::linear`` allocates beside its result with the configuration that it uses unmeasured.
+
+    Args:
+        in_features, out_features, p, num_alphas: the layer, in the paper's layout.
+        tokens: rows of the input.
+        dtype: dtype of the input.
+        packed: 1-bit tile, otherwise full precision.
+        processors: multiprocessors of the GPU; an H200 has 132.
+
+    Returns:
+        Size of the partial sums of a product whose columns several programs share, else 0.
+    """
+    layout = make_layout((out_features, in_features), p)
+    plan = plan_weight(layout, num_alphas, packed=packed, word_aligned=True)
+    config = linear_candidates(plan, tokens, dtype, processors)[0]
+    return config.split_k * tokens * plan.rows * 4 if config.split_k > 1 else 0
 
 
 def _kernel(module: str, name: str, fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
