@@ -7,12 +7,16 @@ computes, and :func:`info` gives the reason.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tbn_compiler.backends.cpu import declined, library, linear, prepare
+from torch import Tensor
+
+from tbn_compiler.backends.cpu import conv, declined, library, linear, prepare
 from tbn_compiler.backends.cpu.library import LEVELS, set_level, use_level
-from tbn_compiler.ops import LIBRARY
+from tbn_compiler.ops import LIBRARY, reference
+from tbn_compiler.ops.schemas import CONV_TRANSPOSE_OPS
 
 __all__ = ["LEVELS", "Info", "info", "register", "set_level", "use_level"]
 
@@ -58,8 +62,22 @@ def info() -> Info:
     )
 
 
+def _left_to_pytorch(kernel: Callable[..., Tensor], reason: str) -> Callable[..., Tensor]:
+    """A PyTorch kernel whose calls are counted as declined."""
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        declined.decline(kernel.__name__, reason)
+        return kernel(*args, **kwargs)
+
+    counted.__name__ = kernel.__name__
+    return counted
+
+
 def register() -> None:
     """Put the kernels under the operators on the CPU. Nothing is loaded before the first call."""
-    kernels: dict[str, Any] = {"linear": linear.linear}
-    for name, kernel in kernels.items():
-        LIBRARY.impl(name, kernel, "CPU")
+    kernels = [linear.linear, conv.make_conv(1), conv.make_conv(2)]
+    kernels.append(_left_to_pytorch(reference.KERNELS["conv3d"], "three dimensions"))
+    for op in CONV_TRANSPOSE_OPS.values():
+        kernels.append(_left_to_pytorch(reference.KERNELS[op], "transpose convolution"))
+    for kernel in kernels:
+        LIBRARY.impl(kernel.__name__, kernel, "CPU")

@@ -42,6 +42,26 @@ class LinearPlan(ctypes.Structure):
     )
 
 
+class ConvPlan(ctypes.Structure):
+    """``struct tbn_conv`` of ``src/tbn_cpu.h``."""
+
+    _fields_ = (
+        ("kernels", _pointer),
+        ("index", _pointer),
+        ("groups", _size),
+        ("channels", _size),
+        ("channels_out", _size),
+        ("rows", _size),
+        ("alpha_rows", _size),
+        ("kernel", _size * 2),
+        ("stride", _size * 2),
+        ("padding", _size * 2),
+        ("dilation", _size * 2),
+        ("activation", ctypes.c_int32),
+        ("relu", ctypes.c_int32),
+    )
+
+
 _FUNCTIONS = {
     "tbn_interface": (ctypes.c_int, []),
     "tbn_level": (_pointer, [ctypes.c_char_p]),
@@ -50,6 +70,11 @@ _FUNCTIONS = {
     "tbn_pack": (None, [_pointer, ctypes.c_int, _pointer, _size, _size, _pointer]),
     "tbn_pack_sums": (None, [_pointer, _size, _size, _pointer]),
     "tbn_linear": (ctypes.c_int, [_pointer, _pointer, _pointer, _size, _pointer, _pointer, _size]),
+    "tbn_conv": (
+        ctypes.c_int,
+        [_pointer, _pointer, _pointer, _size, _size, _size, _pointer, _pointer, _size],
+    ),
+    "tbn_group": (_size, [_pointer, ctypes.c_int]),
     "tbn_pool_threads": (_size, []),
 }
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tbn_compiler.backends.cpu import library, prepare
 from tbn_compiler.backends.cpu.declined import decline
+from tbn_compiler.backends.cpu.operands import as_vector, expand_replicas, is_vector, reason_against
 from tbn_compiler.ops import reference
 from tbn_compiler.ops.formats import apply_epilogue
 from tbn_compiler.ops.schemas import check_formats, check_tile_operands, linear_layout
@@ -46,8 +47,8 @@ def linear(
         and input.dim() > 0
         and input.shape[-1] == in_features > 0
         and input.is_contiguous()
-        and _is_vector(alpha)
-        and (bias is None or (_is_vector(bias) and bias.shape[0] == out_features))
+        and is_vector(alpha)
+        and (bias is None or (is_vector(bias) and bias.shape[0] == out_features))
     ):
         tokens = input.numel() // in_features
         use = (
@@ -60,11 +61,6 @@ def linear(
     return _checked(
         input, tile, alpha, bias, in_features, out_features, p, input_alpha, p_in, shift, activation, epilogue
     )
-
-
-def _is_vector(operand: Tensor) -> bool:
-    """Whether the kernels can read an alpha or bias as it is."""
-    return operand.dtype is _float32 and operand.dim() == 1 and operand.is_contiguous() and operand.is_cpu
 
 
 def _run(
@@ -91,25 +87,6 @@ def _run(
     return out if epilogue in ("none", "relu") else apply_epilogue(out, epilogue)
 
 
-def _reason_against(
-    input: Tensor, tile: Tensor, layout: TileLayout, num_alphas: int, activation: str, input_alpha: Tensor | None
-) -> str | None:
-    """Why PyTorch computes this call, or ``None`` if the kernels do."""
-    if library.level() is None:
-        return library.unused()
-    if input.dtype == torch.float64:
-        return "float64 input"
-    if tile.dtype != torch.uint8:
-        return "full-precision tile"
-    if layout.row_size == 0:
-        return "no input features"
-    if layout.alphas_in(num_alphas) > 1 or (num_alphas not in (1, layout.rows) and not layout.aligned):
-        return "rows mix several alphas"
-    if activation != "float" and (layout.p_in > 1 or input_alpha is not None):
-        return f"{activation} activations are summed, or scaled, before they meet the tile"
-    return None
-
-
 def _checked(
     input: Tensor,
     tile: Tensor,
@@ -127,22 +104,18 @@ def _checked(
     layout = linear_layout(input, in_features, out_features, p, input_alpha, p_in, shift)
     check_formats("linear", activation, epilogue)
     check_tile_operands("linear", input, tile, alpha, bias, layout)
-    reason = _reason_against(input, tile, layout, alpha.numel(), activation, input_alpha)
+    reason = reason_against(input, tile, layout, alpha.numel(), activation, input_alpha)
     if reason is not None:
         decline("linear", reason)
         return reference.linear(
             input, tile, alpha, bias, in_features, out_features, p, input_alpha,
             p_in=p_in, shift=shift, activation=activation, epilogue=epilogue,
         )  # fmt: skip
-    x = input.to(_float32)
-    if input_alpha is not None:
-        x = (x.unsqueeze(-2) * input_alpha.to(_float32).unsqueeze(-1)).flatten(-2)
-    x = layout.sum_inputs(x, -1).contiguous()
+    x = layout.sum_inputs(expand_replicas(input.to(_float32), input_alpha, -1), -1).contiguous()
     copies = layout.rows // layout.unique_rows
     if alpha.numel() not in (1, copies, layout.rows):
         alpha = layout.row_alphas(alpha)
-    alpha = alpha.to(_float32).contiguous()
-    bias = None if bias is None else bias.to(_float32).contiguous()
+    alpha, bias = as_vector(alpha), None if bias is None else as_vector(bias)
     tokens = x.numel() // x.shape[-1]
     batch = tokens >= MIN_BATCH
     use = (

@@ -129,13 +129,20 @@ def pack(signs: Tensor, *, integer: bool) -> np.ndarray:
     """Prepare the different rows of a weight for lookups.
 
     Args:
-        signs: ``int8 [rows, columns]``, contiguous, positive for +1.
+        signs: ``int8 [rows, columns]`` or ``[groups, rows, columns]``, contiguous, positive for +1.
         integer: in the format of integer activations.
+
+    Returns:
+        The prepared tile, those of several groups one behind the other.
     """
     lib, _, kernels = native()
-    rows, columns = signs.shape
-    out = _aligned(lib.tbn_pack_bytes(kernels, integer, rows, columns))
-    lib.tbn_pack(kernels, integer, signs.data_ptr(), rows, columns, out.ctypes.data)
+    rows, columns = signs.shape[-2:]
+    groups = signs.numel() // (rows * columns)
+    nbytes = lib.tbn_pack_bytes(kernels, integer, rows, columns)
+    out = _aligned(groups * nbytes)
+    for group in range(groups):
+        source = signs.data_ptr() + group * rows * columns
+        lib.tbn_pack(kernels, integer, source, rows, columns, out.ctypes.data + group * nbytes)
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -42,12 +43,12 @@ def test_every_level_that_the_machine_has_is_found() -> None:
     assert cpu.info().level == cpu.info().available[0]
 
 
-@pytest.mark.parametrize("name", ["LinearPlan"])
+@pytest.mark.parametrize("name", ["LinearPlan", "ConvPlan"])
 def test_structures_have_the_fields_of_the_header(name: str) -> None:
     header = (Path(library.__file__).parent / "src" / "tbn_cpu.h").read_text()
     struct = header.partition("struct tbn_" + name.removesuffix("Plan").lower() + " {")[2].partition("};")[0]
-    fields = [f for line in struct.splitlines() for f in line.partition(";")[0].replace("*", "").split()[1:]]
-    names = [f.strip(",") for f in fields if f.strip(",") not in ("void", "struct", "tbn_kernels", "const")]
+    declarations = re.findall(r"^ +(?:const )?(?:struct )?\w+ ([^;]+);", struct, re.MULTILINE)
+    names = [re.sub(r"[*\s]|\[\d\]", "", name) for line in declarations for name in line.split(",")]
     assert names == [field[0] for field in getattr(library, name)._fields_]
 
 

@@ -231,6 +231,11 @@ TARGET static void finish_i32(const struct tbn_finish *job, const int32_t *z, fl
     finish_rows(job, NULL, z, scale, first, last, out);
 }
 
+TARGET static void finish_plane(const float *z, size_t count, float alpha, float scale, const float *bias, int relu,
+                         float *out) {
+    finish_channel(z, count, alpha, scale, bias, relu, out);
+}
+
 TARGET static float quantize(const float *x, size_t count, int binary, int16_t *q) {
     return quantize_token(x, count, binary, q);
 }
@@ -246,6 +251,7 @@ const struct tbn_kernels tbn_avx512 = {
     .sums = sums,
     .finish_f32 = finish_f32,
     .finish_i32 = finish_i32,
+    .finish_plane = finish_plane,
     .quantize = quantize,
 };
 

@@ -12,10 +12,10 @@
 #define TBN_INLINE static inline __attribute__((always_inline))
 
 /* One output. The order of the products is the reference's: (z * alpha) * scale + bias. */
-TBN_INLINE float finish_one(float z, float alpha, float scale, const float *bias, size_t output, int relu) {
+TBN_INLINE float finish_one(float z, float alpha, float scale, const float *bias, int relu) {
     float value = z * alpha * scale;
     if (bias)
-        value += bias[output];
+        value += *bias;
     return relu && value < 0.0f ? 0.0f : value; /* a NaN is no smaller than 0 and stays */
 }
 
@@ -31,14 +31,22 @@ TBN_INLINE void finish_rows(const struct tbn_finish *job, const float *floats, c
         if (job->alpha_row_stride) {
             for (size_t i = 0; i < count; i++)
                 out[begin + i] = finish_one(floats ? floats[i] : (float)integers[i],
-                                            alpha[(first + i) * job->alpha_row_stride], scale, bias, begin + i, relu);
+                                            alpha[(first + i) * job->alpha_row_stride], scale,
+                                            bias ? bias + begin + i : NULL, relu);
         } else {
             const float same = *alpha;
             for (size_t i = 0; i < count; i++)
-                out[begin + i] =
-                    finish_one(floats ? floats[i] : (float)integers[i], same, scale, bias, begin + i, relu);
+                out[begin + i] = finish_one(floats ? floats[i] : (float)integers[i], same, scale,
+                                            bias ? bias + begin + i : NULL, relu);
         }
     }
+}
+
+TBN_INLINE void finish_channel(const float *z, size_t count, float alpha, float scale, const float *bias, int relu,
+                               float *restrict out) {
+    const float *local = bias ? &(const float){*bias} : NULL;
+    for (size_t i = 0; i < count; i++)
+        out[i] = finish_one(z[i], alpha, scale, local, relu);
 }
 
 /* Adding and subtracting 1.5 * 2^23 rounds to an integer, half to even, where |x| < 2^22. */

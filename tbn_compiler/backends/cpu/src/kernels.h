@@ -81,6 +81,9 @@ struct tbn_kernels {
     void (*finish_f32)(const struct tbn_finish *job, const float *z, size_t first, size_t last, float *out);
     void (*finish_i32)(const struct tbn_finish *job, const int32_t *z, float scale, size_t first, size_t last,
                        float *out);
+    /* One channel: out = alpha * z * scale + bias[0], and the larger of that and 0 if relu. */
+    void (*finish_plane)(const float *z, size_t count, float alpha, float scale, const float *bias, int relu,
+                         float *out);
     /* Integers of one token and the scale that they stand for; see tbn_compiler/ops/schemas.py. */
     float (*quantize)(const float *x, size_t count, int binary, int16_t *q);
 };

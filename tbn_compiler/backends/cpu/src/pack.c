@@ -15,6 +15,10 @@ static size_t words_of(const struct tbn_format *format, size_t columns) {
     return ceil_divide(columns, format->groups * format->group);
 }
 
+size_t tbn_group(const struct tbn_kernels *kernels, int integer) {
+    return format_of(kernels, integer)->group;
+}
+
 size_t tbn_pack_bytes(const struct tbn_kernels *kernels, int integer, size_t rows, size_t columns) {
     const struct tbn_format *format = format_of(kernels, integer);
     return ceil_divide(rows, format->rows) * words_of(format, columns) * format->rows * format->word_bytes;

@@ -28,12 +28,29 @@ struct tbn_linear {
     int32_t relu;
 };
 
+/* A convolution; axis 0 is the height, of size 1 in one dimension. Padding is with zeros. */
+struct tbn_conv {
+    const struct tbn_kernels *kernels;
+    const void *index; /* a tile prepared by tbn_pack for each group, columns [channel group][tap][channel] */
+    size_t groups;
+    size_t channels;     /* input channels of a group */
+    size_t channels_out; /* output channels of a group; channel j repeats filter j mod `rows` */
+    size_t rows;         /* different filters of a group */
+    size_t alpha_rows;   /* neighbouring output channels that share an alpha */
+    size_t kernel[2], stride[2], padding[2], dilation[2];
+    int32_t activation;
+    int32_t relu;
+};
+
 /* Kernels of a level by name, or NULL where the machine does not run it. */
 TBN_EXPORT const struct tbn_kernels *tbn_level(const char *name);
 
 /* Bytes of a prepared tile of `rows` rows of `columns` weights; `integer` picks the format of integer activations. */
 TBN_EXPORT size_t tbn_pack_bytes(const struct tbn_kernels *kernels, int integer, size_t rows, size_t columns);
 TBN_EXPORT size_t tbn_pack_sums_bytes(size_t rows, size_t columns);
+
+/* Inputs that share a table. */
+TBN_EXPORT size_t tbn_group(const struct tbn_kernels *kernels, int integer);
 
 /* Prepares a tile from `signs` [rows][columns], positive for +1. */
 TBN_EXPORT void tbn_pack(const struct tbn_kernels *kernels, int integer, const int8_t *signs, size_t rows,
@@ -43,6 +60,10 @@ TBN_EXPORT void tbn_pack_sums(const int8_t *signs, size_t rows, size_t columns, 
 /* x [tokens][inputs] -> out [tokens][copies * rows]; returns TBN_OK or TBN_OUT_OF_MEMORY. */
 TBN_EXPORT int tbn_linear(const struct tbn_linear *layer, const float *x, float *out, size_t tokens,
                           const float *alpha, const float *bias, size_t threads);
+
+/* x [samples][groups * channels][height][width] -> out, in the same order; returns TBN_OK or TBN_OUT_OF_MEMORY. */
+TBN_EXPORT int tbn_conv(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
+                        size_t width, const float *alpha, const float *bias, size_t threads);
 
 /* Threads that wait for work, for tests. */
 TBN_EXPORT size_t tbn_pool_threads(void);
