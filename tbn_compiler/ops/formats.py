@@ -41,7 +41,8 @@ def quantize_int8(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     largest = x.abs().amax(dims, keepdim=True)
     # A maximum of NaN is not below the limit, and spreads.
     largest = torch.where(largest < INT8_TINY, 0.0, largest)
-    factor = torch.where(largest == 0, 0.0, 127 / largest)
+    # A number divided by a tensor is its reciprocal times the number: two roundings, where the definition has one.
+    factor = torch.where(largest == 0, 0.0, torch.full_like(largest, 127) / largest)
     return torch.round(x * factor), largest / 127
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tbn_compiler  # noqa: F401  (registers the operators)
+from tbn_compiler.ops.formats import quantize_int8
 from tests import oracle
 
 tbn = torch.ops.tbn
@@ -75,6 +76,17 @@ def test_products_are_exact_integers(d: int, p: int, activation: str) -> None:
     view = bias.double().view(-1, *[1] * d)
     bound = 4 * 2.0**-24 * (expected.abs() + view.abs())
     assert bool(((got.double() - (expected + view)).abs() <= bound).all())
+
+
+def test_factor_is_rounded_once() -> None:
+    """``127 / max|x|`` is one division: with the reciprocal, some inputs next to a half go to the other integer."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2000, 8)).astype(np.float32)
+    # The last input is as near to a half as float32 comes.
+    factor = np.float32(127) / np.abs(x[:, :7]).max(1)
+    x[:, 7] = np.float32(0.5) / factor
+    got, _ = quantize_int8(torch.from_numpy(x), (-1,))
+    assert np.array_equal(got.numpy(), quantized(x, "int8", (1,))[0])
 
 
 @pytest.mark.parametrize("epilogue", FUNCTIONS)
