@@ -34,7 +34,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"comment": c_comment, "shape": c_shape, "table": c_table}
+    environment.filters |= {"comment": c_comment, "shape": c_shape, "table": c_table, "string_literal": c_string}
     return environment
 
 
@@ -193,6 +193,12 @@ def c_table(planned: PlannedConstant) -> str:
 def c_shape(shape: tuple[int, ...]) -> str:
     """A shape as ``1 x 28 x 28``."""
     return " x ".join(map(str, shape)) or "1"
+
+
+def c_string(text: str) -> str:
+    """A string literal; what is no plain ASCII becomes ``?``."""
+    plain = "".join(char if " " <= char <= "~" and char not in '"\\?' else "?" for char in text)
+    return f'"{plain}"'
 
 
 def c_comment(text: str) -> str:

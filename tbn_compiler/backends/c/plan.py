@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from rich.table import Table
 
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.options import Options
+from tbn_compiler.backends.c.report import draw_plan, plan_table
 
 C_TYPES = {
     "float32": "float",
@@ -120,6 +123,8 @@ class Step:
         inputs, output: C names of the memory: parameters of the run function, buffers, or constants.
         shape: shape of the result.
         implementation: the kernel calls, the reason for them, and their cost.
+        constant_bytes: bytes of the constants that it reads.
+        data_bytes: bytes of the values that it reads and writes.
         workspace: buffers that only this step uses.
     """
 
@@ -129,6 +134,8 @@ class Step:
     output: str
     shape: tuple[int, ...]
     implementation: Implementation
+    constant_bytes: int
+    data_bytes: int
     workspace: tuple[str, ...] = ()
 
     @property
@@ -246,6 +253,27 @@ class Plan:
     def cost(self) -> int:
         """Estimated number of multiply-adds, additions and element operations of a run."""
         return sum(step.cost for step in self.steps)
+
+    @property
+    def total_bytes(self) -> int:
+        """Constants and scratch memory."""
+        return self.weight_bytes + self.scratch_bytes
+
+    @property
+    def largest_layer_bytes(self) -> int:
+        """The paper's "max memory": weights, alphas, input and output of the layer that needs most of them.
+
+        An upper bound for a model whose weights are loaded layer by layer; here they stay in flash.
+        """
+        return max(step.constant_bytes + step.data_bytes for step in self.steps)
+
+    def table(self) -> Table:
+        """A row for each step: operation, kernel, cost, constants and scratch memory. ``print`` it with ``rich``."""
+        return plan_table(self)
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture of the scratch memory over the steps; the suffix gives the format. Needs matplotlib."""
+        draw_plan(self, path)
 
 
 def workspaces(implementation: Implementation) -> tuple[Workspace, ...]:

@@ -82,6 +82,8 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
                 inputs=tuple(pointers[value] for value in operation.inputs),
                 output=pointers[operation.output],
                 shape=operation.output.shape,
+                constant_bytes=sum(constant.array.nbytes for constant in constants(implementation)),
+                data_bytes=sum(v.nbytes for v in {*operation.inputs, operation.output} if isinstance(v, ir.Value)),
                 implementation=memory.without_joined(index, operation, implementation),
                 workspace=tuple(pointers[index, space] for space in workspaces(implementation)),
             )

@@ -31,6 +31,13 @@ def _read_strided(operations: Sequence[ir.Operation]) -> list[ir.Operation]:
                 if access is not None:
                     operation = replace(operation, inputs=copies[source].inputs, access=access)
             copies[operation.output] = operation
+        elif isinstance(operation, ir.Part) and operation.inputs[0] in copies:
+            # Part of a copy: a copy too, to whoever reads with strides.
+            copy, shape = copies[operation.inputs[0]], operation.output.shape
+            access = compose(ir.Access(shape, ir.row_major(shape), operation.offset), copy.access)
+            if access is not None:
+                head = (operation.name, operation.layer, copy.inputs, operation.output)
+                copies[operation.output] = ir.Strided(*head, access=access)
         elif isinstance(operation, _READS_STRIDED):
             inputs, accesses = list(operation.inputs), list(operation.accesses)
             for index, source in enumerate(inputs):
@@ -45,28 +52,32 @@ def _read_strided(operations: Sequence[ir.Operation]) -> list[ir.Operation]:
 def compose(outer: ir.Access, inner: ir.Access) -> ir.Access | None:
     """What ``outer`` reads of a copy made by ``inner``, as an access to the copy's source; ``None`` if it is none.
 
-    Each dimension of ``outer`` has to move along one dimension of ``inner``, and no two of them along the same.
+    Each dimension of ``outer`` has to move along one dimension of ``inner``. Several may move along the same, as the heads
+    of an attention and their features do, if together they do not leave it.
     """
-    whole = ir.row_major(inner.sizes)
-    strides, used = [], set()
-    rest, offset, start = outer.offset, inner.offset, {}
-    for d, step in enumerate(whole):
-        start[d], rest = divmod(rest, step) if inner.sizes[d] > 1 else (0, rest)
-        offset += start[d] * inner.strides[d]
+    steps = ir.row_major(inner.sizes)
+    # Where in the copy the first element stands, and how far back and forth the others go, by dimension.
+    first, rest = [], outer.offset
+    for size, step in zip(inner.sizes, steps, strict=True):
+        index, rest = divmod(rest, step) if size > 1 else (0, rest)
+        first.append(index)
+    lowest, highest = list(first), list(first)
+    strides = []
     for size, stride in zip(outer.sizes, outer.strides, strict=True):
         if size == 1 or stride == 0:
             strides.append(0)
             continue
-        # The dimension of the copy with the largest step that divides the stride.
-        along = next((d for d, n in enumerate(inner.sizes) if n > 1 and stride % whole[d] == 0), None)
-        if along is None or along in used:
+        # The dimension with the largest step that divides the stride.
+        along = next((d for d, n in enumerate(inner.sizes) if n > 1 and stride % steps[d] == 0), None)
+        if along is None:
             return None
-        times = stride // whole[along]
-        last = start[along] + times * (size - 1)
-        if not 0 <= last < inner.sizes[along]:
-            return None
-        used.add(along)
+        times = stride // steps[along]
+        lowest[along] += min(times, 0) * (size - 1)
+        highest[along] += max(times, 0) * (size - 1)
         strides.append(times * inner.strides[along])
+    if any(low < 0 or high >= size for low, high, size in zip(lowest, highest, inner.sizes, strict=True)):
+        return None
+    offset = inner.offset + sum(index * stride for index, stride in zip(first, inner.strides, strict=True))
     return ir.Access(outer.sizes, tuple(strides), offset)
 
 

@@ -1,16 +1,26 @@
 from __future__ import annotations
 
+import io
 import itertools
+import random
+from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
+from torch import Tensor, nn
 
-from tbn_compiler.backends.c import ir
-from tbn_compiler.backends.c.memory import Buffer, live_bytes, place_buffers
+import tbn_compiler as tbn
+from tbn_compiler.backends.c import export_c, ir
+from tbn_compiler.backends.c.memory import Buffer, end_of, live_bytes, place_buffers
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.plan import Plan
 from tbn_compiler.backends.c.planner import build_plan
+from tests.backends.c.programs import Network, check
+from tests.backends.c.toolchain import needs_cc
 
 _STEPS = 8
 
@@ -143,3 +153,104 @@ def test_the_plan_names_the_step_with_the_most_scratch() -> None:
     plan = build_plan(ir.Graph((x,), (c.output,), (a, b, c)), Options("net"))
     assert (plan.scratch_bytes, plan.live_bytes, plan.peak_step) == (600, (400, 600, 200), "b")
     assert plan.weight_bytes == 4 * (200 + 5000 + 150)
+
+
+def test_several_placements_are_tried() -> None:
+    """Largest first needs 76 bytes here; another order reaches the bound."""
+    sizes = [(32, 7, 8), (32, 2, 3), (24, 6, 8), (20, 3, 6)]
+    buffers = [Buffer(f"b{index}", *size) for index, size in enumerate(sizes)]
+    assert end_of(buffers, place_buffers(buffers)) == max(live_bytes(buffers, 9)) == 56
+
+
+@settings(max_examples=200)
+@given(_buffers())
+def test_no_placement_is_worse_than_largest_first(buffers: list[Buffer]) -> None:
+    order = sorted(range(len(buffers)), key=lambda i: (-buffers[i].nbytes, buffers[i].first, i))
+    placed: list[tuple[int, Buffer]] = []
+    for index in order:
+        buffer = buffers[index]
+        busy = [(start, start + other.nbytes) for start, other in placed if other.overlaps(buffer)]
+        starts = [0, *(end for _, end in busy)]
+        fits = (s for s in sorted(starts) if all(s + buffer.nbytes <= start or s >= end for start, end in busy))
+        placed.append((next(fits), buffer))
+    largest_first = max(start + buffer.nbytes for start, buffer in placed)
+    assert max(live_bytes(buffers, _STEPS)) <= end_of(buffers, place_buffers(buffers)) <= largest_first
+
+
+class Joins(nn.Module):
+    """A random mix of joins, parts, functions in place and values that are read again."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        draw = random.Random(self.seed)
+        values = [x]
+        for _ in range(8):
+            a, b = draw.choice(values), draw.choice(values)
+            kind = draw.choice(["cat", "cat", "relu", "exp", "fc", "part", "add"])
+            if kind == "cat" and a.numel() + b.numel() <= 40:
+                values.append(torch.cat([a, b], 1))
+            elif kind == "part" and a.shape[1] > 2:
+                values.append(a[:, 1:-1])
+            elif kind == "fc" and a.shape[1] == 6:
+                values.append(self.fc(a))
+            elif kind == "add":
+                values.append(a + a.flip(1))
+            else:
+                values.append(a.sigmoid() if kind == "exp" else (a - 0.1).relu())
+        return tuple(values[-3:])
+
+
+class ReadAfterJoin(nn.Module):
+    """What is joined is read again after something was written over the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        joined = torch.cat([y, self.fc(x.exp())], 1).relu()
+        return joined.sum(1, keepdim=True) + self.fc(y)
+
+
+@needs_cc
+def test_joined_values_are_written_in_place(tmp_path: Path) -> None:
+    modules = [ReadAfterJoin(), *(Joins(seed) for seed in range(16))]
+    networks = [Network(module, [(torch.randn(1, 6),)]) for module in modules]
+    check(networks, tmp_path)
+    steps = [step for network in networks if network.plan for step in network.plan.steps]
+    assert any("lie in the result already" in step.choice for step in steps)
+    assert all(n.plan and n.plan.scratch_bytes >= max(n.plan.live_bytes) for n in networks)
+
+
+def test_the_plan_is_a_table_and_a_picture(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 4))
+    plan = export_c(net, torch.zeros(1, 2, 8, 8), tmp_path / "net.c", name="net")
+    console = Console(width=200, file=io.StringIO())
+    console.print(plan.table())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"net: {plan.weight_bytes:,} bytes of constants, {plan.scratch_bytes:,} of scratch" in text
+    assert "max pool 2 x 2" in text
+    assert text.count("(peak)") == 1
+    assert "#define NET_TOTAL_BYTES %d\n" % plan.total_bytes in (tmp_path / "net.h").read_text()
+    plan.draw(tmp_path / "plan.png")
+    plan.draw(tmp_path / "plan.svg")
+    assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "conv" in plan.steps[0].kernel
+
+
+@pytest.mark.parametrize(("p", "alpha", "paper"), [(4, "tile", 6800), (1, "layer", 16196)])
+def test_max_memory_as_the_paper_counts_it(p: int, alpha: str, paper: int, tmp_path: Path) -> None:
+    """Its Table 6: 6.80 KB for the TBN, 16.20 KB for the binary network."""
+    net = nn.Sequential(nn.Linear(784, 128, bias=False), nn.ReLU(), nn.Linear(128, 10, bias=False))
+    overrides = {"2": {"p": 1, "alpha": "layer"}}
+    module = tbn.transform(net, tbn.TilingConfig(p=p, alpha=alpha, min_size=0, overrides=overrides))  # type: ignore[arg-type]
+    plan = export_c(module, torch.zeros(1, 784), tmp_path / "net.c", optimize="size")
+    assert paper == 784 * 128 // p // 8 + 4 * p + 4 * 784 + 4 * 128
+    # The first layer's copies are not written: 32 results instead of 128, and its alphas are in the second layer.
+    assert plan.largest_layer_bytes == (6400 if p == 4 else 16196) <= paper
+    assert plan.weight_bytes == {4: 3316, 1: 12712}[p]

@@ -8,9 +8,10 @@
 #define LAYOUTS_INPUT_SIZE 12 /* 1 x 12 */
 #define LAYOUTS_OUTPUT_SIZE 4 /* 1 x 4 */
 
-/* Memory for intermediate results, and all constants: packed tiles, scales, biases and float weights. */
+/* Memory for intermediate results; all constants: packed tiles, scales, biases, float weights and tables; and both. */
 #define LAYOUTS_SCRATCH_BYTES 48
 #define LAYOUTS_WEIGHT_BYTES 89
+#define LAYOUTS_TOTAL_BYTES 137
 
 #ifdef __cplusplus
 extern "C" {

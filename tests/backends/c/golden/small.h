@@ -8,9 +8,10 @@
 #define SMALL_INPUT_SIZE 16 /* 1 x 4 x 4 */
 #define SMALL_OUTPUT_SIZE 3 /* 1 x 3 */
 
-/* Memory for intermediate results, and all constants: packed tiles, scales, biases and float weights. */
+/* Memory for intermediate results; all constants: packed tiles, scales, biases, float weights and tables; and both. */
 #define SMALL_SCRATCH_BYTES 64
 #define SMALL_WEIGHT_BYTES 178
+#define SMALL_TOTAL_BYTES 242
 
 #ifdef __cplusplus
 extern "C" {

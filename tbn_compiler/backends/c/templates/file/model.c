@@ -34,6 +34,13 @@ static const {{ name }}_{{ struct.type }} {{ name }}_{{ symbol }} = {
 };
 
 {% endfor %}
+{% if plan.options.layer_hook %}
+#ifndef {{ macro }}_LAYER_HOOK
+/* Define it to be called behind every step: (index of the step, name of the layer). */
+#define {{ macro }}_LAYER_HOOK(index, layer) ((void)0)
+#endif
+
+{% endif %}
 {% if plan.scratch == "static" and plan.scratch_bytes %}
 static float {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES / sizeof(float)];
 
@@ -53,8 +60,12 @@ static float {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES / sizeof(float)];
 {% endif %}
 
 {% for step in plan.steps %}
-{% set index = loop.index0 %}
-    /* {{ step.title | comment }} */
-{{ printer.calls(index) }}
+    /* {{ step.title | comment }}{{ ": in place" if not step.implementation.calls }} */
+{% if step.implementation.calls %}
+{{ printer.calls(loop.index0) }}
+{% endif %}
+{% if plan.options.layer_hook %}
+    {{ macro }}_LAYER_HOOK({{ loop.index0 }}, {{ step.layer | string_literal }});
+{% endif %}
 {% endfor %}
 }

@@ -9,9 +9,10 @@
 #define {{ macro }}_{{ port.name.upper() }}_SIZE {{ port.value.size }} /* {{ port.value.shape | shape }} */
 {% endfor %}
 
-/* Memory for intermediate results, and all constants: packed tiles, scales, biases and float weights. */
+/* Memory for intermediate results; all constants: packed tiles, scales, biases, float weights and tables; and both. */
 #define {{ macro }}_SCRATCH_BYTES {{ plan.scratch_bytes }}
 #define {{ macro }}_WEIGHT_BYTES {{ plan.weight_bytes }}
+#define {{ macro }}_TOTAL_BYTES {{ plan.total_bytes }}
 
 {% if plan.uses_int32 %}
 #include <stdint.h>

@@ -1,0 +1,56 @@
+"""What a plan looks like: a table of its steps, and a picture of its scratch memory."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tbn_compiler.backends.c.plan import Plan
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row a step: operation, kernel and why, cost, stored bytes, and scratch bytes in use, the peak marked."""
+    table = Table(title=f"{plan.name}: {_sizes(plan)}")
+    for column in ("step", "operation", "result", "kernel"):
+        table.add_column(column)
+    for column in ("operations", "constants", "scratch in use"):
+        table.add_column(column, justify="right")
+    for index, (step, live) in enumerate(zip(plan.steps, plan.live_bytes, strict=True)):
+        kernel = f"{step.kernel or 'none'}" + (f" ({step.choice})" if step.choice else "")
+        peak = " (peak)" if live and step.node == plan.peak_step else ""
+        shape = " x ".join(map(str, step.shape)) or "1"
+        numbers = (f"{step.cost:,}", f"{step.constant_bytes:,}", f"{live:,}{peak}")
+        table.add_row(str(index), step.title, shape, kernel, *numbers)
+    return table
+
+
+def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
+    """Draw the scratch block: time to the right, offsets upwards, a box for each buffer while it is in use."""
+    # The object interface: nothing global is changed, and no display is needed.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(min(4 + 0.5 * len(plan.steps), 40), 5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, buffer in enumerate(plan.buffers):
+        width = buffer.last - buffer.first + 1
+        box = (buffer.first, width, f"C{number % 10}")
+        axes.broken_barh([box[:2]], (buffer.offset, buffer.nbytes), facecolor=box[2], edgecolor="black", alpha=0.6)
+        middle = (buffer.first + width / 2, buffer.offset + buffer.nbytes / 2)
+        axes.text(*middle, f"{buffer.name}\n{buffer.nbytes:,}", ha="center", va="center", fontsize=7, clip_on=True)
+    axes.step(range(len(plan.steps) + 1), [*plan.live_bytes, 0], where="post", color="black", label="in use")
+    axes.axhline(plan.scratch_bytes, linestyle="--", color="gray", label="scratch block")
+    axes.set(title=f"{plan.name}: {_sizes(plan)}", xlabel="step", ylabel="offset in bytes", xlim=(0, len(plan.steps)))
+    axes.set_xticks([i + 0.5 for i in range(len(plan.steps))], [str(i) for i in range(len(plan.steps))])
+    axes.legend(loc="upper right", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _sizes(plan: Plan) -> str:
+    largest = max(plan.live_bytes, default=0)
+    return (
+        f"{plan.weight_bytes:,} bytes of constants, {plan.scratch_bytes:,} of scratch "
+        f"(at least {largest:,} needed), {plan.cost:,} operations"
+    )
