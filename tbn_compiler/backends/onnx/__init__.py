@@ -115,7 +115,7 @@ def export_onnx(
         outcome |= {join_key(part_path, name): reason for name, reason in found.items()}
     traced = program.trace(prepared, inputs, batched)
     names = (input_names or list(inputs), output_names or program.output_names(traced))
-    finished = program.translate(traced, opset)
+    finished = program.translate(traced, inputs, batched, opset)
     fallback: WeightForm = "bits"
     written_forms = {name: weights if reason is None else fallback for name, reason in outcome.items()}
     reasons = {name: reason for name, reason in outcome.items() if reason is not None}

@@ -25,6 +25,8 @@ MIN_OPSET, MAX_OPSET = 18, 25
 
 Inputs = dict[str, Tensor]
 
+_BATCH = "batch"  # name of the free dimension
+
 
 def named_inputs(module: nn.Module, example_inputs: Any) -> Inputs:
     """Example inputs by the name of the parameter of ``forward``.
@@ -87,7 +89,7 @@ def trace(module: nn.Module, inputs: Inputs, batched: Sequence[str]) -> Exported
     Raises:
         ExportError: the module cannot be traced, or not with any batch size; the cause is chained.
     """
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim(_BATCH)
     shapes = {name: {0: batch} if name in batched else None for name in inputs}
     # A batch of 1 would be taken for a constant.
     traced = {
@@ -107,7 +109,7 @@ def trace(module: nn.Module, inputs: Inputs, batched: Sequence[str]) -> Exported
         ) from error
 
 
-def translate(program: ExportedProgram, opset: int) -> ir.Model:
+def translate(program: ExportedProgram, inputs: Inputs, batched: Sequence[str], opset: int) -> ir.Model:
     """The ONNX model of a program, without anything folded that was computed from a stored tensor.
 
     Raises:
@@ -119,6 +121,7 @@ def translate(program: ExportedProgram, opset: int) -> ir.Model:
         with _quiet():
             translated = torch.onnx.export(
                 program,
+                dynamic_shapes={name: {0: _BATCH} if name in batched else None for name in inputs},  # gives the names
                 dynamo=True,
                 optimize=False,
                 opset_version=opset,
