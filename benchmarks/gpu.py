@@ -206,12 +206,12 @@ def machine() -> dict[str, Any]:
     driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
     found = info()
     return {
-        "gpu": found["device"],
+        "gpu": found.device,
         "driver": driver,
         "cuda": torch.version.cuda,
-        "torch": found["torch"],
-        "triton": found["triton"],
-        "kernels": found["kernels"],
+        "torch": found.torch,
+        "triton": found.triton,
+        "kernels": found.kernels,
         "date": date.today().isoformat(),
     }
 

@@ -20,6 +20,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,34 +42,53 @@ def unavailable() -> str | None:
     return None
 
 
-@functools.cache
-def log_once(reason: str) -> None:
-    """Log why a call is left to the reference, once for each reason."""
-    _LOGGER.info("left to the PyTorch reference: %s", reason)
+_declined: dict[str, int] = {}
 
 
-def info() -> dict[str, Any]:
-    """What runs the operators on a GPU.
+def decline(reason: str) -> None:
+    """Count a call that is left to the reference, and log the first one with this reason."""
+    if reason not in _declined:
+        _LOGGER.info("left to the PyTorch reference: %s", reason)
+    _declined[reason] = _declined.get(reason, 0) + 1
 
-    Returns:
-        ``kernels``: "triton" or "reference"; ``reason``: why not Triton, or ``None``; ``triton`` and ``torch``: versions;
-        ``device``: name of the current GPU, or ``None``; ``tuning_file``: where measured configurations are kept.
 
-    Example:
-        >>> sorted(info())
-        ['device', 'kernels', 'reason', 'torch', 'triton', 'tuning_file']
+@dataclass(frozen=True)
+class Info:
+    """What computes the ``tbn::`` operators on a GPU.
+
+    Attributes:
+        kernels: "triton" or "reference".
+        reason: why not Triton; empty if it is.
+        torch: version.
+        triton: version, or ``None``.
+        device: name of the current GPU, or ``None``.
+        tuning_file: where measured configurations are kept for it, or ``None``.
+        declined: calls that the reference computed although the kernels were registered, by reason.
     """
+
+    kernels: str
+    reason: str
+    torch: str
+    triton: str | None
+    device: str | None
+    tuning_file: str | None
+    declined: dict[str, int]
+
+
+def info() -> Info:
+    """What computes the ``tbn::`` operators on a GPU, and why."""
     reason = unavailable()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    found: dict[str, Any] = {"torch": torch.__version__, "triton": None, "device": device, "tuning_file": None}
+    version = path = None
     if reason is None:
         import triton
 
         from tbn_compiler.backends.triton.tuning import tuning_file
 
-        found["triton"] = triton.__version__
-        found["tuning_file"] = None if device is None else str(tuning_file(device))
-    return {"kernels": "triton" if reason is None else "reference", "reason": reason} | found
+        version = triton.__version__
+        path = None if device is None else str(tuning_file(device))
+    kernels = "triton" if reason is None else "reference"
+    return Info(kernels, reason or "", torch.__version__, version, device, path, dict(_declined))
 
 
 def linear_workspace(
@@ -104,7 +124,7 @@ def _kernel(module: str, name: str, fallback: Callable[..., Tensor]) -> Callable
     def call(*args: Any, **kwargs: Any) -> Tensor:
         reason = unavailable()
         if reason is not None:
-            log_once(reason)
+            decline(reason)
             return fallback(*args, **kwargs)
         function = getattr(importlib.import_module(f"{__name__}.{module}"), name)
         result: Tensor = function(*args, **kwargs)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from tbn_compiler.backends.triton import log_once, tuning
+from tbn_compiler.backends.triton import decline, tuning
 from tbn_compiler.backends.triton.kernels import conv as kernels
 from tbn_compiler.backends.triton.kernels import convert
 from tbn_compiler.backends.triton.linear import (
@@ -123,7 +123,7 @@ def _make_conv(d: int) -> Callable[..., Tensor]:
         try:
             plan = _plan(input, tile, alpha, input_alpha, layout, activation, geometry)
         except Unsupported as reason:
-            log_once(f"tbn::{op}: {reason}")
+            decline(f"tbn::{op}: {reason}")
             return reference.KERNELS[op](
                 input, tile, alpha, bias, in_channels, out_channels, kernel_size, p, input_alpha,
                 p_in=p_in, shift=shift, stride=stride, padding=padding, dilation=dilation, groups=groups,
@@ -301,7 +301,7 @@ def _library(plan: WeightPlan, geometry: Geometry, operands: Operands) -> None:
     positions = z[0, 0].numel()
     block = min(1024, max(32, power_of_two(positions)))
     images, channels = out.shape[:2]
-    convert.copy_channels[images * channels, triton.cdiv(positions, block)](
+    convert.copy_channels[(images * channels * triton.cdiv(positions, block),)](
         z, operands.alpha, operands.bias, out, channels, geometry.per_group, geometry.computed, positions,
         plan.rows_per_alpha,
         SCALED=not plan.mixed, HAS_BIAS=operands.bias is not None, FUNCTION=operands.epilogue, BLOCK=block,

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tbn_compiler.backends.triton import log_once, tuning
+from tbn_compiler.backends.triton import decline, tuning
 from tbn_compiler.backends.triton.kernels import convert
 from tbn_compiler.backends.triton.kernels import linear as kernels
 from tbn_compiler.backends.triton.plan import INDEX_LIMIT, Unsupported, WeightPlan, plan_weight
@@ -75,7 +75,7 @@ def linear(
     try:
         plan = plan_call(input, tile, alpha, input_alpha, layout, activation)
     except Unsupported as reason:
-        log_once(f"tbn::linear: {reason}")
+        decline(f"tbn::linear: {reason}")
         return reference.linear(
             input, tile, alpha, bias, in_features, out_features, p, input_alpha,
             p_in=p_in, shift=shift, activation=activation, epilogue=epilogue,
@@ -378,8 +378,8 @@ def unpack(
     per_group = plan.rows if per_group is None else per_group
     weight = torch.empty((groups * computed, plan.columns), dtype=dtype, device=tile.device)
     block_rows, block_k = 16, 256
-    grid = (triton.cdiv(groups * computed, block_rows), triton.cdiv(plan.columns, block_k))
-    convert.unpack_rows[grid](
+    blocks = triton.cdiv(groups * computed, block_rows) * triton.cdiv(plan.columns, block_k)
+    convert.unpack_rows[(blocks,)](
         tile, alpha, input_alpha, weight, computed, per_group, plan.rows, groups * computed, plan.columns,
         plan.row_size, plan.tile_size, plan.shift,
         KIND=plan.kind, MIXED=plan.mixed, BLOCKS=plan.blocks, BLOCK_ROWS=block_rows, BLOCK_K=block_k,

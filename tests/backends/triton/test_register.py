@@ -31,8 +31,8 @@ def test_registering_imports_no_triton() -> None:
 def test_info() -> None:
     pytest.importorskip("triton")
     found = backend.info()
-    assert (found["kernels"], found["reason"]) == ("triton", None)
-    assert found["torch"] == torch.__version__
+    assert (found.kernels, found.reason) == ("triton", "")
+    assert found.torch == torch.__version__
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def _without_triton(monkeypatch: pytest.MonkeyPatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     backend.unavailable.cache_clear()
-    backend.log_once.cache_clear()
+    monkeypatch.setattr(backend, "_declined", {})
     yield
     backend.unavailable.cache_clear()
 
@@ -48,11 +48,12 @@ def _without_triton(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.usefixtures("_without_triton")
 def test_without_triton(caplog: pytest.LogCaptureFixture) -> None:
     found = backend.info()
-    assert found["kernels"] == "reference"
-    assert "pip install" in found["reason"]
+    assert found.kernels == "reference"
+    assert "pip install" in found.reason
     kernel = backend._kernel("linear", "linear", reference.linear)
     args = (torch.randn(3, 64), pack_bits(torch.randn(16 * 64)), torch.ones(1), None, 64, 64, 4)
     with caplog.at_level(logging.INFO, logger="tbn_compiler.backends.triton"):
         assert torch.equal(kernel(*args), reference.linear(*args))
         kernel(*args)
+    assert list(backend.info().declined.values()) == [2]
     assert ["triton is not installed" in record.message for record in caplog.records] == [True]

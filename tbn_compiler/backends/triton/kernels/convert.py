@@ -78,10 +78,12 @@ def unpack_rows(
 ):
     """Float weights ``[num_rows, columns]`` for a library's kernel.
 
-    Row ``g * computed + j`` is row ``(g * per_group + j) mod period`` of the layer. Grid: (row blocks, column blocks).
+    Row ``g * computed + j`` is row ``(g * per_group + j) mod period`` of the layer. Grid: (row blocks * column
+    blocks,).
     """
-    target = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    first_k = tl.program_id(1) * BLOCK_K
+    row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
+    target = tl.program_id(0) % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_k = tl.program_id(0) // row_blocks * BLOCK_K
     rows = ((target // computed) * per_group + target % computed) % period
     weight = load_operand(
         tile, alpha, input_alpha, rows, first_k, period, columns, row_size, q, shift,
@@ -110,14 +112,16 @@ def copy_channels(
 ):
     """``out [N, channels, positions]`` from ``z [N, groups * computed, positions]``: scale, bias, function.
 
-    Channel ``g * per_group + j`` copies channel ``g * computed + j mod computed``. Grid: (N * channels, position
-    blocks).
+    Channel ``g * per_group + j`` copies channel ``g * computed + j mod computed``. Grid: (N * channels * position
+    blocks,).
     """
-    image = tl.program_id(0) // channels
-    channel = tl.program_id(0) % channels
+    position_blocks = tl.cdiv(positions, BLOCK)
+    plane = tl.program_id(0) // position_blocks
+    image = plane // channels
+    channel = plane % channels
     group = channel // per_group
     source = group * computed + (channel - group * per_group) % computed
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) % position_blocks * BLOCK + tl.arange(0, BLOCK)
     inside = at < positions
     z_channels = channels // per_group * computed
     z_begin = z + (image.to(tl.int64) * z_channels + source) * positions
@@ -127,5 +131,5 @@ def copy_channels(
     if HAS_BIAS:
         value = value + tl.load(bias + channel).to(tl.float32)
     value = activate(value, FUNCTION)
-    begin = out + tl.program_id(0).to(tl.int64) * positions
+    begin = out + plane.to(tl.int64) * positions
     tl.store(begin + at, value.to(out.dtype.element_ty), mask=inside)

@@ -28,7 +28,7 @@ def _no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(reason: str) -> None:
         raise AssertionError(f"left to the reference: {reason}")
 
-    monkeypatch.setattr(wrapper, "log_once", refuse)
+    monkeypatch.setattr(wrapper, "decline", refuse)
 
 
 def check(monkeypatch: pytest.MonkeyPatch, kernel: str, call: Call, x: Any, **options: Any) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_bad_operands_are_refused() -> None:
 
 def test_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str] = []
-    monkeypatch.setattr(wrapper, "log_once", reasons.append)
+    monkeypatch.setattr(wrapper, "decline", reasons.append)
     call = Call((16, 8, 3, 3), 8, 4)
     x = call.input(2, 7, 6)
     got = call(conv2d, x, p_in=2, activation="int8")
