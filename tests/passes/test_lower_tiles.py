@@ -361,6 +361,24 @@ def test_non_finite_weights_are_named(key: str, value: float) -> None:
     assert list(qat.state_dict()) == state
 
 
+def test_refused_layers_stay_as_they_are() -> None:
+    """With a place for the reasons, other layers are lowered; a weight in all of its calls or in none."""
+    shared = nn.Linear(16, 16)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), shared)
+    qat = tbn.transform(model, TilingConfig(p=4, min_size=0)).eval()
+    with torch.no_grad():
+        qat.get_parameter("0.alpha_source")[0, 0] = torch.inf
+    x = torch.randn(3, 16)
+    expected = qat(x)
+    refusals: dict[fx.Node, str] = {}
+    assert LowerTiles(refusals=refusals).call(qat).modified
+    assert [str(node.args[1]) for node in refusals] == ["scale_default"] * 2
+    assert all("0.alpha_source of shape (16, 16) has 1 non-finite values" in reason for reason in refusals.values())
+    operators = [str(node.target) for node in qat.graph.nodes if "tbn" in str(node.target)]
+    assert sorted(operators) == ["tbn.linear.default", "tbn.scale.default", "tbn.tile.default"]
+    torch.testing.assert_close(qat(x), expected, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "read",
     [

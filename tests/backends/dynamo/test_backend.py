@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._dynamo.backends.debugging import aot_eager
 
 import tbn_compiler as tbn
 from tbn_compiler.backends import dynamo
@@ -105,6 +106,14 @@ def _optimizer_step(module: nn.Module) -> None:
     torch.optim.SGD(module.parameters(), lr=1.0).step()
 
 
+def _compiled_optimizer_step(module: nn.Module) -> None:
+    """What a compiled graph writes counts as a change, too."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=torch.tensor(1.0))
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.compile(optimizer.step, backend="aot_eager")()
+
+
 CHANGES: list[Callable[[nn.Module], None]] = [
     _in_place,
     _load,
@@ -114,6 +123,7 @@ CHANGES: list[Callable[[nn.Module], None]] = [
     _half_and_back,
     _norm_statistics,
     _optimizer_step,
+    _compiled_optimizer_step,
 ]
 
 
@@ -396,6 +406,28 @@ def test_inference_mode(eager_graphs: list[fx.GraphModule]) -> None:
     with torch.inference_mode():
         packed.get_buffer("0.weight_alpha").mul_(2)
         torch.testing.assert_close(fast(x), packed(x))
+
+
+def test_weights_keep_their_place_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs copy the inputs that may move: all but the module's own tensors and those computed from them."""
+    found: list[tuple[int, list[int]]] = []
+
+    def compile_fx(gm: fx.GraphModule, inputs: Any, options: Any) -> Any:
+        result = aot_eager(gm, inputs)
+        metadata = torch._guards.TracingContext.get().fw_metadata
+        assert metadata is not None
+        sizes = [index for index, value in enumerate(inputs) if isinstance(value, torch.SymInt)]
+        moving = set(range(len(inputs))) - set(metadata.static_input_indices) - set(sizes)
+        found.append((len(inputs), [len(inputs[index].shape) for index in moving]))
+        return result
+
+    monkeypatch.setattr(dynamo, "_compile_fx", compile_fx)
+    for module in (tbn.lower(tiled(convnet())), tiled(convnet())):
+        fast = compiled(module)
+        for batch in (2, 3):
+            equal(fast, module, torch.randn(batch, 3, 8, 8))
+    # The image; tile, alpha and bias of both layers; the size of the batch in every second graph.
+    assert found == [(7, [4]), (8, [4])] * 2
 
 
 # What is left to Inductor
