@@ -87,6 +87,15 @@ static int start_worker(struct worker *worker) {
     return 1;
 }
 
+/* Waits until a worker is done. Where it lost its core to another thread, spinning would only keep it from coming back. */
+static void wait_for(struct worker *worker) {
+    for (int spin = 0; atomic_load(&worker->state) != IDLE; spin += spin < SPINS)
+        if (spin < SPINS)
+            relax();
+        else
+            sched_yield();
+}
+
 void tbn_parallel(size_t threads, void (*body)(void *), void *job) {
     pthread_once(&once, install_fork_handlers);
     size_t helpers = threads < 1 ? 0 : threads - 1;
@@ -112,8 +121,7 @@ void tbn_parallel(size_t threads, void (*body)(void *), void *job) {
     body(job);
     for (size_t i = 0; i < helpers; i++)
         if (!change(&workers[i], OFFERED, IDLE))
-            while (atomic_load(&workers[i].state) != IDLE)
-                relax();
+            wait_for(&workers[i]);
     pthread_mutex_unlock(&pool_lock);
 }
 
