@@ -10,16 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
 
-from tbn_compiler.backends.c.emit import emit_header, emit_source
 from tbn_compiler.backends.c.frontend import import_graph, supported_operators
 from tbn_compiler.backends.c.options import Options, OptimizeFor, ScratchOwner, Target
+from tbn_compiler.backends.c.package import PACKAGES, check_source_path, compute_vectors, single_file, write_files
 from tbn_compiler.backends.c.plan import Plan
 from tbn_compiler.backends.c.planner import build_plan
 from tbn_compiler.errors import ExportError
-from tbn_compiler.files import replacing
+
+Package = Literal["arduino", "cmake"]
 
 __all__ = ["Plan", "export_c", "supported_operators"]
 
@@ -35,21 +37,34 @@ def export_c(
     target: Target = "generic",
     skip_zeros: bool = False,
     layer_hook: bool = False,
+    self_test: bool = False,
+    package: Package | None = None,
 ) -> Plan:
     """Write a model as one C99 file and a header, without malloc or any dependency but the standard library.
 
-    The header declares ``void <name>_run(const float *input, float *output)`` and the macros
-    ``<NAME>_INPUT_SIZE``, ``<NAME>_OUTPUT_SIZE`` (elements), ``<NAME>_SCRATCH_BYTES`` and ``<NAME>_WEIGHT_BYTES``.
-    Tiles stay packed at one bit an element, and of a tiled layer only the rows that differ are computed.
+    The header declares ``void <name>_run(const float *input, float *output)``, or a parameter for each of several inputs
+    and outputs, and the macros ``<NAME>_INPUT_SIZE``, ``<NAME>_OUTPUT_SIZE`` (elements), ``<NAME>_SCRATCH_BYTES``,
+    ``<NAME>_WEIGHT_BYTES`` and ``<NAME>_TOTAL_BYTES``. Tiles stay packed at one bit an element, and of a tiled layer only
+    the rows that differ are computed.
 
     Args:
         module: a lowered module (:func:`tbn_compiler.lower`); a trained one is lowered on the way, and layers in
             float become float arrays. Always exported in evaluation mode, and never changed.
-        example_inputs: a float32 tensor, or a tuple with one; it fixes every shape, the batch (usually 1) included.
-        path: the ``.c`` file to write; the header goes beside it. Both are written, or none.
+        example_inputs: a tensor, or a tuple with one for each argument of ``forward``; float32, or integers, which are
+            ``int32_t`` in C. They fix every shape, the batch (usually 1) included.
+        path: the ``.c`` file to write, beside which the header goes; with ``package`` the folder. All files are written,
+            or none.
         name: prefix of every symbol, so that several models link into one program.
         scratch: ``"static"``, intermediate results lie in one static block, or ``"caller"``, the run function takes
             ``void *scratch`` with ``<NAME>_SCRATCH_BYTES`` bytes aligned for float, and is reentrant.
+        optimize: what kernels are chosen for: ``"speed"``, ``"size"`` (code, constants and scratch), or ``"balanced"``.
+        target: the processor whose costs decide; the C stays portable.
+        skip_zeros: let kernels skip inputs that are 0; the run time then depends on the data.
+        layer_hook: call the macro ``<NAME>_LAYER_HOOK(index, layer)`` behind every step, for a timer of yours.
+        self_test: add ``int <name>_self_test(void)``, which runs the model on the example inputs and compares with what
+            PyTorch gives.
+        package: ``"arduino"``, a library for the Arduino IDE with an example that runs the example inputs, or
+            ``"cmake"``, a project with an interface target and a test.
 
     Returns:
         The plan: kernels, constants, buffers with their offsets, and sizes in bytes.
@@ -65,16 +80,18 @@ def export_c(
         (3316, 512)
     """
     options = Options(name, scratch, optimize, target, skip_zeros, layer_hook)
-    source = Path(path)
-    if source.suffix != ".c" or any(char in source.name for char in '"\\\n'):
-        raise ExportError(f"path {str(source)!r} must end in .c and hold no quote, backslash or line break")
-    header = source.with_suffix(".h")
+    if package is not None and package not in PACKAGES:
+        raise ExportError(f"package={package!r} is not one of {', '.join(map(repr, PACKAGES))}, or None")
+    if package is None:
+        check_source_path(Path(path))
     plan = build_plan(import_graph(module, example_inputs), options)
-    source_text, header_text = emit_source(plan, header.name), emit_header(plan)
-    try:
-        with replacing(source) as new_source, replacing(header) as new_header:
-            new_source.write_text(source_text, encoding="utf-8", newline="\n")
-            new_header.write_text(header_text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise ExportError(f"cannot write {error.filename or source}: {error.strerror}") from error
+    if package is None and not self_test:
+        write_files(single_file(plan, Path(path), None))
+        return plan
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    vectors = compute_vectors(module, inputs)
+    if package is None:
+        write_files(single_file(plan, Path(path), vectors))
+    else:
+        write_files(PACKAGES[package](plan, Path(path), vectors), folder=Path(path))
     return plan

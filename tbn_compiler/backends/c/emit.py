@@ -12,12 +12,16 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 import numpy as np
 
 from tbn_compiler.backends.c import ir
-from tbn_compiler.backends.c.plan import C_TYPES, Argument, At, Call, Index, Plan, PlannedConstant, Struct, Workspace
+from tbn_compiler.backends.c.plan import C_TYPES, Argument, At, Call, Index, Plan, Struct, Workspace
+
+if TYPE_CHECKING:
+    from tbn_compiler.backends.c.package import Vectors
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _BYTES_PER_LINE = 16
@@ -34,7 +38,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"comment": c_comment, "shape": c_shape, "table": c_table, "string_literal": c_string}
+    environment.filters |= {"comment": c_comment, "shape": c_shape, "numbers": c_numbers, "float": c_float, "string_literal": c_string}
     return environment
 
 
@@ -68,12 +72,13 @@ def _with_needs(templates: Iterable[str]) -> list[str]:
     return list(result)
 
 
-def emit_source(plan: Plan, header: str) -> str:
+def emit_source(plan: Plan, header: str, vectors: Vectors | None = None) -> str:
     """The ``.c`` file.
 
     Args:
         plan: what to print.
         header: file name to include.
+        vectors: what a self-test compares; without them there is none.
     """
     templates = _with_needs(plan.kernels)
     headers = {header for template in templates for header in _declared(template, "headers")}
@@ -84,19 +89,23 @@ def emit_source(plan: Plan, header: str) -> str:
         _environment()
         .get_template("file/model.c")
         .render(
-            _context(plan),
+            _context(plan, vectors),
             header=header,
             templates=templates,
             headers=sorted(headers | {"stddef.h"}),
             printer=printer,
-            types=C_TYPES,
         )
     )
 
 
-def emit_header(plan: Plan) -> str:
-    """The ``.h`` file."""
-    return _environment().get_template("file/model.h").render(_context(plan))
+def emit_header(plan: Plan, vectors: Vectors | None = None) -> str:
+    """The ``.h`` file; ``vectors`` as for :func:`emit_source`."""
+    return _environment().get_template("file/model.h").render(_context(plan, vectors))
+
+
+def emit_package_file(file: str, plan: Plan, vectors: Vectors) -> str:
+    """A file of a package, from the template of that name."""
+    return _environment().get_template(f"package/{file}").render(_context(plan, vectors))
 
 
 def emit_host_main(name: str, scratch: str, header: str) -> str:
@@ -105,8 +114,21 @@ def emit_host_main(name: str, scratch: str, header: str) -> str:
     return _environment().get_template("file/host_main.c").render(context)
 
 
-def _context(plan: Plan) -> dict[str, object]:
-    return {"plan": plan, "name": plan.name, "macro": plan.name.upper(), "signature": c_signature(plan)}
+def _context(plan: Plan, vectors: Vectors | None) -> dict[str, object]:
+    ports = [port.name for port in (*plan.inputs, *plan.outputs)]
+    scratch = ["scratch"] if plan.scratch == "caller" else []
+    tested = [f"{plan.name}_test_{port.name}" for port in plan.inputs] + [port.name for port in plan.outputs]
+    return {
+        "plan": plan,
+        "name": plan.name,
+        "macro": plan.name.upper(),
+        "signature": c_signature(plan),
+        "arguments": ", ".join([*ports, *scratch]),
+        "test_arguments": ", ".join([*tested, *scratch]),
+        "vectors": vectors,
+        "types": C_TYPES,
+        "zip": zip,
+    }
 
 
 def c_signature(plan: Plan) -> str:
@@ -174,9 +196,9 @@ def c_float(value: float) -> str:
     return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
 
 
-def c_table(planned: PlannedConstant) -> str:
+def c_numbers(array: np.ndarray) -> str:
     """The elements of an array as lines of an initialiser."""
-    array = planned.constant.array.reshape(-1)
+    array = array.reshape(-1)
     if array.dtype == np.float32:
         items, per_line = [c_float(value) for value in array.tolist()], _NUMBERS_PER_LINE
     elif array.dtype == np.uint8:
@@ -196,11 +218,11 @@ def c_shape(shape: tuple[int, ...]) -> str:
 
 
 def c_string(text: str) -> str:
-    """A string literal; what is no plain ASCII becomes ``?``."""
-    plain = "".join(char if " " <= char <= "~" and char not in '"\\?' else "?" for char in text)
-    return f'"{plain}"'
+    """A string literal; what is not plain ASCII becomes ``_``. No two ``?`` stand together: C99 has trigraphs."""
+    plain = "".join(char if " " <= char <= "~" and char not in '"\\' else "_" for char in text)
+    return f'"{plain.replace("?", "_")}"'
 
 
 def c_comment(text: str) -> str:
-    """A name for use inside a comment, which it must neither end nor seem to open."""
-    return text.replace("*/", "* /").replace("/*", "/ *")
+    """A name for use inside a comment, which it must neither end nor seem to open, nor hold a trigraph."""
+    return text.replace("*/", "* /").replace("/*", "/ *").replace("??", "? ?")

@@ -26,7 +26,7 @@ from tbn_compiler.backends.c.memory import (
     resolve_parts,
     share_storage,
 )
-from tbn_compiler.backends.c.names import SymbolTable
+from tbn_compiler.backends.c.names import KEYWORDS, SymbolTable
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.plan import (
     At,
@@ -60,7 +60,7 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
     symbols = SymbolTable(template_names())
     stored = _name({c: c.name for implementation in implementations for c in constants(implementation)}, symbols)
     described = _name({s: s.name for implementation in implementations for s in structs(implementation)}, symbols)
-    local_names = SymbolTable((*_LOCAL_NAMES, *(f"{options.name}_{symbol}" for symbol in symbols.taken)))
+    local_names = SymbolTable((*_LOCAL_NAMES, *KEYWORDS, *(f"{options.name}_{symbol}" for symbol in symbols.taken)))
     inputs = _ports(graph.inputs, "input", [value.name for value in graph.inputs], local_names)
     outputs = _ports(results, "output", [f"out{index}" for index in range(len(results))], local_names)
     memory = _Memory(operations, parts, implementations, inputs, outputs, local_names)
@@ -115,7 +115,13 @@ def _ports(values: Sequence[ir.Value], only: str, names: Sequence[str], symbols:
     """Name the parameters: ``only`` if there is one, else ``names``."""
     if len(values) == 1:
         return (Port(only, values[0]),)
-    return tuple(Port(symbols.unique(name), value) for name, value in zip(names, values, strict=True))
+    ports: list[Port] = []
+    for name, value in zip(names, values, strict=True):
+        symbol = symbols.unique(name)
+        while symbol.upper() in {port.name.upper() for port in ports}:  # macros are in capitals
+            symbol = symbols.unique(name)
+        ports.append(Port(symbol, value))
+    return tuple(ports)
 
 
 def _plus(pointer: str, offset: int) -> str:

@@ -21,7 +21,7 @@
 {% set array = planned.constant.array %}
 /* {{ planned.constant.name | comment }}: {{ array.shape | shape }} {{ "bytes of packed bits" if planned.constant.packed else types[array.dtype.name] }} */
 static const {{ types[array.dtype.name] }} {{ name }}_{{ planned.symbol }}[{{ array.size }}] = {
-{{ planned | table }}
+{{ array | numbers }}
 };
 
 {% endfor %}
@@ -69,3 +69,7 @@ static float {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES / sizeof(float)];
 {% endif %}
 {% endfor %}
 }
+{% if vectors %}
+
+{% include "file/self_test.c" %}
+{% endif %}

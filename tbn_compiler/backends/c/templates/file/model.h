@@ -33,6 +33,14 @@ extern "C" {
 {% endif %}
  */
 {{ signature }};
+{% if vectors %}
+
+/*
+ * Run the model on a stored input. Returns 0 if all outputs are as expected, else the number of the first one that is
+ * not, counted from 1. The stored vectors are not in the sizes above.
+ */
+int {{ name }}_self_test(void);
+{% endif %}
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,127 @@
+"""The files of an export: the C file and its header alone, or a folder that a build system takes as it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from tbn_compiler.backends.c.emit import emit_header, emit_package_file, emit_source
+from tbn_compiler.backends.c.plan import Plan
+from tbn_compiler.errors import ExportError
+from tbn_compiler.files import replacing
+
+# Share of the largest expected element by which an output may differ on another machine, whose math.h rounds otherwise.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """One input of a model and what PyTorch gives for it, an array for each parameter of the run function.
+
+    Attributes:
+        inputs, outputs: flat arrays, ``float32`` or ``int32``.
+    """
+
+    inputs: tuple[np.ndarray, ...]
+    outputs: tuple[np.ndarray, ...]
+
+    @property
+    def tolerances(self) -> tuple[float, ...]:
+        """How much each output may differ; integers may not."""
+        return tuple(
+            float(np.float32(TOLERANCE * np.abs(array).max())) if array.dtype == np.float32 else 0.0
+            for array in self.outputs
+        )
+
+
+def compute_vectors(module: nn.Module, inputs: Sequence[Tensor]) -> Vectors:
+    """Run a module in evaluation mode.
+
+    Raises:
+        ExportError: an output is not finite, so that it cannot be compared.
+    """
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            outputs = _pytree.tree_leaves(module(*inputs))
+    finally:
+        for part, mode in training.items():
+            part.training = mode
+    for index, output in enumerate(outputs):
+        if output.is_floating_point() and not output.isfinite().all():
+            raise ExportError(f"output {index} of the example inputs is not finite: a self-test needs other inputs")
+    return Vectors(tuple(map(_flat, inputs)), tuple(map(_flat, outputs)))
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    array = tensor.detach().cpu().flatten().numpy()
+    return array.astype(np.float32 if tensor.is_floating_point() else np.int32)
+
+
+def check_source_path(path: Path) -> None:
+    """Refuse a path that a C file cannot have, or that its header's ``#include`` cannot name."""
+    if path.suffix != ".c" or any(char in path.name for char in '"\\\n'):
+        raise ExportError(f"path {str(path)!r} must end in .c and hold no quote, backslash or line break")
+
+
+def single_file(plan: Plan, path: Path, vectors: Vectors | None) -> dict[Path, str]:
+    """The C file and, beside it, its header; with a self-test if there are ``vectors``."""
+    header = path.with_suffix(".h")
+    return {path: emit_source(plan, header.name, vectors), header: emit_header(plan, vectors)}
+
+
+def arduino_library(plan: Plan, folder: Path, vectors: Vectors) -> dict[Path, str]:
+    """A library folder for the Arduino IDE, with an example that runs one stored input."""
+    name = plan.name
+    if not name[0].isalpha():
+        raise ExportError(f"name={name!r}: the name of an Arduino library begins with a letter")
+    return {
+        folder / "library.properties": emit_package_file("library.properties", plan, vectors),
+        folder / "src" / f"{name}.c": emit_source(plan, f"{name}.h"),
+        folder / "src" / f"{name}.h": emit_header(plan),
+        folder / "examples" / name / f"{name}.ino": emit_package_file("example.ino", plan, vectors),
+    }
+
+
+def cmake_project(plan: Plan, folder: Path, vectors: Vectors) -> dict[Path, str]:
+    """A folder for ``add_subdirectory``, which also builds alone and tests itself."""
+    name = plan.name
+    return {
+        folder / "CMakeLists.txt": emit_package_file("CMakeLists.txt", plan, vectors),
+        folder / "src" / f"{name}.c": emit_source(plan, f"{name}.h", vectors),
+        folder / "include" / f"{name}.h": emit_header(plan, vectors),
+        folder / "test" / "main.c": emit_package_file("self_test_main.c", plan, vectors),
+    }
+
+
+PACKAGES = {"arduino": arduino_library, "cmake": cmake_project}
+
+
+def write_files(files: Mapping[Path, str], folder: Path | None = None) -> None:
+    """Write all files, or none. Folders are made inside ``folder``, which may be new itself.
+
+    Raises:
+        ExportError: a file cannot be written.
+    """
+    made: list[Path] = []
+    try:
+        with contextlib.ExitStack() as stack:
+            for path, text in files.items():
+                if folder is not None:
+                    missing = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    made += reversed(missing)
+                stack.enter_context(replacing(path)).write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # not empty: something was written there meanwhile
+                path.rmdir()
+        raise ExportError(f"cannot write {error.filename or next(iter(files))}: {error.strerror}") from error

@@ -1,0 +1,41 @@
+/* One input and what PyTorch gave for it. */
+{% for port, array in zip(plan.inputs, vectors.inputs) %}
+static const {{ types[array.dtype.name] }} {{ name }}_test_{{ port.name }}[{{ macro }}_{{ port.name.upper() }}_SIZE] = {
+{{ array | numbers }}
+};
+{% endfor %}
+{% for port, array in zip(plan.outputs, vectors.outputs) %}
+static const {{ types[array.dtype.name] }} {{ name }}_test_{{ port.name }}[{{ macro }}_{{ port.name.upper() }}_SIZE] = {
+{{ array | numbers }}
+};
+{% endfor %}
+
+int {{ name }}_self_test(void)
+{
+{% for port in plan.outputs %}
+    static {{ types[port.value.dtype] }} {{ port.name }}[{{ macro }}_{{ port.name.upper() }}_SIZE];
+{% endfor %}
+{% if plan.scratch == "caller" %}
+    /* A model may need no scratch memory, an array needs an element. */
+    static float scratch[{{ macro }}_SCRATCH_BYTES / sizeof(float) + ({{ macro }}_SCRATCH_BYTES == 0)];
+{% endif %}
+
+    {{ name }}_run({{ test_arguments }});
+{% for port, tolerance in zip(plan.outputs, vectors.tolerances) %}
+    for (size_t i = 0; i < {{ macro }}_{{ port.name.upper() }}_SIZE; ++i) {
+{% if port.value.dtype == "float32" %}
+        const float error = {{ port.name }}[i] - {{ name }}_test_{{ port.name }}[i];
+
+        /* Not the other way round: NaN is an error too. */
+        if (!(error <= {{ tolerance | float }} && error >= -{{ tolerance | float }})) {
+            return {{ loop.index }};
+        }
+{% else %}
+        if ({{ port.name }}[i] != {{ name }}_test_{{ port.name }}[i]) {
+            return {{ loop.index }};
+        }
+{% endif %}
+    }
+{% endfor %}
+    return 0;
+}

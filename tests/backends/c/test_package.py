@@ -1,0 +1,170 @@
+"""Packages, self-tests and hooks: what is around the model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tbn_compiler as tbn
+from tbn_compiler import ExportError
+from tbn_compiler.backends.c import export_c, host
+from tests.backends.c.toolchain import WARNINGS, needs_cc, sanitizer_flags
+
+
+class TwoWays(nn.Module):
+    """Two inputs, a float and an integer output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor, register: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.net(x) * register
+        return y, y.argmax(1)
+
+
+def two_ways() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    return tbn.transform(TwoWays(), tbn.TilingConfig(p=2, min_size=0)), (torch.randn(2, 8), torch.rand(2, 3))
+
+
+def compile_and_run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [*shlex.split(host.find_compiler() or "cc"), "-std=c99", *WARNINGS, *sanitizer_flags()]
+    built = subprocess.run([*command, *map(str, arguments), "-lm", "-o", folder / "run"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return subprocess.run([folder / "run"], capture_output=True, text=True)
+
+
+@needs_cc
+@pytest.mark.parametrize("scratch", ["static", "caller"])
+def test_the_self_test_finds_a_changed_weight(scratch: Any, tmp_path: Path) -> None:
+    module, inputs = two_ways()
+    export_c(module, inputs, tmp_path / "net.c", name="net", scratch=scratch, self_test=True)
+    (tmp_path / "main.c").write_text('#include "net.h"\nint main(void) { return net_self_test(); }\n')
+    assert compile_and_run(tmp_path / "main.c", tmp_path / "net.c", folder=tmp_path).returncode == 0
+    text = (tmp_path / "net.c").read_text()
+    # `register` is a keyword in C: the parameter has another name.
+    assert "const float *x, const float *register_2" in text
+    assert "const float *register," not in text
+    broken = re.sub(r"(_weight_alpha\[1\] = {\n    )", r"\g<1>9.0f *", text)
+    assert broken != text
+    (tmp_path / "net.c").write_text(broken)
+    assert compile_and_run(tmp_path / "main.c", tmp_path / "net.c", folder=tmp_path).returncode == 1
+
+
+def test_a_self_test_needs_finite_outputs(tmp_path: Path) -> None:
+    class Log(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.log()
+
+    with pytest.raises(ExportError, match="output 0 of the example inputs is not finite"):
+        export_c(Log(), torch.zeros(1, 4), tmp_path / "net.c", self_test=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+@needs_cc
+def test_the_cmake_project_builds_and_tests_itself(tmp_path: Path) -> None:
+    module, inputs = two_ways()
+    export_c(module, inputs, tmp_path / "net", name="net", package="cmake")
+    for command in (
+        ["cmake", "-S", "net", "-B", "build", f"-DCMAKE_C_FLAGS={' '.join(WARNINGS)}"],
+        ["cmake", "--build", "build"],
+        ["ctest", "--test-dir", "build", "--output-on-failure"],
+    ):
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert "100% tests passed" in result.stdout
+    # As a part of another project it brings its source and header, and no test.
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.13)\nproject(user C)\nadd_subdirectory(net)\n"
+        "add_executable(user user.c)\ntarget_link_libraries(user PRIVATE net)\n"
+    )
+    (tmp_path / "user.c").write_text('#include "net.h"\nint main(void) { return net_self_test(); }\n')
+    for command in (["cmake", "-S", ".", "-B", "outer"], ["cmake", "--build", "outer"], ["outer/user"]):
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert not list((tmp_path / "outer").rglob("*self_test*"))
+
+
+# What the example needs of Arduino's own header, on this computer.
+_ARDUINO = """
+#include <stdio.h>
+static unsigned long micros(void) { return 0; }
+static void delay(unsigned long milliseconds) { (void)milliseconds; }
+static struct {
+    void begin(long baud) { (void)baud; }
+    void print(const char *text) { printf("%s", text); }
+    void print(double value, int digits) { printf("%.*f", digits, value); }
+    void print(int value) { printf("%d", value); }
+    void println(unsigned long value) { printf("%lu\\n", value); }
+    void println(double value, int digits) { printf("%.*f\\n", digits, value); }
+    void println(int value) { printf("%d\\n", value); }
+} Serial;
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("scratch", ["static", "caller"])
+def test_the_arduino_example_prints_what_pytorch_gives(scratch: Any, tmp_path: Path) -> None:
+    """The IDE compiles the example as C++ and the library's C file as C."""
+    module, inputs = two_ways()
+    export_c(module, inputs, tmp_path / "net", name="net", package="arduino", scratch=scratch)
+    folder = tmp_path / "net"
+    written = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert written == ["examples/net/net.ino", "library.properties", "src/net.c", "src/net.h"]
+    properties = dict(line.split("=", 1) for line in (folder / "library.properties").read_text().splitlines())
+    required = {"name", "version", "author", "maintainer", "sentence", "paragraph", "category", "url", "architectures"}
+    assert required <= set(properties)
+    assert properties["category"] == "Data Processing"  # the IDE knows only certain ones
+    example = (folder / "examples" / "net" / "net.ino").read_text()
+    (tmp_path / "main.cpp").write_text(_ARDUINO + example + "int main() { setup(); loop(); return 0; }\n")
+    compiler = shlex.split(host.find_compiler() or "cc")
+    for command in (
+        [*compiler, "-std=c99", *WARNINGS, "-c", folder / "src" / "net.c", "-o", tmp_path / "net.o"],
+        ["g++", "-std=c++11", f"-I{folder / 'src'}", tmp_path / "main.cpp", tmp_path / "net.o", "-o", tmp_path / "run"],
+    ):
+        built = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr
+    printed = subprocess.run([tmp_path / "run"], capture_output=True, text=True).stdout
+    pairs = [tuple(map(float, line.split(": ")[1].split(", "))) for line in printed.splitlines() if "expected" in line]
+    expected = [*module.eval()(*inputs)[0].flatten().tolist(), *module(*inputs)[1].tolist()]
+    assert [pair[1] for pair in pairs] == pytest.approx(expected, abs=1e-5)
+    assert [pair[0] for pair in pairs] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_package_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "net" / "src").mkdir(parents=True)
+    (tmp_path / "net" / "src" / "net.h").mkdir()  # in the way
+    with pytest.raises(ExportError, match=r"cannot write .*net\.h: Is a directory"):
+        export_c(nn.ReLU(), torch.ones(1, 4), tmp_path / "net", name="net", package="arduino")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["net", "net.h", "src"]
+    with pytest.raises(ExportError, match="package='zip' is not one of 'arduino', 'cmake', or None"):
+        export_c(nn.ReLU(), torch.ones(1, 4), tmp_path / "other", package="zip")  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="cannot write"):
+        (tmp_path / "file").write_text("old")
+        export_c(nn.ReLU(), torch.ones(1, 4), tmp_path / "file", package="cmake")
+    assert (tmp_path / "file").read_text() == "old"
+
+
+@needs_cc
+def test_the_layer_hook_is_called_behind_every_step(tmp_path: Path) -> None:
+    net = nn.Sequential()
+    net.add_module("odd??/name", nn.Linear(4, 4))
+    net.add_module("act", nn.Sigmoid())
+    export_c(net, torch.zeros(1, 4), tmp_path / "net.c", name="net", layer_hook=True)
+    (tmp_path / "main.c").write_text(
+        '#include <stdio.h>\n#define NET_LAYER_HOOK(index, layer) printf("%d %s\\n", index, layer)\n'
+        '#include "net.c"\nint main(void) { float x[4] = {0}, y[4]; net_run(x, y); return 0; }\n'
+    )
+    assert compile_and_run(tmp_path / "main.c", folder=tmp_path).stdout == "0 odd__/name\n1 act\n"
+    # Without a definition it is nothing.
+    (tmp_path / "main.c").write_text('#include "net.c"\nint main(void) { float x[4] = {0}, y[4]; net_run(x, y); return 0; }\n')
+    assert compile_and_run(tmp_path / "main.c", folder=tmp_path).stdout == ""
