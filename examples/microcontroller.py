@@ -1,6 +1,7 @@
-"""Four small networks with real data, for a microcontroller, trained in PyTorch.
+"""Four small networks with real data, from PyTorch to C.
 
     python examples/microcontroller.py train --data DIR      # float, binary and tiled networks; keeps those of seed 0
+    python examples/microcontroller.py measure --data DIR    # exports them and runs the C
     python examples/microcontroller.py page                  # writes docs/microcontroller_examples.md
 
 DIR has a folder for each data set: ``mnist`` (the four idx files), ``fsdd`` (the ``recordings`` of the Free Spoken
@@ -23,6 +24,7 @@ import safetensors.torch
 import torch
 from example_data import DataError
 from mcu import forecast, images, keywords, report
+from mcu.target import run_as_c
 from mcu.task import Dataset, Network, Task
 from mcu.training import train_networks
 from torch import nn
@@ -41,7 +43,7 @@ def train(tasks: Sequence[Task], options: argparse.Namespace, results: dict[str,
         seeds = [seed for seed in range(options.seeds) if not is_trained(task, seed, results)]
         if not seeds:
             continue
-        data = load(task, options)
+        data = load(task, options.data)
         examples = data.for_choices() if options.validate else data.for_results()
         for seed in seeds:
             entry = results["tasks"].setdefault(task.name, {"networks": {}})
@@ -61,12 +63,40 @@ def train(tasks: Sequence[Task], options: argparse.Namespace, results: dict[str,
             save(results, options.results)
 
 
-def load(task: Task, options: argparse.Namespace) -> Dataset:
-    """The task's data from ``--data``, or made up."""
-    if options.made_up:
+def measure(tasks: Sequence[Task], options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Export and run the networks of seed 0 that ``results`` has no measurement of.
+
+    Raises:
+        DataError: a network was not trained, or its file is missing.
+        ExportError: it cannot be exported, or there is no compiler.
+    """
+    for task in tasks:
+        networks = results["tasks"].get(task.name, {"networks": {}})["networks"]
+        data = load(task, options.data)
+        for name, network in task.networks.items():
+            path = options.models / f"{task.name}-{name}.safetensors"
+            if name not in networks or not path.is_file():
+                raise DataError(f"{path} or its result is missing: train first")
+            if "target" in networks[name] and not options.again:
+                continue
+            model = restore(task, network, path)
+            _, test = data.for_results()
+            networks[name]["target"] = run_as_c(network, model, test.head(task.run_as_c), f"{task.name}_{name}")
+            save(results, options.results)
+            target = networks[name]["target"]
+            print(
+                f"{task.name:9} {name:7} {target['weight_bytes']:7,} B weights, {target['scratch_bytes']:6,} B RAM, "
+                f"error at most {target['host']['max_error']:.1e}",
+                flush=True,
+            )
+
+
+def load(task: Task, folder: Path | None) -> Dataset:
+    """The task's data from a folder, or made up."""
+    if folder is None:
         torch.manual_seed(0)
         return task.made_up()
-    return task.load(options.data)
+    return task.load(folder)
 
 
 def keep(network: Network, model: nn.Module, path: Path) -> None:
@@ -134,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.epochs:
         tasks = [task.trial(options.epochs) for task in tasks]
     try:
-        train(tasks, options, results)
+        {"train": train, "measure": measure}[options.command](tasks, options, results)
     except (DataError, tbn.TBNError) as error:
         print(f"microcontroller: {error}", file=sys.stderr)
         return 1
@@ -144,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, what in (("train", "train the networks"), ("page", "write the tables")):
+    for command, what in (("train", "train the networks"), ("measure", "run their C"), ("page", "write the tables")):
         sub = commands.add_parser(command, help=what, description=what)
         sub.add_argument("--results", type=Path, metavar="FILE", default=RESULTS, help="result file to extend")
         if command == "page":
@@ -155,15 +185,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         sub.add_argument("--task", action="append", choices=TASKS, help="only this one; can be repeated")
         sub.add_argument("--models", type=Path, metavar="DIR", default=ROOT / "build" / "microcontroller")
         sub.add_argument("--epochs", type=int, metavar="N", help="a trial: N epochs in batches of 32")
-        sub.add_argument("--seeds", type=int, default=3, help="number of runs (default: %(default)s)")
-        sub.add_argument("--validate", action="store_true", help="hold out the validation part and measure on it")
+        if command == "train":
+            sub.add_argument("--seeds", type=int, default=3, help="number of runs (default: %(default)s)")
+            sub.add_argument("--validate", action="store_true", help="hold out the validation part and measure on it")
+        else:
+            sub.add_argument("--again", action="store_true", help="measure what was measured before, too")
     options = parser.parse_args(arguments)
     if options.command != "page":
         for name in ("seeds", "epochs"):
             value = getattr(options, name, None)
             if value is not None and value < 1:
                 parser.error(f"--{name} must be at least 1")
-        trial = options.made_up or options.epochs or options.validate
+        trial = options.made_up or options.epochs or getattr(options, "validate", False)
         if trial and options.results == RESULTS:
             parser.error("a trial needs --results and --models of its own: its figures do not belong among the others")
     return options

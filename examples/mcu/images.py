@@ -85,6 +85,7 @@ MLP = Task(
     build=mlp,
     load=read,
     made_up=made_up,
+    run_as_c=10_000,
     networks={
         "float": Network("float", Recipe(epochs=40, lr=1e-3)),
         "binary": Network("binary, p = 1", Recipe(epochs=40, lr=1e-3, distill=0.7), _BINARY),
@@ -104,13 +105,14 @@ CNN = Task(
     build=cnn,
     load=read,
     made_up=made_up,
+    run_as_c=200,
     augment=move,
     networks={
-        "float": Network("float", Recipe(epochs=8, lr=4e-3)),
-        "binary": Network("binary, p = 1", Recipe(epochs=8, lr=4e-3, distill=0.5), _BINARY),
+        "float": Network("float", Recipe(epochs=5, lr=4e-3)),
+        "binary": Network("binary, p = 1", Recipe(epochs=5, lr=4e-3, distill=0.5), _BINARY),
         "tbn4": Network(
             "TBN, p = 4",
-            Recipe(epochs=8, lr=4e-3, distill=0.5),
+            Recipe(epochs=5, lr=4e-3, distill=0.5),
             _TBN4,
             "second and third convolution p = 4, one alpha per tile; first and last layer p = 1",
         ),

@@ -176,6 +176,7 @@ TASK = Task(
     build=model,
     load=read,
     made_up=made_up,
+    run_as_c=300,
     augment=augment,
     networks={
         "float": Network("float", Recipe(epochs=60, batch_size=64, weight_decay=0.02)),

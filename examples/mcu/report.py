@@ -24,8 +24,8 @@ def tables(results: Results, tasks: Mapping[str, Task]) -> dict[str, str]:
     return {
         "target": documents.markdown(
             [
-                *("example", "network", "PyTorch", "C", "C on the core", "of", "largest difference"),
-                *("flash B", "RAM B", "in + out B", "instructions"),
+                *("example", "network", "PyTorch", "C", "of the first", "difference"),
+                *("weights B", "scratch B", "in + out B"),
             ],
             [_target_row(*row) for row in found],
             left=("example", "network"),
@@ -57,22 +57,26 @@ def _networks(results: Results, tasks: Mapping[str, Task]) -> Iterator[tuple[Tas
 
 
 def _target_row(task: Task, network: Network, entry: Results) -> list[str]:
-    """Seed 0: scores in PyTorch, in C on the host with all test examples, and in C on the core with some."""
+    """Seed 0: scores in PyTorch with all test examples and in C with the first ones, and the C program's memory."""
     cells = [task.title, network.title, score(entry["scores"]["0"])]
     if "target" not in entry:
-        return [*cells, *[""] * 8]
-    target, emulated = entry["target"], entry["target"]["emulated"]
+        return [*cells, *[""] * 6]
+    target = entry["target"]
     return [
         *cells,
         score(target["host"]["scores"]),
-        score(emulated["scores"]),
-        f"{emulated['examples']:,}",
-        f"{max(emulated['max_error'], target['host']['max_error']):.1e}",
-        f"{emulated['flash_bytes']:,}",
-        f"{emulated['static_bytes'] + emulated['stack_bytes']:,}",
+        f"{target['host']['examples']:,}",
+        _difference(target["host"]),
+        f"{target['weight_bytes']:,}",
+        f"{target['scratch_bytes']:,}",
         f"{target['input_output_bytes']:,}",
-        f"{emulated['instructions']:,}",
     ]
+
+
+def _difference(compared: Results) -> str:
+    """The largest difference of any output; for classes also the number of examples that got another one."""
+    text = f"{compared['max_error']:.1e}"
+    return f"{text} / {compared['other_classes']}" if "other_classes" in compared else text
 
 
 def _seeds_row(task: Task, network: Network, entry: Results) -> list[str]:

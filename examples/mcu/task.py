@@ -120,6 +120,7 @@ class Task:
         load: reads the data from a folder; raises :class:`example_data.DataError`.
         made_up: makes a small data set of the same form that can be learned, for trials.
         networks: what is compared, ``"float"`` first: it teaches the others.
+        run_as_c: how many test examples, from the first on, the C program runs.
         augment: changes a batch of training inputs.
     """
 
@@ -130,6 +131,7 @@ class Task:
     load: Callable[[Path], Dataset]
     made_up: Callable[[], Dataset]
     networks: Mapping[str, Network]
+    run_as_c: int
     augment: Callable[[Tensor], Tensor] | None = None
 
     def trial(self, epochs: int) -> Task:

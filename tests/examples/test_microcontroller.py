@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import tbn_compiler as tbn
+from tbn_compiler.backends.c import host
 
 ROOT = Path(__file__).parent.parent.parent
-TASKS = ("mlp", "cnn", "keywords", "forecast")
 
 
 @pytest.fixture(autouse=True)
@@ -23,40 +23,88 @@ def _examples_on_path(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
 
 
-@pytest.fixture
-def trial(tmp_path):
-    """Arguments that keep a trial's files apart."""
-    return ["--made-up", "--results", str(tmp_path / "results.json"), "--models", str(tmp_path / "models")]
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A task whose networks were trained on made-up data: its name, and the arguments and files of the trial."""
+
+    name: str
+    arguments: list[str]
+    results: Path
+    models: Path
+
+    def networks(self):
+        return json.loads(self.results.read_text())["tasks"][self.name]["networks"]
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_networks_train_on_made_up_data_and_are_stored(name, trial, tmp_path, capsys):
+@pytest.fixture(scope="module", params=["mlp", "cnn", "keywords", "forecast"])
+def trial(request, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")
+        from microcontroller import main
+
+        folder = tmp_path_factory.mktemp(request.param)
+        results, models = folder / "results.json", folder / "models"
+        arguments = ["--made-up", "--results", str(results), "--models", str(models), "--task", request.param]
+        assert main(["train", *arguments, "--epochs", "6", "--seeds", "1"]) == 0
+    return Trial(request.param, arguments, results, models)
+
+
+def test_networks_train_and_are_stored(trial, capsys):
     from mcu.task import scores
     from mcu.training import predict
     from microcontroller import TASKS, load, main, restore
 
-    command = ["train", *trial, "--task", name, "--epochs", "6", "--seeds", "1"]
-    assert main(command) == 0
-    results = json.loads((tmp_path / "results.json").read_text())["tasks"][name]
-    task = TASKS[name]
-    assert list(results["networks"]) == list(task.networks)
-    data = load(task, type("Options", (), {"made_up": True}))
-    _, test = data.for_results()
+    task, networks = TASKS[trial.name], trial.networks()
+    assert list(networks) == list(task.networks)
+    _, test = load(task, folder=None).for_results()
     untrained = scores(predict(task.build().eval(), test.x), test.y)
     for key, network in task.networks.items():
-        model = restore(task, network, tmp_path / "models" / f"{name}-{key}.safetensors")
+        model = restore(task, network, trial.models / f"{trial.name}-{key}.safetensors")
         found = scores(predict(model, test.x), test.y)
-        assert found == pytest.approx(results["networks"][key]["scores"]["0"])
+        assert found == pytest.approx(networks[key]["scores"]["0"])
         if key == "float":
             better = found["accuracy"] > 60 if "accuracy" in found else found["mse"] < 0.9 * untrained["mse"]
             assert better, found
         else:
-            layers = tbn.summary(model).layers
-            copies = {layer.p for layer in layers}
+            copies = {layer.p for layer in tbn.summary(model).layers}
             assert copies == ({1} if key == "binary" else {1, 4}), key
     capsys.readouterr()
-    assert main(command) == 0  # everything is there
+    assert main(["train", *trial.arguments, "--epochs", "6", "--seeds", "1"]) == 0  # everything is there
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(host.find_compiler() is None, reason="no C compiler ($CC, cc, gcc, clang)")
+def test_networks_run_as_c(trial, capsys):
+    from mcu import report
+    from microcontroller import TASKS, main
+
+    assert main(["measure", *trial.arguments]) == 0
+    networks = trial.networks()
+    for key, entry in networks.items():
+        target = entry["target"]
+        assert target["host"]["scores"] == pytest.approx(entry["scores"]["0"], rel=1e-5), key
+        assert target["host"]["max_error"] < 1e-4 * target["host"]["max_output"], key
+        assert target["host"].get("other_classes", 0) == 0
+        assert target["scratch_bytes"] < 65_536
+        row = next(
+            line
+            for line in report.tables(json.loads(trial.results.read_text()), TASKS)["target"].splitlines()
+            if TASKS[trial.name].networks[key].title in line
+        )
+        assert f"| {target['weight_bytes']:,} | {target['scratch_bytes']:,} |" in row
+    assert networks["tbn4"]["target"]["weight_bytes"] < networks["binary"]["target"]["weight_bytes"]
+    assert networks["binary"]["target"]["weight_bytes"] < networks["float"]["target"]["weight_bytes"]
+    capsys.readouterr()
+    assert main(["measure", *trial.arguments]) == 0  # everything is there
+    assert capsys.readouterr().out == ""
+
+
+def test_networks_that_were_not_trained_are_named(tmp_path, capsys):
+    from microcontroller import main
+
+    folder = ["--results", str(tmp_path / "results.json"), "--models", str(tmp_path)]
+    assert main(["measure", "--made-up", "--task", "mlp", *folder]) == 1
+    assert "mlp-float.safetensors or its result is missing: train first" in capsys.readouterr().err
 
 
 def test_parts_share_no_example_and_choices_leave_the_test_alone():
@@ -99,6 +147,10 @@ def test_a_tone_fills_its_mel_band():
     assert filters.shape == (keywords.BANDS, 129)
     assert filters.max() <= 1
     assert (filters.max(axis=1) > 0).all()
+    covered = filters.sum(axis=0)
+    np.testing.assert_allclose(covered[5:110], 1)  # neighbours overlap so that they add up to one
+    assert covered[[0, 128]].max() < 1e-9  # 0 and 4,000 Hz
+    assert covered[[2, 127]].min() > 0
     for hertz in (300, 1000, 3000):
         tone = 8000 * np.sin(2 * np.pi * hertz * np.arange(keywords.SAMPLES) / keywords.RATE)
         spectrum = keywords.log_mel(tone.astype(np.int16))
@@ -230,11 +282,31 @@ def test_trials_keep_away_from_the_results(capsys):
     for arguments, message in (
         (["train", "--made-up"], "a trial needs --results"),
         (["train", "--data", "x", "--validate"], "a trial needs --results"),
+        (["measure", "--made-up"], "a trial needs --results"),
         (["train", "--data", "x", "--seeds", "0"], "--seeds must be at least 1"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_page_holds_the_tables_of_the_result_file():
+    from mcu import report
+    from microcontroller import DOCUMENT, RESULTS, TASKS, read_results
+
+    document, results = DOCUMENT.read_text(encoding="utf-8"), read_results(RESULTS)
+    assert report.fill(document, results, TASKS) == document
+    for name in report.tables(results, TASKS):
+        assert f"<!-- table: {name} -->" in document
+
+
+def test_recorded_recipes_are_the_present_ones():
+    from microcontroller import RESULTS, TASKS, is_trained, read_results
+
+    results = read_results(RESULTS)
+    assert set(results["tasks"]) == set(TASKS)
+    for task in TASKS.values():
+        assert is_trained(task, 0, results), task.name
 
 
 def test_a_forecast_row_shows_both_errors():
