@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tbn_compiler.backends.triton.plan import plan_weight
-from tbn_compiler.backends.triton.search import linear_candidates
+from tbn_compiler.backends.triton.search import Gpu, linear_candidates
 from tbn_compiler.ops import reference
 from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY, make_layout
 
@@ -100,7 +100,7 @@ def linear_workspace(
     dtype: torch.dtype,
     *,
     packed: bool = True,
-    processors: int = 132,
+    gpu: Gpu | None = None,
 ) -> int:
     """Bytes that ``tbn::linear`` allocates beside its result with the configuration that it uses unmeasured.
 
@@ -109,14 +109,14 @@ def linear_workspace(
         tokens: rows of the input.
         dtype: dtype of the input.
         packed: 1-bit tile, otherwise full precision.
-        processors: multiprocessors of the GPU; an H200 has 132.
+        gpu: the GPU; an H200 if not given.
 
     Returns:
         Size of the partial sums of a product whose columns several programs share, else 0.
     """
     layout = make_layout((out_features, in_features), p)
     plan = plan_weight(layout, num_alphas, packed=packed, word_aligned=True)
-    config = linear_candidates(plan, tokens, dtype, processors)[0]
+    config = linear_candidates(plan, tokens, dtype, gpu or Gpu())[0]
     return config.split_k * tokens * plan.rows * 4 if config.split_k > 1 else 0
 
 

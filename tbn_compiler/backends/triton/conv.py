@@ -23,10 +23,10 @@ from tbn_compiler.backends.triton.kernels import conv as kernels
 from tbn_compiler.backends.triton.kernels import convert
 from tbn_compiler.backends.triton.linear import (
     check_device,
+    gpu_of,
     on_device,
     plan_call,
     precision,
-    processors,
     quantize,
     tf32_allowed,
     unpack,
@@ -201,7 +201,7 @@ def _run(
         epilogue=epilogue,
     )
     positions = out.numel() // out.shape[1]
-    candidates = conv_candidates(plan, geometry.computed, geometry.groups, positions, x.dtype, processors(x.device))
+    candidates = conv_candidates(plan, geometry.computed, geometry.groups, positions, x.dtype, gpu_of(x.device))
     key = (
         f"conv {str(x.dtype)[6:]} {plan.kind} {geometry.computed}x{plan.columns} blocks={plan.blocks} "
         f"of={geometry.per_group} groups={geometry.groups} kernel={geometry.kernel} stride={geometry.stride} "

@@ -14,7 +14,7 @@ from tbn_compiler.backends.triton import decline, tuning
 from tbn_compiler.backends.triton.kernels import convert
 from tbn_compiler.backends.triton.kernels import linear as kernels
 from tbn_compiler.backends.triton.plan import INDEX_LIMIT, Unsupported, WeightPlan, plan_weight
-from tbn_compiler.backends.triton.search import Config, linear_candidates, power_of_two
+from tbn_compiler.backends.triton.search import Config, Gpu, linear_candidates, power_of_two
 from tbn_compiler.ops import reference
 from tbn_compiler.ops.schemas import INT8_TINY, check_formats, check_tile_operands, linear_layout
 from tbn_compiler.tiling import TileLayout
@@ -189,7 +189,7 @@ def _run(
     if signs:
         _popcount(plan, operands)
         return
-    candidates = linear_candidates(plan, tokens, x.dtype, processors(x.device))
+    candidates = linear_candidates(plan, tokens, x.dtype, gpu_of(x.device))
     key = (
         f"linear {str(x.dtype)[6:]} {plan.kind} {plan.rows}x{plan.columns} copies={plan.copies} blocks={plan.blocks} "
         f"interleaved={plan.interleaved} tokens={power_of_two(tokens)}"
@@ -198,9 +198,14 @@ def _run(
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; those of an H200 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def gpu_of(device: torch.device) -> Gpu:
+    """What bounds configurations on a device; an H200 for the interpreter."""
+    if device.type != "cuda":
+        return Gpu()
+    properties = torch.cuda.get_device_properties(device)
+    # The larger limit that a kernel has to ask for, as Triton does; AMD has the one.
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+    return Gpu(properties.multi_processor_count, shared)
 
 
 # Below this, comparing 32 signs at a time beats filling up a tensor core's block of 16 tokens.

@@ -18,6 +18,19 @@ LIBRARY_PRODUCTS = 2**26  # multiply-adds: about 1 us of a large GPU's tensor co
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What bounds a configuration; the defaults are an H200's.
+
+    Attributes:
+        processors: multiprocessors.
+        shared: bytes of shared memory that one program can have.
+    """
+
+    processors: int = 132
+    shared: int = 227 * 1024
+
+
+@dataclass(frozen=True)
 class Config:
     """One way to run a layer.
 
@@ -59,25 +72,28 @@ def _split(blocks: int, steps: int, processors: int) -> int:
     return split
 
 
-def _dot(plan: WeightPlan, tokens: int, itemsize: int, processors: int) -> Iterator[Config]:
+def _dot(plan: WeightPlan, tokens: int, itemsize: int, gpu: Gpu) -> Iterator[Config]:
     """Blocks for tensor cores: the largest for arithmetic, smaller ones where few blocks would leave cores idle."""
     # 128 bytes of a row of the input make one swizzled line of shared memory.
     wide_k = 128 // itemsize
     if itemsize == 4 or not plan.direct:
         # Registers bound the block: for arithmetic without tensor cores, or for finding and scaling the weights.
         shapes = [(64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (32, 32, 64, 4, 3)]
-    # 128 rows and 8 warps give both warp groups of a Hopper core their own 64 rows. With one group, its assembler does
-    # not let the products overlap, except in long steps.
+    # 128 rows and 8 warps give both warp groups of a Hopper core their own 64 rows. With one group, or in short steps,
+    # its assembler does not let the products overlap (triton 3.6, split columns).
     elif tokens <= 32:
         # The tile is most of what is read: longer rows of it at a time.
         shapes = [(32, 128, 2 * wide_k, 8, 3), (32, 64, 4 * wide_k, 4, 2)]
     else:
-        shapes = [(128, 128, wide_k, 8, 3), (128, 128, 2 * wide_k, 8, 3), (64, 128, 2 * wide_k, 8, 3)]
+        shapes = [(128, 128, 2 * wide_k, 8, 3), (64, 128, 2 * wide_k, 8, 3), (128, 128, wide_k, 8, 3)]
     seen = set()
     for block_tokens, block_rows, block_k, num_warps, num_stages in shapes:
         block_tokens = min(block_tokens, max(16, power_of_two(tokens)))
+        # The input's blocks of all stages, and one of the expanded weight.
+        if (num_stages * block_tokens + block_rows) * block_k * itemsize > gpu.shared:
+            continue
         blocks = _divide_up(tokens, block_tokens) * _divide_up(plan.rows, block_rows)
-        split = _split(blocks, _divide_up(plan.columns, block_k), processors)
+        split = _split(blocks, _divide_up(plan.columns, block_k), gpu.processors)
         config = Config("dot", block_tokens, block_rows, block_k, split, num_warps, num_stages)
         if config not in seen:
             seen.add(config)
@@ -95,16 +111,16 @@ def _fill(configs: list[Config], plan: WeightPlan, tokens: int, processors: int)
     return sorted(configs, key=cost)
 
 
-def linear_candidates(plan: WeightPlan, tokens: int, dtype: torch.dtype, processors: int) -> list[Config]:
+def linear_candidates(plan: WeightPlan, tokens: int, dtype: torch.dtype, gpu: Gpu) -> list[Config]:
     """Configurations for a linear layer; the first is used where nothing is measured.
 
     Args:
         plan: how the weight is read.
         tokens: rows of the input, at least 1.
         dtype: dtype of the input, ``int8`` included.
-        processors: multiprocessors of the GPU.
+        gpu: what bounds them.
     """
-    found = _fill(list(_dot(plan, tokens, dtype.itemsize, processors)), plan, tokens, processors)
+    found = _fill(list(_dot(plan, tokens, dtype.itemsize, gpu)), plan, tokens, gpu.processors)
     plain = not (plan.mixed or plan.inner_alphas) and plan.blocks == plan.interleaved == 1
     if plain and dtype != torch.int8 and tokens <= SUM_TOKENS:
         block_tokens = min(4, power_of_two(tokens))
@@ -119,7 +135,7 @@ def linear_candidates(plan: WeightPlan, tokens: int, dtype: torch.dtype, process
 
 
 def conv_candidates(
-    plan: WeightPlan, computed: int, groups: int, positions: int, dtype: torch.dtype, processors: int
+    plan: WeightPlan, computed: int, groups: int, positions: int, dtype: torch.dtype, gpu: Gpu
 ) -> list[Config]:
     """Configurations for a convolution; the first is used where nothing is measured.
 
@@ -129,7 +145,7 @@ def conv_candidates(
         groups: convolution groups.
         positions: output positions of all images, at least 1.
         dtype: dtype of the input, ``int8`` included.
-        processors: multiprocessors of the GPU.
+        gpu: what bounds them.
     """
     wide = dtype.itemsize < 4 and plan.direct
     shapes = [(128, 64, 4), (64, 64, 4), (32, 64, 4)] if wide else [(64, 64, 4), (32, 32, 4)]
@@ -137,7 +153,7 @@ def conv_candidates(
     for block_positions, block_rows, num_warps in shapes:
         size = min(block_positions, max(16, power_of_two(positions)))
         configs.append(Config("implicit", size, block_rows, 64 if wide else 32, 1, num_warps, 3))
-    configs = _fill(list(dict.fromkeys(configs)), plan, positions, max(processors // groups, 1))
+    configs = _fill(list(dict.fromkeys(configs)), plan, positions, max(gpu.processors // groups, 1))
     if dtype == torch.int8:  # a library's half-precision sums would round
         return configs
     library = [Config("library")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tbn_compiler.backends.triton.plan import Unsupported, WeightPlan, plan_weight
-from tbn_compiler.backends.triton.search import Config, conv_candidates, linear_candidates, power_of_two
+from tbn_compiler.backends.triton.search import Config, Gpu, conv_candidates, linear_candidates, power_of_two
 from tbn_compiler.tiling import TileLayout
 
 
@@ -64,7 +64,7 @@ def test_sizes_beyond_the_index() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_candidates(tokens: int, dtype: torch.dtype) -> None:
     for weight in (plan((4096, 4096), 4, 4), plan((10, 36), 4, 4), plan((28672, 8192), 8)):
-        found = linear_candidates(weight, tokens, dtype, 132)
+        found = linear_candidates(weight, tokens, dtype, Gpu())
         assert 1 <= len(found) <= 8
         assert len(set(found)) == len(found)
         for config in found:
@@ -79,18 +79,26 @@ def test_candidates(tokens: int, dtype: torch.dtype) -> None:
 
 def test_few_blocks_share_their_columns() -> None:
     """256 tokens and 1,024 different rows make 16 blocks: too few for a large GPU."""
-    first = linear_candidates(plan((4096, 4096), 4), 256, torch.bfloat16, 132)[0]
+    first = linear_candidates(plan((4096, 4096), 4), 256, torch.bfloat16, Gpu())[0]
     blocks = -(-256 // first.block_tokens) * -(-1024 // first.block_rows) * first.split_k
     assert 64 <= blocks <= 132
-    assert all(c.split_k == 1 for c in linear_candidates(plan((4096, 4096), 4), 4096, torch.bfloat16, 132))
+    assert all(c.split_k == 1 for c in linear_candidates(plan((4096, 4096), 4), 4096, torch.bfloat16, Gpu()))
+
+
+def test_shared_memory_bounds_blocks() -> None:
+    for shared in (64 * 1024, 99 * 1024, 227 * 1024):
+        for tokens in (16, 256, 4096):
+            found = linear_candidates(plan((4096, 4096), 4), tokens, torch.bfloat16, Gpu(shared=shared))
+            assert found
+            assert max((c.num_stages * c.block_tokens + c.block_rows) * c.block_k * 2 for c in found) <= shared
 
 
 def test_conv_candidates() -> None:
     weight = plan((256, 256, 3, 3), 4, 4)
-    large = conv_candidates(weight, 64, 1, 32 * 56 * 56, torch.bfloat16, 132)
-    small = conv_candidates(weight, 64, 1, 49, torch.bfloat16, 132)
+    large = conv_candidates(weight, 64, 1, 32 * 56 * 56, torch.bfloat16, Gpu())
+    small = conv_candidates(weight, 64, 1, 49, torch.bfloat16, Gpu())
     assert large[0].kernel == "library"
     assert small[0].kernel == "implicit"
     assert {config.kernel for config in large} == {config.kernel for config in small} == {"library", "implicit"}
-    assert {c.kernel for c in conv_candidates(weight, 64, 1, 49, torch.int8, 132)} == {"implicit"}
+    assert {c.kernel for c in conv_candidates(weight, 64, 1, 49, torch.int8, Gpu())} == {"implicit"}
     assert Config("library") in large
