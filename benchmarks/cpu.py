@@ -21,13 +21,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.machine import machine
 from tbn_compiler.backends import cpu
 from tbn_compiler.ops import reference
 from tbn_compiler.packing import pack_bits
@@ -239,22 +237,6 @@ def goals(rows: dict[str, list[Row]]) -> list[Row]:
     return found
 
 
-def machine() -> Row:
-    """What the figures were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "level": cpu.info().level,
-        "levels": cpu.info().available,
-        "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
-
-
 def show(console: Console, title: str, rows: list[Row]) -> None:
     """Print a table: microseconds, and the spread in per cent behind them."""
     keys = [key for key in rows[0] if key not in ("us", "spread_percent")]
@@ -286,7 +268,8 @@ def main() -> None:
         if options.only in (None, part):
             result[part] = [measure(case, options.seconds) for case in cases]
             show(console, part, result[part])
-    result["machine"] = machine()
+    info = cpu.info()
+    result["machine"] = machine(level=info.level, levels=info.available, onnxruntime=onnxruntime.__version__)
     result["goals"] = goals(result)
     for goal in result["goals"]:
         text = f"{goal['what']}: {goal['tiled']} is {goal['times']} times {goal['peer']} (goal {goal['goal']})"

@@ -18,7 +18,6 @@ Compiling takes a minute or two, measuring one.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
@@ -28,102 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
-from benchmarks.transform_cost import machine
+from benchmarks.machine import machine
+from benchmarks.models import ViT, resnet18
 
 RESULT = Path(__file__).parent / "results" / "end_to_end.json"
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention on ``[batch, length, width]`` with one layer for queries, keys and values."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.project = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend to all positions."""
-        q, k, v = self.project(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class EncoderBlock(nn.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """One block."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class VisionTransformer(nn.Module):
-    """The ViT that the paper trains on ImageNet; classifies by the first token."""
-
-    def __init__(
-        self, size: int = 256, patch: int = 32, width: int = 1024, depth: int = 6, heads: int = 16, hidden: int = 2048
-    ) -> None:
-        super().__init__()
-        self.patch = patch
-        self.embed = nn.Linear(3 * patch * patch, width)
-        self.token = nn.Parameter(torch.randn(1, 1, width))
-        self.position = nn.Parameter(torch.randn(1, (size // patch) ** 2 + 1, width))
-        self.blocks = nn.Sequential(*(EncoderBlock(width, heads, hidden) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 1000)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits ``[batch, 1000]`` of images ``[batch, 3, size, size]``."""
-        rows = image.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch)
-        x = self.embed(rows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2))
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.position
-        return self.head(self.norm(self.blocks(x))[:, 0])
-
-
-class BasicBlock(nn.Module):
-    """The residual block of ResNet18."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Two convolutions and the shortcut."""
-        return F.relu(self.layers(x) + self.shortcut(x))
-
-
-def resnet18() -> nn.Module:
-    """ResNet18 for images ``[batch, 3, 224, 224]``."""
-    stem = [nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    widths = (64, 64, 128, 256, 512)
-    blocks = [
-        block
-        for stage, (inputs, outputs) in enumerate(itertools.pairwise(widths))
-        for block in (BasicBlock(inputs, outputs, 2 if stage else 1), BasicBlock(outputs, outputs, 1))
-    ]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {"vit": (VisionTransformer, 256), "resnet18": (resnet18, 224)}
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {"vit": (ViT, 256), "resnet18": (resnet18, 224)}
 
 
 def variants(model: nn.Module, p: int, x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -193,7 +106,7 @@ def main() -> int:
     rows = [measure(name, arguments.p, arguments.turns) for name in arguments.model or MODELS]
     if not arguments.model:
         RESULT.parent.mkdir(exist_ok=True)
-        result = {"machine": machine() | {"threads": arguments.threads}, "rows": rows}
+        result = {"machine": machine(threads=arguments.threads), "rows": rows}
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(table(rows))
     return 0

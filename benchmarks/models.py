@@ -1,4 +1,4 @@
-"""Models whose memory the paper reports: the ViT of its Table 7, and PointNet."""
+"""Models to measure: the ViT of the paper's Table 7, PointNet, ResNet18."""
 
 from __future__ import annotations
 
@@ -111,3 +111,38 @@ class PointNet(nn.Module):
         """Logits ``[batch, classes]`` of clouds ``[batch, 3, points]``."""
         x = self.second(self.low(self.first(cloud)))
         return self.head(self.high(x).amax(2))
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, inputs, H, W]`` to ``[N, outputs, H / stride, W / stride]``."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+def resnet18(classes: int = 1000, *, small_images: bool = False) -> nn.Sequential:
+    """ResNet18 for 224 x 224 images, or for 32 x 32 ones, which are not made smaller before the blocks."""
+    stem: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    if small_images:
+        stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    blocks: list[nn.Module] = []
+    for inputs, outputs in ((64, 64), (64, 128), (128, 256), (256, 512)):
+        blocks += [BasicBlock(inputs, outputs, 1 if inputs == outputs else 2), BasicBlock(outputs, outputs, 1)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +24,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-import torch.nn.functional as F
 from onnx import numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-from torch import Tensor, nn
+from torch import nn
 
 import tbn_compiler as tbn
+from benchmarks.machine import machine
+from benchmarks.models import ViT, resnet18
 
 RESULT = Path(__file__).parent / "results" / "onnx.json"
 CONFIG = tbn.TilingConfig(p=4, alpha="tile")
@@ -48,45 +46,6 @@ FORMS: dict[str, dict[str, Any]] = {
 FLOAT, QUANTIZED = "float, whole layers", "ONNX Runtime 4 bit, whole layers, int8 inputs"
 
 
-class ViT(nn.Module):
-    """The paper's vision transformer for 32 x 32 images."""
-
-    def __init__(self, width: int = 512, depth: int = 6, classes: int = 10) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.position = nn.Parameter(torch.randn(1, 65, width) * 0.02)
-        self.token = nn.Parameter(torch.zeros(1, 1, width))
-        layer = nn.TransformerEncoderLayer(width, 8, width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """``[N, 3, 32, 32]`` to logits ``[N, classes]``."""
-        x = self.patches(image).flatten(2).mT
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.position
-        result: Tensor = self.head(self.encoder(x)[:, 0])
-        return result
-
-
-class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, inputs, H, W]`` to ``[N, outputs, H / stride, W / stride]``."""
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
-
-
 def mlp() -> nn.Module:
     """784-1024-1024-10."""
     hidden = 1024
@@ -94,19 +53,15 @@ def mlp() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def resnet18() -> nn.Module:
-    """ResNet18 for 32 x 32 images."""
-    stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    blocks: list[nn.Module] = []
-    for inputs, outputs in ((64, 64), (64, 128), (128, 256), (256, 512)):
-        blocks += [BasicBlock(inputs, outputs, 1 if inputs == outputs else 2), BasicBlock(outputs, outputs, 1)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+def vit() -> nn.Module:
+    """A vision transformer for 32 x 32 images."""
+    return ViT(image_size=32, patch_size=4, dim=512, depth=6, heads=8, mlp_dim=512, classes=10)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP 784-1024-1024-10": (mlp, (1, 784)),
-    "ViT 512 x 6": (ViT, (1, 3, 32, 32)),
-    "ResNet18": (resnet18, (1, 3, 32, 32)),
+    "ViT 512 x 6": (vit, (1, 3, 32, 32)),
+    "ResNet18": (lambda: resnet18(10, small_images=True), (1, 3, 32, 32)),
 }
 
 
@@ -197,26 +152,6 @@ def measure(name: str, seconds: float) -> list[dict[str, Any]]:
         ]
 
 
-def machine() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    names = [line.partition(":")[2].strip() for line in _cpu_info() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": 1,
-        "onnxruntime": onnxruntime.__version__,
-        "onnx": onnx.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = ["| model | form | file [KB] | latency [us] | relative error |", "|---|---|---:|---:|---:|"]
@@ -233,8 +168,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULT, help="result file (default: %(default)s)")
     arguments = parser.parse_args()
     rows = [row for name in MODELS for row in measure(name, arguments.seconds)]
+    found = machine(threads=1, onnxruntime=onnxruntime.__version__, onnx=onnx.__version__)
     arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    arguments.out.write_text(json.dumps({"machine": found, "rows": rows}, indent=2) + "\n")
     print(table(rows))
     return 0
 

@@ -21,13 +21,11 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
+from benchmarks.machine import machine
 
 RESULT = Path(__file__).parent / "results" / "transform_cost.json"
 HEAD_SIZE = 64
@@ -169,20 +168,6 @@ def growth(rows: list[dict[str, Any]], step: str) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": 1,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     titles = ["traced", "parameters", *(f"{step} {unit}" for step in STEPS for unit in ("[s]", "memory")), "runs"]
@@ -214,7 +199,7 @@ def main() -> int:
         for step in STEPS
     )
     RESULT.parent.mkdir(exist_ok=True)
-    result = {"machine": machine(), "rows": rows, "growth_exponents": slopes, "goal_met": met}
+    result = {"machine": machine(threads=1), "rows": rows, "growth_exponents": slopes, "goal_met": met}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(table(rows))
     print(f"growth exponents of the time: {slopes}")

@@ -1,0 +1,177 @@
+"""Fills the tables of the README and of the pages under ``docs`` from the result files.
+
+    python -m benchmarks.report            # after any benchmark has written its result
+
+``docs/gpu.md`` and the pages of the examples are filled by their own scripts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import end_to_end
+from benchmarks.memory import fill
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+Result = dict[str, Any]
+
+
+def read(name: str) -> Result:
+    """A result file."""
+    found: Result = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table whose first columns hold text, and the others numbers."""
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def machine(result: Result) -> str:
+    """The machine of a result, as a sentence."""
+    found = result["machine"]
+    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "onnxruntime") if name in found)
+    level = f", {found['level']} kernels" if "level" in found else ""
+    return f"Measured on {found['cpu']}, {found['cores']} cores{level}, with {versions}, on {found['date']}."
+
+
+def cpu_linear(result: Result) -> str:
+    """Linear layers against every peer: medians in microseconds."""
+    names = list(result["linear"][0]["us"])
+    rows = [
+        [f"{row['out']} x {row['in']}", str(row["batch"]), str(row["threads"])]
+        + [f"{row['us'][name]:,.1f}" for name in names]
+        for row in result["linear"]
+    ]
+    return markdown(["out x in", "batch", "threads", *names], rows)
+
+
+def cpu_copies(result: Result) -> str:
+    """How the time falls with the number of copies."""
+    rows = [
+        [f"{row['out']} x {row['in']}", str(row["batch"]), str(row["p"])]
+        + [f"{row['us'][name]:,.1f}" for name in ("tiled fp32", "tiled int8", "unique fp32", "unique int8")]
+        for row in result["copies"]
+    ]
+    return markdown(["out x in", "batch", "p", "tiled fp32", "tiled int8", "unique fp32", "unique int8"], rows)
+
+
+def cpu_conv(result: Result) -> str:
+    """Convolutions."""
+    names = list(result["conv"][0]["us"])
+    rows = [
+        [f"{row['channels']} channels, {row['size']} x {row['size']}"]
+        + [f"{row['us'][name]:,.0f}" for name in names]
+        + [f"{row['us']['fp32'] / row['us']['tiled fp32']:.1f}x"]
+        for row in result["conv"]
+    ]
+    return markdown(["3 x 3, p = 4", *names, "tiled fp32 over fp32"], rows)
+
+
+def cpu_goals(result: Result) -> str:
+    """The ratios that were set as goals."""
+    rows = [
+        [
+            *(goal[key] for key in ("what", "tiled", "peer")),
+            f"{goal['times']:.1f}x",
+            f"{goal['goal']:g}x",
+            "yes" if goal["met"] else "**no**",
+        ]
+        for goal in result["goals"]
+    ]
+    return markdown(["what", "tiled", "peer", "ratio", "goal", "reached"], rows, 3)
+
+
+def onnx_forms(result: Result) -> str:
+    """Size and latency of the forms of an ONNX file."""
+    rows = [
+        [
+            row["model"],
+            row["form"],
+            f"{row['bytes'] / 1e3:,.1f}",
+            f"{row['microseconds']:,.0f}",
+            f"{row['relative_error']:.1e}",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(["model", "form", "file [KB]", "latency [us]", "relative error"], rows, 2)
+
+
+def summary(cpu: Result, compiled: Result) -> str:
+    """The figures of the README: one row a claim."""
+    by_case = {(row["out"], row["in"], row["batch"]): row["us"] for row in cpu["linear"] if row["threads"] == 1}
+    rows = []
+    for batch in (1, 64):
+        us = by_case[4096, 4096, batch]
+        for peer, name in (
+            ("fp32", "PyTorch float32"),
+            ("int8", "PyTorch int8 dynamic"),
+            ("ort 4-bit", "ONNX Runtime 4-bit"),
+        ):
+            ratios = [f"{us[peer] / us[tiled]:.1f}x" for tiled in ("tiled fp32", "tiled int8")]
+            rows.append([f"linear 4096 x 4096, batch {batch}", name, *ratios])
+    for row in cpu["conv"]:
+        us = row["us"]
+        rows.append(
+            [f"convolution 3 x 3, {row['channels']} channels, {row['size']} x {row['size']}", "PyTorch float32"]
+            + [f"{us['fp32'] / us[name]:.1f}x" for name in ("tiled fp32", "tiled int8")]
+        )
+    rows += [
+        [f"whole {row['model']}, one image", "`torch.compile` of the float model"]
+        + [f"{row[name]['speedup']:.1f}x" for name in ("tiled", "tiled, int8")]
+        for row in compiled["rows"]
+    ]
+    return markdown(["p = 4, one thread", "faster than", "float32 activations", "int8 activations"], rows, 2)
+
+
+def documents() -> dict[Path, dict[str, Callable[[], str]]]:
+    """What is filled in where: texts by their marks, by document."""
+    return {
+        ROOT / "README.md": {
+            "table: speed": lambda: summary(read("cpu"), read("end_to_end")),
+            "machine": lambda: machine(read("cpu")),
+        },
+        ROOT / "docs" / "cpu.md": {
+            "machine": lambda: machine(read("cpu")),
+            "table: goals": lambda: cpu_goals(read("cpu")),
+            "table: linear": lambda: cpu_linear(read("cpu")),
+            "table: copies": lambda: cpu_copies(read("cpu")),
+            "table: conv": lambda: cpu_conv(read("cpu")),
+        },
+        ROOT / "docs" / "compile.md": {
+            "machine": lambda: machine(read("end_to_end")),
+            "table: end to end": lambda: end_to_end.table(read("end_to_end")["rows"]),
+        },
+        ROOT / "docs" / "onnx.md": {
+            "machine": lambda: machine(read("onnx")),
+            "table: forms": lambda: onnx_forms(read("onnx")),
+        },
+    }
+
+
+def filled(path: Path, texts: dict[str, Callable[[], str]]) -> str:
+    """A document with its tables."""
+    document = path.read_text()
+    for mark, text in texts.items():
+        if f"<!-- {mark} -->\n" not in document:
+            raise ValueError(f"{path.name} has no mark <!-- {mark} -->")
+        document = fill(document, mark, text())
+    return document
+
+
+def main() -> int:
+    """Fill all documents."""
+    for path, texts in documents().items():
+        path.write_text(filled(path, texts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
