@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from tbn_compiler.config import TilingConfig
-from tbn_compiler.errors import LoweringError, TransformError
+from tbn_compiler.errors import ConfigError, LoweringError, TransformError
 from tbn_compiler.layers import LayerRecord, get_records, graph_parts, join_key, layer_name, module_kind, set_records
+from tbn_compiler.ops.schemas import ACTIVATIONS
 from tbn_compiler.passes import deployment_pipeline, inference_pipeline, run_passes, training_pipeline
 from tbn_compiler.passes.decompose_attention import attention_module, disable_fast_paths, why_not_decomposed
 from tbn_compiler.passes.deployment import copy_notes, propagate_ranks
@@ -184,7 +185,7 @@ def lower_model(module: nn.Module, stored: Mapping[str, Tensor] | None = None) -
     return module.eval()
 
 
-def optimize(module: nn.Module, example_inputs: Any = None) -> Any:
+def optimize(module: nn.Module, example_inputs: Any = None, *, activation: str = "float") -> Any:
     """Rewrite a lowered module for the least arithmetic; results are equal up to rounding.
 
     Batch-norm is folded into the tiled layer before it, the copies in a tiled layer's result are left out where the
@@ -199,18 +200,24 @@ def optimize(module: nn.Module, example_inputs: Any = None) -> Any:
         example_inputs: a tensor, a tuple of the arguments of ``forward``, or a dictionary of them by name. Only
             numbers of dimensions are taken from it; without them flattening stops the copies, and ``BatchNorm1d`` is
             not folded.
+        activation: number format of the inputs of tiled layers. Any but ``"float"`` changes results: ``"int8"``, with
+            one scale for each token (linear) or sample (convolution), or ``"binary"``. Transpose convolutions
+            keep float, with a note.
 
     Returns:
         A module of the same form in evaluation mode.
 
     Raises:
+        ConfigError: ``activation`` is not one of the formats.
         LoweringError: the module was not transformed.
         TBNError: the module does not run on the example inputs.
     """
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"activation={activation!r} is not one of {', '.join(map(repr, ACTIVATIONS))}")
     packed = lower(module)
     if example_inputs is not None:
         propagate_ranks(packed, example_inputs)
     for path, part in graph_parts(packed):
-        run_passes(part, deployment_pipeline())
+        run_passes(part, deployment_pipeline(activation))
         copy_notes(part, packed, path)
     return packed

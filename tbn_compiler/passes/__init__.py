@@ -44,12 +44,13 @@ def inference_pipeline(stored: Mapping[str, Tensor] | None = None) -> list[Graph
     ]
 
 
-def deployment_pipeline() -> list[GraphPass]:
+def deployment_pipeline(activation: str = "float") -> list[GraphPass]:
     """From stored tiles, which a file can hold, to the least arithmetic, which it cannot."""
     return [
         RemoveNoOps(),
         FoldBatchNorm(),
         FlowReplicas(),
+        *([QuantizeActivations(activation)] if activation != "float" else []),
     ]
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tbn_compiler.compiler import optimize
+from tbn_compiler.errors import ConfigError
 from tbn_compiler.ops.calls import inference_call
 from tbn_compiler.passes import QuantizeActivations
 from tests.passes.deployed import lowered, modifies, note
@@ -46,3 +47,16 @@ def test_copies_are_not_passed_to_a_layer_with_a_format() -> None:
     with torch.no_grad():
         torch.testing.assert_close(optimized(x), packed(x))
     assert "takes the scale of its binary input from all copies" in note(optimized, "0")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["int8", "binary"])
+def test_optimize_takes_the_format(activation: str) -> None:
+    model = lowered(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)))
+    x = torch.randn(3, 16)
+    quantized = optimize(model, x, activation=activation)
+    calls = [call for node in quantized.graph.nodes if (call := inference_call(node))]
+    assert [call.arguments["activation"] for call in calls] == [activation] * 2
+    assert not torch.equal(quantized(x), optimize(model, x)(x))
+    with pytest.raises(ConfigError, match="activation='int4' is not one of 'float', 'int8', 'binary'"):
+        optimize(model, x, activation="int4")
