@@ -19,7 +19,7 @@ from tests.backends.c.toolchain import WARNINGS, sanitizer_flags
 _TYPES = {"float32": ("float", np.float32), "int32": ("int32_t", np.int32)}
 
 
-@dataclass
+@dataclass(repr=False)
 class Network:
     """A network, the inputs to run it on, and what was exported.
 
@@ -36,6 +36,9 @@ class Network:
     options: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-5
     plan: Plan | None = None
+
+    def __repr__(self) -> str:
+        return f"Network({type(self.module).__name__}, {self.options})"
 
 
 def check(networks: Sequence[Network], folder: Path) -> None:
@@ -56,7 +59,8 @@ def check(networks: Sequence[Network], folder: Path) -> None:
 
 
 def _assert_close(actual: Tensor, expected: Tensor, network: Network, where: str) -> None:
-    steps = "\n".join(step.title for step in network.plan.steps) if network.plan else ""
+    steps = "\n".join(f"{step.title} [{step.kernel}]" for step in network.plan.steps) if network.plan else ""
+    where = f"{where} of {network}"
     if not expected.is_floating_point():
         assert actual.tolist() == expected.tolist(), f"{where}:\n{steps}"
         return

@@ -187,7 +187,8 @@ def _channel_shuffle(importer: Importer, node: fx.Node, args: Arguments) -> ir.O
 
 @converts(_aten.cat.default)
 def _cat(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
-    head = importer.head(node, *args["tensors"])
+    # An empty cache of keys and values is joined like any other.
+    head = importer.head(node, *(value for value in args["tensors"] if value.meta["val"].numel()))
     return _concat(head["name"], head["layer"], head["inputs"], head["output"], args["dim"])
 
 
