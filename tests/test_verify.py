@@ -72,7 +72,7 @@ def test_onnx(capsys, factory):
 
 def test_options_of_export_onnx(capsys, factory):
     arguments = (f"{factory}:mlp", *TILING, "--input", "2,16", "-o", "net.onnx", "--weights", "nbits")
-    assert run(capsys, "export-onnx", *arguments, "--bits", 2, "--accuracy-level", 4, "--opset", 20)[0] == 0
+    assert run(capsys, "export-onnx", *arguments, "--bits", 4, "--accuracy-level", 4, "--opset", 20)[0] == 0
     verify = ("verify", "net.onnx", f"{factory}:mlp", *TILING)
     assert run(capsys, *verify)[0] == 1  # inputs are rounded to int8
     assert run(capsys, *verify, "--tolerance", 0.02)[0] == 0

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+# MatMulNBits takes 2 bits from here on.
+RUNTIME_HAS_2_BITS = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) >= (1, 24)
 LEVELS = onnxruntime.GraphOptimizationLevel
 
 
