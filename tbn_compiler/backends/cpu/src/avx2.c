@@ -199,6 +199,33 @@ INLINE batch batch_subtract(batch a, batch b) {
     return (batch){_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
 }
 
+/* Eight rows and columns: interleaved within 16 bytes in two steps, then halves of vectors change places. */
+INLINE void transpose_eight(const float *in, size_t in_stride, float *out, size_t out_stride) {
+    __m256 a[8], b[8];
+    UNROLL for (int i = 0; i < 8; i++)
+        a[i] = _mm256_loadu_ps(in + (size_t)i * in_stride);
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4) {
+        UNROLL for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+            a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
+        }
+    }
+    UNROLL for (int j = 0; j < 4; j++) {
+        _mm256_storeu_ps(out + (size_t)j * out_stride, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+        _mm256_storeu_ps(out + (size_t)(4 + j) * out_stride, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+    }
+}
+
+INLINE void transpose_block(const float *in, size_t in_stride, float *out, size_t out_stride) {
+    for (size_t row = 0; row < TBN_BATCH; row += 8)
+        for (size_t column = 0; column < TBN_BATCH; column += 8)
+            transpose_eight(in + row * in_stride + column, in_stride, out + column * out_stride + row, out_stride);
+}
+
 #include "sums.h"
 
 TARGET static void finish_f32(const struct tbn_finish *job, const float *z, size_t first, size_t last, float *out) {

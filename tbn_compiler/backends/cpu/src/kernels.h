@@ -45,7 +45,7 @@ struct tbn_lookup {
 enum { TBN_BATCH = 16, TBN_SUMS_GROUP = 6, TBN_SUMS_GROUPS = 8, TBN_SUMS_INPUTS = TBN_SUMS_GROUP * TBN_SUMS_GROUPS };
 enum { TBN_SUMS_TABLE_BYTES = (1 << TBN_SUMS_GROUP) * TBN_BATCH * 4 };
 
-/* z[row][token] = sum over passes and groups of a table entry */
+/* out[token][row] = sum over passes and groups of a table entry */
 struct tbn_sums {
     const uint16_t *index; /* [pass][row][group]: byte offsets into the group's table */
     size_t index_stride;   /* elements between passes */
@@ -55,7 +55,8 @@ struct tbn_sums {
     size_t tokens;  /* at most TBN_BATCH */
     void *tables;      /* room for TBN_SUMS_GROUPS tables */
     const float *zero; /* TBN_BATCH zeros */
-    float *z;          /* [rows][TBN_BATCH] */
+    float *z;          /* room for [rows][TBN_BATCH] */
+    float *out;        /* [tokens][rows] */
 };
 
 /* out[copy * rows + row] = alpha * z[row] * scale + bias, and the larger of that and 0 if relu */

@@ -38,7 +38,7 @@ struct call {
 struct buffers {
     void *tables;
     void *z;
-    float *rows;       /* sums of one token */
+    float *rows;       /* sums of a batch, [token][row] */
     int16_t *integers; /* [LOOKUP_TOKENS][padded inputs] */
     float *padded;     /* the inputs of the last words, and zeros */
     uint32_t *offsets;
@@ -69,7 +69,7 @@ static size_t take_buffers(const struct call *call, char *base, struct buffers *
     }
     buffers->tables = tbn_take(&scratch, tables);
     buffers->z = tbn_take(&scratch, z);
-    buffers->rows = tbn_take(&scratch, call->sums_blocks ? layer->rows * sizeof(float) : 0);
+    buffers->rows = tbn_take(&scratch, call->sums_blocks ? layer->rows * TBN_BATCH * sizeof(float) : 0);
     buffers->integers = tbn_take(
         &scratch, is_integer(layer) ? LOOKUP_TOKENS * call->words * word_inputs(call) * sizeof(int16_t) : 0);
     buffers->padded = tbn_take(&scratch, call->block_words * word_inputs(call) * sizeof(float));
@@ -165,14 +165,12 @@ static void sums_part(const struct call *call, const struct buffers *buffers, si
         .tables = buffers->tables,
         .zero = zero,
         .z = buffers->z,
+        .out = buffers->rows,
     };
     layer->kernels->sums(&job);
-    for (size_t i = 0; i < job.tokens; i++) {
-        for (size_t row = 0; row < job.rows; row++)
-            buffers->rows[row] = job.z[row * TBN_BATCH + i];
-        layer->kernels->finish_f32(&call->finish, buffers->rows, first, last,
+    for (size_t i = 0; i < job.tokens; i++)
+        layer->kernels->finish_f32(&call->finish, buffers->rows + i * job.rows, first, last,
                                    call->out + (token + i) * layer->copies * layer->rows);
-    }
 }
 
 /* Part `part` of `parts` of a range: [*first, *last). */

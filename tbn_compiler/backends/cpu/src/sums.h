@@ -1,7 +1,8 @@
 /*
  * "Four Russians" with the batch across the vector: tables for a few groups of inputs in memory, then all rows, then
  * the next groups. The including level defines `batch`, one value of TBN_BATCH tokens, as one or more of its vectors,
- * and batch_load, batch_store, batch_add and batch_subtract on it.
+ * batch_load, batch_store, batch_add and batch_subtract on it, and transpose_block, which writes the transpose of a
+ * TBN_BATCH x TBN_BATCH block.
  */
 #include <string.h>
 
@@ -43,15 +44,24 @@ INLINE batch add_four(batch sum, const uint16_t *index, const char *tables) {
     return sum;
 }
 
-/* x [inputs][TBN_BATCH], zeros where there is no such input or token. */
+/* out[column][row] = in[row][column], block by block as far as whole blocks go. */
+INLINE void transpose(const float *in, size_t in_stride, size_t rows, size_t columns, float *out, size_t out_stride) {
+    const size_t whole_rows = rows - rows % TBN_BATCH, whole_columns = columns - columns % TBN_BATCH;
+    for (size_t row = 0; row < whole_rows; row += TBN_BATCH)
+        for (size_t column = 0; column < whole_columns; column += TBN_BATCH)
+            transpose_block(in + row * in_stride + column, in_stride, out + column * out_stride + row, out_stride);
+    for (size_t row = 0; row < rows; row++)
+        for (size_t column = row < whole_rows ? whole_columns : 0; column < columns; column++)
+            out[column * out_stride + row] = in[row * in_stride + column];
+}
+
+/* x [inputs][TBN_BATCH] from input `first` on, zeros where there is no such input or token. */
 INLINE void transpose_inputs(const struct tbn_sums *job, size_t first, float *x) {
     const size_t left = job->inputs - first;
     const size_t inputs = left < TBN_SUMS_INPUTS ? left : TBN_SUMS_INPUTS;
     if (inputs < TBN_SUMS_INPUTS || job->tokens < TBN_BATCH)
         memset(x, 0, TBN_SUMS_INPUTS * TBN_BATCH * sizeof *x);
-    for (size_t token = 0; token < job->tokens; token++)
-        for (size_t i = 0; i < inputs; i++)
-            x[i * TBN_BATCH + token] = job->x[token * job->inputs + first + i];
+    transpose(job->x + first, job->inputs, job->tokens, inputs, x, TBN_BATCH);
 }
 
 TARGET static void sums(const struct tbn_sums *job) {
@@ -70,4 +80,5 @@ TARGET static void sums(const struct tbn_sums *job) {
             batch_store(z, add_four(sum, entries + 4, tables + 4 * TBN_SUMS_TABLE_BYTES));
         }
     }
+    transpose(job->z, TBN_BATCH, job->rows, job->tokens, job->out, job->rows);
 }

@@ -1,0 +1,109 @@
+/*
+ * NEON, on 64-bit ARM. A table of 4 integer inputs is 16 sums of 16 bits, their low bytes and their high bytes apart
+ * (tbl looks up bytes).
+ */
+#if defined(__aarch64__)
+
+#include "portable.h"
+
+#include <arm_neon.h>
+
+/* The next loop is unrolled: its variables are registers. */
+#define UNROLL _Pragma("GCC unroll 8")
+
+enum { I16_GROUPS = 2, TABLE = 32, MAX_LANES = 2, MAX_BLOCKS = 2 };
+
+static void tables_i16(const int16_t *x, size_t stride, size_t count, void *tables, size_t table_stride) {
+    static const int16_t signs[3][8] = {
+        {-1, 1, -1, 1, -1, 1, -1, 1}, {-1, -1, 1, 1, -1, -1, 1, 1}, {-1, -1, -1, -1, 1, 1, 1, 1}};
+    uint8_t *table = tables;
+    for (size_t k = 0; k < count; k++, x += stride, table += table_stride) {
+        int16x8_t sum = vmulq_n_s16(vld1q_s16(signs[0]), x[0]);
+        sum = vmlaq_n_s16(sum, vld1q_s16(signs[1]), x[1]);
+        sum = vmlaq_n_s16(sum, vld1q_s16(signs[2]), x[2]);
+        const uint8x16_t minus = vreinterpretq_u8_s16(vsubq_s16(sum, vdupq_n_s16(x[3])));
+        const uint8x16_t plus = vreinterpretq_u8_s16(vaddq_s16(sum, vdupq_n_s16(x[3])));
+        vst1q_u8(table, vuzp1q_u8(minus, plus));
+        vst1q_u8(table + 16, vuzp2q_u8(minus, plus));
+    }
+}
+
+static inline void store_i32(int32_t *z, int16x8_t sums, int accumulate) {
+    int32x4_t low = vmovl_s16(vget_low_s16(sums)), high = vmovl_high_s16(sums);
+    if (accumulate) {
+        low = vaddq_s32(low, vld1q_s32(z));
+        high = vaddq_s32(high, vld1q_s32(z + 4));
+    }
+    vst1q_s32(z, low);
+    vst1q_s32(z + 4, high);
+}
+
+/* `lanes` inputs times `blocks` row blocks, in registers; both are constants where this is inlined. */
+TBN_INLINE void lookup_block_i16(const struct tbn_lookup *job, const uint8_t *index, const uint8_t *tables, int32_t *z,
+                                 const size_t lanes, const size_t blocks) {
+    int16x8_t sum[MAX_LANES][MAX_BLOCKS][2];
+    UNROLL for (size_t lane = 0; lane < lanes; lane++)
+        UNROLL for (size_t b = 0; b < blocks; b++)
+            sum[lane][b][0] = sum[lane][b][1] = vdupq_n_s16(0);
+    const uint32_t *offset = job->offsets;
+    for (size_t word = 0; word < job->words; word++, index += ROWS) {
+        uint8x16_t bytes[MAX_BLOCKS];
+        UNROLL for (size_t b = 0; b < blocks; b++)
+            bytes[b] = vld1q_u8(index + b * job->index_stride);
+        for (int k = 0; k < I16_GROUPS; k++) {
+            const uint8_t *table = tables + *offset++;
+            UNROLL for (size_t lane = 0; lane < lanes; lane++) {
+                const uint8x16_t low = vld1q_u8(table + lane * TABLE), high = vld1q_u8(table + lane * TABLE + 16);
+                UNROLL for (size_t b = 0; b < blocks; b++) {
+                    const uint8x16_t entry = vandq_u8(bytes[b], vdupq_n_u8(ENTRIES - 1));
+                    const uint8x16_t l = vqtbl1q_u8(low, entry), h = vqtbl1q_u8(high, entry);
+                    sum[lane][b][0] = vaddq_s16(sum[lane][b][0], vreinterpretq_s16_u8(vzip1q_u8(l, h)));
+                    sum[lane][b][1] = vaddq_s16(sum[lane][b][1], vreinterpretq_s16_u8(vzip2q_u8(l, h)));
+                }
+            }
+            UNROLL for (size_t b = 0; b < blocks; b++)
+                bytes[b] = vshrq_n_u8(bytes[b], GROUP);
+        }
+    }
+    UNROLL for (size_t lane = 0; lane < lanes; lane++) {
+        UNROLL for (size_t b = 0; b < blocks; b++) {
+            store_i32(z + lane * job->z_stride + b * ROWS, sum[lane][b][0], job->accumulate);
+            store_i32(z + lane * job->z_stride + b * ROWS + 8, sum[lane][b][1], job->accumulate);
+        }
+    }
+}
+
+TBN_INLINE void lookup_lanes_i16(const struct tbn_lookup *job, size_t first, const size_t lanes) {
+    const uint8_t *index = job->index, *tables = (const uint8_t *)job->tables + first * TABLE;
+    int32_t *z = (int32_t *)job->z + first * job->z_stride;
+    size_t block = 0;
+    for (; block + 2 <= job->row_blocks; block += 2)
+        lookup_block_i16(job, index + block * job->index_stride, tables, z + block * ROWS, lanes, 2);
+    if (block < job->row_blocks)
+        lookup_block_i16(job, index + block * job->index_stride, tables, z + block * ROWS, lanes, 1);
+}
+
+static void lookup_i16(const struct tbn_lookup *job) {
+    size_t lane = 0;
+    for (; lane + 2 <= job->lanes; lane += 2)
+        lookup_lanes_i16(job, lane, 2);
+    if (lane < job->lanes)
+        lookup_lanes_i16(job, lane, 1);
+}
+
+const struct tbn_kernels tbn_neon = {
+    .name = "neon",
+    .f32 = {.rows = ROWS, .word_bytes = 4, .groups = 8, .group = GROUP, .table_bytes = ENTRIES * sizeof(float)},
+    .i16 = {.rows = ROWS, .word_bytes = 1, .groups = I16_GROUPS, .group = GROUP, .table_bytes = TABLE},
+    .tables_f32 = tables_f32,
+    .tables_i16 = tables_i16,
+    .lookup_f32 = lookup_f32,
+    .lookup_i16 = lookup_i16,
+    .sums = sums,
+    .finish_f32 = finish_f32,
+    .finish_i32 = finish_i32,
+    .finish_plane = finish_plane,
+    .quantize = quantize,
+};
+
+#endif

@@ -1,0 +1,149 @@
+/*
+ * Compares the kernels of one level with plain loops on random layers. Inputs are multiples of 1/8, so that float sums
+ * are exact in any order. Run on its own: under an emulator for other machines, or with the compiler's sanitizers.
+ *
+ *     check_level LEVEL      # exit status 0: all equal
+ */
+#include "tbn_cpu.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint32_t state = 1;
+
+static uint32_t random_below(uint32_t limit) {
+    state = state * 1664525u + 1013904223u;
+    return (state >> 8) % limit;
+}
+
+static size_t between(uint32_t low, uint32_t high) {
+    return low + random_below(high - low + 1);
+}
+
+static void *memory(size_t bytes) {
+    void *block = aligned_alloc(TBN_ALIGN, (bytes + TBN_ALIGN) / TBN_ALIGN * TBN_ALIGN);
+    if (!block)
+        abort();
+    return block;
+}
+
+static float *random_floats(size_t count) {
+    float *values = memory(count * sizeof(float));
+    for (size_t i = 0; i < count; i++)
+        values[i] = ((float)random_below(17) - 8.0f) / 8.0f;
+    return values;
+}
+
+static int8_t *random_signs(size_t count) {
+    int8_t *signs = memory(count);
+    for (size_t i = 0; i < count; i++)
+        signs[i] = random_below(2) ? 1 : -1;
+    return signs;
+}
+
+/* Integers and scale of one token, as the library quantises them at its lowest level. */
+static float to_integers(const float *x, size_t count, int activation, float *values) {
+    if (activation == TBN_FLOAT) {
+        memcpy(values, x, count * sizeof(float));
+        return 1.0f;
+    }
+    int16_t *q = memory(count * sizeof *q);
+    const float scale = tbn_level("portable")->quantize(x, count, activation == TBN_BINARY, q);
+    for (size_t i = 0; i < count; i++)
+        values[i] = (float)q[i];
+    free(q);
+    return scale;
+}
+
+static int check_linear(const struct tbn_kernels *kernels, int activation) {
+    const size_t rows = between(1, 150), inputs = between(1, 600), copies = between(1, 3), tokens = between(0, 40);
+    const size_t outputs = rows * copies;
+    int8_t *signs = random_signs(rows * inputs);
+    float *x = random_floats(tokens * inputs), *alpha = random_floats(outputs), *bias = random_floats(outputs);
+    float *out = memory(tokens * outputs * sizeof(float)), *values = memory(inputs * sizeof(float));
+    void *index = memory(tbn_pack_bytes(kernels, activation != TBN_FLOAT, rows, inputs));
+    void *sums_index = memory(tbn_pack_sums_bytes(rows, inputs));
+    tbn_pack(kernels, activation != TBN_FLOAT, signs, rows, inputs, index);
+    tbn_pack_sums(signs, rows, inputs, sums_index);
+    const struct tbn_linear layer = {
+        .kernels = kernels, .index = index, .sums_index = random_below(2) ? sums_index : NULL, .inputs = inputs,
+        .rows = rows, .copies = copies, .alpha_copy_stride = rows, .alpha_row_stride = 1, .activation = activation,
+        .relu = 1};
+    int wrong = tbn_linear(&layer, x, out, tokens, alpha, bias, between(1, 3)) != TBN_OK;
+    for (size_t token = 0; token < tokens; token++) {
+        const float scale = to_integers(x + token * inputs, inputs, activation, values);
+        for (size_t output = 0; output < outputs; output++) {
+            float sum = 0.0f;
+            for (size_t i = 0; i < inputs; i++)
+                sum += (float)signs[output % rows * inputs + i] * values[i];
+            const float expected = sum * alpha[output] * scale + bias[output];
+            wrong += out[token * outputs + output] != (expected < 0.0f ? 0.0f : expected);
+        }
+    }
+    free(signs), free(x), free(alpha), free(bias), free(out), free(values), free(index), free(sums_index);
+    if (wrong)
+        printf("linear, activation %d, rows %zu, inputs %zu, tokens %zu: %d wrong\n", activation, rows, inputs, tokens,
+               wrong);
+    return wrong;
+}
+
+static int check_conv(const struct tbn_kernels *kernels, int activation) {
+    const int integer = activation != TBN_FLOAT;
+    const size_t group = tbn_group(kernels, integer), rows = between(1, 70), channels = between(1, 40);
+    const size_t height = between(6, 12), width = between(6, 20), samples = between(1, 2);
+    struct tbn_conv layer = {
+        .kernels = kernels, .groups = 1, .channels = channels, .channels_out = rows, .rows = rows, .alpha_rows = rows,
+        .kernel = {between(1, 3), between(1, 3)}, .stride = {between(1, 3), between(1, 3)},
+        .padding = {between(0, 2), between(0, 2)}, .dilation = {between(1, 2), between(1, 2)},
+        .activation = activation};
+    const size_t taps = layer.kernel[0] * layer.kernel[1], channel_groups = (channels + group - 1) / group;
+    const size_t columns = channel_groups * taps * group;
+    int8_t *signs = random_signs(rows * columns); /* [filter][channel group][tap][channel] */
+    void *index = memory(tbn_pack_bytes(kernels, integer, rows, columns));
+    tbn_pack(kernels, integer, signs, rows, columns, index);
+    layer.index = index;
+    size_t sizes[2] = {height, width};
+    for (int axis = 0; axis < 2; axis++)
+        sizes[axis] = (sizes[axis] + 2 * layer.padding[axis] - layer.dilation[axis] * (layer.kernel[axis] - 1) - 1) /
+                          layer.stride[axis] + 1;
+    const size_t size = channels * height * width, plane = sizes[0] * sizes[1];
+    float *x = random_floats(samples * size), *out = memory(samples * rows * plane * sizeof(float));
+    float *values = memory(size * sizeof(float));
+    const float alpha = 0.75f;
+    int wrong = tbn_conv(&layer, x, out, samples, height, width, &alpha, NULL, between(1, 3)) != TBN_OK;
+    for (size_t sample = 0; sample < samples; sample++) {
+        const float scale = to_integers(x + sample * size, size, activation, values);
+        for (size_t i = 0; i < rows * plane; i++) {
+            const size_t filter = i / plane, out_y = i % plane / sizes[1], out_x = i % sizes[1];
+            float sum = 0.0f;
+            for (size_t c = 0; c < channels; c++)
+                for (size_t tap = 0; tap < taps; tap++) {
+                    const size_t y = out_y * layer.stride[0] + tap / layer.kernel[1] * layer.dilation[0];
+                    const size_t column = out_x * layer.stride[1] + tap % layer.kernel[1] * layer.dilation[1];
+                    const size_t sign = filter * columns + (c / group * taps + tap) * group + c % group;
+                    if (y - layer.padding[0] < height && column - layer.padding[1] < width)
+                        sum += (float)signs[sign] * values[(c * height + y - layer.padding[0]) * width + column -
+                                                           layer.padding[1]];
+                }
+            wrong += out[sample * rows * plane + i] != sum * alpha * scale;
+        }
+    }
+    free(signs), free(index), free(x), free(out), free(values);
+    if (wrong)
+        printf("conv, activation %d, rows %zu, channels %zu: %d wrong\n", activation, rows, channels, wrong);
+    return wrong;
+}
+
+int main(int count, char **arguments) {
+    const struct tbn_kernels *kernels = count == 2 ? tbn_level(arguments[1]) : NULL;
+    if (!kernels) {
+        printf("no such level here\n");
+        return 2;
+    }
+    int wrong = 0;
+    for (int i = 0; i < 20; i++)
+        for (int activation = TBN_FLOAT; activation <= TBN_BINARY; activation++)
+            wrong += check_linear(kernels, activation) + check_conv(kernels, activation);
+    return wrong != 0;
+}
