@@ -19,6 +19,7 @@ import numpy as np
 
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.plan import C_TYPES, Argument, At, Call, Index, Plan, Struct, Workspace
+from tbn_compiler.backends.c.tiled_instances import INSTANCES
 
 if TYPE_CHECKING:
     from tbn_compiler.backends.c.package import Vectors
@@ -32,7 +33,12 @@ _LINE_LENGTH = 120
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.ChoiceLoader(
+            [
+                jinja2.FileSystemLoader(_TEMPLATES),
+                jinja2.DictLoader({f"{name}.c": text for name, text in INSTANCES.items()}),
+            ]
+        ),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -45,20 +51,25 @@ def _environment() -> jinja2.Environment:
 @functools.cache
 def template_names() -> tuple[str, ...]:
     """Names of all kernels and helpers, which are symbols behind the model's prefix, and the other such symbols."""
-    return (*sorted(path.stem for path in _TEMPLATES.glob("*.c")), *_SYMBOLS)
+    return (*sorted(path.stem for path in _TEMPLATES.glob("*.c")), *INSTANCES, *_SYMBOLS)
 
 
 # Functions of the file that have no template of their own.
 _SYMBOLS = (
     *("run", "scratch", "bits_product", "float_product"),
     *("tiled_position", "tiled_conv_store", "matmul_sizes", "attention_sizes"),
+    *("tiled_finish_layer", "fixed_block", "fixed_block_of", "fixed", "fixed_result", "float_bits", "float_of_bits"),
+    *(f"{kernel}_fold" for kernel in INSTANCES if "bucket" in kernel),
 )
 
 
 @functools.cache
 def _declared(template: str, kind: str) -> tuple[str, ...]:
     """What a template declares as ``{# kind: a, b #}``."""
-    found = re.findall(rf"{{# {kind}: (.*?) #}}", (_TEMPLATES / f"{template}.c").read_text(encoding="utf-8"))
+    environment = _environment()
+    assert environment.loader is not None
+    text = environment.loader.get_source(environment, f"{template}.c")[0]
+    found = re.findall(rf"{{# {kind}: (.*?) #}}", text)
     return tuple(name.strip() for line in found for name in line.split(","))
 
 
@@ -184,8 +195,17 @@ class _Printer:
         return "\n".join(lines)
 
     def _call(self, call: Call, step: int) -> str:
-        arguments = ", ".join(self.value(argument, step, call.repeat > 1) for argument in call.arguments)
-        return f"{self._plan.name}_{call.kernel}({arguments});"
+        values = [self.value(argument, step, call.repeat > 1) for argument in call.arguments]
+        text = f"{self._plan.name}_{call.kernel}("
+        lines, space = [], _LINE_LENGTH - 12  # what is indented by up to three levels
+        for index, value in enumerate(values):
+            value += ");" if index == len(values) - 1 else ", "
+            if len(text) + len(value.rstrip()) > space:
+                lines.append(text.rstrip())
+                text = ""
+            text += value
+        indent = " " * (12 if call.repeat > 1 else 8)
+        return f"\n{indent}".join([*lines, text])
 
 
 def c_float(value: float) -> str:

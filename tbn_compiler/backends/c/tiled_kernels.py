@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from tbn_compiler.backends.c import ir
-from tbn_compiler.backends.c.registry import Context, implements
 from tbn_compiler.backends.c.geometry import window_struct
-from tbn_compiler.backends.c.plan import At, Call, Implementation, Struct
+from tbn_compiler.backends.c.plan import Argument, At, Call, Implementation, Index, Struct, Workspace
+from tbn_compiler.backends.c.registry import Context, implements
+from tbn_compiler.backends.c.tiled_instances import patch_name
+from tbn_compiler.backends.c.tiled_rows import choose, finish_instructions, patch_instructions, precision
 from tbn_compiler.tiling import TileLayout
 
 
@@ -18,6 +22,8 @@ def tiled_linear(operation: ir.TiledLinear, context: Context) -> Implementation:
     rows = layout.distinct_rows(operation.alpha.size)
     input_size, vectors = layout.row_size // operation.replicas, operation.output.size // layout.rows
     title = f"tiled linear {layout.row_size} -> {layout.rows}{describe(operation, rows)}"
+    if whole_rows(operation):
+        return _linear_rows(operation, context, title)
     pointers = (At(source, stride=input_size), At(operation.output, stride=layout.rows))
     layer = linear_struct(operation, title)
     kernel, choice = _choose_linear(operation)
@@ -46,6 +52,8 @@ def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
     sizes = f"{operation.groups * layout.shape[1]} -> {layout.rows} channels, {' x '.join(map(str, layout.shape[2:]))}"
     groups = f", {operation.groups} groups" if operation.groups > 1 else ""
     title = f"tiled conv {sizes}{groups}{describe(operation, rows * operation.groups)}"
+    if operation.groups == 1 and whole_rows(operation):
+        return _conv_rows(operation, context, title)
     layer = Struct(
         "tiled_conv",
         f"{operation.layer}_layer",
@@ -69,6 +77,100 @@ def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
     call = Call(kernel, (*arguments, *pointers), repeat=operation.samples)
     cost = operation.samples * window.output_size * operation.groups * rows * layout.row_size
     return Implementation(title, (call,), cost=cost, choice="reference")
+
+
+def whole_rows(operation: ir.TiledLinear | ir.TiledConv) -> bool:
+    """Whether the tile is bits and holds nothing but whole rows, each with one scale."""
+    layout = operation.layout
+    unrolled = layout.p_in == 1 and shift(layout) == 0
+    once = layout.unique_rows * layout.row_size == layout.tile_size
+    return operation.tile.packed and unrolled and once and rows_per_alpha(operation) > 0
+
+
+def _linear_rows(operation: ir.TiledLinear, context: Context, title: str) -> Implementation:
+    layout, (source,) = operation.layout, operation.inputs
+    vectors = operation.output.size // layout.rows
+    return _rows(operation, context, title, (), At(source, stride=layout.row_size // operation.replicas), vectors, 1)
+
+
+def _conv_rows(operation: ir.TiledConv, context: Context, title: str) -> Implementation:
+    """Gather the inputs of one output position, then treat it as a linear layer."""
+    layout, window, (source,) = operation.layout, operation.window, operation.inputs
+    patch = Workspace("patch", layout.row_size // operation.replicas)
+    positions = operation.samples * window.output_size
+    arguments = (window_struct(window), operation.input_channels, source, Index(), patch)
+    small = context.options.optimize == "size"
+    gather = Call("tiled_patch" if small else patch_name(window.kernel[1], window.dilation[1]), arguments, repeat=positions)
+    return _rows(operation, context, title, (gather,), patch, positions, window.output_size)
+
+
+def _rows(
+    operation: ir.TiledLinear | ir.TiledConv,
+    context: Context,
+    title: str,
+    before: tuple[Call, ...],
+    x: At | Workspace,
+    repeat: int,
+    positions: int,
+) -> Implementation:
+    """Products with the rows of the tile, then scales, bias and activation; as often as there are input vectors.
+
+    Scaled copies of the input are columns side by side: each copy's part of a row is a row of its own for the kernel.
+    """
+    layout, copies = operation.layout, operation.replicas
+    unique, inputs = layout.unique_rows, layout.row_size // copies
+    rows = unique * copies
+    kernel, choice = choose(rows, inputs, context.options)
+    order = f"{kernel.kernel.removeprefix('tiled_')}_{rows}x{inputs}"
+    table = context.prepare(operation.tile, order, lambda: kernel.make_table(_signs(operation, rows)))
+    finish = copies > 1 or layout.rows != unique or row_alpha(operation) is not None or operation.bias is not None
+    in_place = copies == 1 and positions == 1 and rows % kernel.granule == 0
+    products: At | Workspace = At(operation.output, stride=layout.rows)
+    if not in_place:
+        products = Workspace("products", -(-rows // kernel.granule) * kernel.granule)
+    arguments: list[Argument] = [table, x, inputs, kernel.size]
+    if kernel.fixed:
+        arguments.append(precision(inputs))
+    dtype = "int32" if kernel.fixed else "float32"
+    if kernel.memory:
+        arguments.append(Workspace("memory", kernel.memory, dtype))
+    if kernel.needs_sums:
+        arguments.append(Workspace("sums", rows + rows % kernel.granule, dtype))
+    calls = [*before, Call(kernel.kernel, (*arguments, products), repeat=repeat)]
+    if finish or not in_place:
+        layer = finish_struct(operation, title, positions)
+        calls.append(Call("tiled_finish", (layer, products, Index(), operation.output), repeat=repeat))
+    elif operation.relu:
+        calls.append(Call("relu", (operation.output, operation.output, operation.output.size)))
+    each = kernel.instructions + (finish_instructions(layout.rows, context.options) if finish or not in_place else 0)
+    each += patch_instructions(inputs, context.options) if before else 0
+    return Implementation(title, tuple(calls), cost=repeat * each, choice=choice)
+
+
+def _signs(operation: ir.TiledLinear | ir.TiledConv, rows: int) -> np.ndarray:
+    """The tile as ``bool [rows, inputs]``."""
+    bits = np.unpackbits(operation.tile.array, count=operation.layout.tile_size, bitorder="little")
+    return bits.astype(bool).reshape(rows, -1)
+
+
+def finish_struct(operation: ir.TiledLinear | ir.TiledConv, title: str, positions: int) -> Struct:
+    """``tiled_finish_layer``: what happens to the products of the different rows."""
+    layout = operation.layout
+    rows, per_alpha = layout.unique_rows, rows_per_alpha(operation)
+    fields = (
+        ("rows", rows),
+        ("copies", operation.replicas),
+        ("outputs", layout.rows),
+        ("positions", positions),
+        ("alpha_per_row", int(per_alpha == 1)),
+        # One alpha serves everything, a repeat of all different rows, or a row.
+        ("alpha_per_repeat", 0 if per_alpha == layout.rows else rows // per_alpha),
+        ("input_alpha", operation.input_alpha),
+        ("alpha", row_alpha(operation)),
+        ("bias", operation.bias),
+        ("relu", int(operation.relu)),
+    )
+    return Struct("tiled_finish_layer", f"{operation.layer}_finish", title, fields)
 
 
 def linear_struct(operation: ir.TiledLinear, title: str) -> Struct:

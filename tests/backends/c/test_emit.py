@@ -96,8 +96,8 @@ def _functions(text: str, name: str) -> set[str]:
 
 def test_only_the_kernels_in_use_are_printed(tmp_path: Path) -> None:
     plan = export_c(small_net(), torch.zeros(1, 4, 4), tmp_path / "small.c", name="small")
-    assert plan.kernels == ("tiled_linear_bytes", "add", "linear", "softmax")
-    helpers = {"activate", "tiled_linear_store", "run"}
+    assert plan.kernels == ("tiled_bucket4x1", "tiled_finish", "add", "linear", "softmax")
+    helpers = {"tiled_signed_sums", "tiled_bucket4x1_fold", "activate", "run"}
     assert _functions((tmp_path / "small.c").read_text(), "small") == {*plan.kernels, *helpers}
     export_c(nn.ReLU(), torch.zeros(1, 4), tmp_path / "relu.c", name="small")
     text = (tmp_path / "relu.c").read_text()
@@ -117,12 +117,18 @@ def test_no_allocation_and_no_other_state_than_the_scratch_block(scratch: str, t
 
 
 def test_a_tile_is_stored_once_in_its_packed_form(tmp_path: Path) -> None:
-    module = tbn.lower(small_net())
-    export_c(module, torch.zeros(1, 4, 4), tmp_path / "small.c", name="small")
-    text = (tmp_path / "small.c").read_text()
-    for key, symbol in (("stem.0.weight_tile", "stem_0_weight_tile"), ("body.0.weight_tile", "body_0_weight_tile")):
-        (table,) = re.findall(rf"small_{symbol}\[\d+\] = {{([^}}]*)}}", text)
-        assert [int(byte, 16) for byte in table.split(",")] == module.state_dict()[key].tolist()
+    """As it is where a kernel reads any layout; in the order of the kernel, and not in its own, otherwise."""
+    torch.manual_seed(0)
+    module = tbn.lower(tbn.transform(nn.Linear(24, 9), tbn.TilingConfig(p=4, min_size=0)))
+    plan = export_c(module, torch.zeros(1, 24), tmp_path / "net.c", name="net")
+    assert plan.kernels == ("tiled_linear_bits",)
+    (table,) = re.findall(r"net_\w*weight_tile\[\d+\] = {([^}]*)}", (tmp_path / "net.c").read_text())
+    assert [int(byte, 16) for byte in table.split(",")] == module.state_dict()["weight_tile"].tolist()
+    plan = export_c(tbn.lower(small_net()), torch.zeros(1, 4, 4), tmp_path / "small.c", name="small")
+    assert [planned.symbol for planned in plan.constants if planned.constant.packed] == [
+        "stem_0_weight_tile_bucket4x1_2x16",
+        "body_0_weight_tile_bucket4x1_2x8",
+    ]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e-45, 3.4028235e38, 0.1, 1 / 3, -2.5e-7, 123456792.0])

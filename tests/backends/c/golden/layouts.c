@@ -132,6 +132,51 @@ static void layouts_sum_neighbours(const float *x, size_t count, size_t inner, f
     }
 }
 
+/*
+ * Products of x with rows of signs in little code: the 16 sums of four inputs with all signs are computed once and
+ * serve all rows.
+ *
+ * table holds, for every 4 inputs, a byte for two rows: bits of the rows' signs, 1 for +, lower half first. So rows is
+ * even, and inputs a multiple of 4.
+ */
+static void layouts_tiled_table(const uint8_t *table, const float *x, size_t inputs, size_t rows,
+    float *sums)
+{
+    const float *const end = x + inputs;
+    float lookup[16];
+
+    /* Adding to minus zero is exact too, and unlike a loop of zeros this does not become a call of memset, which is
+     * larger than the whole kernel. */
+    for (size_t row = 0; row < rows; ++row) {
+        sums[row] = -0.0f;
+    }
+    while (x != end) {
+        lookup[0] = 0;
+        for (size_t half = 1; half < 16; half *= 2) {
+            const float value = *x++;
+
+            for (size_t b = 0; b < half; ++b) {
+                lookup[b + half] = lookup[b] + value;
+                lookup[b] -= value;
+            }
+        }
+        for (float *sum = sums; sum != sums + rows; sum += 2) {
+            const unsigned signs = *table++;
+
+            sum[0] += lookup[signs & 15u];
+            sum[1] += lookup[signs >> 4];
+        }
+    }
+}
+
+/* y may be x. */
+static void layouts_relu(const float *x, float *y, size_t size)
+{
+    for (size_t i = 0; i < size; ++i) {
+        y[i] = x[i] < 0.0f ? 0.0f : x[i];
+    }
+}
+
 /* 0.weight_alpha: 1 float */
 static const float layouts_layer_0_weight_alpha[1] = {
     0.625f
@@ -148,8 +193,8 @@ static const uint8_t layouts_layer_0_weight_tile[3] = {
     0x94, 0xa6, 0x94
 };
 
-/* 2.weight_tile: 1 bytes of packed bits */
-static const uint8_t layouts_layer_2_weight_tile[1] = {
+/* 2.weight_tile_table_2x4: 1 bytes of packed bits */
+static const uint8_t layouts_layer_2_weight_tile_table_2x4[1] = {
     0xa4
 };
 
@@ -194,27 +239,6 @@ static const layouts_tiled_runs layouts_layer_0_runs = {
     NULL /* input_alpha */
 };
 
-/* tiled linear 4 -> 2, p=1, 2 unique rows, 1 alpha, ReLU */
-static const layouts_tiled_linear layouts_layer_2_layer = {
-    4, /* in_features */
-    2, /* out_features */
-    2, /* unique_rows */
-    8, /* tile_size */
-    2, /* rows_per_alpha */
-    NULL, /* alpha */
-    NULL, /* bias */
-    1 /* relu */
-};
-
-/* tiled linear 4 -> 2, p=1, 2 unique rows, 1 alpha, ReLU */
-static const layouts_tiled_runs layouts_layer_2_runs = {
-    1, /* p_in */
-    0, /* shift */
-    4, /* input_size */
-    NULL, /* copy_alpha */
-    NULL /* input_alpha */
-};
-
 /* tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, input as 4 scaled copies, bias */
 static const layouts_tiled_linear layouts_layer_4_layer = {
     8, /* in_features */
@@ -245,11 +269,14 @@ void layouts_run(const float *input, float *output)
     float *const layer_2_out = layouts_scratch; /* 8 bytes */
 
     /* 0: tiled linear 12 -> 8, p=4, rolled by 3, 8 unique rows, 1 alpha, bias, ReLU */
-    layouts_tiled_linear_bits(&layouts_layer_0_layer, &layouts_layer_0_runs, layouts_layer_0_weight_tile, input, layer_0_out);
+    layouts_tiled_linear_bits(&layouts_layer_0_layer, &layouts_layer_0_runs, layouts_layer_0_weight_tile, input,
+        layer_0_out);
     /* 2: sum every 2 neighbouring inputs */
     layouts_sum_neighbours(layer_0_out, 2, 1, layer_2_sums, 4);
     /* 2: tiled linear 4 -> 2, p=1, 2 unique rows, 1 alpha, ReLU */
-    layouts_tiled_linear_bits(&layouts_layer_2_layer, &layouts_layer_2_runs, layouts_layer_2_weight_tile, layer_2_sums, layer_2_out);
+    layouts_tiled_table(layouts_layer_2_weight_tile_table_2x4, layer_2_sums, 4, 2, layer_2_out);
+    layouts_relu(layer_2_out, layer_2_out, 2);
     /* 4: tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, input as 4 scaled copies, bias */
-    layouts_tiled_linear_bits(&layouts_layer_4_layer, &layouts_layer_4_runs, layouts_layer_4_weight_tile, layer_2_out, output);
+    layouts_tiled_linear_bits(&layouts_layer_4_layer, &layouts_layer_4_runs, layouts_layer_4_weight_tile,
+        layer_2_out, output);
 }

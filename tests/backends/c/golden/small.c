@@ -7,13 +7,146 @@
  *   head: float linear 8 -> 3, bias -> 1 x 3
  *   softmax -> 1 x 3
  *
- * Constants 178 bytes, scratch memory 64 bytes.
+ * Constants 184 bytes, scratch memory 144 bytes.
  */
 #include "small.h"
 
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+
+/* Sums of eight values: sums[b] adds those with bit b of the index set, subtracts the others; sums[3] subtracts all. */
+static void small_tiled_signed_sums(const float *value, float *sums)
+{
+    const float pair0 = value[0] + value[1];
+    const float pair1 = value[2] + value[3];
+    const float pair2 = value[4] + value[5];
+    const float pair3 = value[6] + value[7];
+    const float low = pair0 + pair1;
+    const float high = pair2 + pair3;
+
+    sums[0] = ((value[1] - value[0]) + (value[3] - value[2])) + ((value[5] - value[4]) + (value[7] - value[6]));
+    sums[1] = (pair1 - pair0) + (pair3 - pair2);
+    sums[2] = high - low;
+    sums[3] = -(low + high);
+}
+
+/*
+ * Products of x with rows of signs, 4 rows in a pass. 4 rows share 16 buckets: the signs that the rows have for an
+ * input, 1 for +, are the number of the bucket that the input is added to, so that one addition serves 4 rows. At the
+ * end a row's product is the sum of all buckets, each with the sign of the row's bit in its number.
+ *
+ * table holds those 4-bit numbers by pass, input, lower half of a byte first.
+ */
+static void small_tiled_bucket4x1_fold(const float *bucket, float *sums)
+{
+    /* Bucket 15 - b has the opposite signs of bucket b. */
+    float differences[8];
+
+    for (size_t b = 0; b < 8; ++b) {
+        differences[b] = bucket[b * 1] - bucket[(15 - b) * 1];
+    }
+    small_tiled_signed_sums(differences, sums);
+}
+
+static void small_tiled_bucket4x1(const uint8_t *table, const float *x, size_t inputs, size_t passes,
+    float *memory, float *products)
+{
+    float (*const buckets)[1] = (float(*)[1])memory;
+
+    for (; passes != 0; --passes) {
+        const float *next = x;
+
+        for (float *bucket = memory; bucket != memory + 16; bucket += 16) {
+            bucket[0] = 0;
+            bucket[1] = 0;
+            bucket[2] = 0;
+            bucket[3] = 0;
+            bucket[4] = 0;
+            bucket[5] = 0;
+            bucket[6] = 0;
+            bucket[7] = 0;
+            bucket[8] = 0;
+            bucket[9] = 0;
+            bucket[10] = 0;
+            bucket[11] = 0;
+            bucket[12] = 0;
+            bucket[13] = 0;
+            bucket[14] = 0;
+            bucket[15] = 0;
+        }
+        for (size_t count = inputs / 8; count != 0; --count) {
+            {
+                const float value = next[0];
+
+                buckets[table[0] & 15][0] += value;
+            }
+            {
+                const float value = next[1];
+
+                buckets[table[0] >> 4][0] += value;
+            }
+            {
+                const float value = next[2];
+
+                buckets[table[1] & 15][0] += value;
+            }
+            {
+                const float value = next[3];
+
+                buckets[table[1] >> 4][0] += value;
+            }
+            {
+                const float value = next[4];
+
+                buckets[table[2] & 15][0] += value;
+            }
+            {
+                const float value = next[5];
+
+                buckets[table[2] >> 4][0] += value;
+            }
+            {
+                const float value = next[6];
+
+                buckets[table[3] & 15][0] += value;
+            }
+            {
+                const float value = next[7];
+
+                buckets[table[3] >> 4][0] += value;
+            }
+            next += 8;
+            table += 4;
+        }
+        for (size_t count = inputs % 8 / 2; count != 0; --count) {
+            {
+                const float value = next[0];
+
+                buckets[table[0] & 15][0] += value;
+            }
+            {
+                const float value = next[1];
+
+                buckets[table[0] >> 4][0] += value;
+            }
+            next += 2;
+            table += 1;
+        }
+        if (inputs % 2 != 0) {
+            {
+                const float value = next[0];
+
+                buckets[table[0] & 15][0] += value;
+            }
+            table += 1;
+        }
+        for (size_t lane = 0; lane < 1; ++lane) {
+            small_tiled_bucket4x1_fold(memory + lane, products);
+            products += 4;
+        }
+    }
+}
 
 /* The value that a layer stores: with a ReLU, negative values become 0 (and NaN stays). */
 static float small_activate(float value, int relu)
@@ -22,52 +155,54 @@ static float small_activate(float value, int relu)
 }
 
 /*
- * A linear layer whose weight, read row by row, is one tile repeated from end to end, each row times its alpha.
- * Bits: element j of the tile is bit j % 8 of byte j / 8, 1 for +1 and 0 for -1.
+ * What follows the products of a layer's different rows: sums over scaled copies of the input, and for each output the
+ * scale, the bias and the activation. An output feature or channel repeats row (its number % rows).
  */
 typedef struct {
-    size_t in_features;
-    size_t out_features;
-    size_t unique_rows;    /* rows to compute; row r has the signs of row r % unique_rows */
-    size_t tile_size;      /* elements */
-    size_t rows_per_alpha; /* row r has alpha[r / rows_per_alpha] */
-    const float *alpha;    /* NULL: 1 for every row */
-    const float *bias;     /* out_features elements, or NULL */
+    size_t rows;
+    size_t copies;    /* scaled copies of the input; the products of a row stand side by side */
+    size_t outputs;   /* features or channels */
+    size_t positions; /* of each channel; 1 for features */
+    /* Repeat c of row r is scaled by alpha[r * alpha_per_row + c * alpha_per_repeat]. */
+    size_t alpha_per_row;
+    size_t alpha_per_repeat;
+    const float *input_alpha; /* scales of the copies of the input; NULL: one copy, not scaled */
+    const float *alpha;       /* NULL: not scaled */
+    const float *bias;        /* of each output, or NULL */
     int relu;
-} small_tiled_linear;
+} small_tiled_finish_layer;
 
-/* Store one unique row's product in every row of y that repeats it, with that row's alpha. */
-static void small_tiled_linear_store(const small_tiled_linear *layer, size_t row, float product, float *y)
+/* y may be products, if there is one copy of the input and one position. */
+static void small_tiled_finish(const small_tiled_finish_layer *layer, const float *products, size_t position,
+    float *y)
 {
-    for (size_t r = row; r < layer->out_features; r += layer->unique_rows) {
-        const float value = layer->alpha != NULL ? layer->alpha[r / layer->rows_per_alpha] * product : product;
-        y[r] = small_activate(layer->bias != NULL ? value + layer->bias[r] : value, layer->relu);
-    }
-}
-
-/*
- * Rows of whole bytes: eight inputs for each byte of the tile. The unique rows follow one another in the repeated
- * tile, so one pointer runs through all of them and starts again at the end of the tile.
- */
-static void small_tiled_linear_bytes(const small_tiled_linear *layer, const uint8_t *tile, const float *x, float *y)
-{
-    const uint8_t *const end = tile + layer->tile_size / 8;
-    const uint8_t *next = tile;
-
-    for (size_t row = 0; row < layer->unique_rows; ++row) {
+    y += position / layer->positions * layer->positions * layer->outputs + position % layer->positions;
+    for (size_t row = 0; row < layer->rows; ++row) {
+        const float *alpha = layer->alpha;
         float product = 0.0f;
-        for (size_t j = 0; j < layer->in_features; j += 8) {
-            const unsigned bits = *next;
-            const float low = ((bits & 0x01u) ? x[j] : -x[j]) + ((bits & 0x02u) ? x[j + 1] : -x[j + 1])
-                + ((bits & 0x04u) ? x[j + 2] : -x[j + 2]) + ((bits & 0x08u) ? x[j + 3] : -x[j + 3]);
-            const float high = ((bits & 0x10u) ? x[j + 4] : -x[j + 4]) + ((bits & 0x20u) ? x[j + 5] : -x[j + 5])
-                + ((bits & 0x40u) ? x[j + 6] : -x[j + 6]) + ((bits & 0x80u) ? x[j + 7] : -x[j + 7]);
-            product += low + high;
-            if (++next == end) {
-                next = tile;
+
+        if (layer->input_alpha != NULL) {
+            for (size_t copy = 0; copy < layer->copies; ++copy) {
+                product += layer->input_alpha[copy] * *products++;
             }
+        } else {
+            product = *products++;
         }
-        small_tiled_linear_store(layer, row, product, y);
+        if (alpha != NULL) {
+            alpha += row * layer->alpha_per_row;
+        }
+        for (size_t output = row; output < layer->outputs; output += layer->rows) {
+            float value = product;
+
+            if (alpha != NULL) {
+                value *= *alpha;
+                alpha += layer->alpha_per_repeat;
+            }
+            if (layer->bias != NULL) {
+                value += layer->bias[output];
+            }
+            y[output * layer->positions] = small_activate(value, layer->relu);
+        }
     }
 }
 
@@ -115,6 +250,11 @@ static void small_softmax(const float *x, float *y, size_t outer, size_t count, 
     }
 }
 
+/* stem.0.weight_tile_bucket4x1_2x16: 8 bytes of packed bits */
+static const uint8_t small_stem_0_weight_tile_bucket4x1_2x16[8] = {
+    0x22, 0x02, 0x13, 0x11, 0x10, 0x22, 0x22, 0x30
+};
+
 /* stem.0.weight_alpha: 4 float */
 static const float small_stem_0_weight_alpha[4] = {
     0.625f, 0.625f, 0.625f, 0.625f
@@ -126,19 +266,14 @@ static const float small_stem_0_bias[8] = {
     0.625f, 0.375f
 };
 
-/* stem.0.weight_tile: 4 bytes of packed bits */
-static const uint8_t small_stem_0_weight_tile[4] = {
-    0xf0, 0x82, 0x17, 0xbc
+/* body.0.weight_tile_bucket4x1_2x8: 4 bytes of packed bits */
+static const uint8_t small_body_0_weight_tile_bucket4x1_2x8[4] = {
+    0x21, 0x22, 0x11, 0x20
 };
 
 /* body.0.weight_alpha: 4 float */
 static const float small_body_0_weight_alpha[4] = {
     0.3359375f, 0.3515625f, 0.3515625f, 0.3359375f
-};
-
-/* body.0.weight_tile: 2 bytes of packed bits */
-static const uint8_t small_body_0_weight_tile[2] = {
-    0x31, 0x8e
 };
 
 /* head.weight: 3 x 8 float */
@@ -155,24 +290,28 @@ static const float small_head_bias[3] = {
 };
 
 /* tiled linear 16 -> 8, p=4, 2 unique rows, 4 alphas, bias, ReLU */
-static const small_tiled_linear small_stem_0_layer = {
-    16, /* in_features */
-    8, /* out_features */
-    2, /* unique_rows */
-    32, /* tile_size */
-    2, /* rows_per_alpha */
+static const small_tiled_finish_layer small_stem_0_finish = {
+    2, /* rows */
+    1, /* copies */
+    8, /* outputs */
+    1, /* positions */
+    0, /* alpha_per_row */
+    1, /* alpha_per_repeat */
+    NULL, /* input_alpha */
     small_stem_0_weight_alpha, /* alpha */
     small_stem_0_bias, /* bias */
     1 /* relu */
 };
 
 /* tiled linear 8 -> 8, p=4, 2 unique rows, 4 alphas, ReLU */
-static const small_tiled_linear small_body_0_layer = {
-    8, /* in_features */
-    8, /* out_features */
-    2, /* unique_rows */
-    16, /* tile_size */
-    2, /* rows_per_alpha */
+static const small_tiled_finish_layer small_body_0_finish = {
+    2, /* rows */
+    1, /* copies */
+    8, /* outputs */
+    1, /* positions */
+    0, /* alpha_per_row */
+    1, /* alpha_per_repeat */
+    NULL, /* input_alpha */
     small_body_0_weight_alpha, /* alpha */
     NULL, /* bias */
     1 /* relu */
@@ -182,13 +321,21 @@ static float small_scratch[SMALL_SCRATCH_BYTES / sizeof(float)];
 
 void small_run(const float *input, float *output)
 {
-    float *const stem_0_out = small_scratch; /* 32 bytes */
-    float *const body_0_out = small_scratch + 8; /* 32 bytes */
+    float *const stem_0_out = small_scratch + 16; /* 32 bytes */
+    float *const body_0_out = small_scratch + 24; /* 32 bytes */
+    float *const stem_0_memory = small_scratch; /* 64 bytes */
+    float *const stem_0_products = small_scratch + 24; /* 16 bytes */
+    float *const body_0_memory = small_scratch; /* 64 bytes */
+    float *const body_0_products = small_scratch + 32; /* 16 bytes */
 
     /* stem.0: tiled linear 16 -> 8, p=4, 2 unique rows, 4 alphas, bias, ReLU */
-    small_tiled_linear_bytes(&small_stem_0_layer, small_stem_0_weight_tile, input, stem_0_out);
+    small_tiled_bucket4x1(small_stem_0_weight_tile_bucket4x1_2x16, input, 16, 1, stem_0_memory,
+        stem_0_products);
+    small_tiled_finish(&small_stem_0_finish, stem_0_products, 0, stem_0_out);
     /* body.0: tiled linear 8 -> 8, p=4, 2 unique rows, 4 alphas, ReLU */
-    small_tiled_linear_bytes(&small_body_0_layer, small_body_0_weight_tile, stem_0_out, body_0_out);
+    small_tiled_bucket4x1(small_body_0_weight_tile_bucket4x1_2x8, stem_0_out, 8, 1, body_0_memory,
+        body_0_products);
+    small_tiled_finish(&small_body_0_finish, body_0_products, 0, body_0_out);
     /* add */
     small_add(stem_0_out, body_0_out, stem_0_out, 8);
     /* head: float linear 8 -> 3, bias */

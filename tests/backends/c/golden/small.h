@@ -9,9 +9,9 @@
 #define SMALL_OUTPUT_SIZE 3 /* 1 x 3 */
 
 /* Memory for intermediate results; all constants: packed tiles, scales, biases, float weights and tables; and both. */
-#define SMALL_SCRATCH_BYTES 64
-#define SMALL_WEIGHT_BYTES 178
-#define SMALL_TOTAL_BYTES 242
+#define SMALL_SCRATCH_BYTES 144
+#define SMALL_WEIGHT_BYTES 184
+#define SMALL_TOTAL_BYTES 328
 
 #ifdef __cplusplus
 extern "C" {

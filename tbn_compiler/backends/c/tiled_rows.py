@@ -1,0 +1,202 @@
+"""Kernels for tiles that hold whole rows: how each one stores the rows' signs, what it needs and what it costs.
+
+All compute the same: the products of one input vector with ``rows`` rows of signs. They differ in how many rows or
+inputs share an addition.
+
+* *bucket*: 4 or 8 rows share an addition for each input; a fixed cost for each pass over the inputs.
+* *lookup*, *table*: 4 inputs share an addition for each row, fast and in little code.
+
+Without floating-point instructions the same kernels work in block fixed point (``templates/tiled_fixed.c``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tbn_compiler.backends.c.options import Options
+from tbn_compiler.backends.c.tiled_instances import BUCKET_LANES, bucket_name, instance
+
+# Bytes of working memory that a kernel may take.
+_MEMORY = {"speed": 4096, "balanced": 1024}
+_INT32_BITS = 31
+_MANTISSA_BITS = 24
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Executed instructions of each kernel on one kind of processor.
+
+    Fitted by least squares of the relative error to counts of ``backends/c/mcu``, GCC 12 -O2, for 18 shapes from 4 x 32
+    to 64 x 784, and rounded: the fit is within 11 %, but for lookups of inputs that fill no whole word.
+
+    Attributes:
+        bucket: by rows that share a bucket: for each input and group of rows, each input, each group.
+        lookup: for each word of 32 inputs and row, each input, each row.
+        table: for each four inputs and row, each four inputs, each row.
+        scan: for each input, once: finding the largest one.
+        patch: for each input that a convolution gathers.
+        finish: for each output, at least: scale and store.
+    """
+
+    bucket: dict[int, tuple[float, float, float]]
+    lookup: tuple[float, float, float]
+    table: tuple[float, float, float]
+    scan: float
+    patch: float
+    finish: float
+
+
+_FPU = _Costs({4: (6.1, 0.7, 154), 8: (5.1, 1.3, 1146)}, (41, 12.5, 0), (9, 150, 0), 0, 8, 12)
+_COSTS = {
+    "generic": _FPU,
+    "cortex-m4": _FPU,
+    "cortex-m7": _FPU,
+    "cortex-m3": _Costs({4: (6.2, 17.4, 457), 8: (5.7, 19.6, 1868)}, (43, 36, 72), (8.5, 274, 78), 8, 8, 100),
+    "cortex-m0plus": _Costs(
+        {4: (8.6, 29.7, 1002), 8: (7.3, 24.4, 3386)}, (66, 50, 200), (11, 380, 184), 5, 6, 230
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RowsKernel:
+    """One way to compute the products of an input with rows of signs.
+
+    Attributes:
+        kernel: name of the C function.
+        fixed: whether it computes in block fixed point.
+        granule: the kernel writes a multiple of so many products.
+        size: argument behind the number of inputs: passes or rows.
+        memory: elements of working memory; 0 if the kernel takes none.
+        needs_sums: whether it collects integers for all rows, and takes memory for them.
+        make_table: from signs ``bool [rows, inputs]`` to the stored table.
+        table_bytes: size of that table.
+        instructions: estimated number, on the target.
+    """
+
+    kernel: str
+    fixed: bool
+    granule: int
+    size: int
+    memory: int
+    needs_sums: bool
+    make_table: Callable[[np.ndarray], np.ndarray]
+    table_bytes: int
+    instructions: int
+
+
+def choose(rows: int, inputs: int, options: Options) -> tuple[RowsKernel, str]:
+    """The kernel for ``rows`` rows of ``inputs`` signs that serves the user's choice best, and why."""
+    if options.optimize == "size":
+        return _table(rows, inputs, options), "least code"
+    limit = _MEMORY[options.optimize]
+    # Signs that only fill up a group take no more than an eighth of the tile.
+    most = (rows * inputs + 7) // 8 * 9 // 8 + 4
+    allowed = [c for c in candidates(rows, inputs, options) if 4 * c.memory <= limit and c.table_bytes <= most]
+    best, *others = sorted(allowed, key=lambda candidate: candidate.instructions)
+    reason = f"about {best.instructions:,} instructions for a vector, with at most {limit:,} bytes of memory"
+    return best, reason + (f"; {others[0].kernel} takes {others[0].instructions:,}" if others else "")
+
+
+def patch_instructions(inputs: int, options: Options) -> int:
+    """Estimated instructions for gathering the inputs of one output position."""
+    return round(_COSTS[options.target].patch * inputs)
+
+
+def finish_instructions(outputs: int, options: Options) -> int:
+    """Estimated instructions for scaling and storing the results of one vector."""
+    return round(_COSTS[options.target].finish * outputs)
+
+
+def precision(inputs: int) -> int:
+    """Bits of the fixed-point inputs: the most that no signed sum of them can overflow, and no more than a mantissa.
+
+    An input is at most ``2**precision`` in magnitude.
+    """
+    return min((2**_INT32_BITS - 1) // inputs, 2**_MANTISSA_BITS).bit_length() - 1
+
+
+def candidates(rows: int, inputs: int, options: Options) -> Iterator[RowsKernel]:
+    """Every kernel that can compute ``rows`` rows of ``inputs`` signs."""
+    yield _table(rows, inputs, options)
+    if inputs % 4 == 0:
+        yield _lookup(rows, inputs, options)
+    for bits, all_lanes in BUCKET_LANES.items():
+        groups = -(-rows // bits)
+        for lanes in all_lanes:
+            if groups % lanes == 0:
+                yield _bucket(rows, inputs, options, bits, lanes)
+
+
+def _table(rows: int, inputs: int, options: Options) -> RowsKernel:
+    even, groups, fixed = rows + rows % 2, -(-inputs // 4), not options.has_fpu
+    costs = _COSTS[options.target]
+    per_row_of_group, per_group, per_row = costs.table
+    return RowsKernel(
+        kernel=instance("table_any" if inputs % 4 else "table", fixed),
+        fixed=fixed,
+        granule=2,
+        size=even,
+        memory=0,
+        needs_sums=fixed,
+        make_table=lambda signs: _pack(_padded(signs, 2, 4).reshape(even, groups, 4).swapaxes(0, 1)),
+        table_bytes=groups * even // 2,
+        instructions=round(groups * (per_row_of_group * even + per_group) + per_row * even + costs.scan * inputs),
+    )
+
+
+def _lookup(rows: int, inputs: int, options: Options) -> RowsKernel:
+    words, fixed, costs = -(-inputs // 32), not options.has_fpu, _COSTS[options.target]
+    per_word, per_input, per_row = costs.lookup
+
+    def make_table(signs: np.ndarray) -> np.ndarray:
+        return _pack(_padded(signs, 1, 32).reshape(rows, words, 32).swapaxes(0, 1)).view("<u4").astype(np.uint32)
+
+    return RowsKernel(
+        kernel=instance("lookup", fixed),
+        fixed=fixed,
+        granule=1,
+        size=rows,
+        memory=8 * 16,
+        needs_sums=fixed,
+        make_table=make_table,
+        table_bytes=4 * words * rows,
+        instructions=round(per_word * words * rows + (per_input + costs.scan) * inputs + per_row * rows),
+    )
+
+
+def _bucket(rows: int, inputs: int, options: Options, bits: int, lanes: int) -> RowsKernel:
+    fixed, costs = not options.has_fpu, _COSTS[options.target]
+    per_addition, per_input, per_group = costs.bucket[bits]
+    passes = -(-rows // (bits * lanes))
+    pass_bytes = -(-inputs * bits * lanes // 8)
+    one_pass = (per_addition * lanes + per_input) * inputs + per_group * lanes
+
+    def make_table(signs: np.ndarray) -> np.ndarray:
+        by_input = _padded(signs, bits * lanes, 1).reshape(passes, bits * lanes, inputs).swapaxes(1, 2)
+        return np.concatenate([_pack(signs_of_pass) for signs_of_pass in by_input])
+
+    return RowsKernel(
+        kernel=bucket_name(bits, lanes, fixed),
+        fixed=fixed,
+        granule=bits * lanes,
+        size=passes,
+        memory=2**bits * lanes,
+        needs_sums=False,
+        make_table=make_table,
+        table_bytes=passes * pass_bytes,
+        instructions=round(passes * one_pass + costs.scan * inputs),
+    )
+
+
+def _padded(signs: np.ndarray, rows: int, inputs: int) -> np.ndarray:
+    """Signs with rows and inputs rounded up to multiples."""
+    return np.pad(signs, ((0, -signs.shape[0] % rows), (0, -signs.shape[1] % inputs)))
+
+
+def _pack(signs: np.ndarray) -> np.ndarray:
+    """Bits in row-major order, lowest first."""
+    return np.packbits(signs.reshape(-1), bitorder="little")

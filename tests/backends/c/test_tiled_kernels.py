@@ -1,0 +1,161 @@
+"""Every kernel for tiles of whole rows: against PyTorch in floating point, bit for bit against NumPy in fixed point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tbn_compiler.backends.c import export_c, tiled_kernels, tiled_rows
+from tbn_compiler.backends.c.options import Options
+from tbn_compiler.backends.c.tiled_instances import INSTANCES
+from tbn_compiler.packing import pack_bits
+from tests.backends.c.toolchain import needs_cc, run_strict
+
+# Rows and inputs that are and are not multiples of what a kernel takes at a time, and several passes.
+SHAPES = [(8, 32), (32, 20), (7, 30), (40, 36), (24, 5), (64, 12), (33, 68), (1, 1), (28, 3), (12, 7)]
+FIXED_TARGET = "cortex-m3"
+
+
+class Rows(nn.Module):
+    """Layers of random signs, all scales 1, on the same input; their results side by side."""
+
+    def __init__(self, shapes: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.shapes = shapes
+        for index, (rows, inputs) in enumerate(shapes):
+            self.register_buffer(f"tile{index}", pack_bits(torch.randn(rows, inputs)))
+        self.register_buffer("alpha", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        results = []
+        for index, (rows, inputs) in enumerate(self.shapes):
+            tile = getattr(self, f"tile{index}")
+            results.append(torch.ops.tbn.linear(x[..., :inputs], tile, self.alpha, None, inputs, rows, 1, None))
+        return torch.cat(results, -1)
+
+    def signs(self, index: int) -> np.ndarray:
+        """``int64 [rows, inputs]``."""
+        rows, inputs = self.shapes[index]
+        bits = np.unpackbits(getattr(self, f"tile{index}").numpy(), count=rows * inputs, bitorder="little")
+        return 2 * bits.astype(np.int64).reshape(rows, inputs) - 1
+
+
+def _all_kernels(target: str) -> list[tuple[tuple[int, int], str]]:
+    """Each shape with each kernel that can compute it."""
+    options = Options(target=target)  # type: ignore[arg-type]
+    return [(shape, candidate.kernel) for shape in SHAPES for candidate in tiled_rows.candidates(*shape, options)]
+
+
+@pytest.fixture
+def in_turn(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """Make the layers of the next model take the given kernels, in turn."""
+
+    def force(kernels: list[str]) -> None:
+        names = iter(kernels)
+
+        def choose(rows: int, inputs: int, options: Options) -> tuple[tiled_rows.RowsKernel, str]:
+            found = {c.kernel: c for c in tiled_rows.candidates(rows, inputs, options)}
+            return found[next(names)], "forced"
+
+        monkeypatch.setattr(tiled_kernels, "choose", choose)
+
+    return force
+
+
+def test_the_shapes_reach_every_kernel() -> None:
+    reached = {kernel for target in ("generic", FIXED_TARGET) for _, kernel in _all_kernels(target)}
+    assert reached == {name for name in INSTANCES if "signed_sums" not in name and "patch" not in name}
+
+
+@needs_cc
+@pytest.mark.parametrize("skip_zeros", [False, True])
+def test_float_kernels(tmp_path: Path, in_turn: Callable[[list[str]], None], skip_zeros: bool) -> None:
+    torch.manual_seed(0)
+    cases = _all_kernels("generic")
+    in_turn([kernel for _, kernel in cases])
+    inputs = torch.randn(3, 68) * (torch.rand(3, 68) > 0.3)
+    model = Rows([s for s, _ in cases])
+    plan = export_c(model, inputs[:1], tmp_path / "net.c", name="net", skip_zeros=skip_zeros)
+    assert {kernel for _, kernel in cases} <= set(plan.kernels)
+    actual = torch.from_numpy(run_strict(tmp_path / "net.c", inputs, name="net"))
+    torch.testing.assert_close(actual, model(inputs), rtol=0, atol=1e-5)
+
+
+def _fixed_reference(x: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    """What ``templates/tiled_fixed.c`` promises, in NumPy integers."""
+    bits = np.abs(x).view(np.uint32)
+    if not np.isfinite(x).all():
+        return np.full(len(signs), np.nan, np.float32)
+    # The smallest power of two above the largest magnitude; the smallest float is 2 ** -149.
+    largest = int(bits.max())
+    exponent = (largest >> 23) - 126 if largest >> 23 else largest.bit_length() - 149
+    step = max(exponent - tiled_rows.precision(len(x)), -149)
+    quotients = np.ldexp(x.astype(np.float64), -step)
+    integers = (np.sign(quotients) * np.floor(np.abs(quotients) + 0.5)).astype(np.int64)
+    sums = signs @ integers
+    assert np.abs(signs).sum(1).max() * np.abs(integers).max() < 2**31
+    with np.errstate(over="ignore"):
+        return sums.astype(np.float32) * np.ldexp(np.float32(1), step)
+
+
+def _edge_cases(size: int) -> np.ndarray:
+    """Vectors whose exponents are awkward."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((4, size)).astype(np.float32)
+    tiny, largest = np.finfo(np.float32).tiny, np.finfo(np.float32).max
+    mixed = normal[0] * np.exp2(rng.integers(-120, 120, size)).astype(np.float32)
+    denormal = normal[1] * np.float32(tiny / 8)
+    one_denormal = np.zeros(size, np.float32)
+    one_denormal[0] = np.finfo(np.float32).smallest_subnormal
+    around = np.where(np.arange(size) % 2, np.float32(tiny), -np.nextafter(np.float32(tiny), np.float32(0)))
+    ties = (np.arange(size) + 0.5).astype(np.float32)
+    infinite, undefined = normal[2].copy(), normal[3].copy()
+    infinite[0], undefined[0] = np.inf, np.nan
+    powers = np.exp2(rng.integers(-30, 1, size)).astype(np.float32)
+    rows = [
+        *(normal[0], np.zeros(size), -np.zeros(size), mixed, denormal, one_denormal, around, ties, -ties, powers),
+        *(np.full(size, largest), np.full(size, -largest), np.full(size, tiny), infinite, undefined),
+    ]
+    return np.stack(rows).astype(np.float32)
+
+
+@needs_cc
+@pytest.mark.parametrize("skip_zeros", [False, True])
+def test_fixed_kernels_bit_for_bit(tmp_path: Path, in_turn: Callable[[list[str]], None], skip_zeros: bool) -> None:
+    torch.manual_seed(0)
+    cases = _all_kernels(FIXED_TARGET)
+    in_turn([kernel for _, kernel in cases])
+    model, inputs = Rows([s for s, _ in cases]), _edge_cases(68)
+    plan = export_c(
+        model, torch.zeros(1, 68), tmp_path / "net.c", name="net", target=FIXED_TARGET, skip_zeros=skip_zeros
+    )
+    assert {kernel for _, kernel in cases} <= set(plan.kernels)
+    actual = run_strict(tmp_path / "net.c", torch.from_numpy(inputs), name="net")
+    for x, y in zip(inputs, actual, strict=True):
+        expected = [_fixed_reference(x[: shape[1]], model.signs(index)) for index, (shape, _) in enumerate(cases)]
+        np.testing.assert_array_equal(y, np.concatenate(expected))
+
+
+def test_fixed_error_is_within_the_stated_bound() -> None:
+    """n inputs are off by at most max|x| * 2 ** -precision each; the sum is exact, and rounded once."""
+    rng = np.random.default_rng(1)
+    for inputs in (1, 3, 64, 784, 5000):
+        signs = 2 * rng.integers(0, 2, (8, inputs)) - 1
+        for scale in (1e-42, 1e-20, 1.0, 1e30):
+            x = (rng.standard_normal(inputs) * scale).astype(np.float32)
+            exact = signs @ x.astype(np.float64)
+            bound = inputs * float(np.abs(x).max()) * 2.0 ** -tiled_rows.precision(inputs)
+            rounding = np.abs(exact) * 2.0**-23 + np.finfo(np.float32).smallest_subnormal
+            assert (np.abs(_fixed_reference(x, signs) - exact) <= bound + rounding).all()
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 127, 128, 129, 784, 1023, 1024, 1025, 2**20, 2**24])
+def test_fixed_precision_is_the_most_that_cannot_overflow(inputs: int) -> None:
+    bits = tiled_rows.precision(inputs)
+    assert inputs * 2**bits < 2**31
+    assert bits == 24 or inputs * 2 ** (bits + 1) >= 2**31
