@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tbn_compiler.backends.c import Plan, export_c, host
+from tbn_compiler.backends.c.mcu import missing_tool
 
 WARNINGS = (
     "-Wall",
@@ -27,6 +28,7 @@ WARNINGS = (
 _SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 needs_cc = pytest.mark.skipif(host.find_compiler() is None, reason="no C compiler ($CC, cc, gcc, clang)")
+needs_arm = pytest.mark.skipif(missing_tool() is not None, reason=f"no {missing_tool()}: cannot emulate a Cortex-M")
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 

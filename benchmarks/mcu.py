@@ -1,0 +1,168 @@
+"""What exported models cost on emulated Cortex-M cores, by choice of kernels, next to the same models in float.
+
+    python -m benchmarks.mcu [--out FILE.json] [--page FILE.md]
+
+Counts of instructions are exact and repeatable (see ``tbn_compiler/backends/c/mcu``), so nothing is repeated here.
+Weights are random: they change no count on a core with floating-point instructions, and little on one without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tbn_compiler as tbn
+from tbn_compiler.backends.c import export_c
+from tbn_compiler.backends.c.mcu import CPUS, measure
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "mcu.json"
+PAGE = ROOT / "docs" / "mcu.md"
+DENSE_CONV = Path(__file__).parent / "dense_conv.c"
+VECTORS = 4
+PEERS = ("dense", "float")
+CHOICES = ("speed", "balanced", "size")
+CHANNELS = (16, 32, 64)
+
+
+def mlp() -> nn.Module:
+    """The paper's microcontroller model."""
+    return nn.Sequential(nn.Linear(784, 128, bias=False), nn.ReLU(), nn.Linear(128, 10, bias=False))
+
+
+IMAGE = 8
+
+
+def conv(channels: int) -> Callable[[], nn.Module]:
+    """One 3 x 3 convolution with as many channels in as out, ReLU behind it."""
+    return lambda: nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())
+
+
+# Name: model, shape of the input, options of the tiling.
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
+    # Layers below 64,000 weights are binary: p = 1.
+    "784-128-10": (mlp, (784,), {"p": 4, "alpha": "tile"}),
+    **{f"conv {c}": (conv(c), (c, IMAGE, IMAGE), {"p": 4, "alpha": "tile", "min_size": 0}) for c in CHANNELS},
+}
+
+
+def cases() -> Iterator[tuple[str, str, str]]:
+    """Model, choice of kernels and core of each measurement; ``float`` and ``dense`` are the peers."""
+    for cpu in CPUS:
+        yield from (("784-128-10", choice, cpu) for choice in ("float", *CHOICES))
+    for channels in CHANNELS:
+        yield from ((f"conv {channels}", choice, "cortex-m4") for choice in ("dense", "float", *CHOICES))
+    yield from (("conv 16", choice, "cortex-m0plus") for choice in ("dense", "float", *CHOICES))
+
+
+def run(model: str, choice: str, cpu: str, folder: Path) -> dict[str, Any]:
+    """Export, build and run one case, on random inputs of which three quarters are zero in the last vector."""
+    make, shape, options = MODELS[model]
+    torch.manual_seed(0)
+    module = make().eval()
+    if choice in CHOICES:
+        module = tbn.lower(tbn.transform(module, tbn.TilingConfig(**options)))
+    inputs = torch.randn(VECTORS, *shape)
+    inputs[-1] *= torch.rand(shape) < 0.25
+    with torch.no_grad():
+        expected = module(inputs).flatten(1)
+    optimize: Any = choice if choice in CHOICES else "balanced"
+    plan = export_c(module, inputs[:1], folder / "net.c", name="net", optimize=optimize, target=cpu)
+    if choice == "dense":
+        write_dense_conv(module[0], folder / "net.c")
+    result = measure(folder / "net.c", CPUS[cpu], inputs.flatten(1), expected)
+    assert result.max_error is not None
+    return {
+        "model": model,
+        "kernels": choice,
+        "cpu": cpu,
+        "machine": result.machine,
+        "instructions": [min(result.instructions), max(result.instructions)],
+        "flash_bytes": result.flash_bytes,
+        "weight_bytes": plan.weight_bytes,
+        "static_bytes": result.static_bytes,
+        "stack_bytes": result.stack_bytes,
+        "relative_error": result.max_error / expected.abs().max().item(),
+        "steps": [step.kernel for step in plan.steps] if choice != "dense" else ["dense_conv.c"],
+        "estimated_instructions": plan.cost if choice in CHOICES else None,
+    }
+
+
+def write_dense_conv(layer: nn.Module, path: Path) -> None:
+    """The hand-written peer of a convolution, with the same run function as an exported one."""
+    arrays = []
+    for name, size in (("weight", "[CHANNELS][9]"), ("bias", "")):
+        values = getattr(layer, name).detach().flatten().tolist()
+        text = ", ".join(f"{value:.9g}f" if value % 1 else f"{value:.1f}f" for value in values)
+        arrays.append(f"static const float {name}[CHANNELS]{size} = {{{text}}};")
+    defines = [f"#define CHANNELS {layer.out_channels}", f"#define SIZE {IMAGE}", '#include "net.h"']
+    path.write_text("\n".join([*defines, *arrays, DENSE_CONV.read_text()]))
+
+
+def _version(tool: str) -> str:
+    return subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def page(text: str, results: dict[str, Any]) -> str:
+    """The document with its tables, between ``<!-- NAME -->`` and ``<!-- end -->``, made anew."""
+    rows = results["cases"]
+    tables = {
+        "mlp": [row for row in rows if row["model"] == "784-128-10"],
+        "conv": [row for row in rows if row["model"] != "784-128-10"],
+    }
+    for name, found in tables.items():
+        before, marker, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{marker}{_table(found)}{end}{after}"
+    return text
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| core | model | kernels | instructions | of the fastest peer | flash B | RAM B | of it stack |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    # The fastest peer, which comes first.
+    peers = {(row["model"], row["cpu"]): row["instructions"][1] for row in reversed(rows) if row["kernels"] in PEERS}
+    for row in rows:
+        most, memory = row["instructions"][1], row["static_bytes"] + row["stack_bytes"]
+        share = most / peers[row["model"], row["cpu"]]
+        lines.append(
+            f"| {row['cpu']} | {row['model']} | {row['kernels']} | {most:,} | {100 * share:.1f} % "
+            f"| {row['flash_bytes']:,} | {memory:,} | {row['stack_bytes']:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run every case; write the result file and the tables of the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--out", type=Path, default=RESULT, help="default: %(default)s")
+    parser.add_argument("--page", type=Path, default=PAGE, help="document whose tables are made (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases():
+            found.append(run(*case, Path(folder)))
+            row = found[-1]
+            print(*case, f"{row['instructions'][1]:,} instructions, {row['flash_bytes']:,} B of flash", flush=True)
+    results = {
+        "compiler": f"{_version('arm-none-eabi-gcc')} -O2",
+        "emulator": _version("qemu-system-arm"),
+        "cases": found,
+    }
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.page.exists():
+        arguments.page.write_text(page(arguments.page.read_text(), results))
+
+
+if __name__ == "__main__":
+    main()

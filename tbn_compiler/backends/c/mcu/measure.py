@@ -1,0 +1,272 @@
+"""Building an exported model for a Cortex-M core and measuring it under emulation.
+
+The count of instructions is exact and repeatable: ``qemu-system-arm -icount`` gives every instruction the same time,
+and the support code reads a timer of the board before and after the call. It is not a count of cycles.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tbn_compiler.backends.c.mcu.boards import ICOUNT_SHIFT, Board, Cpu
+from tbn_compiler.errors import ExportError
+
+COMPILER = "arm-none-eabi-gcc"
+_SIZE = "arm-none-eabi-size"
+_EMULATOR = "qemu-system-arm"
+_SUPPORT = Path(__file__).parent / "support"
+_FLAGS = ("-std=gnu99", "-mthumb", "-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections", "-nostartfiles")
+_DEFAULT_FLAGS = ("-O2",)
+_TIMEOUT_SECONDS = 300
+
+
+def missing_tool() -> str | None:
+    """The first program that is needed and not installed, or ``None``."""
+    return next((tool for tool in (COMPILER, _SIZE, _EMULATOR) if shutil.which(tool) is None), None)
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a model's header says about its run function.
+
+    Attributes:
+        name: prefix of the model's symbols.
+        prototype: declaration of the run function, without semicolon.
+        inputs, outputs: elements of each, in the order of the arguments.
+        scratch_bytes: memory that the caller has to provide.
+        takes_scratch: whether the last argument is that memory.
+    """
+
+    name: str
+    prototype: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    scratch_bytes: int
+    takes_scratch: bool
+
+    @property
+    def call(self) -> str:
+        """A call of the run function on ``input`` and ``output``, which hold all inputs and outputs in order."""
+        arguments = [f"(input) + {start}" for start in _starts(self.inputs)]
+        arguments += [f"(output) + {start}" for start in _starts(self.outputs)]
+        return f"{self.name}_run({', '.join([*arguments, '(scratch)'] if self.takes_scratch else arguments)})"
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [sum(sizes[:index]) for index in range(len(sizes))]
+
+
+def read_interface(header: Path) -> Interface:
+    """The interface that a generated header declares.
+
+    Raises:
+        ExportError: it is not a header of this compiler.
+    """
+    try:
+        text = header.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"cannot read the model's header {header}: {error.strerror}") from error
+    found = re.search(r"^void (\w+)_run\(([^)]*)\);", text, re.MULTILINE)
+    sizes = {key: int(value) for key, value in re.findall(r"^#define (\w+) (\d+)", text, re.MULTILINE)}
+    if found is None:
+        raise ExportError(f"{header} declares no function <name>_run: it is not a header of this compiler")
+    name, parameters = found[1], [parameter.strip() for parameter in found[2].split(",")]
+    inputs = [p for p in parameters if p.startswith("const float *")]
+    outputs = [p for p in parameters if p.startswith("float *")]
+    if len(inputs) + len(outputs) + ("void *scratch" in parameters) != len(parameters):
+        raise ExportError(f"{name}_run({found[2]}) takes other arrays than float: such a model cannot be measured")
+    try:
+        return Interface(
+            name=name,
+            prototype=found[0].rstrip(";"),
+            inputs=tuple(_size(sizes, name, p) for p in inputs),
+            outputs=tuple(_size(sizes, name, p) for p in outputs),
+            scratch_bytes=sizes[f"{name.upper()}_SCRATCH_BYTES"] if "void *scratch" in parameters else 0,
+            takes_scratch="void *scratch" in parameters,
+        )
+    except KeyError as error:
+        raise ExportError(f"{header} does not define {error.args[0]}: it is not a header of this compiler") from error
+
+
+def _size(sizes: dict[str, int], name: str, parameter: str) -> int:
+    """Elements of an argument, from its macro <NAME>_<ARGUMENT>_SIZE."""
+    return sizes[f"{name}_{parameter.split('*')[1]}_SIZE".upper()]
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """One model on one core.
+
+    Attributes:
+        cpu, machine: the core, and the emulated board that ran it.
+        instructions: executed instructions for each input.
+        flash_bytes: code, constants and initial values, with what they pull in from the C library.
+        static_bytes: static variables and the scratch memory that the caller provides; without input and output.
+        stack_bytes: stack below the caller of the run function.
+        outputs: ``float32 [inputs, output elements]``.
+        max_error: largest difference from the expected outputs, ``None`` without them.
+    """
+
+    cpu: str
+    machine: str
+    instructions: tuple[int, ...]
+    flash_bytes: int
+    static_bytes: int
+    stack_bytes: int
+    outputs: np.ndarray
+    max_error: float | None
+
+    @property
+    def ram_bytes(self) -> int:
+        """Memory beside the input and the output."""
+        return self.static_bytes + self.stack_bytes
+
+
+def measure(
+    source: str | os.PathLike[str],
+    cpu: Cpu,
+    inputs: Any,
+    expected: Any = None,
+    *,
+    flags: Sequence[str] = _DEFAULT_FLAGS,
+) -> Measurement:
+    """Compile an exported model for a core, run it under emulation on each input and measure it.
+
+    Args:
+        source: the ``.c`` file that ``export_c`` wrote; its header lies beside it.
+        cpu: one of :data:`~tbn_compiler.backends.c.mcu.boards.CPUS`.
+        inputs: tensor or array ``[count, ...]`` with all inputs of the model behind one another in each row.
+        expected: ``[count, ...]``, all outputs in the same way, or ``None``.
+        flags: options of the compiler beside those of the core.
+
+    Raises:
+        ExportError: a tool is missing, the model does not compile, does not fit, faults, or the arrays do not have
+            the model's sizes. The message holds what the tool said.
+    """
+    tool = missing_tool()
+    if tool is not None:
+        raise ExportError(
+            f"{tool} is not installed: install gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm"
+        )
+    source = Path(source).resolve()
+    interface = read_interface(source.with_suffix(".h"))
+    vectors = _vectors(inputs, sum(interface.inputs), "inputs")
+    wanted = None if expected is None else _vectors(expected, sum(interface.outputs), "expected outputs")
+    if wanted is not None and len(wanted) != len(vectors):
+        raise ExportError(f"{len(vectors)} inputs but {len(wanted)} expected outputs")
+    with tempfile.TemporaryDirectory() as folder:
+        board, flash, static = _build(Path(folder), source, interface, cpu, flags)
+        outputs, ticks, stack = _run(Path(folder), board, interface, vectors)
+    return Measurement(
+        cpu=cpu.name,
+        machine=board.machine,
+        instructions=tuple(round(count / board.ticks_per_instruction) for count in ticks),
+        flash_bytes=flash,
+        static_bytes=static,
+        stack_bytes=stack,
+        outputs=outputs,
+        # A NaN in either counts: it makes the maximum NaN.
+        max_error=None if wanted is None else float(np.abs(outputs - wanted).max()),
+    )
+
+
+def _vectors(array: Any, size: int, what: str) -> np.ndarray:
+    values = np.asarray(torch.as_tensor(array).detach().cpu().numpy(), np.float32)
+    if values.ndim == 0 or len(values) == 0 or values[0].size != size:
+        raise ExportError(f"{what} must have {size} elements for each vector, got the shape {list(values.shape)}")
+    return np.ascontiguousarray(values.reshape(len(values), size))
+
+
+def _build(
+    folder: Path, source: Path, interface: Interface, cpu: Cpu, flags: Sequence[str]
+) -> tuple[Board, int, int]:
+    """Link the model and its runner for the first board that has room.
+
+    Returns:
+        The board, and the model's bytes of flash and of static memory: what the program has beyond one whose run
+        function does nothing.
+    """
+    error = ""
+    for board in cpu.boards:
+        error = _link(folder / "model.elf", source, source, interface, cpu, board, flags)
+        if not error:
+            break
+        if "region `" not in error or "overflowed" not in error:
+            raise ExportError(f"{COMPILER} cannot compile {source} for {cpu.name}:\n{error}")
+    else:
+        raise ExportError(f"{source} does not fit into the memory of {cpu.boards[-1].machine}:\n{error}")
+    empty = folder / "empty.c"
+    empty.write_text(f'#include "{source.with_suffix(".h").name}"\n{interface.prototype}\n{{\n}}\n')
+    error = _link(folder / "empty.elf", empty, source, interface, cpu, board, flags)
+    if error:
+        raise ExportError(f"{COMPILER} cannot compile the support code for {cpu.name}:\n{error}")
+    (flash, static), (empty_flash, empty_static) = _sizes(folder / "model.elf"), _sizes(folder / "empty.elf")
+    return board, flash - empty_flash, static - empty_static + interface.scratch_bytes
+
+
+def _link(
+    program: Path, code: Path, source: Path, interface: Interface, cpu: Cpu, board: Board, flags: Sequence[str]
+) -> str:
+    """Compile and link the code of the run function with its runner.
+
+    Returns:
+        What the compiler said if it failed, else nothing.
+    """
+    defines = {
+        board.define: "1",
+        "MODEL_HEADER": f'"{source.with_suffix(".h").name}"',
+        "MODEL_RUN(input, output, scratch)": interface.call,
+        "MODEL_INPUT_SIZE": sum(interface.inputs),
+        "MODEL_OUTPUT_SIZE": sum(interface.outputs),
+        "MODEL_SCRATCH_BYTES": interface.scratch_bytes,
+    }
+    command = [
+        *(COMPILER, *cpu.flags, *_FLAGS, *flags, f"-I{_SUPPORT}", f"-I{source.parent}"),
+        *(f"-D{name}={value}" for name, value in defines.items()),
+        *(f"-Wl,--defsym=FLASH_BYTES={board.flash_bytes}", f"-Wl,--defsym=RAM_BYTES={board.ram_bytes}"),
+        *("-T", str(_SUPPORT / "memory.ld"), str(_SUPPORT / "startup.c"), str(_SUPPORT / "runner.c"), str(code)),
+        *("-o", str(program), "-lm"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stderr if result.returncode else ""
+
+
+def _sizes(program: Path) -> tuple[int, int]:
+    """Bytes of flash and of static memory."""
+    table = subprocess.run([_SIZE, str(program)], capture_output=True, text=True, check=True).stdout
+    text, data, bss = (int(field) for field in table.splitlines()[1].split()[:3])
+    return text + data, data + bss
+
+
+def _run(
+    folder: Path, board: Board, interface: Interface, vectors: np.ndarray
+) -> tuple[np.ndarray, list[int], int]:
+    """Run the program; return its outputs, the ticks of each call, and the most stack that one took."""
+    (folder / "input.bin").write_bytes(vectors.tobytes())
+    command = [
+        *(_EMULATOR, "-machine", board.machine, "-nographic", "-monitor", "none", "-serial", "none"),
+        *("-icount", f"shift={ICOUNT_SHIFT}", "-semihosting-config", "enable=on,target=native"),
+        *("-kernel", "model.elf"),
+    ]
+    try:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ExportError(f"{_EMULATOR} did not end within {_TIMEOUT_SECONDS} s; give it fewer inputs") from None
+    if result.returncode:
+        raise ExportError(f"the model stopped on {board.machine}: {(result.stdout + result.stderr).strip()}")
+    outputs = np.fromfile(folder / "output.bin", np.float32).reshape(-1, sum(interface.outputs))
+    measured = np.fromfile(folder / "measured.bin", np.uint32).reshape(-1, 2)
+    if len(measured) != len(vectors):
+        raise ExportError(f"{_EMULATOR} ran {len(measured)} of {len(vectors)} inputs: {result.stderr.strip()}")
+    return outputs, measured[:, 0].tolist(), int(measured[:, 1].max())

@@ -1,0 +1,114 @@
+"""``tbn-compiler bench-mcu``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tbn_compiler.cli.models import parse_positive
+from tbn_compiler.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tbn_compiler.backends.c.mcu import Measurement
+
+# The names are those of tbn_compiler.backends.c.mcu.CPUS, which loads with the command only.
+_CPUS = ("cortex-m4", "cortex-m7", "cortex-m3", "cortex-m0plus")
+
+# The microcontroller of the paper runs at this rate. Instructions are counted, cycles are not: loads, branches and wait
+# states of the flash make the average instruction longer than a cycle. This factor is assumed, not measured.
+_PAPER_CPU, _PAPER_HZ, _ASSUMED_CYCLES_PER_INSTRUCTION = "cortex-m4", 64e6, 1.5
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of the command line."""
+    parser = commands.add_parser(
+        "bench-mcu",
+        help="run an exported C file on an emulated Cortex-M and measure it",
+        description="Build an exported C file for Cortex-M cores, run it under qemu-system-arm and report executed "
+        "instructions (exact and repeatable), flash, RAM beside input and output, stack and the largest error.",
+    )
+    parser.add_argument("source", type=Path, help="C file of export-c; its header lies beside it")
+    parser.add_argument(
+        "--cpu", choices=_CPUS, action="append", help=f"core to run on; may be repeated (default: {_PAPER_CPU})"
+    )
+    parser.add_argument(
+        "--vectors",
+        type=Path,
+        metavar="FILE.npz",
+        help="arrays 'inputs' and, to compare with, 'outputs', a vector in each row (default: random inputs)",
+    )
+    parser.add_argument(
+        "--count", type=parse_positive, default=1, help="how many vectors to run (default: %(default)s)"
+    )
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="default: %(default)s")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from tbn_compiler.backends.c.mcu import CPUS, measure, read_interface
+
+    if arguments.vectors is None:
+        size = sum(read_interface(arguments.source.with_suffix(".h")).inputs)
+        inputs, outputs = np.random.default_rng(0).standard_normal((arguments.count, size)), None
+    else:
+        inputs, outputs = _load(arguments.vectors, arguments.count)
+    names = dict.fromkeys(arguments.cpu or [_PAPER_CPU])
+    results = [measure(arguments.source, CPUS[name], inputs, outputs) for name in names]
+    if arguments.format == "json":
+        print(json.dumps([_row(result) for result in results], indent=2))
+    else:
+        Console().print(_table(arguments.source, results))
+
+
+def _load(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name][:count] for name in file.files}
+        return arrays["inputs"], arrays.get("outputs")
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path} is not an .npz file with an array 'inputs': {error}") from error
+
+
+def _frames_per_second(result: Measurement) -> float | None:
+    """Estimated rate of the paper's part; ``None`` on other cores."""
+    if result.cpu != _PAPER_CPU:
+        return None
+    return _PAPER_HZ / (max(result.instructions) * _ASSUMED_CYCLES_PER_INSTRUCTION)
+
+
+def _row(result: Measurement) -> dict[str, object]:
+    row = asdict(result)
+    del row["outputs"]
+    return row | {"ram_bytes": result.ram_bytes, "estimated_fps_at_64_mhz": _frames_per_second(result)}
+
+
+def _table(source: Path, results: list[Measurement]) -> Table:
+    table = Table(
+        title=f"{source} under emulation",
+        caption=f"RAM is beside input and output, stack included. FPS is an estimate at 64 MHz: it assumes "
+        f"{_ASSUMED_CYCLES_PER_INSTRUCTION} cycles an instruction.",
+    )
+    table.add_column("core")
+    for column in ("instructions", "flash B", "RAM B", "of it stack", "max error", "est. FPS"):
+        table.add_column(column, justify="right")
+    for result in results:
+        low, high = min(result.instructions), max(result.instructions)
+        rate = _frames_per_second(result)
+        table.add_row(
+            result.cpu,
+            f"{high:,}" if low == high else f"{low:,} to {high:,}",
+            f"{result.flash_bytes:,}",
+            f"{result.ram_bytes:,}",
+            f"{result.stack_bytes:,}",
+            "-" if result.max_error is None else f"{result.max_error:.2e}",
+            "-" if rate is None else f"{rate:,.0f}",
+        )
+    return table
