@@ -71,11 +71,13 @@ def fold_replicas(weight: Tensor, input_alpha: Tensor) -> Tensor:
     return (blocks * input_alpha.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))).sum(1)
 
 
-def _shares(layout: TileLayout, num_alphas: int, groups: int, input_alpha: Tensor | None) -> bool:
-    """Whether computing the unique rows on summed inputs saves anything and is exact."""
+def _shares(layout: TileLayout, num_alphas: int, groups: int, input_alpha: Tensor | None, integer: bool) -> bool:
+    """Whether to compute the unique rows on summed inputs: it is exact, and saves something or keeps integers whole."""
     if layout.inputs_per_row(num_alphas) < layout.row_size:
         # Neighbours that share a weight must lie in the same replica of the input.
         return input_alpha is None or (layout.shape[1] // input_alpha.numel()) % layout.p_in == 0
+    if integer and layout.one_alpha_per_row(num_alphas):
+        return True  # weights of +1 and -1, and the alphas afterwards
     return layout.rows_per_group(num_alphas, groups) < layout.rows // groups
 
 
@@ -114,7 +116,7 @@ def linear(
     check_formats("linear", activation, epilogue)
     check_tile_operands("linear", input, tile, alpha, bias, layout)
     out = in_format(
-        lambda input, bias: _linear(input, tile, alpha, bias, layout, input_alpha),
+        lambda input, bias: _linear(input, tile, alpha, bias, layout, input_alpha, activation != "float"),
         input,
         bias,
         activation,
@@ -125,11 +127,17 @@ def linear(
 
 
 def _linear(
-    input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, layout: TileLayout, input_alpha: Tensor | None
+    input: Tensor,
+    tile: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None,
+    layout: TileLayout,
+    input_alpha: Tensor | None,
+    integer: bool,
 ) -> Tensor:
     dtype = input.dtype
     bias = None if bias is None else bias.to(dtype)
-    shares = _shares(layout, alpha.numel(), 1, input_alpha)
+    shares = _shares(layout, alpha.numel(), 1, input_alpha, integer)
     if shares:
         weight = layout.unique_weight(decode(tile, layout, dtype))
         input = layout.sum_inputs(input, -1)
@@ -154,13 +162,14 @@ def _conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    integer: bool,
 ) -> Tensor:
     d = len(layout.shape) - 2
     conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
     geometry = (list(stride), list(padding), list(dilation), groups)
     dtype = input.dtype
     bias = None if bias is None else bias.to(dtype)
-    if not _shares(layout, alpha.numel(), groups, input_alpha):
+    if not _shares(layout, alpha.numel(), groups, input_alpha, integer):
         weight = dense_weight(tile, alpha, layout, dtype)
         if input_alpha is not None:
             weight = fold_replicas(weight, input_alpha)
@@ -212,7 +221,9 @@ def _make_conv(d: int) -> Callable[..., Tensor]:
         check_formats(CONV_OPS[d], activation, epilogue)
         check_tile_operands(CONV_OPS[d], input, tile, alpha, bias, layout)
         out = in_format(
-            lambda input, bias: _conv(input, tile, alpha, bias, layout, input_alpha, stride, padding, dilation, groups),
+            lambda input, bias: _conv(
+                input, tile, alpha, bias, layout, input_alpha, stride, padding, dilation, groups, activation != "float"
+            ),
             input,
             bias,
             activation,

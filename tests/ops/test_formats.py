@@ -89,6 +89,17 @@ def test_factor_is_rounded_once() -> None:
     assert np.array_equal(got.numpy(), quantized(x, "int8", (1,))[0])
 
 
+def test_products_are_exact_where_no_rows_repeat() -> None:
+    """Alphas come after the sums: multiplied with the weights first, each of 500 products would be rounded."""
+    tile, _, weight = layer((8, 500), 1, 1)
+    x = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+    alpha = torch.tensor([1 / 3])
+    integers, scales = quantized(x.numpy(), "int8", (1,))
+    sums = integers @ (np.sign(weight).T.astype(np.int64))
+    expected = torch.from_numpy(sums.astype(np.float32)) * alpha * torch.from_numpy(scales)
+    assert torch.equal(tbn.linear(x, tile, alpha, None, 500, 8, 1, activation="int8"), expected)
+
+
 @pytest.mark.parametrize("epilogue", FUNCTIONS)
 @pytest.mark.parametrize("d", [0, 2])
 def test_epilogue(d: int, epilogue: str) -> None:
