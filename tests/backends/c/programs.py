@@ -30,6 +30,7 @@ class Network:
         samples: tuples of inputs, one for each run.
         options: of ``export_c``.
         tolerance: largest error, relative to the largest expected element.
+        outputs: names of the outputs, for messages.
         plan: what ``export_c`` returned.
     """
 
@@ -37,6 +38,7 @@ class Network:
     samples: Sequence[tuple[Tensor, ...]]
     options: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-5
+    outputs: Sequence[str] = ()
     plan: Plan | None = None
 
     def __repr__(self) -> str:
@@ -56,8 +58,9 @@ def check(networks: Sequence[Network], folder: Path) -> None:
                 result = module(*sample)
             expected = [result] if isinstance(result, Tensor) else list(result)
             assert len(expected) == len(actual)
-            for position, (have, want) in enumerate(zip(actual, expected, strict=True)):
-                _assert_close(torch.from_numpy(have), want.flatten(), network, magnitude.largest, f"network {index}, output {position}")
+            names = network.outputs or list(map(str, range(len(expected))))
+            for name, have, want in zip(names, actual, expected, strict=True):
+                _assert_close(torch.from_numpy(have), want.flatten(), network, magnitude.largest, f"network {index}, output {name}")
 
 
 class Magnitude(TorchDispatchMode):
