@@ -184,22 +184,6 @@ def _compile(*arguments: object) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.fixture(scope="module")
-def everything_sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder, module = tmp_path_factory.mktemp("everything"), everything()
-    for scratch in get_args(ScratchOwner):
-        export_c(module, torch.zeros(1, 8), folder / f"{scratch}.c", scratch=scratch)
-    return sorted(folder.glob("*.c"))
-
-
-@needs_cc
-@pytest.mark.parametrize("optimize", ["-O0", "-O2", "-O3", "-Os"])
-def test_every_kernel_compiles_without_warning(optimize: str, everything_sources: list[Path]) -> None:
-    compiler = shlex.split(host.find_compiler() or "cc")
-    for source in everything_sources:
-        _compile(*compiler, "-std=c99", optimize, *WARNINGS, "-c", source, "-o", source.with_suffix(".o"))
-
-
 @needs_cxx
 @pytest.mark.parametrize("module", [everything(), nn.Identity()], ids=["everything", "copy"])
 def test_it_is_cxx11_too(module: nn.Module, tmp_path: Path) -> None:

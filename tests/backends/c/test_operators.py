@@ -43,6 +43,7 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = {
     },
     "gelu tanh": lambda m, x: F.gelu(x, approximate="tanh"),
     "prelu": lambda m, x: F.prelu(x, m.channel.flatten()) + F.prelu(x, m.row[0, 0, :1]),
+    "prelu of features": lambda m, x: F.prelu(x.mean((2, 3)), m.channel.flatten()),
 }
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     "numbers": lambda m, x: (1 - x) * 2 / 3 - 4 + 5 / (x.abs() + 1),
@@ -50,6 +51,8 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "functions": lambda m, x: x.exp() + (x.abs() + 0.1).log() + x**2 + x.square() + x.sin() * x.cos() + x.erf(),
     "clamp": lambda m, x: x.clamp(0, 1) + x.clamp(min=0.1) + x.clamp(max=0.5) - (x.abs() + 1).reciprocal(),
     "extrema": lambda m, x: torch.maximum(x, -x) + torch.minimum(x, 2 * x),
+    "extrema per channel": lambda m, x: torch.maximum(x, m.channel) + torch.minimum(x, m.channel),
+    "stored number": lambda m, x: m.row[0, 0, 0] / (x.abs() + 1) + (x - m.row[0, 0, 1]),
     "factors": lambda m, x: torch.sub(x, x.exp(), alpha=3) + torch.add(x, 1, alpha=2) - torch.rsub(x, 1, alpha=2),
     "per channel": lambda m, x: x * m.channel - x / (m.channel.abs() + 1),
     "broadcast of a part": lambda m, x: x[:, :1] + x,

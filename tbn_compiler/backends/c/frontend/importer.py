@@ -231,7 +231,7 @@ class Importer:
     def scalar(self, value: Any) -> float | None:
         """A number, or the number in a stored tensor with one element and no dimensions; ``None`` for anything else."""
         if isinstance(value, fx.Node) and value in self._tensors and self._tensors[value][1].dim() == 0:
-            return float(self._tensors[value][1])
+            return float(self._tensors[value][1].detach())
         return value if isinstance(value, int | float) else None
 
     def temporary(self, node: fx.Node, name: str, shape: tuple[int, ...]) -> ir.Value:

@@ -1,0 +1,107 @@
+"""Every kernel through every compiler and checker that is there."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import tbn_compiler as tbn
+from tbn_compiler.backends.c import emit, export_c, host
+from tests.backends.c.test_emit import everything
+from tests.backends.c.test_numerics import CONV_TILINGS
+from tests.backends.c.test_operators import FAMILIES, IMAGE, LAYERS, Family, Lookup, with_statistics
+from tests.backends.c.toolchain import WARNINGS
+
+# Layers on tiles have tests of their own for each of their kernels.
+_TILED = "tiled_"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """C files that use every kernel that is not one of a tiled layer, and many of those."""
+    folder = tmp_path_factory.mktemp("compilers")
+    transposed = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2))
+    networks: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]] = {
+        **{f"family_{name}": (Family(name), (torch.randn(shape),)) for name, (_, shape) in FAMILIES.items()},
+        **{
+            f"layer_{i}": (with_statistics(make()).eval(), (torch.randn(shape),))
+            for i, (make, shape) in enumerate(LAYERS.values())
+        },
+        **{
+            f"tiled_{i}": (tbn.transform(transposed, tbn.TilingConfig(min_size=0, **options)), (torch.randn(IMAGE),))
+            for i, options in enumerate(CONV_TILINGS.values())
+        },
+        "linear": (everything(), (torch.zeros(1, 8),)),
+        "lookup": (Lookup(), (torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, 8))),
+        "copy": (nn.Identity(), (torch.zeros(1, 8),)),
+    }
+    used: set[str] = set()
+    for index, (name, (module, inputs)) in enumerate(networks.items()):
+        options = {"self_test": index % 2 == 0, "layer_hook": index % 3 == 0}
+        plan = export_c(module, inputs, folder / f"{name}.c", name=name, scratch=("static", "caller")[index % 2], **options)
+        used.update(emit._with_needs(plan.kernels))
+    written = {path.stem for path in emit._TEMPLATES.glob("*.c")}
+    assert {kernel for kernel in written - used if not kernel.startswith(_TILED)} == set()
+    # All in one file: one start of a compiler, and nothing of one model may meet another's.
+    files = sorted(folder.glob("*.c"))
+    (folder / "all.c").write_text("".join(f'#include "{path.name}"\n' for path in files))
+    return [folder / "all.c", *files]
+
+
+def _run(*command: object) -> None:
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, (result.stdout + result.stderr)[:4000]
+
+
+_COMPILERS: dict[str, Sequence[str]] = {
+    "gcc C99": ("gcc", "-std=c99"),
+    "gcc C11": ("gcc", "-std=c11"),
+    "g++ C++11": ("g++", "-x", "c++", "-std=c++11"),
+    "clang C99": ("clang", "-std=c99"),
+    "clang++ C++11": ("clang++", "-x", "c++", "-std=c++11"),
+    "arm cortex-m4": ("arm-none-eabi-gcc", "-std=c99", "-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard"),
+    "arm cortex-m0+": ("arm-none-eabi-gcc", "-std=c99", "-mcpu=cortex-m0plus", "-mthumb"),
+    "rv32imac": ("riscv64-unknown-elf-gcc", "-std=c99", "-march=rv32imac", "-mabi=ilp32"),
+}
+
+
+@pytest.mark.parametrize("compiler", _COMPILERS)
+def test_no_compiler_warns(compiler: str, sources: list[Path], tmp_path: Path) -> None:
+    command = _COMPILERS[compiler]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"no {command[0]}")
+    _run(*command, "-O2", *WARNINGS, "-c", sources[0], "-o", tmp_path / "all.o")
+
+
+@pytest.mark.parametrize("level", ["-O0", "-O3", "-Os"])
+def test_no_level_of_optimisation_warns(level: str, sources: list[Path], tmp_path: Path) -> None:
+    compiler = host.find_compiler()
+    if compiler is None:
+        pytest.skip("no C compiler")
+    _run(*shlex.split(compiler), "-std=c99", level, *WARNINGS, "-c", sources[0], "-o", tmp_path / "all.o")
+
+
+@pytest.mark.skipif(shutil.which("cppcheck") is None, reason="no cppcheck")
+def test_cppcheck_finds_nothing(sources: list[Path]) -> None:
+    checks = "--enable=warning,style,performance,portability"
+    # Parameters of the run function that a model only reads part of, and generic kernels, could be more const or shorter.
+    suppressed = ["--suppress=unusedStructMember", "--suppress=missingIncludeSystem"]
+    _run("cppcheck", "--std=c99", checks, "--error-exitcode=1", "--quiet", "--inline-suppr", *suppressed, *sources[1:])
+
+
+def test_no_recursion_no_variable_array_no_allocation(sources: list[Path], tmp_path: Path) -> None:
+    """``-Wvla`` and ``-Wstack-usage`` know; the only undefined symbols are those of ``math.h`` and ``string.h``."""
+    if shutil.which("gcc") is None or shutil.which("nm") is None:
+        pytest.skip("no gcc or nm")
+    _run("gcc", "-std=c99", "-O1", "-fno-builtin", "-Wvla", "-Wstack-usage=2048", "-Werror", "-c", sources[0], "-o", tmp_path / "a.o")
+    symbols = subprocess.run(["nm", "-u", tmp_path / "a.o"], capture_output=True, text=True).stdout.split()
+    undefined = {symbol for symbol in symbols if len(symbol) > 1}
+    math = {"expf", "expm1f", "erff", "tanhf", "logf", "log1pf", "sqrtf", "powf", "sinf", "cosf", "fabsf"}
+    assert undefined <= math | {"memcpy", "memset", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
