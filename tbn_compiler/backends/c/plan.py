@@ -98,7 +98,8 @@ class Implementation:
     Attributes:
         title: what the operation is, in a few words, for comments and tables.
         calls: what runs, in order.
-        cost: estimated number of multiply-adds, additions or element operations.
+        cost: estimated number of executed instructions for layers on tiles of whole rows, whose kernels are chosen
+            by it; else of multiply-adds, additions or element operations.
         choice: why these kernels, where there was a choice.
     """
 
