@@ -1,7 +1,7 @@
-"""Four small networks with real data, from PyTorch to C.
+"""Four small networks with real data, from PyTorch to C on an emulated microcontroller.
 
     python examples/microcontroller.py train --data DIR      # float, binary and tiled networks; keeps those of seed 0
-    python examples/microcontroller.py measure --data DIR    # exports them and runs the C
+    python examples/microcontroller.py measure --data DIR    # exports them and runs the C on the host and emulated
     python examples/microcontroller.py page                  # writes docs/microcontroller_examples.md
 
 DIR has a folder for each data set: ``mnist`` (the four idx files), ``fsdd`` (the ``recordings`` of the Free Spoken
@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ def measure(tasks: Sequence[Task], options: argparse.Namespace, results: dict[st
 
     Raises:
         DataError: a network was not trained, or its file is missing.
-        ExportError: it cannot be exported, or there is no compiler.
+        ExportError: it cannot be exported, or a tool is missing.
     """
     for task in tasks:
         networks = results["tasks"].get(task.name, {"networks": {}})["networks"]
@@ -81,12 +82,15 @@ def measure(tasks: Sequence[Task], options: argparse.Namespace, results: dict[st
                 continue
             model = restore(task, network, path)
             _, test = data.for_results()
-            networks[name]["target"] = run_as_c(network, model, test.head(task.run_as_c), f"{task.name}_{name}")
+            networks[name]["target"] = run_as_c(
+                network, model, test.head(task.run_as_c), options.emulate or task.emulated, f"{task.name}_{name}"
+            )
+            results["tools"] = {tool: _version(tool) for tool in ("arm-none-eabi-gcc", "qemu-system-arm")}
             save(results, options.results)
-            target = networks[name]["target"]
+            emulated = networks[name]["target"]["emulated"]
             print(
-                f"{task.name:9} {name:7} {target['weight_bytes']:7,} B weights, {target['scratch_bytes']:6,} B RAM, "
-                f"error at most {target['host']['max_error']:.1e}",
+                f"{task.name:9} {name:7} {emulated['instructions']:12,} instructions, "
+                f"{emulated['flash_bytes']:7,} B flash, error at most {emulated['max_error']:.1e}",
                 flush=True,
             )
 
@@ -133,6 +137,11 @@ def is_trained(task: Task, seed: int, results: dict[str, Any]) -> bool:
         name in known and known[name]["recipe"] == _recipe(network) and str(seed) in known[name]["scores"]
         for name, network in task.networks.items()
     )
+
+
+def _version(tool: str) -> str:
+    """The first line that a tool prints about itself."""
+    return subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -189,10 +198,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             sub.add_argument("--seeds", type=int, default=3, help="number of runs (default: %(default)s)")
             sub.add_argument("--validate", action="store_true", help="hold out the validation part and measure on it")
         else:
+            sub.add_argument("--emulate", type=int, metavar="N", help="number of examples to run on the emulator")
             sub.add_argument("--again", action="store_true", help="measure what was measured before, too")
     options = parser.parse_args(arguments)
     if options.command != "page":
-        for name in ("seeds", "epochs"):
+        for name in ("seeds", "epochs", "emulate"):
             value = getattr(options, name, None)
             if value is not None and value < 1:
                 parser.error(f"--{name} must be at least 1")

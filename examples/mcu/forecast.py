@@ -125,6 +125,7 @@ TASK = Task(
     load=read,
     made_up=made_up,
     run_as_c=300,
+    emulated=300,
     networks={
         "float": Network("float", Recipe(epochs=6, lr=1e-3, weight_decay=0.02)),
         "binary": Network("binary, p = 1", Recipe(epochs=6, lr=3e-3), tbn.TilingConfig(p=1, min_size=0)),

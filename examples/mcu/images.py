@@ -86,6 +86,7 @@ MLP = Task(
     load=read,
     made_up=made_up,
     run_as_c=10_000,
+    emulated=1000,
     networks={
         "float": Network("float", Recipe(epochs=40, lr=1e-3)),
         "binary": Network("binary, p = 1", Recipe(epochs=40, lr=1e-3, distill=0.7), _BINARY),
@@ -106,6 +107,7 @@ CNN = Task(
     load=read,
     made_up=made_up,
     run_as_c=200,
+    emulated=100,
     augment=move,
     networks={
         "float": Network("float", Recipe(epochs=5, lr=4e-3)),

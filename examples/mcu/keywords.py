@@ -177,6 +177,7 @@ TASK = Task(
     load=read,
     made_up=made_up,
     run_as_c=300,
+    emulated=300,
     augment=augment,
     networks={
         "float": Network("float", Recipe(epochs=60, batch_size=64, weight_decay=0.02)),

@@ -1,9 +1,10 @@
-"""The exported C program of a trained network, run on this computer."""
+"""The exported C program of a trained network, run on this computer and on an emulated Cortex-M4F."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -13,35 +14,55 @@ from torch import Tensor, nn
 import tbn_compiler as tbn
 from mcu.task import Examples, Network, is_classes, scores
 from mcu.training import predict
-from tbn_compiler.backends.c import host
+from tbn_compiler.backends.c import host, mcu
+
+_CPU = mcu.CPUS["cortex-m4"]
+_FLAGS = ("-O2",)
+_EXAMPLES_A_RUN = 50  # the emulator has a time limit
 
 
-def run_as_c(network: Network, model: nn.Module, test: Examples, name: str) -> dict[str, Any]:
-    """Export a network as C and run it.
+def run_as_c(network: Network, model: nn.Module, test: Examples, emulated: int, name: str) -> dict[str, Any]:
+    """Export a network as C, with the kernels for speed on a Cortex-M4, and run it.
 
     Args:
         network: what it is.
         model: as it was trained and lowered.
         test: the examples to run it on.
+        emulated: how many of them, from the first on, also run on the emulated core.
         name: prefix of the C symbols.
 
     Returns:
-        Sizes, scores, and how far the outputs are from PyTorch's, as plain data.
+        Sizes, instructions of an inference, scores, and how far the outputs are from PyTorch's, as plain data.
 
     Raises:
-        ExportError: the model has an operator that C lacks, or there is no compiler.
+        ExportError: the model has an operator that C lacks, or a tool is missing.
     """
     expected = predict(model, test.x)
     deployed = model if network.config is None else tbn.optimize(model, test.x[:1])
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, f"{name}.c")
-        plan = tbn.export_c(deployed, test.x[:1], source, name=name)
+        plan = tbn.export_c(deployed, test.x[:1], source, name=name, optimize="speed", target="cortex-m4")
         on_host = host.run(source, test.x, name=name)
+        few = test.head(emulated)
+        runs = [mcu.measure(source, _CPU, x, flags=_FLAGS) for x in few.x.split(_EXAMPLES_A_RUN)]
+    on_core = np.concatenate([run.outputs for run in runs])
+    instructions = [count for run in runs for count in run.instructions]
     return {
         "weight_bytes": plan.weight_bytes,
         "scratch_bytes": plan.scratch_bytes,
         "input_output_bytes": 4 * (test.x[0].numel() + expected[0].numel()),
         "host": _compare(on_host, test, expected),
+        "emulated": {
+            "cpu": _CPU.name,
+            "machine": runs[0].machine,
+            "flags": " ".join(_FLAGS),
+            "flash_bytes": runs[0].flash_bytes,
+            "static_bytes": runs[0].static_bytes,
+            "stack_bytes": max(run.stack_bytes for run in runs),
+            "instructions": round(mean(instructions)),
+            "instructions_range": [min(instructions), max(instructions)],
+            **_compare(on_core, few, expected[: len(few)]),
+        },
     }
 
 

@@ -120,7 +120,8 @@ class Task:
         load: reads the data from a folder; raises :class:`example_data.DataError`.
         made_up: makes a small data set of the same form that can be learned, for trials.
         networks: what is compared, ``"float"`` first: it teaches the others.
-        run_as_c: how many test examples, from the first on, the C program runs.
+        run_as_c: how many test examples, from the first on, the C program runs on this computer.
+        emulated: how many of these it also runs on the emulated core.
         augment: changes a batch of training inputs.
     """
 
@@ -132,6 +133,7 @@ class Task:
     made_up: Callable[[], Dataset]
     networks: Mapping[str, Network]
     run_as_c: int
+    emulated: int
     augment: Callable[[Tensor], Tensor] | None = None
 
     def trial(self, epochs: int) -> Task:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tbn_compiler as tbn
-from tbn_compiler.backends.c import host
+from tests.backends.c.toolchain import needs_arm, needs_cc
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -73,27 +73,36 @@ def test_networks_train_and_are_stored(trial, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.skipif(host.find_compiler() is None, reason="no C compiler ($CC, cc, gcc, clang)")
-def test_networks_run_as_c(trial, capsys):
+@needs_cc
+@needs_arm
+def test_networks_run_as_c_on_the_host_and_on_the_core(trial, capsys):
     from mcu import report
     from microcontroller import TASKS, main
 
-    assert main(["measure", *trial.arguments]) == 0
+    assert main(["measure", *trial.arguments, "--emulate", "2"]) == 0
     networks = trial.networks()
     for key, entry in networks.items():
-        target = entry["target"]
+        target, emulated = entry["target"], entry["target"]["emulated"]
         assert target["host"]["scores"] == pytest.approx(entry["scores"]["0"], rel=1e-5), key
-        assert target["host"]["max_error"] < 1e-4 * target["host"]["max_output"], key
-        assert target["host"].get("other_classes", 0) == 0
-        assert target["scratch_bytes"] < 65_536
+        assert emulated["examples"] == 2
+        for place in (target["host"], emulated):
+            assert place["max_error"] < 1e-4 * place["max_output"], key
+            assert place.get("other_classes", 0) == 0
+        assert emulated["flash_bytes"] > target["weight_bytes"]
+        assert 65_536 > emulated["static_bytes"] >= target["scratch_bytes"]
+        assert 0 < emulated["stack_bytes"] < 2048
         row = next(
             line
             for line in report.tables(json.loads(trial.results.read_text()), TASKS)["target"].splitlines()
             if TASKS[trial.name].networks[key].title in line
         )
-        assert f"| {target['weight_bytes']:,} | {target['scratch_bytes']:,} |" in row
-    assert networks["tbn4"]["target"]["weight_bytes"] < networks["binary"]["target"]["weight_bytes"]
-    assert networks["binary"]["target"]["weight_bytes"] < networks["float"]["target"]["weight_bytes"]
+        ram = emulated["static_bytes"] + emulated["stack_bytes"]
+        assert f"| {emulated['flash_bytes']:,} | {target['weight_bytes']:,} | {ram:,} |" in row
+        assert row.endswith(f"| {emulated['instructions']:,} |")
+    tiled, binary, full = (networks[key]["target"] for key in ("tbn4", "binary", "float"))
+    assert tiled["weight_bytes"] < binary["weight_bytes"] < full["weight_bytes"]
+    for figure in ("instructions", "flash_bytes"):
+        assert tiled["emulated"][figure] < binary["emulated"][figure] < full["emulated"][figure]
     capsys.readouterr()
     assert main(["measure", *trial.arguments]) == 0  # everything is there
     assert capsys.readouterr().out == ""
@@ -284,6 +293,7 @@ def test_trials_keep_away_from_the_results(capsys):
         (["train", "--data", "x", "--validate"], "a trial needs --results"),
         (["measure", "--made-up"], "a trial needs --results"),
         (["train", "--data", "x", "--seeds", "0"], "--seeds must be at least 1"),
+        (["measure", "--data", "x", "--emulate", "0"], "--emulate must be at least 1"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)
