@@ -131,12 +131,26 @@ def summary(cpu: Result, compiled: Result) -> str:
     return markdown(["p = 4, one thread", "faster than", "float32 activations", "int8 activations"], rows, 2)
 
 
+def microcontrollers(result: Result) -> str:
+    """Instructions and flash of the paper's MLP on each emulated core, by kernel choice."""
+    cases = [case for case in result["cases"] if case["model"] == "784-128-10"]
+    choices = list(dict.fromkeys(case["kernels"] for case in cases))
+    rows = []
+    for core in dict.fromkeys(case["cpu"] for case in cases):
+        found = {case["kernels"]: case for case in cases if case["cpu"] == core}
+        rows.append(
+            [core, *(f"{max(found[name]['instructions']):,} ({found[name]['flash_bytes']:,})" for name in choices)]
+        )
+    return markdown(["784-128-10, p = 4: instructions (flash bytes)", *choices], rows)
+
+
 def documents() -> dict[Path, dict[str, Callable[[], str]]]:
     """What is filled in where: texts by their marks, by document."""
     return {
         ROOT / "README.md": {
             "table: speed": lambda: summary(read("cpu"), read("end_to_end")),
             "machine": lambda: machine(read("cpu")),
+            "table: mcu": lambda: microcontrollers(read("mcu")),
         },
         ROOT / "docs" / "cpu.md": {
             "machine": lambda: machine(read("cpu")),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,6 +96,17 @@ def close(actual: Tensor, expected: Tensor) -> bool:
     return bool((actual - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
+def runs_in_onnx_runtime(packed: nn.Module, x: Tensor, path: Path) -> bool:
+    try:
+        tbn.export_onnx(packed, x, path)
+    except tbn.ExportError:
+        return False
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        return close(torch.from_numpy(result), packed(x))
+
+
 def find_out(build: Callable[[], nn.Module], shape: tuple[int, ...], path: Path) -> dict[str, bool]:
     torch.manual_seed(0)
     x = torch.randn(shape)
@@ -123,7 +135,7 @@ def find_out(build: Callable[[], nn.Module], shape: tuple[int, ...], path: Path)
         "deduplicated": all(row.macs_tiled < row.macs for row in rows),
         "replica flow": last[flown] < last[plain],
         "C": exported,
-        "ONNX": False,
+        "ONNX": runs_in_onnx_runtime(packed, x, path.with_suffix(".onnx")),
     }  # fmt: skip
 
 
