@@ -76,7 +76,16 @@ def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
     )
     call = Call(kernel, (*arguments, *pointers), repeat=operation.samples)
     cost = operation.samples * window.output_size * operation.groups * rows * layout.row_size
-    return Implementation(title, (call,), cost=cost, choice="reference")
+    return Implementation(title, (call,), cost=cost, choice=_why_no_rows(operation))
+
+
+def _why_no_rows(operation: ir.TiledConv) -> str:
+    """Why a convolution takes the kernel for any layout."""
+    if not operation.tile.packed:
+        return "full-precision tile"
+    if operation.groups > 1:
+        return "groups read different inputs"
+    return "rows begin inside a tile, or scales or copies change inside rows"
 
 
 def whole_rows(operation: ir.TiledLinear | ir.TiledConv) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tbn_compiler as tbn
 from tbn_compiler.backends.c import export_c, tiled_kernels, tiled_rows
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.tiled_instances import INSTANCES
@@ -159,3 +160,49 @@ def test_fixed_precision_is_the_most_that_cannot_overflow(inputs: int) -> None:
     bits = tiled_rows.precision(inputs)
     assert inputs * 2**bits < 2**31
     assert bits == 24 or inputs * 2 ** (bits + 1) >= 2**31
+
+
+@pytest.mark.parametrize(
+    ("optimize", "target", "kernel"),
+    [
+        ("speed", "cortex-m4", "tiled_bucket8x4"),
+        ("balanced", "cortex-m4", "tiled_bucket8x1"),
+        ("size", "cortex-m4", "tiled_table"),
+        ("speed", "cortex-m0plus", "tiled_fixed_bucket8x4"),
+        ("balanced", "cortex-m3", "tiled_fixed_bucket4x8"),
+    ],
+)
+def test_the_choice_depends_on_the_options(optimize: str, target: str, kernel: str) -> None:
+    options = Options(optimize=optimize, target=target)  # type: ignore[arg-type]
+    chosen, why = tiled_rows.choose(32, 784, options)
+    assert chosen.kernel == kernel
+    if optimize == "size":
+        assert why == "least code"
+    else:
+        assert 4 * chosen.memory <= {"speed": 4096, "balanced": 1024}[optimize]
+        assert f"about {chosen.instructions:,} instructions" in why
+        assert chosen.instructions == min(
+            other.instructions for other in tiled_rows.candidates(32, 784, options) if other.memory <= chosen.memory
+        )
+
+
+def test_short_rows_take_lookups_and_small_tiles_little_padding() -> None:
+    assert tiled_rows.choose(40, 32, Options(optimize="speed"))[0].kernel == "tiled_lookup"
+    for rows in range(1, 70):
+        for inputs in (3, 9, 27, 64, 144):
+            chosen, _ = tiled_rows.choose(rows, inputs, Options())
+            assert chosen.table_bytes <= 9 / 8 * -(-rows * inputs // 8) + 4
+            signs = np.random.default_rng(0).random((rows, inputs)) < 0.5
+            assert chosen.make_table(signs).nbytes == chosen.table_bytes
+
+
+def test_the_plan_says_why_a_layer_has_a_slower_kernel(tmp_path: Path) -> None:
+    layers = {
+        "groups read different inputs": (nn.Conv2d(8, 8, 3, groups=2), {"p": 4}),
+        "rows begin inside a tile, or scales or copies change inside rows": (nn.Conv2d(4, 6, 3), {"p": 4}),
+        "full-precision tile": (nn.Conv2d(4, 8, 3), {"p": 4, "tile_dtype": "float"}),
+    }
+    for why, (layer, options) in layers.items():
+        module = tbn.lower(tbn.transform(layer, tbn.TilingConfig(min_size=0, **options)))  # type: ignore[arg-type]
+        plan = export_c(module, torch.zeros(1, layer.in_channels, 5, 5), tmp_path / "net.c")
+        assert [step.choice for step in plan.steps] == [why]
