@@ -16,7 +16,7 @@ def plan_table(plan: Plan) -> Table:
     table = Table(title=f"{plan.name}: {_sizes(plan)}")
     for column in ("step", "operation", "result", "kernel"):
         table.add_column(column)
-    for column in ("operations", "constants", "scratch in use"):
+    for column in ("estimated cost", "constants", "scratch in use"):
         table.add_column(column, justify="right")
     for index, (step, live) in enumerate(zip(plan.steps, plan.live_bytes, strict=True)):
         kernel = f"{step.kernel or 'none'}" + (f" ({step.choice})" if step.choice else "")
@@ -52,5 +52,5 @@ def _sizes(plan: Plan) -> str:
     largest = max(plan.live_bytes, default=0)
     return (
         f"{plan.weight_bytes:,} bytes of constants, {plan.scratch_bytes:,} of scratch "
-        f"(at least {largest:,} needed), {plan.cost:,} operations"
+        f"(at least {largest:,} needed), estimated cost {plan.cost:,}"
     )
