@@ -91,7 +91,7 @@ def test_no_level_of_optimisation_warns(level: str, sources: list[Path], tmp_pat
 @pytest.mark.skipif(shutil.which("cppcheck") is None, reason="no cppcheck")
 def test_cppcheck_finds_nothing(sources: list[Path]) -> None:
     checks = "--enable=warning,style,performance,portability"
-    # Parameters of the run function that a model only reads part of, and generic kernels, could be more const or shorter.
+    # A model reads only part of some structures, and the headers of the system are not checked.
     # unreadVariable: cppcheck does not see that what is added to a bucket is read through the same pointer afterwards.
     suppressed = [f"--suppress={name}" for name in ("unusedStructMember", "missingIncludeSystem", "unreadVariable")]
     _run("cppcheck", "--std=c99", checks, "--error-exitcode=1", "--quiet", "--inline-suppr", *suppressed, *sources[1:])
