@@ -89,6 +89,12 @@ def _copy_factors(alpha: Tensor, copies: int) -> Tensor:
     return alpha if alpha.numel() == 1 else alpha.view(copies, -1)
 
 
+def _row_factors(alpha: Tensor, layout: TileLayout) -> Tensor:
+    """The alphas as :func:`_copy_factors` takes them: one for each row where rolled copies have no rows in common."""
+    copies = layout.rows // layout.unique_rows
+    return alpha if alpha.numel() in (1, copies, layout.rows) else layout.row_alphas(alpha)
+
+
 def replicate_features(unique: Tensor, alpha: Tensor, copies: int) -> Tensor:
     """``[..., R] -> [..., copies * R]``: the results of the unique rows, times the alphas of all rows."""
     *outer, rows = unique.shape
@@ -147,7 +153,8 @@ def _linear(
         weight = fold_replicas(weight, input_alpha)
     if not shares:
         return F.linear(input, weight, bias)
-    out = replicate_features(F.linear(input, weight), alpha.to(dtype), layout.rows // layout.unique_rows)
+    alpha = _row_factors(alpha.to(dtype), layout)
+    out = replicate_features(F.linear(input, weight), alpha, layout.rows // layout.unique_rows)
     return out if bias is None else out + bias
 
 
@@ -180,7 +187,7 @@ def _conv(
     if groups == 1:
         filters = unique if input_alpha is None else fold_replicas(unique, input_alpha)
         copies = layout.rows // layout.unique_rows
-        factors = _copy_factors(alpha.to(dtype), copies)
+        factors = _copy_factors(_row_factors(alpha.to(dtype), layout), copies)
         z = conv(input, filters, None, *geometry).unsqueeze(channel) * factors.view(*factors.shape, *[1] * d)
         expanded = (*z.shape[:channel], copies, layout.unique_rows, *z.shape[-d:])
         out = z.expand(expanded).flatten(channel, channel + 1)

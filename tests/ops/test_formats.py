@@ -100,6 +100,19 @@ def test_products_are_exact_where_no_rows_repeat() -> None:
     assert torch.equal(tbn.linear(x, tile, alpha, None, 500, 8, 1, activation="int8"), expected)
 
 
+@pytest.mark.parametrize("d", [0, 2])
+@pytest.mark.parametrize("num_alphas", [1, 4])
+def test_rolled_copies(num_alphas: int, d: int) -> None:
+    """Copies share no rows, and each has its alpha."""
+    shape = (16, 40, *(3, 2)[:d])
+    tile, alpha, _ = layer(shape, 4, num_alphas)
+    x = torch.randn(3, 40, *(5, 4)[:d], generator=torch.Generator().manual_seed(0)) * 5
+    integers, scales = quantized(x.numpy(), "int8", tuple(range(1, x.dim())))
+    exact = run(OPS[d], torch.from_numpy(integers).double(), shape, 4, tile, alpha, None, shift=5)
+    got = run(OPS[d], x, shape, 4, tile, alpha, None, shift=5, activation="int8")
+    torch.testing.assert_close(got.double(), exact * torch.from_numpy(scales).double(), rtol=3 * 2.0**-24, atol=0)
+
+
 @pytest.mark.parametrize("epilogue", FUNCTIONS)
 @pytest.mark.parametrize("d", [0, 2])
 def test_epilogue(d: int, epilogue: str) -> None:
