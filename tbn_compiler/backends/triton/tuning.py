@@ -57,7 +57,7 @@ class Tuner:
         clock: seconds, for the limit on one shape.
 
     Example:
-        >>> tuner = Tuner(Path("/tmp/none.json"), measure=lambda run: run())
+        >>> tuner = Tuner(Path("choices.json"), measure=lambda run: run())
         >>> tuner.choose("key", [Config("dot"), Config("sum")], lambda config: len(config.kernel), save=False).kernel
         'dot'
     """
