@@ -11,14 +11,22 @@ from torch.export import ExportedProgram
 
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError, LoweringError, TransformError
-from tbn_compiler.layers import LayerRecord, get_records, graph_parts, join_key, layer_name, module_kind, set_records
+from tbn_compiler.graph.layers import (
+    LayerRecord,
+    get_records,
+    graph_parts,
+    join_key,
+    layer_name,
+    module_kind,
+    set_records,
+)
+from tbn_compiler.graph.tracing import share_tensors_copy, trace
 from tbn_compiler.ops.schemas import ACTIVATIONS
 from tbn_compiler.passes import deployment_pipeline, inference_pipeline, run_passes, training_pipeline
 from tbn_compiler.passes.decompose_attention import attention_module, disable_fast_paths, why_not_decomposed
 from tbn_compiler.passes.deployment import copy_notes, propagate_ranks
 from tbn_compiler.passes.eligibility import module_kind_or_name, unsupported_reason
 from tbn_compiler.tiling import TileSpec
-from tbn_compiler.tracing import share_tensors_copy, trace
 
 
 def transform(

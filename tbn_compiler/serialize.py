@@ -21,8 +21,8 @@ from tbn_compiler.compiler import lower_model, tile_model
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError, LoweringError, SerializationError
 from tbn_compiler.files import replacing
-from tbn_compiler.layers import LayerRecord, alpha_key, get_records, graph_parts, layer_calls, set_records
-from tbn_compiler.ops.calls import InferenceCall, inference_call
+from tbn_compiler.graph.calls import InferenceCall, inference_call
+from tbn_compiler.graph.layers import LayerRecord, alpha_key, get_records, graph_parts, layer_calls, set_records
 from tbn_compiler.tiling import TileLayout, TileSpec
 
 FORMAT_VERSION = 1

@@ -24,9 +24,17 @@ from rich.text import Text
 from torch import fx, nn
 
 from tbn_compiler.errors import TBNError
-from tbn_compiler.layers import LayerRecord, find_record, get_records, graph_parts, is_transposed, join_key, layer_calls
-from tbn_compiler.ops.calls import inference_call
-from tbn_compiler.shapes import visit_results
+from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.layers import (
+    LayerRecord,
+    find_record,
+    get_records,
+    graph_parts,
+    is_transposed,
+    join_key,
+    layer_calls,
+)
+from tbn_compiler.graph.shapes import visit_results
 
 _FLOAT_BITS = 32
 

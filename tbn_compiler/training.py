@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tbn_compiler.errors import ConfigError, SerializationError, TransformError
-from tbn_compiler.layers import (
+from tbn_compiler.graph.layers import (
     alpha_source_key,
     apply_view,
     find_record,

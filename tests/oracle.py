@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from tbn_compiler.layers import get_records
+from tbn_compiler.graph.layers import get_records
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler import LoweringError, TilingConfig, TransformError
-from tbn_compiler.layers import get_records
+from tbn_compiler.graph.layers import get_records
 from tests import oracle
 
 ALL = TilingConfig(p=4, min_size=0)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
-from tbn_compiler.layers import get_records
+from tbn_compiler.graph.layers import get_records
 
 DOC = Path(__file__).parent.parent / "docs" / "coverage.md"
 START, END = "<!-- table -->\n", "<!-- end -->\n"

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
-from tbn_compiler.code_reads import code_reads
 from tbn_compiler.errors import TransformError
-from tbn_compiler.layers import get_records, graph_parts
+from tbn_compiler.graph.code_reads import code_reads
+from tbn_compiler.graph.layers import get_records, graph_parts
 
 ALL = tbn.TilingConfig(p=4, min_size=0)
 

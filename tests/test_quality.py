@@ -34,3 +34,13 @@ def test_stages_stand_at_the_top(name):
     assert link.is_symlink()
     assert not link.readlink().is_absolute()
     assert link.resolve() == (ROOT / "tbn_compiler" / name).resolve()
+
+
+def test_every_file_is_linted():
+    """An exclusion in pyproject.toml hides whole folders; nothing may be hidden but what git does not track."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--show-files"], cwd=ROOT, capture_output=True, text=True
+    )
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    linted = {str(Path(line).relative_to(ROOT)) for line in shown.stdout.splitlines()}
+    assert set(tracked.stdout.split()) <= linted

@@ -16,7 +16,7 @@ from torch import nn
 from tbn_compiler.compiler import transform
 from tbn_compiler.config import AlphaMode, AlphaSource, Replication, SmallLayers, TileDType, TilingConfig
 from tbn_compiler.errors import ConfigError, SerializationError
-from tbn_compiler.layers import get_records
+from tbn_compiler.graph.layers import get_records
 from tbn_compiler.serialize import load
 
 _PRESETS = {"paper": TilingConfig.paper, "imagenet": TilingConfig.imagenet, "time-series": TilingConfig.time_series}

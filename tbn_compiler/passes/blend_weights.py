@@ -32,7 +32,7 @@ import torch
 from torch import fx
 
 from tbn_compiler.errors import LoweringError, TransformError
-from tbn_compiler.layers import blend_strength, layer_calls, parameter_view, split_key, weight_chain
+from tbn_compiler.graph.layers import blend_strength, layer_calls, parameter_view, split_key, weight_chain
 from tbn_compiler.passes.base import GraphPass, copy_meta, remove_dead_nodes
 
 STRENGTH = "tiling_strength"

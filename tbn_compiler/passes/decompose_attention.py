@@ -42,9 +42,9 @@ from torch.nn.utils import parametrize
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tbn_compiler.errors import TransformError
-from tbn_compiler.layers import join_key
+from tbn_compiler.graph.layers import join_key
+from tbn_compiler.graph.tracing import TRAINING_FLAG, TrainingFlag, share_tensors_copy
 from tbn_compiler.passes.base import GraphPass, copy_meta, has_hooks
-from tbn_compiler.tracing import TRAINING_FLAG, TrainingFlag, share_tensors_copy
 
 _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
 

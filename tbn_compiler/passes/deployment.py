@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tbn_compiler.layers import get_records, join_key, set_records, split_key
-from tbn_compiler.ops.calls import InferenceCall, attribute
-from tbn_compiler.shapes import visit_results
+from tbn_compiler.graph.calls import InferenceCall, attribute
+from tbn_compiler.graph.layers import get_records, join_key, set_records, split_key
+from tbn_compiler.graph.shapes import visit_results
 
 _RANK, _DTYPE = "tbn_rank", "tbn_dtype"
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tbn_compiler.layers import (
+from tbn_compiler.graph.layers import (
     FUNCTION_KINDS,
     MODULE_KINDS,
     UNSUPPORTED_FUNCTIONS,
@@ -32,7 +32,6 @@ from tbn_compiler.passes.base import has_hooks
 
 _DIMENSIONS = {"linear": 2} | {kind: 2 + int(kind[-2]) for kind in FUNCTION_KINDS.values() if kind != "linear"}
 _TILING_OPS = (torch.ops.tbn.tile.default, torch.ops.tbn.scale.default)
-
 
 
 def calls_by_weight(gm: fx.GraphModule, calls: list[LayerCall]) -> Iterator[list[LayerCall]]:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from tbn_compiler.layers import apply_view, parameter_view, split_key
+from tbn_compiler.graph.layers import apply_view, parameter_view, split_key
 from tbn_compiler.passes.base import GraphPass, copy_meta
 
 _aten = torch.ops.aten

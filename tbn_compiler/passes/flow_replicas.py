@@ -35,8 +35,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from tbn_compiler.layers import join_key, split_key
-from tbn_compiler.ops.calls import InferenceCall, inference_call
+from tbn_compiler.graph.calls import InferenceCall, inference_call
+from tbn_compiler.graph.layers import join_key, split_key
 from tbn_compiler.passes.base import GraphPass
 from tbn_compiler.passes.deployment import describe, record_refusal, register_buffer, weight_name
 from tbn_compiler.passes.replicas import Replicas, carry, is_size_query

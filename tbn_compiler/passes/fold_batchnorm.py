@@ -37,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tbn_compiler.layers import split_key
-from tbn_compiler.ops.calls import InferenceCall, attribute, inference_call
+from tbn_compiler.graph.calls import InferenceCall, attribute, inference_call
+from tbn_compiler.graph.layers import split_key
 from tbn_compiler.passes.base import GraphPass, has_hooks
 from tbn_compiler.passes.deployment import (
     describe,

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tbn_compiler.ops.calls import InferenceCall, attribute, inference_call
+from tbn_compiler.graph.calls import InferenceCall, attribute, inference_call
 from tbn_compiler.passes.base import GraphPass, has_hooks
 from tbn_compiler.passes.deployment import dtype, rank, register_buffer, remove_unused, weight_name
 

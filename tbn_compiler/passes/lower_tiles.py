@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tbn_compiler.errors import LoweringError
-from tbn_compiler.layers import (
+from tbn_compiler.graph.layers import (
     INFERENCE_OPS,
     LayerCall,
     LayerRecord,
@@ -81,9 +81,7 @@ class LowerTiles(GraphPass):
             they raise.
     """
 
-    def __init__(
-        self, stored: Mapping[str, Tensor] | None = None, refusals: dict[fx.Node, str] | None = None
-    ) -> None:
+    def __init__(self, stored: Mapping[str, Tensor] | None = None, refusals: dict[fx.Node, str] | None = None) -> None:
         self.stored = stored
         self.refusals = refusals
 

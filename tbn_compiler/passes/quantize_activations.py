@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from tbn_compiler.layers import layer_calls
-from tbn_compiler.ops.calls import inference_call
+from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.layers import layer_calls
 from tbn_compiler.passes.base import GraphPass
 from tbn_compiler.passes.deployment import record_refusal
 

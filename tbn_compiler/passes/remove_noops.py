@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from tbn_compiler.graph.tracing import TrainingFlag, value_in_training
 from tbn_compiler.passes.base import GraphPass, has_hooks
 from tbn_compiler.passes.deployment import remove_unused
-from tbn_compiler.tracing import TrainingFlag, value_in_training
 
 _aten = torch.ops.aten
 

@@ -22,16 +22,16 @@ modules with hooks, which a functional call would skip; layers that the graph do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from tbn_compiler.config import LayerInfo, LayerOptions, TilingConfig
-from tbn_compiler.layers import (
+from tbn_compiler.graph.layers import (
     LayerCall,
     LayerRecord,
     alpha_source_key,
@@ -129,9 +129,7 @@ class TileWeights(GraphPass):
             return replace(record, reason=text)
         return replace(record, spec=spec, reason=None, note=text, tied=tied)
 
-    def _choose(
-        self, names: tuple[str, ...], kind: str, shape: tuple[int, ...]
-    ) -> tuple[TileSpec | None, str | None]:
+    def _choose(self, names: tuple[str, ...], kind: str, shape: tuple[int, ...]) -> tuple[TileSpec | None, str | None]:
         """The tiling of a weight with a note, or ``None`` with the reason for leaving it alone."""
         options, numel = self.config.for_layer(*names), math.prod(shape)
         note = None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
-from tbn_compiler.layers import LayerRecord, alpha_source_key, get_records, graph_parts, layer_calls
+from tbn_compiler.graph.layers import LayerRecord, alpha_source_key, get_records, graph_parts, layer_calls
 from tests.models.zoo import EXAMPLES, Example
 
 CONFIG = tbn.TilingConfig(p=4, alpha="tile", min_size=0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
-from tbn_compiler.layers import get_records
+from tbn_compiler.graph.layers import get_records
 from tests import oracle
 
 LAYERS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from tbn_compiler import TilingConfig, TransformError
-from tbn_compiler.layers import get_records
+from tbn_compiler.graph.layers import get_records
+from tbn_compiler.graph.tracing import share_tensors_copy, trace
 from tbn_compiler.passes import LowerTiles, TileWeights
 from tbn_compiler.passes.decompose_attention import (
     DecomposeAttention,
@@ -20,7 +21,6 @@ from tbn_compiler.passes.decompose_attention import (
     disable_fast_paths,
     why_not_decomposed,
 )
-from tbn_compiler.tracing import share_tensors_copy, trace
 from tests import oracle
 
 EMBED, HEADS, BATCH, LENGTH, SOURCE = 8, 2, 3, 4, 5

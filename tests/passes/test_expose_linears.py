@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
-from tbn_compiler.layers import get_records
+from tbn_compiler.graph.layers import get_records
 from tbn_compiler.passes import ExposeLinears
 
 

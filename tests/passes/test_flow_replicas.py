@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.compiler import optimize
-from tbn_compiler.ops.calls import inference_call
+from tbn_compiler.graph.calls import inference_call
 from tests.passes.deployed import check, lowered, macs, note
 
 _CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.compiler import optimize
-from tbn_compiler.ops.calls import inference_call
+from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.shapes import visit_results
 from tbn_compiler.passes import FuseEpilogue
 from tbn_compiler.passes.deployment import note_value
-from tbn_compiler.shapes import visit_results
 from tests import oracle
 from tests.passes.deployed import lowered, modifies
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from tbn_compiler.compiler import optimize
 from tbn_compiler.errors import ConfigError
-from tbn_compiler.ops.calls import inference_call
+from tbn_compiler.graph.calls import inference_call
 from tbn_compiler.passes import QuantizeActivations
 from tests.passes.deployed import lowered, modifies, note
 

@@ -44,7 +44,13 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"comment": c_comment, "shape": c_shape, "numbers": c_numbers, "float": c_float, "string_literal": c_string}
+    environment.filters |= {
+        "comment": c_comment,
+        "shape": c_shape,
+        "numbers": c_numbers,
+        "float": c_float,
+        "string_literal": c_string,
+    }
     return environment
 
 

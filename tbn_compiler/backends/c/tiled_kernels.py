@@ -109,7 +109,9 @@ def _conv_rows(operation: ir.TiledConv, context: Context, title: str) -> Impleme
     positions = operation.samples * window.output_size
     arguments = (window_struct(window), operation.input_channels, source, Index(), patch)
     small = context.options.optimize == "size"
-    gather = Call("tiled_patch" if small else patch_name(window.kernel[1], window.dilation[1]), arguments, repeat=positions)
+    gather = Call(
+        "tiled_patch" if small else patch_name(window.kernel[1], window.dilation[1]), arguments, repeat=positions
+    )
     return _rows(operation, context, title, (gather,), patch, positions, window.output_size)
 
 

@@ -113,9 +113,7 @@ def _compile_unchanged(
         notes.append("gradients are needed, so nothing is rewritten; call it under torch.no_grad() for inference")
         if options.activation != "float":
             notes.append(f"activation={options.activation!r} is for inference, and is not applied")
-            warnings.warn(
-                f"torch.compile(backend='tbn'): {notes[-1]} to a graph that needs gradients", stacklevel=2
-            )
+            warnings.warn(f"torch.compile(backend='tbn'): {notes[-1]} to a graph that needs gradients", stacklevel=2)
     pairs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
     owned = only_set(value for node, value in pairs if is_static(node) and isinstance(value, Tensor))
     compiled = _Unchanged(_compile_fx(gm, example_inputs, options))

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tbn_compiler.layers import INFERENCE_OPS, is_view
+from tbn_compiler.graph.layers import INFERENCE_OPS, is_view
 from tbn_compiler.passes.deployment import note_value
 
 _tbn = torch.ops.tbn

@@ -9,8 +9,16 @@ from torch import fx
 
 from tbn_compiler.backends.dynamo.records import make_records
 from tbn_compiler.backends.dynamo.report import LayerReport
-from tbn_compiler.layers import LayerCall, LayerRecord, find_record, get_records, layer_calls, layer_name, set_records
-from tbn_compiler.ops.calls import inference_call
+from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.layers import (
+    LayerCall,
+    LayerRecord,
+    find_record,
+    get_records,
+    layer_calls,
+    layer_name,
+    set_records,
+)
 from tbn_compiler.passes import (
     FlowReplicas,
     FoldBatchNorm,
@@ -58,9 +66,7 @@ def prepare(gm: fx.GraphModule, activation: str) -> tuple[LayerReport, ...]:
     return (*_reports(gm, trained, refusals), *_nested_reports(gm))
 
 
-def _reports(
-    gm: fx.GraphModule, trained: set[str | None], refusals: dict[fx.Node, str]
-) -> Iterator[LayerReport]:
+def _reports(gm: fx.GraphModule, trained: set[str | None], refusals: dict[fx.Node, str]) -> Iterator[LayerReport]:
     records = get_records(gm) or ()
     for call in layer_calls(gm):
         name = layer_name(str(call.weight)) if call.weight else call.node.name

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from tbn_compiler.errors import TBNError
-from tbn_compiler.layers import (
+from tbn_compiler.graph.calls import attribute, inference_call, named_arguments
+from tbn_compiler.graph.layers import (
     LayerCall,
     LayerRecord,
     alpha_source_key,
     apply_view,
     blend_strength,
     function_arguments,
-    is_transposed,
     layer_calls,
     layer_name,
     parameter_view,
@@ -24,7 +24,6 @@ from tbn_compiler.layers import (
     view_text,
     weight_chain,
 )
-from tbn_compiler.ops.calls import attribute, inference_call, named_arguments
 from tbn_compiler.ops.schemas import make_layout
 from tbn_compiler.passes.blend_weights import strength_keys
 from tbn_compiler.tiling import TileLayout, TileSpec

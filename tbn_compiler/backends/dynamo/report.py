@@ -126,7 +126,9 @@ def explain(compiled: nn.Module) -> Explanation:
         nothing was compiled with backend='tbn' yet: call the module once
     """
     if not isinstance(compiled, nn.Module):
-        raise TBNError(f"expected a compiled nn.Module, got {type(compiled).__name__}: pass the module that was compiled")
+        raise TBNError(
+            f"expected a compiled nn.Module, got {type(compiled).__name__}: pass the module that was compiled"
+        )
     own = {id(tensor) for tensors in (compiled.parameters(), compiled.buffers()) for tensor in tensors}
     return Explanation(
         tuple(

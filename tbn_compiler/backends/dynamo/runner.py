@@ -31,9 +31,7 @@ class _Mark:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor, the same object as before, still has the same values."""
-        return (
-            self.version == _version(tensor) and self.pointer == tensor.data_ptr() and not self.storage.expired()
-        )
+        return self.version == _version(tensor) and self.pointer == tensor.data_ptr() and not self.storage.expired()
 
 
 def _version(tensor: Tensor) -> Any:

@@ -20,8 +20,8 @@ from tbn_compiler.backends.onnx.bits import tiled_nodes, use_bits
 from tbn_compiler.compiler import lower, optimize
 from tbn_compiler.errors import ExportError, TBNError
 from tbn_compiler.files import replacing
-from tbn_compiler.layers import get_records, graph_parts, join_key, nested_records
-from tbn_compiler.tracing import share_tensors_copy
+from tbn_compiler.graph.layers import get_records, graph_parts, join_key, nested_records
+from tbn_compiler.graph.tracing import share_tensors_copy
 
 __all__ = ["ExportedFile", "WeightForm", "export_onnx"]
 
@@ -140,7 +140,9 @@ def _check_options(weights: str, opset: int, bits: int, accuracy_level: int) -> 
     if not program.MIN_OPSET <= opset <= program.MAX_OPSET:
         problem = "too old: the bits are decoded by operators of" if opset < program.MIN_OPSET else "too new: latest is"
         limit = program.MIN_OPSET if opset < program.MIN_OPSET else program.MAX_OPSET
-        raise ExportError(f"opset {opset} is {problem} opset {limit}; give one from {program.MIN_OPSET} to {program.MAX_OPSET}")
+        raise ExportError(
+            f"opset {opset} is {problem} opset {limit}; give one from {program.MIN_OPSET} to {program.MAX_OPSET}"
+        )
     check("bits", bits, (2, 4))
     check("accuracy_level", accuracy_level, (0, 4))
     if weights != "nbits" and (bits != 4 or accuracy_level != 0):

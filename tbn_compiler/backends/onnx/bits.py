@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tbn_compiler.layers import INFERENCE_OPS
+from tbn_compiler.graph.layers import INFERENCE_OPS
 from tbn_compiler.ops.reference import KERNELS
 
 _unpack_op = torch.ops.tbn.unpack.default

@@ -18,8 +18,8 @@ from torch import Tensor, fx
 
 from tbn_compiler.backends.onnx.bits import op_arguments, tiled_nodes, weight_shape
 from tbn_compiler.errors import ExportError
-from tbn_compiler.layers import INFERENCE_OPS, is_transposed, join_key, split_key
-from tbn_compiler.ops.calls import InferenceCall, attribute, inference_call
+from tbn_compiler.graph.calls import InferenceCall, attribute, inference_call
+from tbn_compiler.graph.layers import INFERENCE_OPS, is_transposed, join_key, split_key
 from tbn_compiler.ops.formats import apply_epilogue, in_format
 from tbn_compiler.ops.reference import decode, dense_weight, fold_replicas, replicate_features
 from tbn_compiler.ops.schemas import make_layout

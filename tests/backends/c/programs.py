@@ -60,7 +60,13 @@ def check(networks: Sequence[Network], folder: Path) -> None:
             assert len(expected) == len(actual)
             names = network.outputs or list(map(str, range(len(expected))))
             for name, have, want in zip(names, actual, expected, strict=True):
-                _assert_close(torch.from_numpy(have), want.flatten(), network, magnitude.largest, f"network {index}, output {name}")
+                _assert_close(
+                    torch.from_numpy(have),
+                    want.flatten(),
+                    network,
+                    magnitude.largest,
+                    f"network {index}, output {name}",
+                )
 
 
 class Magnitude(TorchDispatchMode):
@@ -92,7 +98,9 @@ def _assert_close(actual: Tensor, expected: Tensor, network: Network, magnitude:
     assert expected.isfinite().all(), where
     error = (actual - expected).abs().max().item()
     largest = expected.abs().max().item()
-    assert error <= max(network.tolerance * largest, _ROUNDING * magnitude), f"{where}: error {error}, largest element {largest}:\n{steps}"
+    assert error <= max(network.tolerance * largest, _ROUNDING * magnitude), (
+        f"{where}: error {error}, largest element {largest}:\n{steps}"
+    )
 
 
 def _run(networks: Sequence[Network], folder: Path) -> list[list[list[np.ndarray]]]:
@@ -147,17 +155,14 @@ def _main(networks: Sequence[Network]) -> str:
         for name, port in zip(names, ports, strict=True):
             kind = _TYPES[port.value.dtype][0]
             lines.append(f"        {kind} *{name} = ({kind} *)take({port.value.nbytes});")
-        lines += [
-            f"        get({n}, {p.value.nbytes});" for n, p in zip(names, plan.inputs, strict=False)
-        ]
+        lines += [f"        get({n}, {p.value.nbytes});" for n, p in zip(names, plan.inputs, strict=False)]
         arguments = list(names)
         if plan.scratch == "caller":
             lines.append(f"        void *scratch = take({max(plan.scratch_bytes, 1)});")
             arguments.append("scratch")
         lines.append(f"        {plan.name}_run({', '.join(arguments)});")
         lines += [
-            f"        put({n}, {p.value.nbytes});"
-            for n, p in zip(names[len(plan.inputs) :], plan.outputs, strict=True)
+            f"        put({n}, {p.value.nbytes});" for n, p in zip(names[len(plan.inputs) :], plan.outputs, strict=True)
         ]
         lines += [f"        free({name});" for name in arguments]
         lines.append("    }")

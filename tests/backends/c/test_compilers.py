@@ -45,7 +45,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     used: set[str] = set()
     for index, (name, (module, inputs)) in enumerate(networks.items()):
         options = {"self_test": index % 2 == 0, "layer_hook": index % 3 == 0}
-        plan = export_c(module, inputs, folder / f"{name}.c", name=name, scratch=("static", "caller")[index % 2], **options)
+        plan = export_c(
+            module, inputs, folder / f"{name}.c", name=name, scratch=("static", "caller")[index % 2], **options
+        )
         used.update(emit._with_needs(plan.kernels))
     written = {path.stem for path in emit._TEMPLATES.glob("*.c")}
     assert {kernel for kernel in written - used if not kernel.startswith(_TILED)} == set()
@@ -101,7 +103,19 @@ def test_no_recursion_no_variable_array_no_allocation(sources: list[Path], tmp_p
     """``-Wvla`` and ``-Wstack-usage`` know; the only undefined symbols are those of ``math.h`` and ``string.h``."""
     if shutil.which("gcc") is None or shutil.which("nm") is None:
         pytest.skip("no gcc or nm")
-    _run("gcc", "-std=c99", "-O1", "-fno-builtin", "-Wvla", "-Wstack-usage=2048", "-Werror", "-c", sources[0], "-o", tmp_path / "a.o")
+    _run(
+        "gcc",
+        "-std=c99",
+        "-O1",
+        "-fno-builtin",
+        "-Wvla",
+        "-Wstack-usage=2048",
+        "-Werror",
+        "-c",
+        sources[0],
+        "-o",
+        tmp_path / "a.o",
+    )
     symbols = subprocess.run(["nm", "-u", tmp_path / "a.o"], capture_output=True, text=True).stdout.split()
     undefined = {symbol for symbol in symbols if len(symbol) > 1}
     math = {"expf", "expm1f", "erff", "tanhf", "logf", "log1pf", "sqrtf", "powf", "sinf", "cosf", "fabsf"}

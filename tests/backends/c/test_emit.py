@@ -8,7 +8,6 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 import tbn_compiler as tbn
 from tbn_compiler.backends.c import export_c, host
 from tbn_compiler.backends.c.emit import c_float
-from tbn_compiler.backends.c.options import ScratchOwner
 from tests.backends.c.toolchain import WARNINGS, needs_cc, needs_cxx
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -29,7 +29,9 @@ def write_model(folder: Path, body: str, inputs: int = 1, outputs: int = 1, head
         "void model_run(const float *input, float *output);\n"
     )
     source = folder / "model.c"
-    source.write_text(f'#include "model.h"\n{head}\nvoid model_run(const float *input, float *output)\n{{\n{body}\n}}\n')
+    source.write_text(
+        f'#include "model.h"\n{head}\nvoid model_run(const float *input, float *output)\n{{\n{body}\n}}\n'
+    )
     return source
 
 

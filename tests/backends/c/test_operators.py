@@ -38,8 +38,25 @@ class Function(nn.Module):
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
     **{
         name: (lambda m, x, name=name: getattr(F, name)(3 * x))
-        for name in "relu relu6 leaky_relu gelu silu sigmoid tanh hardswish hardsigmoid elu softplus mish hardtanh "
-        "logsigmoid softsign selu celu".split()
+        for name in [
+            "relu",
+            "relu6",
+            "leaky_relu",
+            "gelu",
+            "silu",
+            "sigmoid",
+            "tanh",
+            "hardswish",
+            "hardsigmoid",
+            "elu",
+            "softplus",
+            "mish",
+            "hardtanh",
+            "logsigmoid",
+            "softsign",
+            "selu",
+            "celu",
+        ]
     },
     "gelu tanh": lambda m, x: F.gelu(x, approximate="tanh"),
     "prelu": lambda m, x: F.prelu(x, m.channel.flatten()) + F.prelu(x, m.row[0, 0, :1]),
@@ -104,7 +121,7 @@ PRODUCTS: dict[str, Callable[..., Any]] = {
     "einsum": lambda m, x: torch.einsum("bij,bkj->bik", x, 2 * x),
     "addmm": lambda m, x: torch.addmm(x[0, :1, :6], x[0], x[0].T) + torch.baddbmm(x[..., :6], x, x.mT),
     "batches": lambda m, x: x.view(2, 1, 3, 8) @ x.view(1, 2, 3, 8).mT,
-    "heads": lambda m, x: (x.view(1, 6, 2, 4).transpose(1, 2) @ x.view(1, 6, 2, 4).permute(0, 2, 3, 1)),
+    "heads": lambda m, x: x.view(1, 6, 2, 4).transpose(1, 2) @ x.view(1, 6, 2, 4).permute(0, 2, 3, 1),
     "computed weight": lambda m, x: F.linear(x, x[0]),
     "attention": lambda m, x: F.scaled_dot_product_attention(x, 2 * x, x + 1),
     "causal": lambda m, x: F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.3),

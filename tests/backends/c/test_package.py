@@ -37,7 +37,9 @@ def two_ways() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 
 def compile_and_run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [*shlex.split(host.find_compiler() or "cc"), "-std=c99", *WARNINGS, *sanitizer_flags()]
-    built = subprocess.run([*command, *map(str, arguments), "-lm", "-o", folder / "run"], capture_output=True, text=True)
+    built = subprocess.run(
+        [*command, *map(str, arguments), "-lm", "-o", folder / "run"], capture_output=True, text=True
+    )
     assert built.returncode == 0, built.stderr
     return subprocess.run([folder / "run"], capture_output=True, text=True)
 
@@ -166,5 +168,7 @@ def test_the_layer_hook_is_called_behind_every_step(tmp_path: Path) -> None:
     )
     assert compile_and_run(tmp_path / "main.c", folder=tmp_path).stdout == "0 odd__/name\n1 act\n"
     # Without a definition it is nothing.
-    (tmp_path / "main.c").write_text('#include "net.c"\nint main(void) { float x[4] = {0}, y[4]; net_run(x, y); return 0; }\n')
+    (tmp_path / "main.c").write_text(
+        '#include "net.c"\nint main(void) { float x[4] = {0}, y[4]; net_run(x, y); return 0; }\n'
+    )
     assert compile_and_run(tmp_path / "main.c", folder=tmp_path).stdout == ""

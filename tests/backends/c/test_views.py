@@ -53,7 +53,9 @@ def _pairs(draw: st.DrawFn) -> tuple[tuple[int, ...], ir.Access, ir.Access]:
     shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
     inner = draw(_accesses(shape))
     # The copy may be seen with another shape.
-    other = draw(st.sampled_from([inner.sizes, (math.prod(inner.sizes),), (*inner.sizes[:1], math.prod(inner.sizes[1:]))]))
+    other = draw(
+        st.sampled_from([inner.sizes, (math.prod(inner.sizes),), (*inner.sizes[:1], math.prod(inner.sizes[1:]))])
+    )
     return shape, inner, draw(_accesses(other))
 
 

@@ -127,9 +127,7 @@ def test_each_reason_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatc
 
 def test_import_opens_no_library() -> None:
     code = (
-        "import tbn_compiler\n"
-        "from tbn_compiler.backends.cpu import library\n"
-        "print(library.load.cache_info().currsize)"
+        "import tbn_compiler\nfrom tbn_compiler.backends.cpu import library\nprint(library.load.cache_info().currsize)"
     )
     assert run(code) == "0"
 

@@ -247,7 +247,10 @@ def test_half_precision_rounds_once(dtype: torch.dtype, activation: str, level: 
 DECLINED: dict[str, tuple[dict[str, Any], str]] = {
     "float64": ({"input": torch.ones(3, 96, dtype=torch.float64)}, "float64 input"),
     "full-precision tile": ({"tile": torch.randn(64 * 96 // 4)}, "full-precision tile"),
-    "mixed alphas": ({"p": 6, "tile": torch.zeros(128, dtype=torch.uint8), "alpha": torch.rand(6)}, "mix several alphas"),
+    "mixed alphas": (
+        {"p": 6, "tile": torch.zeros(128, dtype=torch.uint8), "alpha": torch.rand(6)},
+        "mix several alphas",
+    ),
     "alphas on both axes": ({"p_in": 2, "alpha": torch.rand(4)}, "mix several alphas"),
     "int8 on sums": ({"p_in": 2, "activation": "int8"}, "int8 activations are summed"),
 }

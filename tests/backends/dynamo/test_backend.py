@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ import tbn_compiler as tbn
 from tbn_compiler.backends import dynamo
 from tbn_compiler.backends.dynamo import compile_graph
 from tbn_compiler.backends.dynamo.runner import Runner
-from tbn_compiler.ops.calls import inference_call
+from tbn_compiler.graph.calls import inference_call
 from tests import oracle
 
 CONFIG = tbn.TilingConfig(p=4, alpha="tile", min_size=0)

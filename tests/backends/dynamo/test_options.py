@@ -13,7 +13,7 @@ import tbn_compiler as tbn
 from tbn_compiler.backends import dynamo
 from tbn_compiler.backends.dynamo import compile_graph
 from tbn_compiler.backends.dynamo.options import Options, parse_options
-from tbn_compiler.ops.calls import inference_call
+from tbn_compiler.graph.calls import inference_call
 from tests import oracle
 
 

@@ -74,7 +74,9 @@ print(json.dumps([same, *(counters["aot_autograd"][f"autograd_cache_{name}"] for
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # PyTorch's own
 def test_export_and_aot_inductor(tmp_path: Path) -> None:
     """The package holds the packed tiles; its code calls the operators of the process that it is loaded in."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 16))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 16)
+    )
     packed = tbn.lower(tbn.transform(model, tbn.TilingConfig(p=4, min_size=0)))
     x = torch.randn(2, 3, 8, 8)
     batch = torch.export.Dim("batch", min=2, max=64)

@@ -39,7 +39,9 @@ class Linears(nn.Module):
         super().__init__()
         self.layers = nn.ModuleDict(
             {
-                name: nn.Linear(8 if "misaligned" in name else 44, 30 if "misaligned" in name else 12, name != "no_bias")
+                name: nn.Linear(
+                    8 if "misaligned" in name else 44, 30 if "misaligned" in name else 12, name != "no_bias"
+                )
                 for name in LINEAR
             }
         )

@@ -9,6 +9,4 @@ from tbn_compiler.backends.c.frontend import attention, elementwise, layers, red
 from tbn_compiler.backends.c.frontend.importer import import_graph
 from tbn_compiler.backends.c.frontend.registry import supported_operators
 
-__all__ = [
-    "attention",
-    "elementwise", "import_graph", "layers", "reductions", "shapes", "supported_operators"]
+__all__ = ["attention", "elementwise", "import_graph", "layers", "reductions", "shapes", "supported_operators"]

@@ -30,8 +30,8 @@ from tbn_compiler.backends.c.frontend.registry import (
 )
 from tbn_compiler.compiler import optimize
 from tbn_compiler.errors import ExportError
-from tbn_compiler.layers import get_records
-from tbn_compiler.tracing import share_tensors_copy
+from tbn_compiler.graph.layers import get_records
+from tbn_compiler.graph.tracing import share_tensors_copy
 
 _aten, _tbn = torch.ops.aten, torch.ops.tbn
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -214,7 +214,12 @@ class Importer:
             for operand in (*operands, output):
                 if isinstance(operand, ir.Value) and operand.dtype != "float32":
                     raise self.unsupported(node, f"{operand.name} holds integers")
-        return {"name": node.name, "layer": layer or _module_of(node) or node.name, "inputs": operands, "output": output}
+        return {
+            "name": node.name,
+            "layer": layer or _module_of(node) or node.name,
+            "inputs": operands,
+            "output": output,
+        }
 
     def operand(self, node: fx.Node, value: Any) -> ir.Operand:
         """What an operation reads: a computed value, or a stored tensor."""

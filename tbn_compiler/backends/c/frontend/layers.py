@@ -64,9 +64,7 @@ def _conv_transpose(importer: Importer, node: fx.Node, args: Arguments) -> ir.Op
     return ir.ConvTranspose(**head, weight=weight, bias=bias, window=window, groups=args["groups"])
 
 
-def _window(
-    args: Arguments, image: tuple[int, ...], positions: tuple[int, ...], kernel: tuple[int, ...]
-) -> ir.Window:
+def _window(args: Arguments, image: tuple[int, ...], positions: tuple[int, ...], kernel: tuple[int, ...]) -> ir.Window:
     """The window that slides over an ``image`` and stops at ``positions``; both are shapes that end in the sizes."""
     dims = len(kernel)
     dilation, padding = pair(args["dilation"], dims), args["padding"]

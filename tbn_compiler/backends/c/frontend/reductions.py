@@ -155,9 +155,7 @@ def _norm_groups(importer: Importer, node: fx.Node, args: Arguments, groups: int
     norm = ir.Norm(plain.name, head["layer"], head["inputs"], plain, columns, eps, None, None)
     weight = weight or importer.new_constant(f"{head['layer']}.ones", np.ones(channels, np.float32))
     bias = bias or importer.new_constant(f"{head['layer']}.zeros", np.zeros(channels, np.float32))
-    affine = ir.ChannelAffine(
-        **head | {"inputs": (plain,)}, scale=weight, shift=bias, inner=math.prod(image)
-    )
+    affine = ir.ChannelAffine(**head | {"inputs": (plain,)}, scale=weight, shift=bias, inner=math.prod(image))
     return norm, affine
 
 
@@ -241,5 +239,3 @@ def pair(sizes: Sequence[int], dims: int | None = None, missing: int = 1) -> tup
         sizes *= dims
     height, width = sizes if len(sizes) == 2 else (missing, sizes[0])
     return height, width
-
-

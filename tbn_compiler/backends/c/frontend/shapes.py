@@ -192,9 +192,7 @@ def _cat(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
     return _concat(head["name"], head["layer"], head["inputs"], head["output"], args["dim"])
 
 
-def _concat(
-    name: str, layer: str, inputs: Sequence[ir.Operand], output: ir.Value, dim: int
-) -> ir.Concat:
+def _concat(name: str, layer: str, inputs: Sequence[ir.Operand], output: ir.Value, dim: int) -> ir.Concat:
     dim %= len(output.shape)
     outer = math.prod(output.shape[:dim])
     blocks = tuple(math.prod(source.shape) // outer for source in inputs)

@@ -18,7 +18,9 @@ def _softmax(operation: ir.Softmax, context: Context) -> Implementation:
 @implements(ir.Reduce)
 def _reduce(operation: ir.Reduce, context: Context) -> Implementation:
     axis = operation.axis
-    call = Call(f"reduce_{operation.function}", (*operation.inputs, operation.output, axis.outer, axis.size, axis.inner))
+    call = Call(
+        f"reduce_{operation.function}", (*operation.inputs, operation.output, axis.outer, axis.size, axis.inner)
+    )
     title = f"{operation.function} of {axis.size}"
     return Implementation(title, (call,), cost=axis.outer * axis.size * axis.inner)
 

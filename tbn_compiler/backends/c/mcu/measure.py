@@ -188,9 +188,7 @@ def _vectors(array: Any, size: int, what: str) -> np.ndarray:
     return np.ascontiguousarray(values.reshape(len(values), size))
 
 
-def _build(
-    folder: Path, source: Path, interface: Interface, cpu: Cpu, flags: Sequence[str]
-) -> tuple[Board, int, int]:
+def _build(folder: Path, source: Path, interface: Interface, cpu: Cpu, flags: Sequence[str]) -> tuple[Board, int, int]:
     """Link the model and its runner for the first board that has room.
 
     Returns:
@@ -249,9 +247,7 @@ def _sizes(program: Path) -> tuple[int, int]:
     return text + data, data + bss
 
 
-def _run(
-    folder: Path, board: Board, interface: Interface, vectors: np.ndarray
-) -> tuple[np.ndarray, list[int], int]:
+def _run(folder: Path, board: Board, interface: Interface, vectors: np.ndarray) -> tuple[np.ndarray, list[int], int]:
     """Run the program; return its outputs, the ticks of each call, and the most stack that one took."""
     (folder / "input.bin").write_bytes(vectors.tobytes())
     command = [

@@ -70,7 +70,7 @@ def conv_dot(
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     WEIGHT: tl.constexpr = tl.bfloat16 if PRECISION == "split" else DTYPE
-    ACCUMULATOR: tl.constexpr = tl.int32 if DTYPE == tl.int8 else tl.float32
+    ACCUMULATOR: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     row_blocks = tl.cdiv(computed, BLOCK_ROWS)
     in_group = (tl.program_id(0) % row_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

@@ -53,7 +53,7 @@ def linear_dot(
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     WEIGHT: tl.constexpr = tl.bfloat16 if PRECISION == "split" else DTYPE
-    ACCUMULATOR: tl.constexpr = tl.int32 if DTYPE == tl.int8 else tl.float32
+    ACCUMULATOR: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
     row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     rows = (tl.program_id(0) % row_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tokens = (tl.program_id(0) // row_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)

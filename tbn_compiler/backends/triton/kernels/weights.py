@@ -82,14 +82,14 @@ def _expand(packed, DTYPE: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr
     bits = tl.join(bits, bits >> 4).reshape(ROWS, COUNT * (BITS // 4))
     bits = tl.join(bits, bits >> 2).reshape(ROWS, COUNT * (BITS // 2))
     bits = tl.join(bits, bits >> 1).reshape(ROWS, COUNT * BITS) & 1
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return ((bits << 15) ^ 0xBF80).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    elif DTYPE == tl.float16:
+    elif tl.float16 == DTYPE:
         return ((bits << 15) ^ 0xBC00).to(tl.uint16).to(tl.float16, bitcast=True)
-    elif DTYPE == tl.float32:
+    elif tl.float32 == DTYPE:
         return ((bits.to(tl.uint32) << 31) ^ 0xBF800000).to(tl.float32, bitcast=True)
     else:
-        tl.static_assert(DTYPE == tl.int8)
+        tl.static_assert(tl.int8 == DTYPE)
         return (2 * bits - 1).to(tl.int8)
 
 

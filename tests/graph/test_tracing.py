@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tbn_compiler import TransformError
-from tbn_compiler.tracing import share_tensors_copy, trace, trace_whole
+from tbn_compiler.graph.tracing import share_tensors_copy, trace, trace_whole
 from tests import oracle
 
 

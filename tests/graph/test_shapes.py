@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.errors import TBNError
-from tbn_compiler.layers import graph_parts
-from tbn_compiler.shapes import visit_results
+from tbn_compiler.graph.layers import graph_parts
+from tbn_compiler.graph.shapes import visit_results
 from tests import oracle
 
 

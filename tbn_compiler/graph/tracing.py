@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from tbn_compiler.code_reads import CodeReads, code_reads
 from tbn_compiler.errors import TransformError
-from tbn_compiler.layers import (
+from tbn_compiler.graph.code_reads import CodeReads, code_reads
+from tbn_compiler.graph.layers import (
     MODULE_KINDS,
     UNSUPPORTED_MODULES,
     decoded_weight,

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from tbn_compiler.errors import TBNError
-from tbn_compiler.layers import graph_parts
+from tbn_compiler.graph.layers import graph_parts
 
 _Visit = Callable[[fx.Node, Any], None]
 
