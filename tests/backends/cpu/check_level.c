@@ -1,11 +1,13 @@
 /*
  * Compares the kernels of one level with plain loops on random layers. Inputs are multiples of 1/8, so that float sums
- * are exact in any order. Run on its own: under an emulator for other machines, or with the compiler's sanitizers.
+ * are exact in any order; some tokens hold infinities, NaN, or numbers so large that partial sums overflow. Run on its
+ * own: under an emulator for other machines, or with the compiler's sanitizers.
  *
  *     check_level LEVEL      # exit status 0: all equal
  */
 #include "tbn_cpu.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,11 +37,31 @@ static float *random_floats(size_t count) {
     return values;
 }
 
+/* Leaves `count` inputs as they are, or makes some infinite or NaN, or all of them zeros and multiples of 2^126. */
+static void make_special(float *x, size_t count) {
+    const uint32_t kind = random_below(4);
+    for (size_t i = 0; kind == 1 && i < count; i++)
+        x[i] = random_below(4) ? 0.0f : ((float)random_below(7) - 3.0f) * 0x1p126f;
+    for (size_t i = 0; kind == 2 && i < 2; i++)
+        x[random_below((uint32_t)count)] = random_below(3) ? (random_below(2) ? INFINITY : -INFINITY) : NAN;
+}
+
+static int differ(float value, double expected, int relu) {
+    const float rounded = relu && expected < 0.0 ? 0.0f : (float)expected;
+    return isnan(value) || isnan(rounded) ? isnan(value) != isnan(rounded) : value != rounded;
+}
+
 static int8_t *random_signs(size_t count) {
     int8_t *signs = memory(count);
     for (size_t i = 0; i < count; i++)
         signs[i] = random_below(2) ? 1 : -1;
     return signs;
+}
+
+/* In double, except for the scales of integers, whose products round in a given order. */
+static double finish(double sum, int activation, float alpha, float scale, float bias) {
+    return activation == TBN_FLOAT ? sum * (double)alpha + (double)bias
+                                   : (double)((float)sum * alpha * scale + bias);
 }
 
 /* Integers and scale of one token, as the library quantises them at its lowest level. */
@@ -70,15 +92,17 @@ static int check_linear(const struct tbn_kernels *kernels, int activation) {
         .kernels = kernels, .index = index, .sums_index = random_below(2) ? sums_index : NULL, .inputs = inputs,
         .rows = rows, .copies = copies, .alpha_copy_stride = rows, .alpha_row_stride = 1, .activation = activation,
         .relu = 1};
+    for (size_t token = 0; token < tokens; token++)
+        make_special(x + token * inputs, inputs);
     int wrong = tbn_linear(&layer, x, out, tokens, alpha, bias, between(1, 3)) != TBN_OK;
     for (size_t token = 0; token < tokens; token++) {
         const float scale = to_integers(x + token * inputs, inputs, activation, values);
         for (size_t output = 0; output < outputs; output++) {
-            float sum = 0.0f;
+            double sum = 0.0;
             for (size_t i = 0; i < inputs; i++)
-                sum += (float)signs[output % rows * inputs + i] * values[i];
-            const float expected = sum * alpha[output] * scale + bias[output];
-            wrong += out[token * outputs + output] != (expected < 0.0f ? 0.0f : expected);
+                sum += (double)signs[output % rows * inputs + i] * (double)values[i];
+            const double expected = finish(sum, activation, alpha[output], scale, bias[output]);
+            wrong += differ(out[token * outputs + output], expected, 1);
         }
     }
     free(signs), free(x), free(alpha), free(bias), free(out), free(values), free(index), free(sums_index);
@@ -111,22 +135,24 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
     float *x = random_floats(samples * size), *out = memory(samples * rows * plane * sizeof(float));
     float *values = memory(size * sizeof(float));
     const float alpha = 0.75f;
+    for (size_t sample = 0; sample < samples; sample++)
+        make_special(x + sample * size, size);
     int wrong = tbn_conv(&layer, x, out, samples, height, width, &alpha, NULL, between(1, 3)) != TBN_OK;
     for (size_t sample = 0; sample < samples; sample++) {
         const float scale = to_integers(x + sample * size, size, activation, values);
         for (size_t i = 0; i < rows * plane; i++) {
             const size_t filter = i / plane, out_y = i % plane / sizes[1], out_x = i % sizes[1];
-            float sum = 0.0f;
+            double sum = 0.0;
             for (size_t c = 0; c < channels; c++)
                 for (size_t tap = 0; tap < taps; tap++) {
                     const size_t y = out_y * layer.stride[0] + tap / layer.kernel[1] * layer.dilation[0];
                     const size_t column = out_x * layer.stride[1] + tap % layer.kernel[1] * layer.dilation[1];
                     const size_t sign = filter * columns + (c / group * taps + tap) * group + c % group;
                     if (y - layer.padding[0] < height && column - layer.padding[1] < width)
-                        sum += (float)signs[sign] * values[(c * height + y - layer.padding[0]) * width + column -
-                                                           layer.padding[1]];
+                        sum += (double)signs[sign] * (double)values[(c * height + y - layer.padding[0]) * width +
+                                                                    column - layer.padding[1]];
                 }
-            wrong += out[sample * rows * plane + i] != sum * alpha * scale;
+            wrong += differ(out[sample * rows * plane + i], finish(sum, activation, alpha, scale, 0.0f), 0);
         }
     }
     free(signs), free(index), free(x), free(out), free(values);

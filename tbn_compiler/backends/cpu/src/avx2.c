@@ -182,6 +182,10 @@ typedef struct {
     __m256 low, high;
 } batch;
 
+INLINE batch batch_zero(void) {
+    return (batch){_mm256_setzero_ps(), _mm256_setzero_ps()};
+}
+
 INLINE batch batch_load(const float *x) {
     return (batch){_mm256_load_ps(x), _mm256_load_ps(x + 8)};
 }
@@ -242,6 +246,10 @@ TARGET static void finish_plane(const float *z, size_t count, float alpha, float
     finish_channel(z, count, alpha, scale, bias, relu, out);
 }
 
+TARGET static int all_finite(const float *z, size_t count) {
+    return are_finite(z, count);
+}
+
 TARGET static float quantize(const float *x, size_t count, int binary, int16_t *q) {
     return quantize_token(x, count, binary, q);
 }
@@ -258,6 +266,7 @@ const struct tbn_kernels tbn_avx2 = {
     .finish_f32 = finish_f32,
     .finish_i32 = finish_i32,
     .finish_plane = finish_plane,
+    .all_finite = all_finite,
     .quantize = quantize,
 };
 

@@ -204,6 +204,10 @@ TARGET static void lookup_i16(const struct tbn_lookup *job) {
 
 typedef __m512 batch;
 
+INLINE batch batch_zero(void) {
+    return _mm512_setzero_ps();
+}
+
 INLINE batch batch_load(const float *x) {
     return _mm512_load_ps(x);
 }
@@ -266,6 +270,10 @@ TARGET static void finish_plane(const float *z, size_t count, float alpha, float
     finish_channel(z, count, alpha, scale, bias, relu, out);
 }
 
+TARGET static int all_finite(const float *z, size_t count) {
+    return are_finite(z, count);
+}
+
 TARGET static float quantize(const float *x, size_t count, int binary, int16_t *q) {
     return quantize_token(x, count, binary, q);
 }
@@ -282,6 +290,7 @@ const struct tbn_kernels tbn_avx512 = {
     .finish_f32 = finish_f32,
     .finish_i32 = finish_i32,
     .finish_plane = finish_plane,
+    .all_finite = all_finite,
     .quantize = quantize,
 };
 

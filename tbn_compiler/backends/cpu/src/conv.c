@@ -9,7 +9,9 @@
 #include "pool.h"
 #include "scratch.h"
 #include "tbn_cpu.h"
+#include "wide.h"
 
+#include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -48,6 +50,7 @@ struct buffers {
     char *tables; /* [channel group][position] */
     void *z;      /* [output position][filter] */
     float *plane; /* one filter's sums, [output position] */
+    float *field; /* inputs of one output position, [channel group][tap][channel] */
     uint32_t *offsets;
 };
 
@@ -57,6 +60,11 @@ static size_t band_positions(const struct call *call) {
     return rows * call->row_size;
 }
 
+/* Inputs of an output, filled up to whole groups of channels. */
+static size_t field_size(const struct call *call) {
+    return call->channel_groups * call->taps * call->format->group;
+}
+
 static size_t take_buffers(const struct call *call, char *base, struct buffers *buffers) {
     struct tbn_scratch scratch = {base, 0};
     const size_t positions = band_positions(call), outputs = call->band_rows * call->out_width;
@@ -64,6 +72,7 @@ static size_t take_buffers(const struct call *call, char *base, struct buffers *
     buffers->tables = tbn_take(&scratch, call->block_groups * positions * call->format->table_bytes);
     buffers->z = tbn_take(&scratch, outputs * call->filters * sizeof(float));
     buffers->plane = tbn_take(&scratch, outputs * sizeof(float));
+    buffers->field = tbn_take(&scratch, field_size(call) * sizeof(float));
     buffers->offsets = tbn_take(&scratch, call->block_words * call->format->groups * sizeof(uint32_t));
     return scratch.used;
 }
@@ -185,6 +194,60 @@ static void finish_band(const struct call *call, const struct buffers *buffers, 
     }
 }
 
+/* The inputs of one output position, in the order of a filter's weights. */
+static void gather_field(const struct call *call, size_t sample, size_t group, size_t out_y, size_t out_x,
+                         float *field) {
+    const struct tbn_conv *layer = call->layer;
+    memset(field, 0, field_size(call) * sizeof *field);
+    for (size_t channel = 0; channel < layer->channels; channel++) {
+        const float *plane =
+            call->x + ((sample * layer->groups + group) * layer->channels + channel) * call->height * call->width;
+        const size_t channel_group = channel / call->format->group, i = channel % call->format->group;
+        for (size_t tap = 0; tap < call->taps; tap++) {
+            /* Both wrap to large numbers above and on the left of the image. */
+            const size_t y = out_y * layer->stride[0] + tap / layer->kernel[1] * layer->dilation[0] - layer->padding[0];
+            const size_t x = out_x * layer->stride[1] + tap % layer->kernel[1] * layer->dilation[1] - layer->padding[1];
+            if (y < call->height && x < call->width)
+                field[(channel_group * call->taps + tap) * call->format->group + i] = plane[y * call->width + x];
+        }
+    }
+}
+
+/* Computes those outputs of a band again whose sums overflowed on the way; see wide.h. */
+static void finish_wide(const struct call *call, const struct buffers *buffers, size_t sample, size_t group,
+                        size_t first_row, size_t rows) {
+    const struct tbn_conv *layer = call->layer;
+    const size_t block_rows = call->format->rows, plane_size = call->out_height * call->out_width;
+    const uint32_t *index = (const uint32_t *)layer->index + group * call->filters * call->words;
+    double sums[TBN_MAX_FLOAT_ROWS];
+    for (size_t i = 0; i < rows * call->out_width; i++) {
+        const float *z = (const float *)buffers->z + i * call->filters;
+        if (layer->kernels->all_finite(z, layer->rows))
+            continue;
+        gather_field(call, sample, group, first_row + i / call->out_width, i % call->out_width, buffers->field);
+        if (!tbn_can_overflow(buffers->field, field_size(call)))
+            continue;
+        float *out = call->out + sample * layer->groups * layer->channels_out * plane_size +
+                     first_row * call->out_width + i; /* of channel 0 */
+        size_t computed = SIZE_MAX; /* the row block whose sums these are */
+        for (size_t filter = 0; filter < layer->rows; filter++) {
+            if (isfinite(z[filter]))
+                continue;
+            const size_t block = filter / block_rows;
+            if (block != computed)
+                tbn_wide_sums(call->format, index + block * call->words * block_rows, buffers->field, field_size(call),
+                              sums);
+            computed = block;
+            for (size_t j = filter; j < layer->channels_out; j += layer->rows) {
+                const size_t channel = group * layer->channels_out + j;
+                out[channel * plane_size] =
+                    tbn_wide_finish(sums[filter % block_rows], call->alpha[channel / layer->alpha_rows],
+                                    call->bias ? call->bias + channel : NULL, layer->relu);
+            }
+        }
+    }
+}
+
 static void run(void *argument) {
     struct call *call = argument;
     struct buffers buffers;
@@ -202,6 +265,9 @@ static void run(void *argument) {
         const size_t rows = tbn_min(call->band_rows, call->out_height - first_row);
         lookup_band(call, &buffers, sample, group, first_row, rows);
         finish_band(call, &buffers, sample, group, first_row, rows);
+        if (!call->integers &&
+            !call->layer->kernels->all_finite(buffers.z, rows * call->out_width * call->filters))
+            finish_wide(call, &buffers, sample, group, first_row, rows);
     }
     free(memory);
 }

@@ -55,6 +55,22 @@ TBN_INLINE int16_t round_half_even(float x) {
     return (int16_t)((x + shift) - shift);
 }
 
+/* Bits of the largest magnitude. As integers, magnitudes compare as they do as floats; infinities and NaN come last. */
+TBN_INLINE uint32_t largest_magnitude(const float *x, size_t count) {
+    uint32_t largest = 0;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest;
+}
+
+TBN_INLINE int are_finite(const float *x, size_t count) {
+    return largest_magnitude(x, count) < 0x7f800000u;
+}
+
 TBN_INLINE float quantize_token(const float *x, size_t count, int binary, int16_t *q) {
     if (binary) {
         double sum = 0.0;
@@ -64,14 +80,7 @@ TBN_INLINE float quantize_token(const float *x, size_t count, int binary, int16_
         }
         return (float)(sum / (double)count);
     }
-    /* As integers, magnitudes compare as they do as floats, and infinities and NaN come last. */
-    uint32_t largest_bits = 0;
-    for (size_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, x + i, sizeof bits);
-        bits &= 0x7fffffffu;
-        largest_bits = bits > largest_bits ? bits : largest_bits;
-    }
+    const uint32_t largest_bits = largest_magnitude(x, count);
     float largest;
     memcpy(&largest, &largest_bits, sizeof largest);
     if (!(largest >= 0x1p-100f) || largest == INFINITY) { /* schemas.INT8_TINY, or a NaN */

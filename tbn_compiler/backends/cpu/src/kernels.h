@@ -18,6 +18,9 @@ enum { TBN_ALIGN = 64 };
 /* Integer tables hold 16-bit sums, added in 16 bits: 256 inputs of magnitude 127 are the most that cannot overflow. */
 enum { TBN_MAX_INT16_INPUTS = 256 };
 
+/* Most rows of a row block of a float tile, whose words are `uint32_t` at every level. */
+enum { TBN_MAX_FLOAT_ROWS = 16 };
+
 /* Layout of a prepared tile and of the tables that it looks up. */
 struct tbn_format {
     size_t rows;        /* rows side by side in a row block */
@@ -85,6 +88,8 @@ struct tbn_kernels {
     /* One channel: out = alpha * z * scale + bias[0], and the larger of that and 0 if relu. */
     void (*finish_plane)(const float *z, size_t count, float alpha, float scale, const float *bias, int relu,
                          float *out);
+    /* Whether no sum is an infinity or a NaN. */
+    int (*all_finite)(const float *z, size_t count);
     /* Integers of one token and the scale that they stand for; see tbn_compiler/ops/schemas.py. */
     float (*quantize)(const float *x, size_t count, int binary, int16_t *q);
 };

@@ -8,7 +8,9 @@
 #include "pool.h"
 #include "scratch.h"
 #include "tbn_cpu.h"
+#include "wide.h"
 
+#include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -101,6 +103,43 @@ static void build_tables(const struct call *call, const struct buffers *buffers,
     }
 }
 
+/* Computes those of rows [first, last) of one token again whose sums `z` overflowed on the way; see wide.h. */
+static void finish_wide(const struct call *call, size_t token, const float *z, size_t first, size_t last, float *out) {
+    const struct tbn_linear *layer = call->layer;
+    const struct tbn_finish *finish = &call->finish;
+    const float *x = call->x + token * layer->inputs;
+    if (!tbn_can_overflow(x, layer->inputs))
+        return;
+    const size_t block_rows = call->format->rows;
+    double sums[TBN_MAX_FLOAT_ROWS];
+    size_t computed = SIZE_MAX; /* the row block whose sums these are */
+    for (size_t row = first; row < last; row++) {
+        if (isfinite(z[row - first]))
+            continue;
+        const size_t block = row / block_rows;
+        if (block != computed)
+            tbn_wide_sums(call->format, (const uint32_t *)layer->index + block * call->words * block_rows, x,
+                          layer->inputs, sums);
+        computed = block;
+        for (size_t copy = 0; copy < layer->copies; copy++) {
+            const size_t output = copy * layer->rows + row;
+            out[output] = tbn_wide_finish(
+                sums[row % block_rows],
+                finish->alpha[copy * finish->alpha_copy_stride + row * finish->alpha_row_stride],
+                finish->bias ? finish->bias + output : NULL, finish->relu);
+        }
+    }
+}
+
+/* Outputs of rows [first, last) of one token, from the sums of these rows. */
+static void finish_floats(const struct call *call, size_t token, const float *z, size_t first, size_t last) {
+    const struct tbn_linear *layer = call->layer;
+    float *out = call->out + token * layer->copies * layer->rows;
+    layer->kernels->finish_f32(&call->finish, z, first, last, out);
+    if (!layer->kernels->all_finite(z, last - first))
+        finish_wide(call, token, z, first, last, out);
+}
+
 /* Row blocks [first, last) of `lanes` tokens. */
 static void lookup_part(const struct call *call, const struct buffers *buffers, size_t token, size_t lanes,
                         size_t first, size_t last) {
@@ -141,13 +180,12 @@ static void lookup_part(const struct call *call, const struct buffers *buffers, 
     }
     const size_t first_row = first * format->rows, last_row = tbn_min(last * format->rows, layer->rows);
     for (size_t lane = 0; lane < lanes; lane++) {
-        float *out = call->out + (token + lane) * layer->copies * layer->rows;
         if (is_integer(layer))
             layer->kernels->finish_i32(&call->finish, (const int32_t *)buffers->z + lane * job.z_stride, scale[lane],
-                                       first_row, last_row, out);
+                                       first_row, last_row,
+                                       call->out + (token + lane) * layer->copies * layer->rows);
         else
-            layer->kernels->finish_f32(&call->finish, (const float *)buffers->z + lane * job.z_stride, first_row,
-                                       last_row, out);
+            finish_floats(call, token + lane, (const float *)buffers->z + lane * job.z_stride, first_row, last_row);
     }
 }
 
@@ -169,8 +207,7 @@ static void sums_part(const struct call *call, const struct buffers *buffers, si
     };
     layer->kernels->sums(&job);
     for (size_t i = 0; i < job.tokens; i++)
-        layer->kernels->finish_f32(&call->finish, buffers->rows + i * job.rows, first, last,
-                                   call->out + (token + i) * layer->copies * layer->rows);
+        finish_floats(call, token + i, buffers->rows + i * job.rows, first, last);
 }
 
 /* Part `part` of `parts` of a range: [*first, *last). */

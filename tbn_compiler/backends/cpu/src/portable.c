@@ -45,5 +45,6 @@ const struct tbn_kernels tbn_portable = {
     .finish_f32 = finish_f32,
     .finish_i32 = finish_i32,
     .finish_plane = finish_plane,
+    .all_finite = all_finite,
     .quantize = quantize,
 };

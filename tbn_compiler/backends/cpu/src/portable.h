@@ -51,6 +51,10 @@ typedef struct {
     quad part[TBN_BATCH / 4];
 } batch;
 
+INLINE batch batch_zero(void) {
+    return (batch){{{0}}};
+}
+
 INLINE batch batch_load(const float *x) {
     batch value;
     memcpy(&value, x, sizeof value);
@@ -93,6 +97,10 @@ static void finish_i32(const struct tbn_finish *job, const int32_t *z, float sca
 static void finish_plane(const float *z, size_t count, float alpha, float scale, const float *bias, int relu,
                          float *out) {
     finish_channel(z, count, alpha, scale, bias, relu, out);
+}
+
+static int all_finite(const float *z, size_t count) {
+    return are_finite(z, count);
 }
 
 static float quantize(const float *x, size_t count, int binary, int16_t *q) {

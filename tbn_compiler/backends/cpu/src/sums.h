@@ -1,8 +1,8 @@
 /*
  * "Four Russians" with the batch across the vector: tables for a few groups of inputs in memory, then all rows, then
  * the next groups. The including level defines `batch`, one value of TBN_BATCH tokens, as one or more of its vectors,
- * batch_load, batch_store, batch_add and batch_subtract on it, and transpose_block, which writes the transpose of a
- * TBN_BATCH x TBN_BATCH block.
+ * batch_zero, batch_load, batch_store, batch_add and batch_subtract for it, and transpose_block, which writes the
+ * transpose of a TBN_BATCH x TBN_BATCH block.
  */
 #include <string.h>
 
@@ -10,7 +10,7 @@
 INLINE void sums_of_three(const float *x, batch *sums) {
     const batch x0 = batch_load(x), x1 = batch_load(x + TBN_BATCH), x2 = batch_load(x + 2 * TBN_BATCH);
     const batch same = batch_add(x1, x0), differ = batch_subtract(x1, x0);
-    const batch zero = batch_subtract(x0, x0);
+    const batch zero = batch_zero(); /* x0 - x0 is not zero where x0 is infinite */
     sums[7] = batch_add(x2, same);
     sums[6] = batch_add(x2, differ);
     sums[5] = batch_subtract(x2, differ);
