@@ -86,7 +86,7 @@ def random_tile(numel: int, device: torch.device) -> Tensor:
 
 def unpacked(tile: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
     """Its +1 and -1."""
-    result: Tensor = torch.ops.tbn.unpack(tile, numel, dtype=dtype)
+    result: Tensor = torch.ops.tbn.unpack_bits(tile, numel, dtype=dtype)
     return result
 
 

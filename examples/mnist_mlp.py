@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from example_data import DataError, ImageData, load_images
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import tbn_compiler as tbn
 
@@ -129,7 +129,7 @@ def build(network: Network, recipe: Recipe) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-def tile(model: nn.Module, p: int, recipe: Recipe) -> fx.GraphModule:
+def tile(model: nn.Module, p: int, recipe: Recipe) -> nn.Module:
     """Tile the first layer (one alpha per tile) and make the last one binary, as the paper does with small layers."""
     qat = tbn.transform(model, tbn.TilingConfig.paper(alpha="tile", overrides={"first": {"p": p}}))
     if p == len(recipe.alpha_start):
@@ -196,7 +196,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of the tensors that a module stores."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ from tbn_compiler.training import init_from_float, set_tiling_strength, tiling_s
 from tbn_compiler.version import __version__
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from tbn_compiler.backends.c import Plan
+    from tbn_compiler.backends.c import Package, Plan
+    from tbn_compiler.backends.c.options import OptimizeFor, ScratchOwner, Target
     from tbn_compiler.backends.dynamo import Explanation
     from tbn_compiler.backends.onnx import ExportedFile, WeightForm
 
@@ -40,14 +41,34 @@ backends.register()
 
 def export_c(
     module: nn.Module,
-    example_inputs: Any,
+    example_inputs: Tensor | Sequence[Tensor],
     path: str | os.PathLike[str],
-    **options: Any,
+    *,
+    name: str = "model",
+    scratch: ScratchOwner = "static",
+    optimize: OptimizeFor = "balanced",
+    target: Target = "generic",
+    skip_zeros: bool = False,
+    layer_hook: bool = False,
+    self_test: bool = False,
+    package: Package | None = None,
 ) -> Plan:
     """Write a model as one standalone C99 file and a header; see :func:`tbn_compiler.backends.c.export_c`."""
     from tbn_compiler.backends.c import export_c as export  # backends load when used
 
-    return export(module, example_inputs, path, **options)
+    return export(
+        module,
+        example_inputs,
+        path,
+        name=name,
+        scratch=scratch,
+        optimize=optimize,
+        target=target,
+        skip_zeros=skip_zeros,
+        layer_hook=layer_hook,
+        self_test=self_test,
+        package=package,
+    )
 
 
 def export_onnx(

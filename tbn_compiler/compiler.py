@@ -3,55 +3,59 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar, overload
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError, LoweringError, TransformError
-from tbn_compiler.graph.layers import (
-    LayerRecord,
-    get_records,
-    graph_parts,
-    join_key,
-    layer_name,
-    module_kind,
-    set_records,
-)
-from tbn_compiler.graph.tracing import share_tensors_copy, trace
-from tbn_compiler.ops.schemas import ACTIVATIONS
-from tbn_compiler.passes import deployment_pipeline, inference_pipeline, run_passes, training_pipeline
-from tbn_compiler.passes.decompose_attention import attention_module, disable_fast_paths, why_not_decomposed
-from tbn_compiler.passes.deployment import copy_notes, propagate_ranks
-from tbn_compiler.passes.eligibility import module_kind_or_name, unsupported_reason
+from tbn_compiler.graph.capture import capture
+from tbn_compiler.graph.copying import share_tensors_copy
+from tbn_compiler.graph.layer_graph import TiledGraph, adopt
+from tbn_compiler.graph.records import alpha_key, get_records, graph_parts, layer_name, split_key, tile_key
+from tbn_compiler.ops.schemas import ACTIVATIONS, Activation
+from tbn_compiler.passes import Scope, deployment_pipeline, inference_pipeline, run_passes, training_pipeline
+from tbn_compiler.passes.deployment import note_values
+from tbn_compiler.passes.expose_attention import disable_fast_paths
+from tbn_compiler.passes.lower_tiles import Stored, lower_parameters
+from tbn_compiler.passes.tile_modules import tile_modules
 from tbn_compiler.tiling import TileSpec
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def transform(
-    model: nn.Module | ExportedProgram,
-    config: TilingConfig | None = None,
-    *,
-    concrete_args: dict[str, Any] | None = None,
-) -> Any:
-    """Rewrite a model so that it trains with tiled weights.
+
+@overload
+def transform(model: ExportedProgram, config: TilingConfig | None = None) -> fx.GraphModule: ...
+@overload
+def transform(model: Module, config: TilingConfig | None = None) -> Module: ...
+def transform(model: nn.Module | ExportedProgram, config: TilingConfig | None = None) -> nn.Module:
+    """Make a model that trains with tiled weights.
+
+    A module is never traced: the result is a copy of the same class whose forward, methods, hooks, buffers and
+    attributes run as they were written. In it each linear, convolution and attention *module* is a small graph module
+    of tile, scale and layer (still an instance of its class), and a parameter that functions use as a weight reads as
+    a tiled weight. A ``GraphModule`` or an exported program is rewritten as the graph that it is.
+    ``docs/transform.md`` says what is kept.
 
     Args:
         model: any ``nn.Module`` or ``GraphModule``, or an ``ExportedProgram``. It is not changed; the result shares
-            its parameters and buffers, so an optimiser or a checkpoint of either works for both.
+            its parameters and buffers, so that a checkpoint of either holds the state of both. An optimiser has to be
+            made from the result's parameters: one that was made before does not know the alpha sources.
         config: how to tile; default :class:`TilingConfig`.
-        concrete_args: arguments of ``forward`` to fix, as in :func:`torch.fx.symbolic_trace`.
 
     Returns:
-        A ``GraphModule``; or, of a model that ``torch.fx`` cannot trace as a whole (data-dependent control flow,
-        optional arguments), a copy with the same class and signature in which the largest parts that could be
-        traced are graph modules. Either has the model's ``state_dict`` keys, plus ``<layer>.alpha_source`` for each
-        tiled layer (``alpha_source="A"``) and ``tiling_strength`` (``gradual=True``). Every linear and
-        convolution is listed in its :func:`summary`. Transforming the result again changes nothing.
+        A copy of the model, or a ``GraphModule`` for a graph. It has the model's ``state_dict`` keys, plus
+        ``<layer>.alpha_source`` for each tiled layer (``alpha_source="A"``), ``<layer>.tiling_strength``
+        (``gradual=True``) and ``<module>._extra_state``, which says how the weights are tiled. Every linear and
+        convolution is listed in its :func:`summary`. What is tiled already stays as it is, so transforming the result
+        again changes nothing, and tiles a layer that was added since.
 
     Raises:
-        TransformError: the model cannot be copied or traced, or no layer of it can be tiled.
+        TransformError: the model cannot be copied, or no layer of it can be tiled.
+        ConfigError: ``config`` is no :class:`TilingConfig`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
@@ -59,11 +63,14 @@ def transform(
     """
     if config is None:
         config = TilingConfig()
+    if not isinstance(config, TilingConfig):
+        hint = f"TilingConfig(p={config})" if isinstance(config, int) else "TilingConfig(...)"
+        raise ConfigError(f"config must be a TilingConfig, got {type(config).__name__} {config!r}: pass {hint}")
     if isinstance(model, ExportedProgram):
         model = model.module()
     if not isinstance(model, nn.Module):
         raise TransformError(f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}")
-    module = tile_model(model, config, concrete_args=concrete_args)
+    module = tile_model(model, config)
     records = get_records(module) or ()
     if not any(record.spec for record in records):
         listing = "".join(f"\n  {record.name} ({record.kind}): {record.reason}" for record in records)
@@ -72,7 +79,7 @@ def transform(
         )
         raise TransformError(f"nothing to tile in {type(model).__name__}: {found}")
     unmatched = config.unmatched_patterns(
-        [layer_name(key) for record in records for key in (record.weight, *record.tied)]
+        [layer_name(key) for record in records for key in (record.weight, record.parameter, *record.tied)]
     )
     if unmatched:
         names = ", ".join(record.name for record in records)
@@ -80,97 +87,70 @@ def transform(
     return module
 
 
-def tile_model(
-    model: nn.Module,
-    config: TilingConfig,
-    specs: Mapping[str, TileSpec] | None = None,
-    concrete_args: dict[str, Any] | None = None,
-) -> nn.Module:
-    """Trace a model, as a whole or part by part, and tile its weights; ``specs`` as in :class:`TileWeights`."""
-    module = trace(model, concrete_args, _build_part)
-    disable_fast_paths(module)
-    if isinstance(module, fx.GraphModule):
-        return run_passes(module, training_pipeline(config, specs))
-    records = []
-    parts = graph_parts(module)
-    for path, part in parts:
-        shared = _held_outside(module, part)
-        run_passes(part, training_pipeline(config, specs, path, shared))
-        records += [record.inside(path) for record in get_records(part) or ()]
-    set_records(module, [*records, *_untraced(module, [part for _, part in parts])])
+def tile_model(model: nn.Module, config: TilingConfig, specs: Mapping[str, TileSpec] | None = None) -> nn.Module:
+    """Copy a model and tile its weights; ``specs`` as in :class:`~tbn_compiler.passes.Scope`.
+
+    Raises:
+        TransformError: the model cannot be copied.
+    """
+    model = unwrap(model, TransformError)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TransformError(
+            f"{type(model).__name__} is compiled by TorchScript, whose layers are no modules: pass the Python model"
+        )
+    try:
+        copied = share_tensors_copy(model)
+    except Exception as error:
+        raise TransformError(f"cannot copy the structure of {type(model).__name__}: {error}") from error
+    disable_fast_paths(copied)
+    scope = Scope(config, specs)
+    if isinstance(copied, fx.GraphModule):
+        gm = copied if isinstance(copied, TiledGraph) else adopt(copied, copied.graph)
+        return run_passes(gm, training_pipeline(scope))
+    tile_modules(copied, scope)
+    return copied
+
+
+def unwrap(module: Any, error: type[Exception]) -> nn.Module:
+    """The module behind ``torch.compile``; a parallel or averaging wrapper is refused, with a word on what to pass.
+
+    Raises:
+        error: ``module`` is such a wrapper, or no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise error(f"expected an nn.Module, got {type(module).__name__}")
+    module = getattr(module, "_orig_mod", module)
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
+    if isinstance(module, wrappers):
+        raise error(f"{type(module).__name__} wraps the model: pass its .module")
     return module
 
 
-def _build_part(module: nn.Module) -> fx.GraphModule | None:
-    """The graph of a module that tracing alone cannot take apart."""
-    if isinstance(module, nn.MultiheadAttention) and why_not_decomposed(module) is None:
-        return attention_module(module)
-    return None
-
-
-def _held_outside(module: nn.Module, part: nn.Module) -> dict[int, str]:
-    """The parameters of a part that modules outside it hold too, by id, with the place."""
-    inside = set(part.modules())
-    return {
-        id(parameter): f"{type(owner).__name__} {path!r}"
-        for path, owner in module.named_modules()
-        if owner not in inside
-        for parameter in owner._parameters.values()
-        if parameter is not None
-    }
-
-
-def _untraced(module: nn.Module, parts: list[fx.GraphModule]) -> Iterator[LayerRecord]:
-    """Records of the weights outside all parts that a linear or convolution may use."""
-    inside = {submodule for part in parts for submodule in part.modules()}
-    attentions: list[str] = []
-    for path, owner in module.named_modules():
-        if owner in inside:
-            continue
-        kind = module_kind_or_name(owner)
-        reason = unsupported_reason(owner) or f"torch.fx cannot trace the forward of {type(owner).__name__}"
-        if isinstance(owner, nn.MultiheadAttention):
-            attentions.append(path)
-        inside_of = next((attention for attention in attentions if path.startswith(f"{attention}.")), None)
-        if module_kind(owner):  # it could be traced, and was left out
-            reason = "the code of a module around it reads its weight"
-        if inside_of is not None:
-            reason = f"inside {type(module.get_submodule(inside_of)).__name__} {inside_of!r}, which is not decomposed"
-        weights = {name: parameter for name, parameter in owner._parameters.items() if parameter is not None}
-        if kind:
-            shape = tuple(next(iter(weights.values())).shape) if weights else ()
-            yield LayerRecord(path, kind, join_key(path, "weight"), shape, reason=reason)
-            continue
-        for name, parameter in weights.items():
-            # A matrix of any other module may be a layer's weight; vectors and single rows are not.
-            if parameter.dim() >= 2 and min(parameter.shape[:2]) > 1:
-                key = join_key(path, name)
-                yield LayerRecord(layer_name(key), "parameter", key, tuple(parameter.shape), reason=reason)
-
-
-def lower(module: nn.Module) -> Any:
+def lower(module: Module) -> Module:
     """Lower a trained module to inference operators on packed tiles.
 
     Args:
-        module: the result of :func:`transform`. It is not changed.
+        module: the result of :func:`transform`, a submodule of it, or a module that holds such modules. It is not
+            changed.
 
     Returns:
-        A module of the same form (a ``GraphModule``, or the model with its traced parts) in evaluation mode. It
-        holds ``<weight>_tile`` (packed bits) and ``<weight>_alpha`` instead of each tiled weight; layers left in
-        float are kept as they are. A module that is lowered already comes back as an equal copy.
+        A module of the same form in evaluation mode. It holds ``<weight>_tile`` (packed bits) and ``<weight>_alpha``
+        instead of each tiled weight; layers left in float are kept as they are. A module that is lowered already comes
+        back as an equal copy.
 
     Raises:
         LoweringError: the module was not transformed, its parameters are sharded over processes, a weight is not
             finite, or gradual tiling has not reached strength 1.
     """
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
-    if get_records(module) is None:
+    unwrapped = unwrap(module, LoweringError)
+    if get_records(unwrapped) is None:
         raise LoweringError(
-            f"{type(module).__name__} was not made by tbn_compiler.transform, or was traced again since: "
+            f"{type(unwrapped).__name__} was not made by tbn_compiler.transform, or was traced again since: "
             "lower the module that transform returned"
         )
-    _check_gathered(module)
-    return lower_model(share_tensors_copy(module))
+    _check_gathered(unwrapped)
+    lowered: Any = lower_model(share_tensors_copy(unwrapped))
+    return lowered
 
 
 def _check_gathered(module: nn.Module) -> None:
@@ -184,36 +164,74 @@ def _check_gathered(module: nn.Module) -> None:
             )
 
 
-def lower_model(module: nn.Module, stored: Mapping[str, Tensor] | None = None) -> Any:
-    """Lower every part of a transformed module in place; ``stored`` as in :class:`LowerTiles`, by full name."""
+def lower_model(module: nn.Module, stored: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Lower every tiled weight of a transformed module in place.
+
+    Args:
+        module: the module.
+        stored: tiles and alphas by full name, as read from a file; default: computed from the weights.
+    """
+    stored = None if stored is None else {**stored, **_under_all_names(module, stored)}
+    shared = Stored(stored)
     for path, part in graph_parts(module):
-        prefix = f"{path}." if path else ""
-        inside = None if stored is None else {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
-        run_passes(part, inference_pipeline(inside))
+        _drop_absent(part)
+        run_passes(part, inference_pipeline(shared.at(path)))
+    for path, owner in list(module.named_modules()):
+        lower_parameters(owner, shared.at(path))
     return module.eval()
 
 
-def optimize(module: nn.Module, example_inputs: Any = None, *, activation: str = "float") -> Any:
+def _drop_absent(gm: fx.GraphModule) -> None:
+    """Let a graph not read a parameter that a user has set to ``None`` since, such as a bias."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        path, name = split_key(str(node.target))
+        owner = gm.get_submodule(path)
+        if name in owner._parameters and owner._parameters[name] is None:
+            for user in list(node.users):
+                user.args, user.kwargs = (_without(value, node) for value in (user.args, user.kwargs))
+            gm.graph.erase_node(node)
+
+
+def _without(arguments: Any, node: fx.Node) -> Any:
+    return fx.node.map_aggregate(arguments, lambda value: None if value is node else value)
+
+
+def _under_all_names(module: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored tensors of shared weights under the names that a file leaves out."""
+    found: dict[str, Tensor] = {}
+    for record in get_records(module) or ():
+        suffix = record.weight.removeprefix(record.parameter)
+        for key in (tile_key, alpha_key):
+            if key(record.weight) in stored:
+                found |= {key(other + suffix): stored[key(record.weight)] for other in record.tied}
+    return found
+
+
+def optimize(module: nn.Module, example_inputs: Any = None, *, activation: Activation = "float") -> nn.Module:
     """Rewrite a lowered module for the least arithmetic; results are equal up to rounding.
 
-    Batch-norm is folded into the tiled layer before it, the copies in a tiled layer's result are left out where the
-    next layers can do without them, and dropout and identities are removed. What was not possible, and why, is in
-    the notes of the module's :func:`~tbn_compiler.summary`.
+    With example inputs, ``torch.export`` gives the graph of the whole model. In it batch-norm is folded into the tiled
+    layer before it, the copies in a tiled layer's result are left out where the next layers can do without them, added
+    constants and functions are computed inside the layer, and dropout and identities are removed. What was not
+    possible, and why, is in the notes of the module's :func:`~tbn_compiler.summary`.
+
+    Without example inputs there is no graph across modules: a module keeps its form, and only what concerns each layer
+    alone is done (``activation``). A ``GraphModule`` is a whole graph already.
 
     The result is what a backend compiles. It is not what a file holds: save the lowered module, and optimise again
     after :func:`~tbn_compiler.load`.
 
     Args:
         module: the result of :func:`lower` or :func:`transform` (which is lowered first). It is not changed.
-        example_inputs: a tensor, a tuple of the arguments of ``forward``, or a dictionary of them by name. Only
-            numbers of dimensions are taken from it; without them flattening stops the copies, and ``BatchNorm1d`` is
-            not folded.
+        example_inputs: a tensor, a tuple of the arguments of ``forward``, or a dictionary of them by name. Every size
+            in them may be another one later where the model allows that.
         activation: number format of the inputs of tiled layers. Any but ``"float"`` changes results: ``"int8"``, with
             one scale for each token (linear) or sample (convolution), or ``"binary"``. Transpose convolutions
             keep float, with a note.
 
     Returns:
-        A module of the same form in evaluation mode.
+        A ``GraphModule`` that is called as the model is, in evaluation mode. Where ``torch.export`` cannot trace the
+        model, the lowered module itself with what needs no graph, and a warning that says why.
 
     Raises:
         ConfigError: ``activation`` is not one of the formats.
@@ -222,10 +240,37 @@ def optimize(module: nn.Module, example_inputs: Any = None, *, activation: str =
     """
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation={activation!r} is not one of {', '.join(map(repr, ACTIVATIONS))}")
-    packed = lower(module)
+    optimized, reason = deploy(lower(module), example_inputs, activation)
+    if reason is not None:
+        warnings.warn(f"optimised layer by layer only: {reason}", stacklevel=2)
+    return optimized
+
+
+def deploy(
+    packed: nn.Module, example_inputs: Any = None, activation: Activation = "float", *, free_sizes: bool = True
+) -> tuple[nn.Module, str | None]:
+    """Run the deployment pipeline on a lowered module that the caller owns.
+
+    Args:
+        packed: the module; used up.
+        example_inputs: as for :func:`optimize`.
+        activation: as for :func:`optimize`.
+        free_sizes: whether inputs may have other sizes later.
+
+    Returns:
+        The result, and why it is not the graph of the whole model although there are example inputs.
+
+    Raises:
+        TBNError: the module does not run on the example inputs.
+    """
+    reason = None
+    if example_inputs is not None and isinstance(packed, fx.GraphModule):
+        note_values(packed, example_inputs)
     if example_inputs is not None:
-        propagate_ranks(packed, example_inputs)
-    for path, part in graph_parts(packed):
+        captured = capture(packed, example_inputs, free_sizes=free_sizes)
+        if isinstance(captured, fx.GraphModule):
+            return run_passes(captured, deployment_pipeline(activation)), None
+        reason = captured
+    for _, part in graph_parts(packed):
         run_passes(part, deployment_pipeline(activation))
-        copy_notes(part, packed, path)
-    return packed
+    return packed, reason

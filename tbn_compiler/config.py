@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -45,11 +46,26 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
 
 
-def _check_int(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _check_int(name: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ConfigError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
-    if value < minimum:
-        raise ConfigError(f"{name} must be at least {minimum}, got {value}")
+    number = operator.index(value)  # of NumPy, say
+    if number < minimum:
+        raise ConfigError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def _check_patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise ConfigError(f"{name} must be a sequence of patterns, got the string {value!r}")
+    try:
+        patterns = tuple(value)
+    except TypeError:
+        raise ConfigError(f"{name} must be a sequence of patterns, got {value!r}") from None
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ConfigError(f"{name} must hold patterns as strings, got {pattern!r} ({type(pattern).__name__})")
+    return patterns
 
 
 def _check_field_names(given: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
@@ -97,12 +113,13 @@ class TilingConfig:
         shift: elements by which ``replicate="roll"`` rolls each further copy.
         small: what becomes of layers under ``min_size``: ``"binary"`` (``p=1``, as in the paper) or ``"float"``.
         float_layers: name patterns (``fnmatch``) of layers to keep in full precision.
+        tile_parameters: name patterns of parameters to tile although no product with them is seen in the model's code.
         overrides: name pattern -> options for the layers it matches, e.g. ``{"blocks.*.fc1": {"p": 8}}``. All
             matching patterns apply in order. An override that names ``p`` also lifts ``min_size``, unless it
             sets that too.
         gradual: start from the float weights instead of the tiled ones, and blend from one to the other as
             :func:`~tbn_compiler.set_tiling_strength` says. The ``state_dict`` gains the blend's strength,
-            ``tiling_strength`` (one for each part of a model that is traced part by part).
+            ``tiling_strength`` (one for each tiled layer).
         filter: called with a :class:`LayerInfo` for every layer; ``False`` keeps the layer in full precision.
 
     Raises:
@@ -123,6 +140,7 @@ class TilingConfig:
     replicate: Replication = "repeat"
     shift: int = 1
     float_layers: tuple[str, ...] = ()
+    tile_parameters: tuple[str, ...] = ()
     overrides: Overrides = ()
     gradual: bool = False
     filter: Callable[[LayerInfo], bool] | None = None
@@ -139,23 +157,21 @@ class TilingConfig:
         if isinstance(self.p, tuple | list):
             if len(self.p) != 2:
                 raise ConfigError(f"p must be an integer or a pair (p_out, p_in), got {self.p!r}")
-            for name, value in zip(("p_out", "p_in"), self.p, strict=True):
-                _check_int(name, value, 1)
-            object.__setattr__(self, "p", tuple(self.p))
+            pair = tuple(_check_int(name, value, 1) for name, value in zip(("p_out", "p_in"), self.p, strict=True))
+            object.__setattr__(self, "p", pair)
             if self.replicate == "roll":
                 raise ConfigError(f"replicate='roll' takes an integer p, got the pair {self.p!r}")
         else:
-            _check_int("p", self.p, 1)
-        _check_int("min_size", self.min_size, 0)
-        _check_int("shift", self.shift, 1)
+            object.__setattr__(self, "p", _check_int("p", self.p, 1))
+        object.__setattr__(self, "min_size", _check_int("min_size", self.min_size, 0))
+        object.__setattr__(self, "shift", _check_int("shift", self.shift, 1))
         _check_choice("replicate", self.replicate, get_args(Replication))
         _check_choice("alpha", self.alpha, get_args(AlphaMode))
         _check_choice("alpha_source", self.alpha_source, get_args(AlphaSource))
         _check_choice("tile_dtype", self.tile_dtype, get_args(TileDType))
         _check_choice("small", self.small, get_args(SmallLayers))
-        if isinstance(self.float_layers, str):
-            raise ConfigError(f"float_layers must be a sequence of patterns, got the string {self.float_layers!r}")
-        object.__setattr__(self, "float_layers", tuple(self.float_layers))
+        for name in ("float_layers", "tile_parameters"):
+            object.__setattr__(self, name, _check_patterns(name, getattr(self, name)))
         if not isinstance(self.gradual, bool):
             raise ConfigError(f"gradual must be True or False, got {self.gradual!r}")
         if self.filter is not None and not callable(self.filter):
@@ -168,6 +184,7 @@ class TilingConfig:
         except (TypeError, ValueError):
             raise ConfigError(f"overrides must map name patterns to options, got {self.overrides!r}") from None
         frozen = []
+        _check_patterns("overrides", overrides)
         for pattern, given in overrides.items():
             try:
                 options = dict(given)
@@ -211,9 +228,13 @@ class TilingConfig:
             return "kept in float by the filter function"
         return None
 
+    def tiles_parameter(self, name: str) -> bool:
+        """Return whether a parameter is to be tiled although no code is seen to multiply with it."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.tile_parameters)
+
     def unmatched_patterns(self, names: list[str]) -> list[str]:
-        """Return the patterns of ``float_layers`` and ``overrides`` that match none of ``names``."""
-        patterns = [*self.float_layers, *(pattern for pattern, _ in self.overrides)]
+        """Return the patterns of the options that match none of ``names``."""
+        patterns = [*self.float_layers, *self.tile_parameters, *(pattern for pattern, _ in self.overrides)]
         return [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
 
     @classmethod

@@ -24,6 +24,7 @@ from tbn_compiler.compiler import lower, transform
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import TBNError
 from tbn_compiler.files import replacing
+from tbn_compiler.graph.records import get_records
 from tbn_compiler.serialize import save
 from tbn_compiler.summary import summary
 
@@ -167,7 +168,7 @@ def _measure(model: nn.Module, data: Digits) -> dict[str, float]:
     """Accuracy and what the weights take: packed bytes of a tiled model, float32 bytes otherwise."""
     weights = sum(module.weight.numel() for module in build_mlp() if isinstance(module, nn.Linear))
     result = {"accuracy": accuracy(model, data.test_x, data.test_y)}
-    if isinstance(model, nn.Sequential):
+    if get_records(model) is None:
         return result | {"bits_per_weight": 32.0, "stored_bytes": _state_bytes(model)}
     totals = summary(model).totals
     assert totals["weights"] == weights
@@ -175,7 +176,7 @@ def _measure(model: nn.Module, data: Digits) -> dict[str, float]:
 
 
 def _state_bytes(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _table(results: dict[str, object]) -> Table:

@@ -1,32 +1,46 @@
-"""Files of packed models: safetensors with one JSON header entry; never pickle.
+"""Saving a lowered module and loading it back; :mod:`tbn_compiler.fileformat` says what a file holds.
 
-The header entry ``tbn`` holds the format version; for each stored tile its weight's shape, ``p``, number of alphas
-and dtype; and for each layer left alone the reason. Tensors keep their ``state_dict`` names; a tensor that several
-names share is stored once.
+A file holds tensors and tilings, no code: :func:`load` takes the architecture from a model. So :func:`save` refuses a
+module in which a layer is no longer what lowering makes of that architecture, and :func:`load` a model that tiles a
+weight in another way than the file.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
-from tbn_compiler.compiler import lower_model, tile_model
+from tbn_compiler.compiler import lower_model, tile_model, unwrap
 from tbn_compiler.config import TilingConfig
-from tbn_compiler.errors import ConfigError, LoweringError, SerializationError
-from tbn_compiler.files import replacing
-from tbn_compiler.graph.calls import InferenceCall, inference_call
-from tbn_compiler.graph.layers import LayerRecord, alpha_key, get_records, graph_parts, layer_calls, set_records
-from tbn_compiler.tiling import TileLayout, TileSpec
-
-FORMAT_VERSION = 1
-_ENTRY = "tbn"
+from tbn_compiler.errors import LoweringError, SerializationError, TransformError
+from tbn_compiler.fileformat import PackedHeader, StoredLayer, read_file, write_file
+from tbn_compiler.graph.calls import named_arguments
+from tbn_compiler.graph.records import (
+    EXTRA_STATE,
+    LayerRecord,
+    alpha_key,
+    get_records,
+    graph_parts,
+    is_tiling_record,
+    join_key,
+    own_records,
+    set_records,
+    split_key,
+    tile_key,
+    user_extra_state,
+    with_user_extra_state,
+)
+from tbn_compiler.graph.tiling_data import describe_spec
+from tbn_compiler.tiling import TileSpec
 
 
 def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -39,159 +53,298 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
         path: file to write.
 
     Raises:
-        SerializationError: the module is not lowered, or its state cannot be stored as tensors.
+        SerializationError: the module is not lowered, was rewritten since (:func:`~tbn_compiler.optimize`), or its
+            state cannot be stored as tensors.
         OSError: the file cannot be written.
     """
+    packed = unwrap(packed, SerializationError)
     records = get_records(packed)
     if records is None:
         raise SerializationError(f"{type(packed).__name__} is not a lowered module: call tbn_compiler.lower first")
-    trained = [call.weight for _, part in graph_parts(packed) for call in layer_calls(part) if call.form == "tiled"]
+    state = _state_to_store(packed)
+    layers = {record.weight: StoredLayer(record.spec, record.note) for record in records if record.spec}
+    trained = [weight for weight in layers if tile_key(weight) not in state]
     if trained:
         raise SerializationError(
             f"save stores packed tiles, but {trained[0]!r} is still a trainable weight: call tbn_compiler.lower first "
             "(or torch.save the state_dict to go on training later)"
         )
-    for _, part in graph_parts(packed):
-        for node in part.graph.nodes:
-            call = inference_call(node)
-            if call is not None and _is_optimized(call):
-                raise SerializationError(
-                    f"layer {str(call.arguments['tile'].target).removesuffix('_tile')!r} was rewritten by "
-                    "tbn_compiler.optimize, which no file holds: save the lowered module, and optimise after load"
-                )
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    stored: dict[Any, str] = {}
-    for name, value in packed.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise SerializationError(f"state_dict entry {name!r} is a {type(value).__name__}, not a tensor")
-        identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else name
-        if identity in stored:
-            aliases[name] = stored[identity]
-        else:
-            stored[identity] = name
-            tensors[name] = value.detach().cpu().contiguous().clone()
-    header = {
-        "version": FORMAT_VERSION,
-        "layers": {record.weight: _describe(record) for record in records if record.spec},
-        "left_alone": {record.weight: record.reason for record in records if record.reason},
-        "aliases": aliases,
-    }
-    with replacing(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {_ENTRY: json.dumps(header)})
+    for weight, difference in _rewritten_calls(packed):
+        raise SerializationError(
+            f"layer {weight!r} was rewritten by tbn_compiler.optimize, which no file holds ({difference}): save the "
+            "lowered module, and optimise after load"
+        )
+    tensors, aliases = _stored_once(state)
+    left_alone = {record.weight: record.reason for record in records if record.reason}
+    try:
+        write_file(path, PackedHeader(layers, left_alone, aliases), tensors)
+    except SerializationError as error:
+        raise SerializationError(f"{type(packed).__name__} cannot be saved: {error}") from error
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> Any:
+def load(path: str | os.PathLike[str], model: nn.Module | ExportedProgram) -> Any:
     """Read a packed file into the architecture that it was made from.
 
     Args:
-        path: a file that :func:`save` wrote.
-        model: the float model (``nn.Module`` or ``GraphModule``), with any weights, on any device, the meta
-            device included. It is not changed.
+        path: a file that :func:`save` wrote, with this version or an earlier one.
+        model: the float model in the form that was transformed (module, ``GraphModule`` or exported program), with
+            any weights, on any device, the meta device included. It is not changed. A transformed or lowered one
+            serves too, if its tilings are those of the file.
 
     Returns:
         The lowered module, in evaluation mode, on the model's device (the CPU for a meta model).
 
     Raises:
-        SerializationError: the file is damaged, foreign or newer than this version, or does not fit the model.
+        SerializationError: the file is damaged, foreign or newer than this version, or does not fit the model. Names
+            the file, the layer and what is wrong.
         TransformError: the model cannot be traced.
         OSError: the file cannot be read.
     """
-    header, tensors = _read(Path(path), _device(model))
-    layers, reasons = header["layers"], header["left_alone"]
-    specs = {name: _parse(name, layer, path) for name, layer in layers.items()}
+    model = unwrap(model.module() if isinstance(model, ExportedProgram) else model, TransformError)
+    header, stored = read_file(Path(path))
+    device = _device(model)
+    tensors = {name: tensor.to(device) for name, tensor in stored.items()}
+    tensors |= {name: tensors[source] for name, source in header.aliases.items()}
     # Alphas come from the file: no alpha source needs to exist meanwhile.
-    placed = {name: replace(spec, alpha_source="W") for name, spec in specs.items()}
+    placed = {name: replace(layer.spec, alpha_source="W") for name, layer in header.layers.items()}
+    earlier = {record.weight: record.spec for record in get_records(model) or () if record.spec is not None}
     gm = tile_model(model, TilingConfig(), placed)
-    _check_layers(gm, specs, path)
     try:
+        _check_tilings(gm, header, earlier)
         lower_model(gm, tensors)
-    except LoweringError as error:
-        raise SerializationError(f"{path} does not fit {type(model).__name__}: {error}") from error
-    set_records(
-        gm,
-        [
-            replace(record, spec=specs[record.weight], note=layers[record.weight].get("note"))
-            if record.spec
-            else replace(record, reason=reasons.get(record.weight, record.reason))
-            for record in get_records(gm) or ()
-        ],
-    )
-    try:
-        gm.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:
+        _restore_records(gm, header)
+        _load_state(gm, tensors)
+    except (LoweringError, SerializationError) as error:
         raise SerializationError(f"{path} does not fit {type(model).__name__}: {error}") from error
     return gm.eval()
 
 
-def _is_optimized(call: InferenceCall) -> bool:
-    """Whether a call no longer uses the tensors that lowering stored for its weight, in its own shape."""
-    weight = str(call.arguments["tile"].target).removesuffix("_tile")
-    return str(call.arguments["alpha"].target) != alpha_key(weight) or call.arguments["input_alpha"] is not None
+# What a module holds
 
 
-def _describe(record: LayerRecord) -> dict[str, Any]:
-    spec = record.spec
-    assert spec is not None
-    return {
-        "shape": list(record.shape),
-        "p": spec.layout.p,
-        "p_in": spec.layout.p_in,
-        "shift": spec.layout.shift,
-        "alphas": spec.num_alphas,
-        "alpha_source": spec.alpha_source,
-        "tile_dtype": spec.tile_dtype,
-        "note": record.note,
-    }
+def _state_to_store(packed: nn.Module) -> dict[str, Tensor]:
+    """The ``state_dict`` without the tilings, which the header holds."""
+    state: dict[str, Tensor] = {}
+    for name, value in packed.state_dict().items():
+        if split_key(name)[1] == EXTRA_STATE:
+            if is_tiling_record(value):
+                continue
+            value = user_extra_state(value)
+        if not isinstance(value, Tensor):
+            raise SerializationError(f"state_dict entry {name!r} is a {type(value).__name__}, not a tensor")
+        if value.is_meta or value.layout != torch.strided:
+            where = "on the meta device" if value.is_meta else f"stored as {value.layout}"
+            raise SerializationError(f"state_dict entry {name!r} is {where}: a file holds dense values")
+        state[name] = value
+    return state
 
 
-def _parse(name: str, layer: dict[str, Any], path: Any) -> TileSpec:
-    try:
-        layout = TileLayout(tuple(layer["shape"]), layer["p"], layer["p_in"], layer["shift"])
-        return TileSpec(layout, layer["alphas"], layer["alpha_source"], layer["tile_dtype"])
-    except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise SerializationError(f"{path}: the header entry of layer {name!r} is damaged: {error!r}") from error
+def _stored_once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors on the CPU, each under its first name, and the further names of each."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    stored: dict[Any, str] = {}
+    for name, value in state.items():
+        place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype, value.is_conj())
+        first = stored.setdefault(place if value.numel() else name, name)
+        if first == name:
+            tensors[name] = value.detach().resolve_conj().resolve_neg().cpu().contiguous().clone()
+        else:
+            aliases[name] = first
+    return tensors, aliases
+
+
+def _rewritten_calls(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The calls on stored tiles that are not what lowering makes of their layers: the weight, and the difference."""
+    for path, part in graph_parts(module):
+        records = {record.weight: record for record in own_records(part) or ()}
+        for node in part.graph.nodes:
+            arguments = _call_on_tile(node)
+            if arguments is None:
+                continue
+            weight = str(getattr(arguments["tile"], "target", arguments["tile"])).removesuffix("_tile")
+            difference = _difference(node, arguments, records.get(weight))
+            if difference is not None:
+                yield join_key(path, weight), difference
+
+
+def _call_on_tile(node: fx.Node) -> dict[str, Any] | None:
+    """The arguments of a ``tbn::`` operator that takes a stored tile; ``None`` for any other node."""
+    if node.op != "call_function" or not str(node.target).startswith("tbn."):
+        return None
+    arguments = named_arguments(node)
+    return arguments if {"tile", "alpha"} <= arguments.keys() else None
+
+
+def _difference(node: fx.Node, arguments: Mapping[str, Any], record: LayerRecord | None) -> str | None:
+    """What a call on a stored tile does that lowering its layer does not; ``None`` if nothing."""
+    if record is None or record.spec is None:
+        return "its tile has no record"
+    layout = record.spec.layout
+    shape = _weight_shape(node, arguments)
+    if shape != layout.shape:
+        return f"its weight is computed as {shape}, not {layout.shape}"
+    options: dict[str, Any] = {"p": layout.p, "p_in": layout.p_in, "shift": layout.shift, "batch": layout.batch}
+    options |= {"input_alpha": None, "activation": "float", "epilogue": "none"}
+    for name, usual in options.items():
+        if arguments.get(name, usual) != usual:
+            return f"{name}={arguments[name]}, not {usual}"
+    for name, key in (("tile", tile_key(record.weight)), ("alpha", alpha_key(record.weight))):
+        operand = arguments[name]
+        if not isinstance(operand, fx.Node) or operand.op != "get_attr" or operand.target != key:
+            return f"its {name} is {getattr(operand, 'target', operand)}, not {key}"
+    bias = arguments.get("bias")
+    # A pass names what it computes after the weight; a layer's own bias may have any other name.
+    if isinstance(bias, fx.Node) and str(bias.target).startswith((f"{record.weight}_folded", f"{record.weight}_fused")):
+        return f"its bias is {bias.target}"
+    return None
+
+
+def _weight_shape(node: fx.Node, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of the weight that a call on a stored tile uses."""
+    if "shape" in arguments:
+        return tuple(arguments["shape"])
+    if "kernel_size" not in arguments:
+        return arguments["out_features"], arguments["in_features"]
+    rows, inputs = arguments["out_channels"], arguments["in_channels"]
+    if "conv_transpose" in str(node.target):  # a row for each input channel
+        rows, inputs = inputs, rows
+    return rows, inputs // arguments["groups"], *arguments["kernel_size"]
+
+
+# What a model must be for a file
 
 
 def _device(model: nn.Module) -> str:
-    device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    device = next((str(tensor.device) for tensor in tensors), "cpu")
     return "cpu" if device == "meta" else device
 
 
-def _read(path: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header entry and all tensors, shared names included."""
-    try:
-        with safetensors.safe_open(path, framework="pt", device=device) as file:
-            metadata = file.metadata() or {}
-            if _ENTRY not in metadata:
-                raise SerializationError(f"{path} was not written by tbn_compiler.save: it has no {_ENTRY!r} entry")
-            header = json.loads(metadata[_ENTRY])
-            version = header["version"]
-            if version > FORMAT_VERSION:
-                raise SerializationError(
-                    f"{path} has format version {version}; this tbn_compiler reads up to {FORMAT_VERSION}: upgrade it"
-                )
-            for name in ("layers", "left_alone", "aliases"):
-                if not isinstance(header[name], dict):
-                    raise TypeError(f"{name} is not a mapping")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return header, tensors | {name: tensors[source] for name, source in header["aliases"].items()}
-    except safetensors.SafetensorError as error:
-        raise SerializationError(f"{path} is truncated or no safetensors file: {error}") from error
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise SerializationError(f"{path}: the {_ENTRY!r} header entry is damaged: {error!r}") from error
+def _check_tilings(gm: nn.Module, header: PackedHeader, earlier: Mapping[str, TileSpec]) -> None:
+    """Every stored tile must have found its weight, and no weight may be tiled in another way, or called in one.
 
-
-def _check_layers(gm: nn.Module, specs: dict[str, TileSpec], path: Any) -> None:
-    """Every stored tile must have found its layer, with the same weight shape."""
+    ``earlier`` are the tilings that the model had before, by weight name.
+    """
     records = {record.weight: record for record in get_records(gm) or ()}
-    for name, spec in specs.items():
+    for name, layer in header.layers.items():
         record = records.get(name)
         if record is None:
-            raise SerializationError(f"{path}: the model has no linear or conv weight {name!r}")
-        if record.shape != spec.layout.shape:
+            raise SerializationError(f"the model has no linear or conv weight {name!r}{_hint(name, gm)}")
+        if record.shape != layer.spec.layout.shape:
             raise SerializationError(
-                f"{path}: weight {name!r} has shape {spec.layout.shape} in the file, {record.shape} in the model"
+                f"weight {name!r} has shape {layer.spec.layout.shape} in the file, {record.shape} in the model"
+                f"{_hint(name, gm)}"
             )
         if record.spec is None:
-            raise SerializationError(f"{path}: weight {name!r} cannot be tiled in this model: {record.reason}")
+            raise SerializationError(f"weight {name!r} cannot be tiled in this model: {record.reason}{_hint(name, gm)}")
+        if earlier.get(name, layer.spec) != layer.spec:
+            raise SerializationError(
+                f"weight {name!r} is tiled with {describe_spec(layer.spec)} in the file, with "
+                f"{describe_spec(earlier[name])} in the model: load into the float model, which has no tilings"
+            )
+    for name, record in records.items():
+        if record.spec is not None and name not in header.layers:
+            raise SerializationError(
+                f"weight {name!r} is tiled with {describe_spec(record.spec)} in the model, but not in the file: load "
+                "into the float model, which has no tilings"
+            )
+    for name, difference in _rewritten_calls(gm):
+        raise SerializationError(
+            f"layer {name!r} of the model was rewritten since it was lowered ({difference}): load into the float model"
+        )
+
+
+def _hint(name: str, gm: nn.Module) -> str:
+    """What to do about a weight that a module does not have: only in a graph are views of a parameter weights."""
+    if isinstance(gm, fx.GraphModule) or re.search(r"_\d+$", name) is None:
+        return ""
+    return (
+        "; it is a view of a parameter in a graph, as version 0.1 traced every model: give the graph itself "
+        "(torch.fx.symbolic_trace(model))"
+    )
+
+
+def _restore_records(gm: nn.Module, header: PackedHeader) -> None:
+    """Put into the records what the file says of each weight."""
+    records = [_restored(record, header) for record in get_records(gm) or ()]
+    if not isinstance(gm, fx.GraphModule):  # each module that shares a weight has a record of its own
+        records += [
+            replace(record, weight=other + record.weight.removeprefix(record.parameter), parameter=other)
+            for record in records
+            for other in record.tied
+        ]
+    set_records(gm, records)
+
+
+def _restored(record: LayerRecord, header: PackedHeader) -> LayerRecord:
+    if record.spec is None:
+        return replace(record, reason=header.left_alone.get(record.weight, record.reason))
+    layer = header.layers[record.weight]
+    return replace(record, spec=layer.spec, note=layer.note)
+
+
+def _load_state(gm: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load all tensors; nothing may be missing, left over, or of another kind of number."""
+    own = gm.state_dict()
+    for name, tensor in tensors.items():
+        if isinstance(own.get(name), Tensor) and _number_kind(own[name]) != _number_kind(tensor):
+            raise SerializationError(f"{name!r} is {tensor.dtype} in the file, {own[name].dtype} in the model")
+    places = _shared_places(gm)
+    try:
+        gm.load_state_dict({**tensors, **_further_state(gm, own, tensors)}, strict=True, assign=True)
+    except RuntimeError as error:
+        raise SerializationError(str(error)) from error
+    for first, *others in places:
+        _share_again(first, others)
+    for name, value in (*gm.named_parameters(), *gm.named_buffers()):
+        if value.is_meta:
+            raise SerializationError(
+                f"{name!r} is no part of the state_dict, so no file holds it, and has no values on the meta device: "
+                "build the model on another one"
+            )
+
+
+def _number_kind(tensor: Tensor) -> Any:
+    """What loading must not change: floating-point numbers may have another precision than in the model."""
+    return "float" if tensor.is_floating_point() else tensor.dtype
+
+
+def _further_state(gm: nn.Module, own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a ``state_dict`` has and a file leaves out: tilings, and in version 0.1 further names of shared tiles."""
+    found: dict[str, Any] = {}
+    for name, value in own.items():
+        if split_key(name)[1] == EXTRA_STATE:
+            if is_tiling_record(value):
+                found[name] = value
+            elif name in tensors:
+                found[name] = with_user_extra_state(value, tensors[name])
+    for record in get_records(gm) or ():
+        for weight in record.tied_weights if record.spec else ():
+            for key in (tile_key, alpha_key):
+                if key(weight) in own and key(weight) not in tensors:
+                    found[key(weight)] = tensors[key(record.weight)]
+    return found
+
+
+_Place = tuple[dict[str, Any], str]  # a module's parameters or buffers, and a name in there
+
+
+def _shared_places(module: nn.Module) -> list[list[_Place]]:
+    """The places of each parameter and buffer that has several."""
+    places: dict[int, list[_Place]] = {}
+    for owner in module.modules():
+        for registry in (owner._parameters, owner._buffers):
+            for name, value in registry.items():
+                if value is not None:
+                    places.setdefault(id(value), []).append((registry, name))
+    return [group for group in places.values() if len(group) > 1]
+
+
+def _share_again(first: _Place, others: list[_Place]) -> None:
+    """Let places hold one tensor again: loading makes a parameter of its own for each name."""
+    registry, name = first
+    value = registry[name]
+    for other, key in others:
+        if (other[key].data_ptr(), other[key].shape, other[key].dtype) == (value.data_ptr(), value.shape, value.dtype):
+            other[key] = value

@@ -12,6 +12,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +25,22 @@ from rich.text import Text
 from torch import fx, nn
 
 from tbn_compiler.errors import TBNError
+from tbn_compiler.graph.attention import ATTENTION_WEIGHTS, attention_layer
 from tbn_compiler.graph.calls import inference_call
 from tbn_compiler.graph.layers import (
-    LayerRecord,
+    MODULE_KINDS,
     find_record,
-    get_records,
-    graph_parts,
+    function_arguments,
     is_transposed,
-    join_key,
     layer_calls,
+    module_kind,
 )
+from tbn_compiler.graph.records import LayerRecord, get_records, graph_parts, join_key, own_records
 from tbn_compiler.graph.shapes import visit_results
+from tbn_compiler.torch_private import original_module
 
 _FLOAT_BITS = 32
+_WIDEST = 10_000  # columns; wider than any name
 
 
 @dataclass(frozen=True)
@@ -150,10 +154,11 @@ class Summary:
         return Group(table, *map(Text, lines))
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, color_system=None)
+        """The table in its natural width, for files and pipes: no name is folded."""
+        console = Console(file=io.StringIO(), width=_WIDEST, color_system=None)
         console.print(self.table())
         assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
     def _total_cells(self, number: Callable[[int], str]) -> list[str]:
         t = self.totals
@@ -216,6 +221,7 @@ def summary(module: nn.Module, example_inputs: Any = None) -> Summary:
     Raises:
         TBNError: the module holds no layer records.
     """
+    module = original_module(module)
     records = get_records(module)
     if records is None:
         raise TBNError(
@@ -231,7 +237,7 @@ def _summarize(record: LayerRecord, calls: list[_Call], sizes: Counter[fx.Node] 
     numel = math.prod(record.shape) if record.shape else 0
     countable = bool(record.shape) and record.kind.startswith(("linear", "conv"))
     times, computed = _count(record, calls, sizes)
-    macs = numel * times if countable else None
+    macs = numel * times if countable and times is not None else None
     if record.spec is None:
         return LayerSummary(
             record.name,
@@ -268,20 +274,21 @@ def _summarize(record: LayerRecord, calls: list[_Call], sizes: Counter[fx.Node] 
         alphas=num_alphas,
         stored_bits=record.spec.tile_bits,
         macs=macs,
-        macs_tiled=computed,
+        macs_tiled=computed if countable else None,
         note="; ".join(notes),
     )
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a weight: the node that has its positions, values in each, and multiply-adds for one of them.
+    """One call of a weight: the place that has its positions, values in each, and multiply-adds for one of them.
 
-    The node is the call itself, or for a transpose convolution its input: there every input position takes part
-    in the same number of multiply-adds.
+    The place is the calling node, or for a transpose convolution the node of its input: there every input position
+    takes part in the same number of multiply-adds. So it is for the projections of an attention, which are no nodes. It
+    is a module where that calls its weight without a graph.
     """
 
-    node: fx.Node
+    place: fx.Node | nn.Module
     values: int
     macs: int
 
@@ -301,12 +308,26 @@ def _calls_by_weight(module: nn.Module) -> dict[str, list[_Call]]:
             operator = inference_call(call.node)
             if is_transposed(call.kind):
                 found = _Call(call.node.all_input_nodes[0], record.shape[0], _macs(record))
+            elif call.node.target is attention_layer:
+                place = function_arguments(call.node)[ATTENTION_WEIGHTS[call.argument]]
+                found = _Call(place, record.shape[1], _macs(record))
             elif operator is None:
                 found = _Call(call.node, record.shape[0], _macs(record))
             else:
                 found = _Call(call.node, operator.layout.rows, operator.macs(part))
             calls.setdefault(join_key(path, record.weight), []).append(found)
+    for path, layer in module.named_modules():
+        for record in own_records(layer) or ():
+            if _is_plain_layer(layer) and record.shape:
+                found = _Call(layer, record.shape[0], _macs(record))
+                calls.setdefault(join_key(path, record.weight), []).append(found)
     return calls
+
+
+def _is_plain_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer with a record that is no graph: left alone, or with a weight that is read tiled."""
+    is_graph = isinstance(module, fx.GraphModule)
+    return isinstance(module, tuple(MODULE_KINDS)) and not is_graph and own_records(module) is not None
 
 
 def _macs(record: LayerRecord) -> int:
@@ -317,21 +338,34 @@ def _macs(record: LayerRecord) -> int:
     return record.groups * layout.rows_per_group(num_alphas, record.groups) * layout.inputs_per_row(num_alphas)
 
 
-def _count(record: LayerRecord, calls: list[_Call], sizes: Counter[fx.Node] | None) -> tuple[int, int]:
-    """Output positions of a weight over all its calls, and the multiply-adds for them; else one of the first call."""
+def _count(record: LayerRecord, calls: list[_Call], sizes: Counter[Any] | None) -> tuple[int | None, int | None]:
+    """Output positions of a weight over all its calls, and the multiply-adds for them; else one of the first call.
+
+    ``None`` for a weight that functions use outside all graphs: how often is not known.
+    """
     if sizes is None:
         return 1, calls[0].macs if calls else _macs(record)
-    positions = [sizes[call.node] // call.values for call in calls]
+    if record.spec is not None and not calls:
+        return None, None
+    positions = [sizes[call.place] // call.values for call in calls]
+    if record.spec is not None and not any(positions) and any(isinstance(call.place, nn.Module) for call in calls):
+        return None, None  # other code reads the weight of this layer
     return sum(positions), sum(times * call.macs for times, call in zip(positions, calls, strict=True))
 
 
-def _output_sizes(module: nn.Module, example_inputs: Any) -> Counter[fx.Node]:
-    """Number of elements of every node's results over all runs of its graph, by running it on shapes only."""
-    sizes: Counter[fx.Node] = Counter()
+def _output_sizes(module: nn.Module, example_inputs: Any) -> Counter[Any]:
+    """Number of elements of every node's and layer module's results over all runs, by running it on shapes only."""
+    sizes: Counter[Any] = Counter()
 
-    def visit(node: fx.Node, result: Any) -> None:
+    def visit(place: Any, result: Any) -> None:
         if isinstance(result, torch.Tensor):
-            sizes[node] += result.numel()
+            sizes[place] += result.numel()
 
-    visit_results(module, example_inputs, visit)
+    def visit_layer(layer: nn.Module, inputs: tuple[Any, ...], result: Any) -> None:
+        visit(layer, inputs[0] if is_transposed(module_kind(layer) or "") else result)
+
+    with ExitStack() as stack:
+        for layer in filter(_is_plain_layer, module.modules()):
+            stack.callback(layer.register_forward_hook(visit_layer).remove)
+        visit_results(module, example_inputs, visit)
     return sizes

@@ -4,8 +4,11 @@ A weight ``W`` of ``N`` elements is viewed row-major as ``p`` rows of ``q = N / 
 (Eq. 2), the sign of the sum is the *tile* ``t`` (Eq. 3), and the weight that the layer uses is ``p`` copies of
 the tile times one scale ``alpha`` per layer (Eq. 7) or per copy (Eq. 9).
 
-:class:`TileLayout` is the single answer to "which tile element does a weight element use": every pass and every
-backend asks it instead of doing index arithmetic of its own.
+:class:`TileLayout` is the single answer to "which tile element does a weight element use", and :class:`TiledProduct` to
+"what has to be multiplied, and where do the alphas come in": every pass and every backend asks them instead of doing
+arithmetic of its own. A further layout is a further :attr:`TileLayout.kind`, and its case in the properties and methods
+of these two classes that ask for the kind, ``p_in`` or ``shift``; backends that follow the tile element by element name
+the kinds that they know, and decline others.
 """
 
 from __future__ import annotations
@@ -13,12 +16,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tbn_compiler.config import AlphaSource, TileDType
 from tbn_compiler.errors import ConfigError
+
+LayoutKind = Literal["flat", "two-axis", "staggered"]
+"""How the copies of a tile lie in a weight, see :class:`TileLayout`."""
+
+AlphaPlace = Literal["layer", "copy", "row", "input", "mixed"]
+"""Where the alphas of a weight lie, see :attr:`TiledProduct.alphas`."""
 
 
 def largest_divisor(numel: int, at_most: int) -> int:
@@ -47,11 +57,15 @@ class TileLayout:
       that ``p_in`` neighbouring inputs share a weight: they can be summed first.
     * **staggered** (``shift > 0``): flat, with copy ``i`` rolled by ``i * shift`` elements, so that rows differ.
 
+    A parameter that holds a ``batch`` of weights along its first axes (the experts of a mixture) has a flat tile for
+    each of them, one behind the other.
+
     Attributes:
         shape: shape of the weight, output features or channels first.
         p: number of copies; divides the number of weight elements.
         p_in: copies along the input axis; divides ``p`` and the size of the second axis.
         shift: elements by which each further copy is rolled.
+        batch: number of weights that the tensor holds, each with a tile of its own.
 
     Raises:
         ConfigError: the copies do not fill the weight exactly.
@@ -66,6 +80,7 @@ class TileLayout:
     p: int
     p_in: int = 1
     shift: int = 0
+    batch: int = 1
 
     def __post_init__(self) -> None:
         """Check that the copies fill the weight exactly."""
@@ -74,6 +89,11 @@ class TileLayout:
             raise ConfigError(f"p={self.p} does not divide the {self.numel} elements of {where}; use a divisor")
         if self.p_in < 1 or self.shift < 0:
             raise ConfigError(f"p_in={self.p_in} must be at least 1 and shift={self.shift} at least 0")
+        if self.batch != 1:
+            if self.p_in > 1 or self.shift:
+                raise ConfigError("a batch of weights takes flat tiles: neither p_in nor shift")
+            if self.batch < 1 or self.numel % (self.batch * self.p):
+                raise ConfigError(f"batch={self.batch} times p={self.p} does not divide {where}")
         if self.p_in > 1:
             if self.shift:
                 raise ConfigError("a layout is either two-axis (p_in > 1) or staggered (shift > 0), not both")
@@ -107,6 +127,18 @@ class TileLayout:
         """``n``, the number of weights behind one output."""
         return self.numel // self.rows
 
+    @property
+    def kind(self) -> LayoutKind:
+        """Which layout this is; one copy alone is flat, whatever the shift."""
+        if self.p_in > 1:
+            return "two-axis"
+        return "staggered" if self.shift and self.p > 1 else "flat"
+
+    @cached_property
+    def roll(self) -> int:
+        """Elements, fewer than ``q``, by which each further copy is rolled."""
+        return self.shift % self.tile_size if self.kind == "staggered" else 0
+
     @cached_property
     def aligned(self) -> bool:
         """Whether each copy along the output holds whole rows (``p_out`` divides ``m``)."""
@@ -114,13 +146,16 @@ class TileLayout:
 
     @cached_property
     def unique_rows(self) -> int:
-        """``R``, the number of rows with different sign patterns; it divides ``m``.
+        """``R``, the number of rows (of each weight of a batch) with different sign patterns; it divides ``m``.
 
         ``q / gcd(q, n)`` in the flat layout, which is ``m / p`` when aligned; ``m / p_out`` in the two-axis one.
         """
-        if self.shift and self.p > 1:
+        if self.batch > 1:
+            tile_size = self.tile_size // self.batch
+            return tile_size // math.gcd(tile_size, self.shape[-1])
+        if self.kind == "staggered":
             return self.rows
-        if self.p_in > 1:
+        if self.kind == "two-axis":
             return self.rows // self.p_out
         return self.tile_size // math.gcd(self.tile_size, self.row_size)
 
@@ -131,33 +166,20 @@ class TileLayout:
     def allows_alphas(self, num_alphas: int) -> bool:
         """Whether a weight can have this many alphas: one, one per output copy, one per copy, or one per row.
 
-        Training uses the first three; one per row is what folding a norm into the alphas gives.
+        Training uses the first three; one per row is what folding a norm into the alphas gives. A batch has one for
+        each of its weights, or for each copy in each of them.
         """
+        if self.batch > 1:
+            return num_alphas in (self.batch, self.batch * self.p)
         return num_alphas in (1, self.p_out, self.p, self.rows)
 
-    def one_alpha_per_row(self, num_alphas: int) -> bool:
-        """Whether one alpha holds for a whole row: no copy ends inside a row, and no alphas lie along the input."""
-        return self.alphas_in(num_alphas) == 1 and (num_alphas in (1, self.rows) or self.aligned)
-
-    def distinct_rows(self, num_alphas: int) -> int:
-        """Number of rows that differ once they are scaled, up to one factor per row.
-
-        That is :attr:`unique_rows` as long as one alpha holds for a whole row. Otherwise a row mixes alphas and every
-        row is its own.
-        """
-        return self.unique_rows if self.one_alpha_per_row(num_alphas) else self.rows
-
     def rows_per_group(self, num_alphas: int, groups: int = 1) -> int:
-        """Number of rows to multiply in each of ``groups`` convolution groups.
-
-        Groups read different inputs, so only rows of one group share a result: of the ``m / groups``
-        neighbouring rows of a group, the first ``min(m / groups, R)`` differ and the others repeat them.
-        """
-        return min(self.rows // groups, self.distinct_rows(num_alphas))
+        """:attr:`TiledProduct.rows`: rows to multiply in each of ``groups`` convolution groups."""
+        return TiledProduct(self, num_alphas, groups).rows
 
     def inputs_per_row(self, num_alphas: int) -> int:
-        """Multiply-adds behind one computed row: ``n / p_in`` where neighbouring inputs are summed first."""
-        return self.row_size // (self.p_in if self.alphas_in(num_alphas) == 1 else 1)
+        """:attr:`TiledProduct.columns`: multiply-adds behind one computed row."""
+        return TiledProduct(self, num_alphas).columns
 
     def _axes(self, weight: Tensor) -> Tensor:
         """View of a weight as ``[p_out, m / p_out, inputs / p_in, p_in, kernel]`` (two-axis layout)."""
@@ -171,6 +193,8 @@ class TileLayout:
         """
         if self.p_in > 1:
             return self._axes(weight).sum((0, 3)).reshape(-1)
+        if self.batch > 1:
+            return weight.reshape(self.batch, self.p, -1).sum(1).reshape(-1)
         copies = weight.reshape(self.p, self.tile_size)
         if self.shift:
             copies = torch.stack([copies[i].roll(-i * self.shift) for i in range(self.p)])
@@ -184,6 +208,8 @@ class TileLayout:
             return once.repeat(self.p_out, 1, 1, self.p_in, 1).reshape(self.shape)
         if self.shift:
             return torch.cat([tile.roll(i * self.shift) for i in range(self.p)]).reshape(self.shape)
+        if self.batch > 1:
+            return tile.reshape(self.batch, 1, -1).repeat(1, self.p, 1).reshape(self.shape)
         return tile.repeat(self.p).reshape(self.shape)
 
     def unique_weight(self, tile: Tensor) -> Tensor:
@@ -225,8 +251,177 @@ class TileLayout:
         return self.alpha_groups(source, num_alphas).abs().mean((1, 3)).reshape(-1)
 
     def row_alphas(self, alpha: Tensor) -> Tensor:
-        """One factor per row, shape ``[m]`` (or ``[1]``), for rows that :meth:`distinct_rows` lets repeat."""
+        """One factor per row, shape ``[m]`` (or ``[1]``), of alphas that scale whole rows."""
         return alpha if alpha.numel() == 1 else alpha.repeat_interleave(self.rows // alpha.numel())
+
+
+@dataclass(frozen=True)
+class TiledProduct:
+    """What a layer on a tiled weight has to multiply, where its alphas come in, and how the rows lie in the tile.
+
+    Five words, each with one meaning here and in every backend:
+
+    * **copies**: how often the tile occurs in the weight, ``p``; ``p_out`` times along the outputs, ``p_in`` along the
+      inputs.
+    * **neighbours**: the ``p_in`` inputs side by side that share a tile element. Where they share the scale too, they
+      are **summed** before the product.
+    * **unique rows**: the ``R`` rows of the weight with different signs. They are the **distinct rows** as long as each
+      row has one scale; otherwise every row counts as its own.
+    * **repeats**: how often the result of a computed row occurs among the outputs, scaled each time. The groups of a
+      convolution read different inputs, so that only rows of one group share a result.
+    * **replicas**: the ``k`` scaled copies, one behind the other, that the *input* stands for (``input_alpha``).
+
+    The whole is: sum neighbours, multiply with ``rows`` rows of ``columns`` weights, repeat the results, scale. A
+    transpose convolution has a row for each *input* channel; there, inputs whose rows repeat are scaled and summed, and
+    then multiplied.
+
+    Attributes:
+        layout: layout of the weight, not of a batch of them.
+        num_alphas: number of alphas, one that ``layout`` allows.
+        groups: convolution groups; divides the rows of the layout.
+        replicas: number of input alphas, 1 if there are none; divides the inputs.
+
+    Example:
+        >>> product = TiledProduct(TileLayout((128, 784), p=4), num_alphas=4)
+        >>> product.rows, product.columns, product.repeats, product.alphas
+        (32, 784, 4, 'copy')
+    """
+
+    layout: TileLayout
+    num_alphas: int
+    groups: int = 1
+    replicas: int = 1
+
+    # Alphas
+
+    @cached_property
+    def alphas(self) -> AlphaPlace:
+        """Where the alphas lie.
+
+        * ``"layer"``: one scales the whole weight.
+        * ``"row"``: row ``r`` has ``alpha[r]``.
+        * ``"copy"``: each copy along the outputs holds whole rows and has its own: row ``r`` has
+          ``alpha[r // rows_per_alpha]``.
+        * ``"input"``: the neighbours have different ones: neighbour ``j`` of copy ``i`` along the outputs has
+          ``alpha[i * p_in + j]``.
+        * ``"mixed"``: each copy has its own, and copies end inside rows: element ``e`` has ``alpha[e // q]``.
+
+        Where a number of alphas can be read in two ways, the first of ``"layer"``, ``"input"``, ``"row"`` holds.
+        """
+        layout = self.layout
+        if self.num_alphas == 1:
+            return "layer"
+        if layout.alphas_in(self.num_alphas) > 1:
+            return "input"
+        if self.num_alphas == layout.rows:
+            return "row"
+        return "copy" if layout.aligned else "mixed"
+
+    @cached_property
+    def scales_results(self) -> bool:
+        """Whether each row has one alpha, so that the scales can wait until after the product."""
+        return self.alphas in ("layer", "copy", "row")
+
+    @cached_property
+    def rows_per_alpha(self) -> int:
+        """Row ``r`` of the weight is scaled by ``alpha[r // rows_per_alpha]``; 0 where a row has several alphas."""
+        return self.layout.rows // self.num_alphas if self.scales_results else 0
+
+    # Rows
+
+    @cached_property
+    def distinct_rows(self) -> int:
+        """Rows of the whole weight that differ once they are scaled, up to one factor for each.
+
+        Row ``r`` is row ``r mod distinct_rows`` times a factor.
+        """
+        return self.layout.unique_rows if self.scales_results else self.layout.rows
+
+    @cached_property
+    def group_rows(self) -> int:
+        """Rows of one group, ``m / groups``."""
+        return self.layout.rows // self.groups
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows to compute in each group: its first ones. Row ``j`` of the group is its row ``j mod rows``, scaled."""
+        return min(self.group_rows, self.distinct_rows)
+
+    def computed_rows(self, device: torch.device | None = None) -> Tensor:
+        """Which of the distinct rows each group computes, ``[groups, rows]``."""
+        first = torch.arange(self.groups, device=device)[:, None] * self.group_rows
+        return (first + torch.arange(self.rows, device=device)) % self.distinct_rows
+
+    @cached_property
+    def repeats(self) -> int:
+        """How often the results of a group's rows occur among its outputs, the last time perhaps not all of them.
+
+        Without groups it is always all of them: ``rows * repeats == m``.
+        """
+        return -(-self.group_rows // self.rows)
+
+    @cached_property
+    def alpha_per_repeat(self) -> bool:
+        """Whether each alpha scales one repeat of all rows, as those of copies do that are not rolled."""
+        return self.alphas == "copy" and self.num_alphas == self.repeats
+
+    # Columns
+
+    @property
+    def neighbours(self) -> int:
+        """Inputs side by side that share a tile element: ``p_in``."""
+        return self.layout.p_in
+
+    @cached_property
+    def summed(self) -> int:
+        """Neighbours that are summed before the product: all, or 1 where they have different scales.
+
+        That is where alphas lie along the input, and where replicas of the input end between neighbours.
+        """
+        layout = self.layout
+        if self.neighbours == 1 or self.alphas == "input" or layout.shape[1] // self.replicas % self.neighbours:
+            return 1
+        return self.neighbours
+
+    @property
+    def columns(self) -> int:
+        """Weights of a computed row, those of all replicas: ``n``, or ``n / p_in`` after neighbours are summed."""
+        return self.layout.row_size // self.summed
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one output vector or position, with the columns of replicas added up before."""
+        return self.groups * self.rows * self.columns // self.replicas
+
+    @cached_property
+    def bare(self) -> bool:
+        """Whether the (summed) inputs meet tile elements without scales: rows of :meth:`TileLayout.unique_weight`."""
+        return self.scales_results and self.summed == self.neighbours
+
+    # Places in the tile
+
+    @property
+    def row_elements(self) -> int:
+        """Tile elements of one row: ``n / p_in``, whether neighbours are summed or not."""
+        return self.layout.row_size // self.neighbours
+
+    @cached_property
+    def contiguous(self) -> bool:
+        """Whether the tile is the distinct rows one behind the other, and nothing else.
+
+        Otherwise rows begin inside the tile, go round its end, or belong to copies that are rolled.
+        """
+        layout = self.layout
+        return layout.kind != "staggered" and self.distinct_rows * self.row_elements == layout.tile_size
+
+    @cached_property
+    def alignment(self) -> int:
+        """Every row, and each replica's part of it, begins at a multiple of so many elements; so does the tile end.
+
+        Eight packed bits are a byte: rows begin on whole bytes where this is a multiple of 8.
+        """
+        layout = self.layout
+        return math.gcd(layout.tile_size, self.row_elements // self.replicas, self.row_elements, layout.roll)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Starting from a trained float model: its weights into the tiles, and the schedule from float to tiled weights.
 
 The training loop stays the user's own. What :func:`~tbn_compiler.transform` returns is wrapped by DDP, FSDP2 and
-``torch.compile`` as any module is. One thing to know of FSDP2: the layers inside a graph module are not called as
-modules, so ``fully_shard`` takes graph modules. To shard a model block by block, transform each block.
+``torch.compile`` as the float model is.
 """
 
 from __future__ import annotations
@@ -14,22 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tbn_compiler.errors import ConfigError, SerializationError, TransformError
-from tbn_compiler.graph.layers import (
-    alpha_source_key,
-    apply_view,
-    find_record,
-    get_records,
-    graph_parts,
-    join_key,
-    layer_calls,
-    split_key,
-)
-from tbn_compiler.passes.blend_weights import STRENGTH, strength_keys
+from tbn_compiler.graph.layers import apply_view, find_record, layer_calls
+from tbn_compiler.graph.records import alpha_source_key, get_records, graph_parts, is_tiling_record, join_key, split_key
+from tbn_compiler.graph.tiled_parameters import STRENGTH, read_forms
+from tbn_compiler.passes.blend_weights import strength_keys
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def init_from_float(module: Module, state_dict: Mapping[str, Any] | None = None) -> Module:
+def init_from_float(module: Module, source: nn.Module | Mapping[str, Any] | None = None) -> Module:
     """Start training with tiles from a trained float model.
 
     The tile of a layer is the sign of its aggregated weights (Eq. 2, 3), so the float weights set it already. This
@@ -39,8 +31,8 @@ def init_from_float(module: Module, state_dict: Mapping[str, Any] | None = None)
 
     Args:
         module: the result of :func:`~tbn_compiler.transform`; changed in place, before it is sharded.
-        state_dict: a checkpoint of the float model, loaded first; default: the weights that the module holds. It must
-            have every key of the float model and no other.
+        source: the trained float model, or a checkpoint of it, whose weights are loaded first; default: the weights
+            that the module holds. It must have every key of the float model and no other.
 
     Returns:
         ``module``.
@@ -55,11 +47,15 @@ def init_from_float(module: Module, state_dict: Mapping[str, Any] | None = None)
         >>> qat = tbn.init_from_float(tbn.transform(trained, tbn.TilingConfig(p=4)))
     """
     pairs = dict(_alpha_sources(module))
-    if state_dict is not None:
+    if source is not None:
+        state_dict = source.state_dict() if isinstance(source, nn.Module) else source
+        if not isinstance(state_dict, Mapping):
+            raise SerializationError(f"expected a float model or its state_dict, got {type(source).__name__}")
         _load_float(module, state_dict, set(pairs))
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for key, weight in pairs.items():
-            module.get_parameter(key).copy_(weight)
+            parameters[key].copy_(weight)
     return module
 
 
@@ -75,6 +71,15 @@ def _alpha_sources(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if record.spec.alpha_source == "A":
                 weight = apply_view(part.get_parameter(record.parameter).detach(), call.view)
                 yield join_key(path, alpha_source_key(record.weight)), weight
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for form in read_forms(owner):
+            record = form.record
+            tiled |= not form.lowered
+            if not form.lowered and record.spec is not None and record.spec.alpha_source == "A":
+                parameter = owner._parameters[record.parameter]
+                assert parameter is not None
+                weight = parameter.detach().t() if record.view else parameter.detach()
+                yield join_key(path, alpha_source_key(record.weight)), weight
     if not tiled:
         raise TransformError(
             f"{type(module).__name__} has no tiled layer to train: pass the module that tbn_compiler.transform "
@@ -85,7 +90,9 @@ def _alpha_sources(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _load_float(module: nn.Module, state_dict: Mapping[str, Any], sources: set[str]) -> None:
     """Load a float checkpoint; what training with tiles adds to the module's own state stays as it is."""
     own = {
-        key: value for key, value in module.state_dict().items() if key not in sources and split_key(key)[1] != STRENGTH
+        key: value
+        for key, value in module.state_dict().items()
+        if key not in sources and split_key(key)[1] != STRENGTH and not is_tiling_record(value)
     }
     problems = {
         "it lacks": sorted(own.keys() - state_dict.keys()),
@@ -140,8 +147,9 @@ def tiling_strength(module: nn.Module) -> float:
     return min(float(strength) for strength in _strengths(module))
 
 
-def _strengths(module: nn.Module) -> list[Tensor]:
-    found = [part.get_buffer(key) for _, part in graph_parts(module) for key in strength_keys(part)]
+def _strengths(module: nn.Module) -> list[Any]:
+    found = [submodule._buffers[STRENGTH] for submodule in module.modules() if STRENGTH in submodule._buffers]
+    found += [part.get_buffer(key) for _, part in graph_parts(module) for key in strength_keys(part) if "." in key]
     if not found:
         raise TransformError(
             f"{type(module).__name__} has no gradual tiling: transform the model with TilingConfig(gradual=True)"

@@ -11,11 +11,13 @@ import math
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from tbn_compiler.graph.layers import get_records
+import tbn_compiler as tbn
+from tbn_compiler.graph.records import EXTRA_STATE, get_records, split_key
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -70,6 +72,39 @@ def row_starts(shape: tuple[int, ...], p: int) -> list[int]:
     return [(r * n) % (math.prod(shape) // p) for r in range(shape[0])]
 
 
+def tile_places(shape: tuple[int, ...], p: int, p_in: int = 1, shift: int = 0) -> np.ndarray:
+    """Which tile element each weight element uses, DESIGN sections 1 and 2, one weight element after the other."""
+    q = math.prod(shape) // p
+    places = np.empty(shape, dtype=np.int64)
+    for k, index in enumerate(np.ndindex(shape)):
+        if p_in > 1:
+            # The tile is [m / p_out, inputs / p_in, kernel]; p_in neighbouring inputs share an element.
+            row, column, *taps = index
+            tile_shape = (shape[0] * p_in // p, shape[1] // p_in, *shape[2:])
+            places[index] = np.ravel_multi_index((row % tile_shape[0], column // p_in, *taps), tile_shape)
+        else:
+            copy, j = divmod(k, q)
+            places[index] = (j - copy * shift) % q
+    return places
+
+
+def alpha_places(shape: tuple[int, ...], p: int, count: int, p_in: int = 1) -> np.ndarray:
+    """Which of ``count`` alphas scales each weight element: one, one per copy, per output copy or per row."""
+    q = math.prod(shape) // p
+    rows_of_tile = shape[0] * p_in // p
+    places = np.empty(shape, dtype=np.int64)
+    for k, index in enumerate(np.ndindex(shape)):
+        if count == 1:
+            places[index] = 0
+        elif p_in > 1 and count == p:
+            places[index] = index[0] // rows_of_tile * p_in + index[1] % p_in
+        elif count == shape[0]:
+            places[index] = index[0]
+        else:
+            places[index] = index[0] // rows_of_tile if p_in > 1 else k // q
+    return places
+
+
 # Values and strategies
 
 
@@ -95,10 +130,35 @@ def tilings(draw: st.DrawFn, min_dims: int = 1, max_dims: int = 5) -> tuple[tupl
     return shape, p, w, a
 
 
+@st.composite
+def layouts(draw: st.DrawFn, max_dims: int = 4) -> tuple[tuple[int, ...], int, int, int]:
+    """``(shape, p, p_in, shift)`` of every kind of layout, aligned or not."""
+    dims = draw(st.integers(2, max_dims))
+    # Sizes with divisors, and some without.
+    sizes = st.sampled_from([1, 2, 3, 4, 6, 7, 8, 12])
+    shape = (draw(sizes), draw(sizes), *draw(st.lists(st.integers(1, 3), min_size=dims - 2, max_size=dims - 2)))
+    kind = draw(st.sampled_from(["flat", "two-axis", "rolled"]))
+    if kind == "two-axis":
+        p_out, p_in = (draw(st.sampled_from(divisors(size))) for size in shape[:2])
+        return shape, p_out * p_in, p_in, 0
+    p = draw(st.sampled_from(divisors(math.prod(shape))))
+    return shape, p, 1, draw(st.integers(1, 20)) if kind == "rolled" else 0
+
+
 # Modules
 
 
-def with_oracle_weights(model: nn.Module, qat: fx.GraphModule) -> nn.Module:
+def whole_graph(model: nn.Module, config: tbn.TilingConfig) -> fx.GraphModule:
+    """The model tiled as one graph, in which layers are calls of modules, functions and methods."""
+    return tbn.transform(fx.symbolic_trace(model), config)
+
+
+# The two ways to tile a model: layer by layer, where the user's code stays, and as one graph.
+FORMS: dict[str, Any] = {"module": tbn.transform, "graph": whole_graph}
+both_forms = pytest.mark.parametrize("transform", FORMS.values(), ids=FORMS.keys())
+
+
+def with_oracle_weights(model: nn.Module, qat: nn.Module) -> nn.Module:
     """A copy of the original float model in evaluation mode whose tiled weights are the oracle's."""
     reference = copy.deepcopy(model).eval()
     parameters = dict(qat.named_parameters(remove_duplicate=False))
@@ -139,10 +199,20 @@ def assert_close(actual: Any, expected: Any, rtol: float = 1e-6) -> None:
         torch.testing.assert_close(a, e, rtol=0, atol=atol)
 
 
-def reasons(gm: fx.GraphModule) -> dict[str, str | None]:
+def reasons(module: nn.Module) -> dict[str, str | None]:
     """Layer name -> reason why it was left alone, ``None`` for a tiled layer."""
-    return {record.name: record.reason for record in get_records(gm) or ()}
+    return {record.name: record.reason for record in get_records(module) or ()}
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The ``state_dict`` without the records of how weights are tiled."""
+    return {key: tensor for key, tensor in module.state_dict().items() if split_key(key)[1] != EXTRA_STATE}
 
 
 def state_bytes(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    """Bytes of the state, each tensor once however many names it has."""
+    distinct = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    saved = tensors(module).keys()
+    assert {key for key, _ in module.named_parameters(remove_duplicate=False)} <= saved
+    assert {key for key, _ in module.named_buffers(remove_duplicate=False)} <= saved
+    return sum(t.numel() * t.element_size() for t in distinct.values())

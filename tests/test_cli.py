@@ -123,32 +123,56 @@ def test_export_c_packages_and_reports(capsys, factory, tmp_path):
 
 
 def test_a_tiled_model_keeps_its_tiling(capsys, factory):
-    _, out, _ = run(capsys, "summary", f"{factory}:tiled", "--p", 2, "--format", "json")
+    status, _, err = run(capsys, "summary", f"{factory}:tiled", "--p", 2)
+    assert status == 1
+    assert "the model is tiled already: leave the tiling options out" in err
+    _, out, _ = run(capsys, "summary", f"{factory}:tiled", "--format", "json")
     assert [layer["p"] for layer in json.loads(out)["layers"]] == [8, 8]
 
 
 def test_export_c_from_every_kind_of_checkpoint(capsys, factory, tmp_path):
     sys.path.insert(0, str(tmp_path))
     models = __import__(factory)
-    qat = tbn.transform(models.mlp(), tbn.TilingConfig(p=4, min_size=0))
+    # Not the defaults of the command line: the checkpoints have to tell.
+    qat = tbn.transform(models.mlp(), tbn.TilingConfig(p=8, alpha="tile", min_size=0, float_layers=("2",)))
     with torch.no_grad():
         for parameter in qat.parameters():
             parameter.normal_()
     tbn.save(tbn.lower(qat), "packed.safetensors")
     torch.save(qat.state_dict(), "qat.pt")
     safetensors.torch.save_file(qat.state_dict(), "qat.safetensors")
+    torch.save(tbn.lower(qat).state_dict(), "lowered.pt")
     written = []
-    for checkpoint in ("packed.safetensors", "qat.pt", "qat.safetensors"):
-        status, out, err = run(
-            capsys, "export-c", f"{factory}:mlp", "--checkpoint", checkpoint, "--input", "1,16", "--min-size", 0,
-            "-o", "net.c", "--name", "net",
-        )  # fmt: skip
+    for checkpoint in ("packed.safetensors", "qat.pt", "qat.safetensors", "lowered.pt"):
+        source = (f"{factory}:mlp", "--checkpoint", checkpoint)
+        status, out, err = run(capsys, "export-c", *source, "--input", "1,16", "-o", "net.c", "--name", "net")
         assert status == 0, err
         assert "bytes of constants" in out
         assert (tmp_path / "net.h").is_file()
         written.append((tmp_path / "net.c").read_text())
-    assert written[0] == written[1] == written[2]
+        status, _, err = run(capsys, "summary", *source, "--p", 4)
+        assert status == 1
+        assert "leave the tiling options out" in err
+    assert len(set(written)) == 1
     assert "net_run" in written[0]
+
+
+def test_checkpoint_of_version_0_1_needs_its_options(capsys, factory, tmp_path):
+    """It does not say how it is tiled; taken for p=4 it would export another network."""
+    sys.path.insert(0, str(tmp_path))
+    qat = tbn.transform(__import__(factory).mlp(), tbn.TilingConfig(p=8, min_size=0))
+    torch.save({key: value for key, value in qat.state_dict().items() if not key.endswith("_extra_state")}, "old.pt")
+    command = ("summary", f"{factory}:mlp", "--checkpoint", "old.pt")
+    status, _, err = run(capsys, *command)
+    assert status == 1
+    assert "was trained with tiles (0.alpha_source), but does not say how: it is of version 0.1" in err
+    with pytest.warns(UserWarning, match="does not say how they are tiled"):
+        status, out, err = run(capsys, *command, "--p", 8, "--min-size", 0, "--format", "json")
+    assert [layer["p"] for layer in json.loads(out)["layers"]] == [8, 8]
+    with pytest.warns(UserWarning, match="does not say how they are tiled"):
+        status, _, err = run(capsys, *command, "--p", 8, "--min-size", 0, "--keep-float", "2")
+    assert status == 1
+    assert "2.alpha_source" in err
 
 
 def test_float_checkpoint_is_taken_with_a_note(capsys, factory, tmp_path):
@@ -157,7 +181,7 @@ def test_float_checkpoint_is_taken_with_a_note(capsys, factory, tmp_path):
     arguments = ("summary", f"{factory}:mlp", "--min-size", 0, "--checkpoint", "float.pt")
     status, _, err = run(capsys, *arguments)
     assert status == 0
-    assert "2 alpha sources keep their initial values" in err
+    assert "float.pt is a float checkpoint: alphas are the mean magnitudes of its weights" in err
 
 
 @pytest.mark.parametrize(
@@ -169,7 +193,7 @@ def test_float_checkpoint_is_taken_with_a_note(capsys, factory, tmp_path):
         (["{}:number"], "returned a int, not an nn.Module"),
         (["{}:mlp", "--min-size", "-1"], "min_size must be at least 0"),
         (["{}:mlp", "--checkpoint", "absent.pt"], "absent.pt"),
-        (["{}:mlp", "--checkpoint", "other.pt"], r"does not fit the model: missing \['0.weight'"),
+        (["{}:mlp", "--checkpoint", "other.pt"], "is not one of the float model"),
         (["{}:mlp", "--checkpoint", "broken.safetensors"], "is truncated or no safetensors file"),
         (["{}:mlp", "--keep-float", "*"], "nothing to tile"),
     ],

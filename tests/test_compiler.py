@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler import LoweringError, TilingConfig, TransformError
-from tbn_compiler.graph.layers import get_records
+from tbn_compiler.graph.records import get_records, graph_parts
 from tests import oracle
 
 ALL = TilingConfig(p=4, min_size=0)
@@ -45,15 +45,17 @@ def images(count: int = 32) -> Tensor:
     return torch.randn(count, 1, 6, 6)
 
 
-def test_only_alpha_sources_are_new_in_the_state() -> None:
+def test_only_alpha_sources_and_tilings_are_new_in_the_state() -> None:
     model = Net()
     keys = list(model.state_dict())
     qat = tbn.transform(model, ALL)
     new = {"conv.alpha_source", "head.0.alpha_source", "head.2.alpha_source", "mix_alpha_source"}
-    assert [key for key in qat.state_dict() if key not in new] == keys
-    assert set(qat.state_dict()) == {*keys, *new}
+    tilings = {"conv._extra_state", "head.0._extra_state", "head.2._extra_state", "_extra_state"}
+    assert [key for key in qat.state_dict() if key not in new | tilings] == keys
+    assert set(qat.state_dict()) == {*keys, *new, *tilings}
     without = tbn.transform(model, ALL.replace(alpha_source="W"))
-    assert list(without.state_dict()) == keys
+    assert [key for key in without.state_dict() if key not in tilings] == keys
+    assert set(without.state_dict()) == {*keys, *tilings}
 
 
 def test_float_checkpoint_loads() -> None:
@@ -101,27 +103,44 @@ def test_tensors_are_shared_with_the_original() -> None:
     # An optimiser of the original therefore moves the transformed one too.
     optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
     qat(images()).square().mean().backward()
-    before = qat.get_parameter("mix").detach().clone()
+    mix = dict(qat.named_parameters())["mix"]
+    before = mix.detach().clone()
     optimiser.step()
-    assert not torch.equal(qat.get_parameter("mix"), before)
+    assert not torch.equal(mix, before)
 
 
 def test_transform_twice_changes_nothing() -> None:
     qat = tbn.transform(Net(), ALL)
     again = tbn.transform(qat, ALL.replace(p=8, alpha="tile"))
     assert again is not qat
-    assert again.code == qat.code
+    assert type(again) is type(qat)
+    for (path, part), (other_path, other) in zip(graph_parts(qat), graph_parts(again), strict=True):
+        assert (path, type(part)) == (other_path, type(other))
+        assert part is not other
+        assert part.code == other.code
     assert list(again.state_dict()) == list(qat.state_dict())
-    assert set(again.meta["tbn_layers"]) == set(qat.meta["tbn_layers"])
+    tiled, first = ([record for record in get_records(m) or () if record.spec] for m in (again, qat))
+    assert tiled == first
+    assert list(oracle.reasons(again)) == list(oracle.reasons(qat))
     x = images(4)
     assert torch.equal(again.eval()(x), qat.eval()(x))
     assert all(a is b for a, b in zip(again.parameters(), qat.parameters(), strict=True))
 
 
+def test_a_layer_that_was_added_since_is_tiled() -> None:
+    qat = tbn.transform(Net(), ALL)
+    qat.head.append(nn.Linear(8, 16))
+    again = tbn.transform(qat, ALL.replace(p=8))
+    layouts = {record.name: record.spec.layout.p for record in get_records(again) or () if record.spec}
+    assert layouts == {"conv": 4, "mix": 4, "head.0": 4, "head.2": 4, "head.3": 8}
+    assert oracle.reasons(qat).keys() == layouts.keys() - {"head.3"} | {"spare"}
+
+
 def test_graph_module_input() -> None:
     model = Net().eval()
     qat = tbn.transform(fx.symbolic_trace(model), ALL).eval()
-    assert {r.name for r in qat.meta["tbn_layers"] if r.spec} == {"conv", "mix", "head.0", "head.2"}
+    assert isinstance(qat, fx.GraphModule)
+    assert {r.name for r in get_records(qat) or () if r.spec} == {"conv", "mix", "head.0", "head.2"}
     with torch.no_grad():
         x = images(4)
         oracle.assert_close(qat(x), oracle.with_oracle_weights(model, qat)(x))
@@ -135,7 +154,7 @@ def test_transformed_module_as_part_of_another_model() -> None:
 
 
 def test_default_config_is_the_papers() -> None:
-    (record,) = tbn.transform(nn.Sequential(nn.Linear(256, 256))).meta["tbn_layers"]
+    (record,) = get_records(tbn.transform(nn.Sequential(nn.Linear(256, 256)))) or ()
     assert record.spec is not None
     assert (record.spec.layout.p, record.spec.num_alphas, record.spec.alpha_source) == (4, 1, "A")
 
@@ -278,7 +297,7 @@ def test_deepcopy_trains_apart() -> None:
     qat = tbn.transform(Net(), ALL)
     copied = copy.deepcopy(qat)
     assert list(copied.state_dict()) == list(qat.state_dict())
-    assert set(copied.meta["tbn_layers"]) == set(qat.meta["tbn_layers"])
+    assert get_records(copied) == get_records(qat)
     before = {key: t.clone() for key, t in qat.state_dict().items()}
     train(copied, torch.optim.SGD(copied.parameters(), lr=0.1), 2)
     assert all(torch.equal(t, before[key]) for key, t in qat.state_dict().items())
@@ -309,9 +328,25 @@ def test_module_with_postponed_annotations_pickles() -> None:
 def test_lower_names_what_is_missing() -> None:
     with pytest.raises(LoweringError, match=r"Net was not made by tbn_compiler\.transform"):
         tbn.lower(Net())
-    wrapped = nn.Sequential(tbn.transform(nn.Sequential(nn.Linear(8, 8)), ALL))
+    traced = fx.symbolic_trace(tbn.transform(fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8))), ALL))
     with pytest.raises(LoweringError, match="lower the module that transform returned"):
-        tbn.lower(wrapped)
+        tbn.lower(traced)
+
+
+def test_parts_and_models_around_are_lowered_too() -> None:
+    qat, x = tbn.transform(Net(), ALL).eval(), torch.randn(4, 16)
+    head = tbn.lower(qat.head)
+    assert type(head) is nn.Sequential
+    assert isinstance(head[0], nn.Linear)
+    oracle.assert_close(head(x), qat.head(x), 2e-6)
+    y = torch.randn(4, 32)
+    oracle.assert_close(tbn.lower(qat.head[2])(y), qat.head[2](y), 2e-6)
+    around = nn.Sequential(nn.Flatten(), qat.head, nn.Linear(8, 8))
+    packed = tbn.lower(around)
+    oracle.assert_close(packed(x), around.eval()(x), 2e-6)
+    assert "1.0.weight_tile" in packed.state_dict()
+    assert "2.weight" in packed.state_dict()  # was never transformed
+    assert "0.weight" in qat.head.state_dict()
 
 
 def test_exported_program() -> None:
@@ -354,7 +389,7 @@ class Odd(nn.Module):
     [
         ("complex", "torch.complex64, not a dense floating-point tensor"),
         ("sparse", "torch.sparse_coo torch.float32, not a dense floating-point tensor"),
-        ("changed", "its weight is also read by node getattr_1"),
+        ("changed", "the code of a module writes to it in place, which a weight that is computed cannot keep"),
     ],
 )
 def test_weights_that_no_tile_can_stand_for(kind: str, reason: str) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
-from tbn_compiler.graph.layers import get_records
+from tbn_compiler.graph.records import get_records
 
 DOC = Path(__file__).parent.parent / "docs" / "coverage.md"
 START, END = "<!-- table -->\n", "<!-- end -->\n"
@@ -26,13 +26,49 @@ COLUMNS = ("layer", "tiled", "trains", "lowered", "deduplicated", "replica flow"
 class Functional(nn.Module):
     """A layer written as a function on a parameter of the module."""
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.randn(shape))
-        self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.w)
+        return F.linear(x, self.w)
+
+
+class View(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w.chunk(2)[0])
+
+
+class Product(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+class Einsum(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,ij->bj", x, self.w)
+
+
+class Experts(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.bmm(x.expand(2, -1, -1), self.w)
+        return y.mean(0)
+
+
+class Bilinear(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.bilinear(x, x, self.w)
+
+
+class ReadByOther(nn.Module):
+    """A layer whose weight a function uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.fc.weight)
 
 
 class SelfAttention(nn.Module):
@@ -55,16 +91,26 @@ class Recurrent(nn.Module):
         return y
 
 
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bilinear = nn.Bilinear(16, 16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bilinear(x, x)
+        return y
+
+
 VECTOR, TOKENS = (1, 16), (1, 5, 16)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "`nn.Linear`": (lambda: nn.Linear(16, 16, bias=False), VECTOR),
     "`nn.Linear` on `[..., tokens, features]`": (lambda: nn.Linear(16, 16, bias=False), TOKENS),
-    "`F.linear` on a parameter": (lambda: Functional(F.linear, 16, 16), VECTOR),
-    "`F.linear` on a view of a parameter": (
-        lambda: Functional(lambda x, w: F.linear(x, w.chunk(2)[0]), 32, 16),
-        VECTOR,
-    ),
-    "`x @ w`, `torch.addmm` (Hugging Face `Conv1D`)": (lambda: Functional(torch.matmul, 16, 16), VECTOR),
+    "`F.linear` on a parameter": (lambda: Functional(16, 16), VECTOR),
+    "`F.linear` on the weight of a layer": (ReadByOther, VECTOR),
+    "`F.linear` on a view of a parameter": (lambda: View(32, 16), VECTOR),
+    "`x @ w`, `torch.addmm` (Hugging Face `Conv1D`)": (lambda: Product(16, 16), VECTOR),
+    "`torch.einsum`": (lambda: Einsum(16, 16), VECTOR),
+    "`torch.bmm` on a stack of weights": (lambda: Experts(2, 16, 16), VECTOR),
     "`nn.Conv1d`": (lambda: nn.Conv1d(16, 16, 3, bias=False), (1, 16, 8)),
     "`nn.Conv2d`": (lambda: nn.Conv2d(16, 16, 3, bias=False), (1, 16, 8, 8)),
     "`nn.Conv2d`, padding `same`, `reflect`": (
@@ -80,7 +126,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "`nn.MultiheadAttention`": (SelfAttention, TOKENS),
     "`nn.TransformerEncoderLayer`": (lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), TOKENS),
     "`nn.LSTM`, `nn.GRU`, `nn.RNN`": (Recurrent, TOKENS),
-    "`nn.Bilinear`": (lambda: Functional(lambda x, w: F.bilinear(x, x, w), 16, 16, 16), VECTOR),
+    "`F.bilinear`": (lambda: Bilinear(16, 16, 16), VECTOR),
+    "`nn.Bilinear`": (Twice, VECTOR),
 }
 
 
@@ -120,7 +167,7 @@ def find_out(build: Callable[[], nn.Module], shape: tuple[int, ...], path: Path)
     qat.eval()
     packed = tbn.lower(qat)
     plain, flown = (tbn.summary(module, x) for module in (packed, tbn.optimize(packed, x)))
-    rows = [row for row in plain.layers if row.tiled and row.name != "2"]
+    rows = [row for row in flown.layers if row.tiled and row.name != "2"]
     try:
         tbn.export_c(packed, x, path)
         exported = True
@@ -132,7 +179,7 @@ def find_out(build: Callable[[], nn.Module], shape: tuple[int, ...], path: Path)
         "trains": all(value.grad is not None and bool(value.grad.isfinite().all()) for value in sources),
         "lowered": close(packed(x), qat(x)) and not any(key.split(".")[-1] == "weight" and value.dim() > 1
                                                          for key, value in packed.state_dict().items()),
-        "deduplicated": all(row.macs_tiled < row.macs for row in rows),
+        "deduplicated": all(row.macs is not None and row.macs_tiled < row.macs for row in rows),
         "replica flow": last[flown] < last[plain],
         "C": exported,
         "ONNX": runs_in_onnx_runtime(packed, x, path.with_suffix(".onnx")),

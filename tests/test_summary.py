@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import tbn_compiler as tbn
@@ -72,13 +73,46 @@ def test_every_layer_is_listed_with_its_reason():
     rows = rows_by_name(summary)
     assert set(rows) == {"stem", "body", "mix", "unused", "head"}
     assert "float_layers pattern 'head'" in rows["head"].note
-    assert "does not call it" in rows["unused"].note
+    assert "p=4 leaves a tile of 4 weights, under 8" in rows["unused"].note
     assert "bilinear layers are not supported" in rows["mix"].note
     assert rows["mix"].kind == "Bilinear"
     assert rows["head"].stored_bits == 32 * 160
     assert rows["head"].macs == rows["head"].macs_tiled == 160
     assert summary.totals["tiled_layers"] == 2
     assert summary.totals["float_layers"] == 3
+
+
+class Functions(nn.Module):
+    """Weights that functions use: how often is known from a graph alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.right = nn.Parameter(torch.randn(8, 16)), nn.Parameter(torch.randn(8, 12))
+        self.read, self.head = nn.Linear(12, 16, bias=False), nn.Linear(16, 4, bias=False)
+
+    def forward(self, x):
+        y = F.linear(x, self.matrix).relu() @ self.right
+        return self.head(F.linear(y, self.read.weight))
+
+
+def test_weights_of_functions_are_counted_in_a_graph():
+    qat, x = tbn.transform(Functions(), tbn.TilingConfig(p=4, min_size=0)), torch.zeros(3, 16)
+    for module in (qat, tbn.lower(qat)):
+        assert rows_by_name(tbn.summary(module))["matrix"].macs == 8 * 16  # per position
+        rows = rows_by_name(tbn.summary(module, x))
+        assert list(rows) == ["matrix", "right_0", "read", "head"]
+        unknown = (None, None)
+        counts = [(row.macs, row.macs_tiled) for row in rows.values()]
+        assert counts == [unknown, unknown, unknown, (3 * 16 * 4, 3 * 16)]
+        assert tbn.summary(module, x).totals["macs"] == 3 * 16 * 4
+    rows = rows_by_name(tbn.summary(tbn.optimize(qat, x), x))
+    assert {name: row.macs for name, row in rows.items()} == {
+        "matrix": 3 * 8 * 16,
+        "right_0": 3 * 8 * 12,
+        "read": 3 * 16 * 12,
+        "head": 3 * 16 * 4,
+    }
+    assert rows["right_0"].macs_tiled <= 3 * 8 * 12 // 4
 
 
 def test_float_tiles_count_32_bits():

@@ -108,12 +108,6 @@ def test_rows_per_group_are_enough(tiling: Tiling, per_tile: bool, data: st.Data
             torch.testing.assert_close(unscaled[k * per_group + j], unscaled[k * per_group + j % computed])
 
 
-def test_distinct_rows_with_an_alpha_per_copy() -> None:
-    assert TileLayout((8, 6), 4).distinct_rows(4) == 2  # copies hold whole rows
-    assert TileLayout((6, 8), 4).distinct_rows(1) == 3  # misaligned: half as many sign patterns ...
-    assert TileLayout((6, 8), 4).distinct_rows(4) == 6  # ... but a row mixes two alphas
-
-
 def test_zero_sum_gives_minus_one() -> None:
     w = torch.tensor([[0.0, 1.0, -1.0, 0.5], [0.0, -1.0, 2.0, -0.5]])
     assert tile_vector(w, TileLayout((2, 4), 2)).tolist() == [-1.0, -1.0, 1.0, -1.0]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import tbn_compiler as tbn
@@ -48,7 +48,7 @@ def train(module: Any, optimiser: torch.optim.Optimizer, steps: int) -> list[flo
 
 
 class Halves(nn.Module):
-    """Control flow on data: it is traced part by part. The packed weight is used through views."""
+    """Control flow on data, and a packed weight that functions use through views."""
 
     class Packed(nn.Module):
         def __init__(self) -> None:
@@ -66,6 +66,11 @@ class Halves(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         return self.second(x if x.sum() > 0 else -x)  # type: ignore[no-any-return]
+
+
+def packed_graph() -> nn.Module:
+    """In a graph each half is a weight of its own."""
+    return fx.symbolic_trace(Halves().first)
 
 
 # Ways to train
@@ -180,8 +185,8 @@ def trained(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("alpha", ["layer", "tile"])
-@pytest.mark.parametrize("build", [network, Halves])
-def test_alphas_are_the_mean_magnitudes(build: Any, alpha: Any) -> None:
+@pytest.mark.parametrize(("build", "weights"), [(network, 3), (Halves, 3), (packed_graph, 2)])
+def test_alphas_are_the_mean_magnitudes(build: Any, weights: int, alpha: Any) -> None:
     qat = tbn.transform(trained(build()), CONFIG.replace(alpha=alpha))
     assert tbn.init_from_float(qat) is qat
     state, packed = qat.state_dict(), tbn.lower(qat).state_dict()
@@ -194,7 +199,7 @@ def test_alphas_are_the_mean_magnitudes(build: Any, alpha: Any) -> None:
             weight = state[name] if name in state else state[parameter].chunk(2)[int(half)]
             oracle.assert_close(value, weight.reshape(count, -1).abs().mean(1))
             seen += 1
-    assert seen == (3 if build is network else 4)
+    assert seen == weights
 
 
 def test_output_is_closer_to_the_float_one() -> None:
@@ -267,7 +272,7 @@ def pair(build: Any = network) -> tuple[Any, Any, Any]:
     return model, tiled, gradual
 
 
-@pytest.mark.parametrize("build", [network, Halves])
+@pytest.mark.parametrize("build", [network, Halves, packed_graph])
 def test_both_ends_are_exact(build: Any) -> None:
     model, tiled, gradual = pair(build)
     x = torch.randn(5, 1, 6, 6) if build is network else torch.randn(5, 16)
@@ -280,10 +285,13 @@ def test_both_ends_are_exact(build: Any) -> None:
     assert list(tbn.lower(gradual).state_dict()) == list(tbn.lower(tiled).state_dict())
 
 
-@pytest.mark.parametrize("build", [network, Halves])
-def test_one_new_key_for_each_graph_module(build: Any) -> None:
+@pytest.mark.parametrize(
+    ("build", "owners"),
+    [(network, {"0", "4", "6"}), (Halves, {"first", "second.0", "second.2"}), (packed_graph, {""})],
+)
+def test_one_new_key_for_each_tiled_module(build: Any, owners: set[str]) -> None:
     _, tiled, gradual = pair(build)
-    new = {"tiling_strength"} if build is network else {"first.tiling_strength", "second.tiling_strength"}
+    new = {f"{owner}.tiling_strength".lstrip(".") for owner in owners}
     assert set(gradual.state_dict()) - set(tiled.state_dict()) == new
     assert str(tbn.summary(gradual)) == str(tbn.summary(tiled))
 

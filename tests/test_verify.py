@@ -116,7 +116,7 @@ def test_c(capsys, factory):
         options = ("--name", "net", "--scratch", scratch)
         exported = run(capsys, "export-c", f"{factory}:mlp", *TILING, "--input", "1,16", "-o", "net.c", *options)
         assert exported[0] == 0
-        verify = ("verify", "net.c", f"{factory}:mlp", *TILING, "--input", "6,16", *options)
+        verify = ("verify", "net.c", f"{factory}:mlp", "--input", "6,16", *options)
         status, out, err = run(capsys, *verify, "--against", "packed.safetensors")
         assert status == 0, err
         assert "6x4" in out

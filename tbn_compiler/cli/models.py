@@ -9,15 +9,13 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-import safetensors.torch
-import torch
 from torch import nn
 
+from tbn_compiler.cli.checkpoints import restore
 from tbn_compiler.compiler import transform
 from tbn_compiler.config import AlphaMode, AlphaSource, Replication, SmallLayers, TileDType, TilingConfig
-from tbn_compiler.errors import ConfigError, SerializationError
-from tbn_compiler.graph.layers import get_records
-from tbn_compiler.serialize import load
+from tbn_compiler.errors import ConfigError
+from tbn_compiler.graph.records import get_records
 
 _PRESETS = {"paper": TilingConfig.paper, "imagenet": TilingConfig.imagenet, "time-series": TilingConfig.time_series}
 
@@ -33,13 +31,12 @@ def add_model(parser: argparse.ArgumentParser, *, checkpoint: str = "--checkpoin
         type=Path,
         help="packed file of tbn_compiler.save, or a state_dict (.safetensors, .pt) of the float or the tiled model",
     )
-    group = parser.add_argument_group("tiling", "ignored for a model that is tiled already, and for a packed file")
-    group.add_argument("--preset", choices=tuple(_PRESETS), default="paper", help="default: %(default)s")
+    group = parser.add_argument_group(
+        "tiling", "how to tile a float model; refused where the model or its checkpoint is tiled already, and says how"
+    )
+    group.add_argument("--preset", choices=tuple(_PRESETS), help="default: paper")
     group.add_argument(
-        "--p",
-        type=_copies,
-        default=defaults.p,
-        help="copies of the tile, or OUTxIN along both axes (default: %(default)s)",
+        "--p", type=_copies, help=f"copies of the tile, or OUTxIN along both axes (default: {defaults.p})"
     )
     group.add_argument(
         "--alpha",
@@ -90,12 +87,15 @@ def parse_shape(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224") from None
 
 
-def _config(arguments: argparse.Namespace) -> TilingConfig:
+def _config(arguments: argparse.Namespace) -> TilingConfig | None:
+    """The tiling options; ``None`` if none were given."""
     names = ("p", "alpha", "alpha_source", "tile_dtype", "replicate", "shift", "min_size", "small")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.keep_float:
         options["float_layers"] = tuple(arguments.keep_float)
-    return _PRESETS[arguments.preset](**options)
+    if not options and arguments.preset is None:
+        return None
+    return _PRESETS[arguments.preset or "paper"](**options)
 
 
 def _build(spec: str) -> nn.Module:
@@ -119,41 +119,17 @@ def _build(spec: str) -> nn.Module:
 
 
 def load_model(arguments: argparse.Namespace) -> nn.Module:
-    """The tiled or lowered model that the arguments name, with its checkpoint."""
-    model, checkpoint = _build(arguments.model), arguments.checkpoint
-    if checkpoint is not None and _is_packed(checkpoint):
-        return load(checkpoint, model)
-    tiled = model if get_records(model) is not None else transform(model, _config(arguments))
-    if checkpoint is not None:
-        _load_state(tiled, checkpoint)
-    return tiled
+    """The tiled or lowered model that the arguments name, with its checkpoint.
 
-
-def _is_packed(path: Path) -> bool:
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return "tbn" in (file.metadata() or {})
-    except safetensors.SafetensorError as error:
-        raise SerializationError(f"{path} is truncated or no safetensors file: {error}") from error
-
-
-def _load_state(model: nn.Module, path: Path) -> None:
-    """Load a plain state_dict. One of a float model has no alpha sources: they keep their initial values."""
-    if path.suffix == ".safetensors":
-        state = safetensors.torch.load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    try:
-        result = model.load_state_dict(state, strict=False)
-    except (RuntimeError, TypeError) as error:
-        raise SerializationError(f"{path} does not fit the model: {error}") from error
-    missing = [key for key in result.missing_keys if not key.endswith("alpha_source")]
-    if missing or result.unexpected_keys:
-        raise SerializationError(
-            f"{path} does not fit the model: missing {missing}, unexpected {result.unexpected_keys}"
-        )
-    if result.missing_keys:
-        count = len(result.missing_keys)
-        print(f"note: {path} is a float checkpoint; {count} alpha sources keep their initial values", file=sys.stderr)
+    Raises:
+        ConfigError: tiling options for a model that is tiled already.
+        SerializationError: the checkpoint does not fit.
+    """
+    model, config = _build(arguments.model), _config(arguments)
+    if arguments.checkpoint is not None:
+        return restore(model, arguments.checkpoint, config)
+    if get_records(model) is None:
+        return transform(model, config)
+    if config is not None:
+        raise ConfigError("the model is tiled already: leave the tiling options out")
+    return model

@@ -35,4 +35,5 @@ def _run(arguments: argparse.Namespace) -> None:
     elif arguments.format == "markdown":
         print(result.to_markdown(), end="")
     else:
-        Console().print(result.table())
+        console = Console()
+        console.print(result.table()) if console.is_terminal else print(result, end="")

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from tbn_compiler.cli.models import add_model, load_model, parse_positive, parse_shape
 from tbn_compiler.compiler import lower
@@ -53,6 +55,12 @@ def add_parser(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.file.suffix not in (".onnx", ".c"):
         raise ExportError(f"{arguments.file} is neither an .onnx nor a .c file")
+    model = load_model(arguments)
+    if arguments.checkpoint is None and not _are_equal(model, load_model(arguments)):
+        raise ExportError(
+            f"{arguments.model} gives other weights at every call, with which no file can be compared: give the "
+            "checkpoint with --against"
+        )
     stored = None if arguments.inputs is None else _load_inputs(arguments.inputs)
     generator = np.random.default_rng(arguments.seed)
     if stored is None and arguments.input:
@@ -72,9 +80,17 @@ def _run(arguments: argparse.Namespace) -> int:
             raise ExportError("a C file does not say the shape of its input: give --input or --inputs")
         inputs = stored
         actual = run_c(arguments.file, inputs, arguments.name, arguments.scratch)
-    differences = verify(actual, lower(load_model(arguments)), inputs)
+    differences = verify(actual, lower(model), inputs)
     Console().print(_table(differences, arguments.tolerance))
     return 0 if all(difference.within(arguments.tolerance) for difference in differences) else 1
+
+
+def _are_equal(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two models hold the same values."""
+    states = (first.state_dict(), second.state_dict())
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(value, states[1][key]) for key, value in states[0].items() if isinstance(value, torch.Tensor)
+    )
 
 
 def _load_inputs(path: Path) -> Arrays:

@@ -3,63 +3,63 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, fx
 
-from tbn_compiler.ops.schemas import make_layout
-from tbn_compiler.tiling import TileLayout
+from tbn_compiler.ops.calls import OPERATORS, TiledCall
+from tbn_compiler.tiling import TiledProduct
+from tbn_compiler.torch_private import OpOverload, operator_schema
 
-_OPS = {getattr(torch.ops.tbn, name).default for name in ("linear", "conv1d", "conv2d", "conv3d")}
+_OPERATORS = {operator.overload: operator for operator in OPERATORS.values()}
 
 
-@dataclass(frozen=True)
-class InferenceCall:
-    """One call of ``tbn::linear`` or ``tbn::conv1d/2d/3d``.
+@dataclass(frozen=True, eq=False)
+class InferenceCall(TiledCall):
+    """One call of an inference operator by a node, which has nodes in place of tensors.
 
     Attributes:
         node: the calling node.
-        arguments: all arguments by their name in the schema, defaults included.
-        layout: layout of the layer's weight.
     """
 
     node: fx.Node
-    arguments: dict[str, Any]
-    layout: TileLayout
-
-    @property
-    def groups(self) -> int:
-        """Convolution groups; 1 for a linear layer."""
-        return int(self.arguments.get("groups", 1))
-
-    @property
-    def channel_axis(self) -> int:
-        """Axis of the features or channels, counted from the end, where a batch dimension makes no difference."""
-        return -1 - len(self.arguments.get("kernel_size", ()))
 
     def tensor(self, gm: fx.GraphModule, name: str) -> Tensor | None:
-        """The parameter or buffer that is passed as argument ``name``; ``None`` if the graph computes it."""
-        return attribute(gm, self.arguments[name])
+        """The parameter or buffer that is passed as argument ``name``; ``None`` if there is none, or it is computed."""
+        return attribute(gm, self.arguments.get(name))
 
-    def macs(self, gm: fx.GraphModule) -> int:
-        """Multiply-adds for one output position: different rows only, neighbours and replicas summed first.
+    def is_stored(self, gm: fx.GraphModule) -> bool:
+        """Whether tile and alphas, those of the input too, are parameters or buffers: the graph computes none."""
+        names = [name for name in ("tile", "alpha", "input_alpha") if self.arguments.get(name) is not None]
+        return all(self.tensor(gm, name) is not None for name in names)
+
+    def product(self, gm: fx.GraphModule) -> TiledProduct:
+        """What the call multiplies.
 
         Raises:
             ValueError: the graph computes the alphas.
         """
-        alpha = self.tensor(gm, "alpha")
-        if alpha is None:
+        alpha, input_alpha = self.tensor(gm, "alpha"), self.tensor(gm, "input_alpha")
+        if alpha is None or (input_alpha is None and self.arguments.get("input_alpha") is not None):
             raise ValueError(f"the alphas of node {self.node.name} are no parameter or buffer")
-        copies = self.tensor(gm, "input_alpha")
-        inputs = self.layout.inputs_per_row(alpha.numel()) // (1 if copies is None else copies.numel())
-        return self.groups * self.layout.rows_per_group(alpha.numel(), self.groups) * inputs
+        replicas = 1 if input_alpha is None else input_alpha.numel()
+        return TiledProduct(self.layout, alpha.numel(), self.groups, replicas)
+
+    def macs(self, gm: fx.GraphModule) -> int:
+        """Multiply-adds for one output position: different rows only, neighbours and replicas summed first.
+
+        Of a transpose convolution it is one *input* position; with groups, its rows are all multiplied.
+
+        Raises:
+            ValueError: the graph computes the alphas.
+        """
+        product = self.product(gm)
+        return self.layout.numel if self.transposed and self.groups > 1 else product.macs
 
     def update(self, **changes: Any) -> None:
         """Set arguments of the call by name, in place."""
-        names = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]
         for name, value in changes.items():
-            index = names.index(name)
+            index = self.operator.names.index(name)
             if index < len(self.node.args):
                 self.node.update_arg(index, value)
             else:
@@ -68,21 +68,21 @@ class InferenceCall:
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an operator's call by their name in the schema, defaults included."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = operator_schema(cast(OpOverload, node.target))
     arguments = {argument.name: argument.default_value for argument in schema.arguments}
     return arguments | dict(zip(arguments, node.args, strict=False)) | node.kwargs
 
 
-def inference_call(node: fx.Node) -> InferenceCall | None:
+def tiled_call(node: fx.Node) -> InferenceCall | None:
     """The call of an inference operator that ``node`` is, or ``None``."""
-    if node.op != "call_function" or node.target not in _OPS:
-        return None
-    arguments = named_arguments(node)
-    if "kernel_size" in arguments:
-        shape = (arguments["out_channels"], arguments["in_channels"] // arguments["groups"], *arguments["kernel_size"])
-    else:
-        shape = (arguments["out_features"], arguments["in_features"])
-    return InferenceCall(node, arguments, make_layout(shape, arguments["p"], arguments["p_in"], arguments["shift"]))
+    operator = _OPERATORS.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
+    return None if operator is None else InferenceCall(operator, named_arguments(node), node)
+
+
+def inference_call(node: fx.Node) -> InferenceCall | None:
+    """The call of a linear layer or convolution, not a transpose one, that ``node`` is, or ``None``."""
+    call = tiled_call(node)
+    return None if call is None or call.transposed else call
 
 
 def attribute(gm: fx.GraphModule, node: Any) -> Tensor | None:

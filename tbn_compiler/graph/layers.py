@@ -1,22 +1,23 @@
-"""What counts as a layer, and the record that the compiler keeps of each one.
+"""What counts as a layer, and where a graph calls one.
 
 A :class:`LayerCall` is one place in a graph where a linear or convolution runs, in any of its three forms: a
 module or function on a float weight, a function on a ``tile -> scale`` subgraph, or an inference operator on a
-stored tile. A :class:`LayerRecord` describes one weight for good: how it is tiled, or why it was left alone.
+stored tile. An attention is four calls of linears, one for each of its weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from tbn_compiler.graph.attention import ATTENTION_ARGUMENTS, ATTENTION_WEIGHTS, attention_layer
+from tbn_compiler.graph.records import LayerRecord, alpha_key, join_key, split_key, tile_key
 from tbn_compiler.ops.reference import dense_weight
-from tbn_compiler.tiling import TileSpec
 
 _aten, _tbn = torch.ops.aten, torch.ops.tbn
 
@@ -48,6 +49,15 @@ FUNCTION_KINDS: dict[Any, str] = {
     _aten.conv_transpose2d.input: "conv_transpose2d",
     _aten.conv_transpose3d.input: "conv_transpose3d",
 }
+# The function of torch.nn.functional for each kind of convolution.
+CONV_FUNCTIONS: dict[str, Any] = {
+    "conv1d": F.conv1d,
+    "conv2d": F.conv2d,
+    "conv3d": F.conv3d,
+    "conv_transpose1d": F.conv_transpose1d,
+    "conv_transpose2d": F.conv_transpose2d,
+    "conv_transpose3d": F.conv_transpose3d,
+}
 # The inference operator that each kind of layer is lowered to.
 INFERENCE_OPS: dict[str, Any] = {
     "linear": _tbn.linear.default,
@@ -73,127 +83,6 @@ UNSUPPORTED_FUNCTIONS: dict[Any, str] = {
     F.bilinear: "bilinear",
 }
 
-_RECORDS = "tbn_layers"
-
-
-def split_key(key: str) -> tuple[str, str]:
-    """Split a ``state_dict`` key into the owner module's path and the attribute name."""
-    path, _, name = key.rpartition(".")
-    return path, name
-
-
-def join_key(path: str, name: str) -> str:
-    """The inverse of :func:`split_key`; either part may be empty."""
-    return ".".join(part for part in (path, name) if part)
-
-
-def layer_name(key: str) -> str:
-    """Name of a layer from the key of its weight: the module's path, or the key if it is no module's ``weight``."""
-    path, name = split_key(key)
-    return path if path and name == "weight" else key
-
-
-def alpha_source_key(weight: str) -> str:
-    """Name of the trainable alpha source ``A`` of a weight: ``<layer>.alpha_source``."""
-    path, name = split_key(weight)
-    return join_key(path, "alpha_source" if name == "weight" else f"{name}_alpha_source")
-
-
-def tile_key(weight: str) -> str:
-    """Name of the stored tile of a weight in a lowered module."""
-    return f"{weight}_tile"
-
-
-def alpha_key(weight: str) -> str:
-    """Name of the stored alphas of a weight in a lowered module."""
-    return f"{weight}_alpha"
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """One linear or convolution weight of a model: how it is tiled, or why it is not.
-
-    Attributes:
-        name: qualified name of the module, or of the weight where it is used by a function.
-        kind: ``"linear"``, ``"conv2d"``, ... or the class name of a module that is left alone.
-        weight: name of the weight, unique in the model: its ``state_dict`` key, with a number if the layer uses one of
-            several views of a parameter (``in_proj_weight_0``). Stored tensors are named after it.
-        shape: shape of the weight as the layer uses it.
-        groups: convolution groups.
-        view: the view of the parameter that the layer uses, e.g. ``chunk(3)[0]``; empty if it uses the whole.
-        parameter: ``state_dict`` key of the parameter; default ``weight``.
-        spec: the tiling; ``None`` for a layer left alone.
-        reason: why the layer was left alone; ``None`` for a tiled one.
-        note: what a user should know of a tiled layer, such as a ``p`` that had to be changed.
-        tied: other ``state_dict`` keys of the same weight.
-    """
-
-    name: str
-    kind: str
-    weight: str
-    shape: tuple[int, ...]
-    groups: int = 1
-    view: str = ""
-    parameter: str = ""
-    spec: TileSpec | None = None
-    reason: str | None = None
-    note: str | None = None
-    tied: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """A layer is either tiled or has the reason why not."""
-        if not self.parameter:
-            object.__setattr__(self, "parameter", self.weight)
-        if (self.spec is None) == (self.reason is None):
-            raise ValueError(f"{self.name}: exactly one of spec and reason must be given")
-
-    def inside(self, path: str) -> LayerRecord:
-        """The record as seen from a model that holds the layer's model as submodule ``path``."""
-        # A model that is nothing but one layer names it after its weight.
-        name = path if self.name == self.weight == "weight" else join_key(path, self.name)
-        keys = (join_key(path, key) for key in self.tied)
-        weight, parameter = join_key(path, self.weight), join_key(path, self.parameter)
-        return replace(self, name=name, weight=weight, parameter=parameter, tied=tuple(keys))
-
-
-def get_records(module: nn.Module) -> tuple[LayerRecord, ...] | None:
-    """The layer records of a transformed or lowered module; ``None`` for any other module."""
-    found = module.meta.get(_RECORDS) if isinstance(module, fx.GraphModule) else None
-    return found if found is not None else module.__dict__.get(_RECORDS)
-
-
-def nested_records(module: nn.Module) -> tuple[LayerRecord, ...]:
-    """The records of a module, or else those of its outermost submodules that have some, under their full names."""
-    own = get_records(module)
-    if own is not None:
-        return own
-    found: list[LayerRecord] = []
-    for name, child in module.named_children():
-        found += (record.inside(name) for record in nested_records(child))
-    return tuple(found)
-
-
-def set_records(module: nn.Module, records: Iterable[LayerRecord]) -> None:
-    """Attach layer records to a transformed or lowered module.
-
-    ``copy.deepcopy`` keeps a graph module's ``meta`` and drops its plain attributes, pickling does the opposite: the
-    records are held in both places so that they follow the module through either.
-    """
-    module.__dict__[_RECORDS] = tuple(records)
-    if isinstance(module, fx.GraphModule):
-        module.meta[_RECORDS] = module.__dict__[_RECORDS]
-
-
-def graph_parts(module: nn.Module) -> list[tuple[str, fx.GraphModule]]:
-    """The outermost graph modules by path: the module itself, or the parts of a model that were traced alone."""
-    if isinstance(module, fx.GraphModule):
-        return [("", module)]
-    found: dict[fx.GraphModule, str] = {}
-    for name, child in module.named_children():
-        for path, part in graph_parts(child):
-            found.setdefault(part, join_key(name, path))
-    return [(path, part) for part, path in found.items()]
-
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -206,6 +95,7 @@ class LayerCall:
             weight is computed in the graph.
         form: ``"float"``, ``"tiled"`` (on a ``tile -> scale`` subgraph) or ``"lowered"``.
         view: the view nodes between parameter and layer, first to last.
+        argument: name of the argument of a function that the weight is.
     """
 
     node: fx.Node
@@ -213,6 +103,12 @@ class LayerCall:
     weight: str | None
     form: str
     view: tuple[fx.Node, ...] = ()
+    argument: str = "weight"
+
+    @property
+    def weight_node(self) -> Any:
+        """What the call of a function takes as its weight."""
+        return function_arguments(self.node).get(self.argument)
 
     @property
     def view_text(self) -> str:
@@ -293,11 +189,22 @@ def is_transposed(kind: str) -> bool:
 
 
 def function_arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments of a functional linear or convolution call by name."""
+    """Arguments of a functional linear, convolution or attention call by name."""
     names: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     if is_transposed(FUNCTION_KINDS.get(node.target, "")):
         names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    elif node.target is attention_layer:
+        names = ATTENTION_ARGUMENTS
     return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+def weight_arguments(node: fx.Node) -> tuple[str, ...]:
+    """Names of the arguments of a function call that are weights of layers; none if it is no layer."""
+    if node.op != "call_function":
+        return ()
+    if node.target is attention_layer:
+        return tuple(ATTENTION_WEIGHTS)
+    return ("weight",) if node.target in FUNCTION_KINDS else ()
 
 
 def module_kind(module: nn.Module) -> str | None:
@@ -320,9 +227,9 @@ def blend_strength(node: Any) -> fx.Node | None:
     return strength
 
 
-def weight_chain(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The ``tile`` and ``scale`` nodes behind a functional call on a tiled weight, blended or not, else ``None``."""
-    scale: Any = function_arguments(node).get("weight")
+def weight_chain(weight: Any) -> tuple[fx.Node, fx.Node] | None:
+    """The ``tile`` and ``scale`` nodes that compute a weight, blended or not; ``None`` for any other weight."""
+    scale = weight
     if blend_strength(scale) is not None:
         scale = scale.args[1]
     if not _is_call(scale, _tbn.scale.default):
@@ -338,13 +245,14 @@ def layer_calls(gm: fx.GraphModule) -> Iterator[LayerCall]:
             kind = module_kind(gm.get_submodule(node.target))
             if kind:
                 yield LayerCall(node, kind, join_key(node.target, "weight"), "float")
-        elif node.op == "call_function" and node.target in FUNCTION_KINDS:
-            chain = weight_chain(node)
-            weight: Any = chain[0].args[0] if chain else function_arguments(node).get("weight")
-            found = parameter_view(weight)
+        for argument in weight_arguments(node):
+            weight = function_arguments(node).get(argument)
+            chain = weight_chain(weight)
+            found = parameter_view(chain[0].args[0] if chain else weight)
             key, view = (str(found[0].target), found[1]) if found else (None, ())
-            yield LayerCall(node, FUNCTION_KINDS[node.target], key, "tiled" if chain else "float", view)
-        elif node.op == "call_function" and node.target in _INFERENCE_KINDS:
+            kind = FUNCTION_KINDS.get(node.target, "linear")
+            yield LayerCall(node, kind, key, "tiled" if chain else "float", view, argument)
+        if node.op == "call_function" and node.target in _INFERENCE_KINDS:
             tile: Any = node.args[1]
             key = str(tile.target).removesuffix("_tile")
             yield LayerCall(node, _INFERENCE_KINDS[node.target], key, "lowered")
@@ -364,7 +272,7 @@ def find_record(records: Iterable[LayerRecord], call: LayerCall) -> LayerRecord 
             if record.weight == call.weight:
                 return record
         elif call.weight is None:
-            if record.parameter == f"{call.node.name}.weight":
+            if record.parameter == f"{call.node.name}.{call.argument}":
                 return record
         elif record.view == call.view_text and call.weight in (record.parameter, *record.tied):
             return record

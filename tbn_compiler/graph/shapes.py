@@ -1,4 +1,4 @@
-"""Run a traced module on shapes only, and look at every node's result on the way."""
+"""Run a graph, or the graphs in a module, on shapes only, and look at every node's result on the way."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from tbn_compiler.errors import TBNError
-from tbn_compiler.graph.layers import graph_parts
+from tbn_compiler.graph.records import graph_parts
+from tbn_compiler.torch_private import FakeTensorMode, tree_map_only
 
 _Visit = Callable[[fx.Node, Any], None]
 
@@ -36,7 +35,7 @@ def visit_results(module: nn.Module, example_inputs: Any, visit: _Visit) -> None
     """Run a module on fake tensors: nothing is computed, and nothing is allocated.
 
     Args:
-        module: a graph module, or a module with traced parts; a part that is called twice is visited twice.
+        module: a graph module, or a module that holds some; one that is called twice is visited twice.
         example_inputs: a tensor, a tuple of the arguments of ``forward``, or a dictionary of them by name.
         visit: called with each node of the graphs and its result, in the order of execution.
 
@@ -56,10 +55,10 @@ def visit_results(module: nn.Module, example_inputs: Any, visit: _Visit) -> None
                 stack.callback(part.__dict__.pop, "forward")
             # Fake mode would count real batches: the counter of a batch-norm is a scalar, which it computes.
             buffers: dict[str, Tensor] = {name: mode.from_tensor(buffer) for name, buffer in module.named_buffers()}
-            fakes, named = pytree.tree_map_only(Tensor, mode.from_tensor, (arguments, by_name))
+            fakes, named = tree_map_only(Tensor, mode.from_tensor, (arguments, by_name))
             torch.func.functional_call(module, buffers, fakes, named)
     except Exception as error:
-        shapes = pytree.tree_map_only(Tensor, lambda value: list(value.shape), by_name or arguments)
+        shapes = tree_map_only(Tensor, lambda value: list(value.shape), by_name or arguments)
         raise TBNError(f"{type(module).__name__} does not run on example inputs of shapes {shapes}: {error}") from error
 
 

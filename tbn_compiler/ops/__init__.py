@@ -3,22 +3,25 @@
 ========================  ==========================================================================
 ``tbn::tile``             weight -> replicated tile ``B`` (Eq. 2-5), straight-through gradient (Eq. 6)
 ``tbn::scale``            ``B`` and the alpha source -> the weight that the layer uses (Eq. 7, 9)
-``tbn::unpack``           packed tile -> +1 / -1
+``tbn::unpack``           stored tile and alphas -> the weight ``alpha * B``
+``tbn::unpack_bits``      packed bits -> +1 / -1
 ``tbn::linear``           inference: linear layer on a stored tile
 ``tbn::conv1d/2d/3d``     inference: convolution on a stored tile
 ``tbn::conv_transpose*``  inference: transpose convolution on a stored tile, ``1d``, ``2d`` or ``3d``
 ========================  ==========================================================================
 
-:mod:`schemas` holds names, types and fakes; :mod:`reference` the kernels that run on any device; :mod:`formats` the
-number formats of activations and the functions behind a layer; :mod:`autograd` the gradients; :mod:`autocast` the
-dtype under autocast. A backend registers a faster kernel for its device on :data:`LIBRARY`.
+:mod:`schemas` holds names and types; :mod:`calls` what a call of an inference operator is: arguments by name, layout,
+checks, fakes; :mod:`reference` the kernels that run on any device; :mod:`formats` the number formats of activations and
+the functions behind a layer; :mod:`autograd` the gradients; :mod:`autocast` the dtype under autocast. A backend
+registers a faster kernel for its device with :func:`calls.register_kernel`.
 """
 
 from __future__ import annotations
 
-from tbn_compiler.ops import autocast, autograd, reference
+from tbn_compiler.ops import autocast, autograd, calls, reference
 from tbn_compiler.ops.schemas import LIBRARY
 
+calls.register_fakes()
 autograd.register()
 reference.register()
 autocast.register()

@@ -7,26 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbn_compiler.ops.schemas import CONV_OPS, CONV_TRANSPOSE_OPS, LIBRARY
+from tbn_compiler.ops.calls import OPERATORS, Operator
+from tbn_compiler.ops.schemas import LIBRARY
+from tbn_compiler.torch_private import autocast_keys, untraced, without_dispatch
 
 
-def _register(name: str, device: str) -> None:
-    op = getattr(torch.ops.tbn, name).default
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+def _register(operator: Operator, device: str) -> None:
+    op = operator.overload
+    keys = autocast_keys(device)
 
     def kernel(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Tile, alpha and bias keep their dtypes: the operator converts them to that of its input.
         if input.is_floating_point() and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(device))
-        with torch._C._ExcludeDispatchKeyGuard(keys):
+        with without_dispatch(keys):
             result: Tensor = op(input, *args, **kwargs)
         return result
 
-    LIBRARY.impl(name, kernel, f"Autocast{device.upper()}")
+    LIBRARY.impl(operator.name, untraced(kernel), f"Autocast{device.upper()}")
 
 
 def register() -> None:
     """Register the autocast rule for CPU and CUDA."""
-    for name in ("linear", *CONV_OPS.values(), *CONV_TRANSPOSE_OPS.values()):
+    for operator in OPERATORS.values():
         for device in ("cpu", "cuda"):
-            _register(name, device)
+            _register(operator, device)

@@ -29,13 +29,14 @@ have no blend and are not touched; a weight that has one keeps it.
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from tbn_compiler.errors import LoweringError, TransformError
-from tbn_compiler.graph.layers import blend_strength, layer_calls, parameter_view, split_key, weight_chain
+from tbn_compiler.graph.layers import blend_strength, layer_calls, parameter_view, weight_chain
+from tbn_compiler.graph.records import split_key
+from tbn_compiler.graph.tiled_parameters import STRENGTH
 from tbn_compiler.passes.base import GraphPass, copy_meta, remove_dead_nodes
-
-STRENGTH = "tiling_strength"
+from tbn_compiler.passes.facts import Fact
 
 
 class BlendWeights(GraphPass):
@@ -43,7 +44,7 @@ class BlendWeights(GraphPass):
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""
-        chains = [weight_chain(call.node) for call in layer_calls(gm) if call.form == "tiled"]
+        chains = [weight_chain(call.weight_node) for call in layer_calls(gm) if call.form == "tiled"]
         found = dict.fromkeys(chain[1] for chain in chains if chain is not None)
         scales = [scale for scale in found if not any(blend_strength(user) is not None for user in scale.users)]
         if scales:
@@ -56,16 +57,13 @@ class BlendWeights(GraphPass):
 class RemoveBlends(GraphPass):
     """Replace each blend, at strength 1, by the tiled weight alone; the strength goes with the last one."""
 
+    establishes = (Fact.UNBLENDED,)
+
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""
         keys = strength_keys(gm)
         for key in keys:
-            strength = gm.get_buffer(key)
-            if not strength.is_meta and strength != 1:
-                raise LoweringError(
-                    f"{key} of {type(gm).__name__} is at {float(strength):g}; set it to 1 (set_tiling_strength) and "
-                    "finish training before lowering"
-                )
+            check_strength(type(gm).__name__, gm.get_buffer(key))
         for node in list(gm.graph.nodes):
             if blend_strength(node) is not None:
                 node.replace_all_uses_with(node.args[1])
@@ -75,6 +73,15 @@ class RemoveBlends(GraphPass):
             path, name = split_key(key)
             del gm.get_submodule(path)._buffers[name]
         return bool(keys)
+
+
+def check_strength(owner: str, strength: Tensor) -> None:
+    """Refuse to lower what is not fully tiled."""
+    if not strength.is_meta and strength != 1:
+        raise LoweringError(
+            f"{STRENGTH} of {owner} is at {float(strength):g}; set it to 1 (set_tiling_strength) and finish training "
+            "before lowering"
+        )
 
 
 def strength_keys(gm: fx.GraphModule) -> list[str]:

@@ -10,32 +10,35 @@ import torch
 from torch import Tensor, fx, nn
 
 from tbn_compiler.graph.calls import InferenceCall, attribute
-from tbn_compiler.graph.layers import get_records, join_key, set_records, split_key
+from tbn_compiler.graph.records import get_records, set_records, split_key
 from tbn_compiler.graph.shapes import visit_results
 
 _RANK, _DTYPE = "tbn_rank", "tbn_dtype"
 
 
-def propagate_ranks(module: nn.Module, example_inputs: Any) -> None:
-    """Note the number of dimensions of every node's value, by running the module on shapes only.
+def note_values(module: nn.Module, example_inputs: Any) -> None:
+    """Note what the passes ask of every node's value, by running the module on shapes only.
 
     Args:
-        module: a graph module, or a module with traced parts.
+        module: a graph module, or a module with graph modules in it.
         example_inputs: a tensor, a tuple of the arguments of ``forward``, or a dictionary of them by name.
 
     Raises:
         TBNError: the module does not run on these inputs; the cause is chained.
     """
     ranks: dict[fx.Node, set[int]] = {}
+    dtypes: dict[fx.Node, set[torch.dtype]] = {}
 
     def visit(node: fx.Node, result: Any) -> None:
         if isinstance(result, Tensor):
             ranks.setdefault(node, set()).add(result.dim())
+            dtypes.setdefault(node, set()).add(result.dtype)
 
     visit_results(module, example_inputs, visit)
-    for node, found in ranks.items():
+    for node in ranks:
         # A part may be called with values of different ranks; then the rank is not known.
-        node.meta[_RANK] = found.pop() if len(found) == 1 else None
+        for key, found in ((_RANK, ranks[node]), (_DTYPE, dtypes[node])):
+            node.meta[key] = next(iter(found)) if len(found) == 1 else None
 
 
 def note_value(node: fx.Node, value: Tensor) -> None:
@@ -78,15 +81,10 @@ def record_refusal(gm: fx.GraphModule, weight: str, reason: str) -> None:
     set_records(gm, records)
 
 
-def copy_notes(part: nn.Module, module: nn.Module, path: str) -> None:
-    """Give the records of ``module`` the notes of those of its traced part ``path``."""
-    notes = {join_key(path, record.weight): record.note for record in get_records(part) or ()}
-    records = get_records(module) or ()
-    set_records(module, [replace(record, note=notes.get(record.weight, record.note)) for record in records])
-
-
 def remove_unused(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
     """Remove the modules and tensors that erased nodes named, under every name, unless the graph still uses them.
+
+    So are modules that then hold nothing of use, such as a norm whose counter of batches is left.
 
     Args:
         gm: the module, with ``nodes`` erased from its graph.
@@ -97,9 +95,18 @@ def remove_unused(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
         if node.op == "call_module":
             for module in gm.get_submodule(str(node.target)).modules():
                 used |= {id(module), *map(id, module.parameters(False)), *map(id, module.buffers(False))}
-        elif node.op == "get_attr":
+        elif node.op == "get_attr" and node.users:  # the base removes dead ones
             used.add(id(attribute(gm, node)))
-    named = [gm.get_submodule(str(n.target)) if n.op == "call_module" else attribute(gm, n) for n in nodes]
+    named: list[nn.Module | Tensor | None] = []
+    for node in nodes:
+        name = str(node.target)
+        if node.op == "call_module":
+            named.append(gm.get_submodule(name))
+            continue
+        named.append(attribute(gm, node))
+        owner = gm.get_submodule(split_key(name)[0])
+        if owner is not gm and used.isdisjoint(map(id, (*owner.modules(), *owner.parameters(), *owner.buffers()))):
+            named.append(owner)
     for value in named:
         if value is not None and id(value) not in used:
             _drop(gm, value)

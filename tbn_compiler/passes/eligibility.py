@@ -18,16 +18,13 @@ from tbn_compiler.graph.layers import (
     UNSUPPORTED_FUNCTIONS,
     UNSUPPORTED_MODULES,
     LayerCall,
-    LayerRecord,
-    alpha_source_key,
     apply_view,
     function_arguments,
     is_quantized,
-    join_key,
-    layer_name,
     parameter_view,
-    split_key,
+    weight_arguments,
 )
+from tbn_compiler.graph.records import LayerRecord, alpha_source_key, join_key, layer_name, split_key
 from tbn_compiler.passes.base import has_hooks
 
 _DIMENSIONS = {"linear": 2} | {kind: 2 + int(kind[-2]) for kind in FUNCTION_KINDS.values() if kind != "linear"}
@@ -38,7 +35,7 @@ def calls_by_weight(gm: fx.GraphModule, calls: list[LayerCall]) -> Iterator[list
     """Group the calls by the weight tensor that they use; a computed weight is its own group."""
     groups: dict[Any, list[LayerCall]] = {}
     for call in calls:
-        key: Any = call.node
+        key: Any = (call.node, call.argument)
         if call.weight is not None:
             tensor = _get_tensor(gm, call.weight)
             key = (call.weight if tensor is None else id(tensor), call.view_text)
@@ -54,6 +51,7 @@ def _get_tensor(gm: fx.GraphModule, key: str) -> Tensor | None:
 
 
 def names_of(gm: nn.Module, tensor: Tensor) -> list[str]:
+    """All keys under which a module holds a parameter."""
     return [key for key, value in gm.named_parameters(remove_duplicate=False) if value is tensor]
 
 
@@ -80,17 +78,14 @@ def why_unusable(gm: fx.GraphModule, record: LayerRecord, calls: list[LayerCall]
     """Why a weight cannot be tiled whatever the config says, or ``None``."""
     call = calls[0]
     if call.weight is None:
-        source = function_arguments(call.node).get("weight")
-        return f"its weight is computed in the graph ({source}), not a parameter"
+        return f"its weight is computed in the graph ({call.weight_node}), not a parameter"
     path, name = split_key(call.weight)
     weight = gm.get_submodule(path)._parameters.get(name)
-    if weight is None:
-        return "its weight is not a plain parameter (a buffer, or computed by a parametrization)"
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight is not initialised yet: run one forward pass of the lazy module first"
-    if not weight.is_floating_point() or weight.layout != torch.strided:
-        return f"its weight is {weight.layout} {weight.dtype}, not a dense floating-point tensor"
-    if len(record.shape) != _DIMENSIONS[record.kind] or not math.prod(record.shape):
+    reason = why_no_weight(weight, record.shape)
+    if reason is not None:
+        return reason
+    assert weight is not None
+    if len(record.shape) != _DIMENSIONS[record.kind]:
         return f"its weight has shape {record.shape}"
     path, name = split_key(alpha_source_key(record.weight))
     if hasattr(gm.get_submodule(path), name):
@@ -103,6 +98,17 @@ def why_unusable(gm: fx.GraphModule, record: LayerRecord, calls: list[LayerCall]
             if len(other.node.args) + len(other.node.kwargs) > 1:
                 return "it is called with an output_size"
     return _outside_use(gm, weight, calls)
+
+
+def why_no_weight(weight: Tensor | None, shape: tuple[int, ...]) -> str | None:
+    """Why a tensor cannot be tiled whatever uses it, or ``None``; ``shape`` is its shape as it is used."""
+    if weight is None:
+        return "its weight is not a plain parameter (a buffer, or computed by a parametrization)"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialised yet: run one forward pass of the lazy module first"
+    if not weight.is_floating_point() or weight.layout != torch.strided:
+        return f"its weight is {weight.layout} {weight.dtype}, not a dense floating-point tensor"
+    return None if math.prod(shape) else f"its weight has shape {shape}"
 
 
 def _outside_use(gm: fx.GraphModule, weight: Tensor, calls: list[LayerCall]) -> str | None:
@@ -125,9 +131,9 @@ def _outside_use(gm: fx.GraphModule, weight: Tensor, calls: list[LayerCall]) -> 
 def _other_reader(node: fx.Node) -> fx.Node | None:
     """A reader of a parameter, or of a view of it, that is no layer using it as its weight."""
     for user in node.users:
-        if user.op == "call_function" and user.target in FUNCTION_KINDS:
-            arguments = function_arguments(user)
-            if [name for name, value in arguments.items() if value is node] != ["weight"]:
+        weights = weight_arguments(user)
+        if weights:
+            if not all(name in weights for name, value in function_arguments(user).items() if value is node):
                 return user
         elif user.target in _TILING_OPS:
             continue
@@ -166,6 +172,8 @@ def uncovered_layers(gm: fx.GraphModule, covered: list[LayerRecord]) -> Iterator
 
 def module_kind_or_name(module: nn.Module) -> str | None:
     """Kind of a linear or convolution module, or the class name of one that no pass tiles."""
+    if isinstance(module, fx.GraphModule):  # it may stand for a layer, and be an instance of its class
+        return None
     for cls, kind in MODULE_KINDS.items():
         if isinstance(module, cls):
             return kind
@@ -174,6 +182,8 @@ def module_kind_or_name(module: nn.Module) -> str | None:
 
 def unsupported_reason(module: nn.Module) -> str | None:
     """Why no pass tiles a module with weights, or ``None`` for any other module."""
+    if isinstance(module, fx.GraphModule):
+        return None
     if is_quantized(module):
         return "its weights are quantised"
     return next((reason for cls, reason in UNSUPPORTED_MODULES.items() if isinstance(module, cls)), None)

@@ -2,13 +2,18 @@
 
 Before -> after, for a parameter ``W [in, out]`` (or a view of one)::
 
-    addmm(b, x, W)              ->  linear(x, W.t(), b)        # x [n, in]
+    addmm(b, x, W)                 ->  linear(x, W.t(), b)     # x [n, in], b [out]
+    addmm(y, x, W)                 ->  linear(x, W.t()) + y    # any other y
     mm(x, W), matmul(x, W), x @ W  ->  linear(x, W.t())        # x [..., in]
+    linear(x, V.t().t(), b)        ->  linear(x, V, b)
 
 ``linear(x, V, b) = x V^T + b`` with ``V = W^T``, so the results are equal. This is how Hugging Face's ``Conv1D``
 stores its weight, and what ``torch.export`` decomposes a linear layer to.
 
-Left alone: products whose right operand is computed or not a matrix, and ``addmm`` with ``alpha`` or ``beta``.
+A weight that a module reads tiled or decoded counts as a parameter; ``W`` is then mostly the transpose of ``V`` itself,
+in any of the ways to write it.
+
+Left alone: products whose right operand is otherwise computed or no matrix, and ``addmm`` with ``alpha`` or ``beta``.
 """
 
 from __future__ import annotations
@@ -20,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from tbn_compiler.graph.layers import apply_view, parameter_view, split_key
+from tbn_compiler.graph.calls import attribute, named_arguments
+from tbn_compiler.graph.layers import FUNCTION_KINDS, apply_view, blend_strength, function_arguments, is_view
+from tbn_compiler.graph.records import split_key
 from tbn_compiler.passes.base import GraphPass, copy_meta
 
 _aten = torch.ops.aten
@@ -41,18 +48,41 @@ class ExposeLinears(GraphPass):
         """Match, check, rewrite."""
         modified = False
         for node in list(gm.graph.nodes):
+            modified |= _remove_transposes(gm, node)
             operands = _match(node)
-            if operands is None or not _is_parameter_matrix(gm, operands[1]):
+            if operands is None:
                 continue
-            x, weight, bias = operands
-            with gm.graph.inserting_before(node):
-                transposed = gm.graph.call_function(torch.t, (weight,))
-                new = gm.graph.call_function(F.linear, (x, transposed, bias))
-            copy_meta(node, transposed, new)
-            node.replace_all_uses_with(new)
-            gm.graph.erase_node(node)
-            modified = True
+            matrix, transposed = _untransposed(operands[1])
+            if _is_parameter_matrix(gm, matrix):
+                _rewrite(gm, node, operands, matrix, transposed)
+                modified = True
         return modified
+
+
+def _remove_transposes(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Let a linear layer read a matrix itself instead of the transpose of its transpose."""
+    weight = function_arguments(node).get("weight") if FUNCTION_KINDS.get(node.target) == "linear" else None
+    matrix, transposed = _untransposed(weight)
+    if not isinstance(weight, fx.Node) or matrix is weight or transposed or not _is_parameter_matrix(gm, matrix):
+        return False
+    node.replace_input_with(weight, matrix)
+    return True
+
+
+def _rewrite(gm: fx.GraphModule, node: fx.Node, operands: tuple[Any, Any, Any], matrix: fx.Node, flip: bool) -> None:
+    """Replace a product by a linear layer on ``matrix``, or on its transpose if the product reads it as it is."""
+    x, _, added = operands
+    vector = attribute(gm, added)
+    bias = added if vector is not None and vector.dim() == 1 and vector.numel() > 1 else None
+    with gm.graph.inserting_before(node):
+        weight = matrix if flip else gm.graph.call_function(torch.t, (matrix,))
+        new = gm.graph.call_function(F.linear, (x, weight, bias))
+        copy_meta(node, new)
+        if added is not bias:
+            new = gm.graph.call_function(torch.add, (new, added))
+            copy_meta(node, new)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
 
 
 def _match(node: fx.Node) -> tuple[Any, Any, Any] | None:
@@ -69,10 +99,40 @@ def _match(node: fx.Node) -> tuple[Any, Any, Any] | None:
     return None
 
 
-def _is_parameter_matrix(gm: fx.GraphModule, weight: Any) -> bool:
-    found = parameter_view(weight)
-    if found is None:
+def _untransposed(node: Any) -> tuple[Any, bool]:
+    """The matrix behind any transposes of it, and whether ``node`` is its transpose."""
+    flip = False
+    while isinstance(node, fx.Node) and _is_transpose(node):
+        node, flip = node.args[0], not flip
+    return node, flip
+
+
+def _is_transpose(node: fx.Node) -> bool:
+    """Whether a node takes the transpose of a matrix: told by what it does to one."""
+    if not is_view(node) and node.target is not _aten.numpy_T.default:
         return False
-    path, name = split_key(str(found[0].target))
+    try:
+        view: Any = apply_view(torch.empty(2, 3, device="meta"), (node,))
+    except (RuntimeError, IndexError, ValueError, TypeError):  # no view of a matrix, or of another size
+        return False
+    return isinstance(view, Tensor) and view.shape == (3, 2) and view.stride() == (1, 3)
+
+
+def _is_parameter_matrix(gm: fx.GraphModule, matrix: Any) -> bool:
+    """Whether an operand is a matrix of trained values: a parameter or its view, a tiled weight or a decoded one."""
+    view: list[fx.Node] = []
+    source = matrix
+    while isinstance(source, fx.Node) and is_view(source):
+        view.append(source)
+        source = source.args[0]
+    if not isinstance(source, fx.Node):
+        return False
+    if source.target is torch.ops.tbn.unpack.default:
+        return not view and len(named_arguments(source)["shape"]) == 2
+    if source.target is torch.ops.tbn.scale.default or blend_strength(source) is not None:
+        return not view
+    if source.op != "get_attr":
+        return False
+    path, name = split_key(str(source.target))
     parameter = gm.get_submodule(path)._parameters.get(name)
-    return isinstance(parameter, Tensor) and apply_view(parameter, found[1]).dim() == 2
+    return isinstance(parameter, Tensor) and apply_view(parameter, reversed(view)).dim() == 2

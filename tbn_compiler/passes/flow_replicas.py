@@ -25,9 +25,10 @@ elementwise function may stand between, and any two such values may be added. ``
 A forward analysis finds every value that could be carried; a value then is, if each of its readers either passes it on
 likewise or is a tiled layer that sums its blocks. Left alone otherwise, with the reason in the note of the layer's
 record: a layer with bias (batch-norm folded into it, too), with groups (the rows of different groups read different
-inputs), with an alpha per row, with a negative alpha, with an alpha along the input, or with a function fused behind it;
-a reader that is none of the above, or that brings its input into another number format; a two-axis layer whose neighbours that share a weight lie in different copies. :class:`RemoveNoOps` and
-:class:`FoldBatchNorm` run before; they leave less in the way.
+inputs), with an alpha per row, with a negative alpha, with an alpha along the input, or with a function fused behind
+it; a reader that is none of the above, or that brings its input into another number format; a two-axis layer whose
+neighbours that share a weight lie in different copies. :class:`RemoveNoOps` and :class:`FoldBatchNorm` run before; they
+leave less in the way.
 """
 
 from __future__ import annotations
@@ -36,23 +37,31 @@ import torch
 from torch import fx
 
 from tbn_compiler.graph.calls import InferenceCall, inference_call
-from tbn_compiler.graph.layers import join_key, split_key
+from tbn_compiler.graph.records import get_records, join_key, split_key
 from tbn_compiler.passes.base import GraphPass
 from tbn_compiler.passes.deployment import describe, record_refusal, register_buffer, weight_name
+from tbn_compiler.passes.fold_batchnorm import FoldBatchNorm
+from tbn_compiler.passes.remove_noops import RemoveNoOps
 from tbn_compiler.passes.replicas import Replicas, carry, is_size_query
+
+_REFUSAL = "its copies are not carried on"
 
 
 class FlowReplicas(GraphPass):
     """Let tiled layers compute their unique rows only, and the layers behind them sum column blocks."""
 
+    after = (RemoveNoOps, FoldBatchNorm)
+
     def run(self, gm: fx.GraphModule) -> bool:
         """Analyse, decide, rewrite."""
         found, reasons = _analyse(gm)
         carried = _decide(gm, found, reasons)
+        # What an earlier run has told is the reason; a function or bias that was fused since then is not.
+        told = {record.weight for record in get_records(gm) or () if _REFUSAL in (record.note or "")}
         for node, reason in reasons.items():
             call = inference_call(node)
-            if call is not None:
-                record_refusal(gm, weight_name(call), f"its copies are not carried on: {reason}")
+            if call is not None and weight_name(call) not in told:
+                record_refusal(gm, weight_name(call), f"{_REFUSAL}: {reason}")
         # Readers first: they take their factors from the alphas that the producers still have.
         for node, replicas in carried.items():
             node.meta.pop("val", None)

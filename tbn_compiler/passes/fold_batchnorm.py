@@ -18,7 +18,8 @@ so the new alphas are ``s_r alpha_r``, one per row, and the unique rows are stil
 ``<weight>_folded_alpha`` and ``<weight>_folded_bias``, with a number from the second call of a weight on; the norm,
 the old alphas and the old bias are removed where nothing else uses them.
 
-Left alone, with the reason in the note of the layer's record: a layer whose result has another reader; alphas that
+Left alone, with the reason in the note of the layer's record: a transpose convolution, whose rows and so whose alphas
+belong to input channels, while the factor belongs to an output; a layer whose result has another reader; alphas that
 change within a row (misaligned tiles with one alpha per copy, alphas along the input), because a factor per row
 cannot be told from them; a norm in training mode, without running statistics, with computed parameters or with hooks; a
 norm over an axis that is not, or is not known to be, the layer's outputs. The latter is about ``Linear ->
@@ -37,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tbn_compiler.graph.calls import InferenceCall, attribute, inference_call
-from tbn_compiler.graph.layers import split_key
+from tbn_compiler.graph.calls import InferenceCall, attribute, tiled_call
+from tbn_compiler.graph.records import split_key
 from tbn_compiler.passes.base import GraphPass, has_hooks
 from tbn_compiler.passes.deployment import (
     describe,
@@ -48,6 +49,8 @@ from tbn_compiler.passes.deployment import (
     remove_unused,
     weight_name,
 )
+from tbn_compiler.passes.fuse_unpack import FuseUnpack
+from tbn_compiler.passes.remove_noops import RemoveNoOps
 
 # Dimensions of the inputs that each module accepts.
 _MODULE_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
@@ -81,12 +84,14 @@ class _Norm:
 class FoldBatchNorm(GraphPass):
     """Fold every batch-norm that stands directly behind a tiled layer of a lowered graph."""
 
+    after = (RemoveNoOps, FuseUnpack)
+
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""
         modified = False
         for node in list(gm.graph.nodes):
             source = _normalized_value(gm, node)
-            call = inference_call(source) if isinstance(source, fx.Node) else None
+            call = tiled_call(source) if isinstance(source, fx.Node) else None
             if call is None:
                 continue
             norm = _check(gm, node, call)
@@ -113,6 +118,8 @@ def _normalized_value(gm: fx.GraphModule, node: fx.Node) -> Any:
 
 def _check(gm: fx.GraphModule, node: fx.Node, call: InferenceCall) -> _Norm | str:
     """The norm to fold into ``call``, or the reason why it cannot be folded."""
+    if call.transposed:
+        return "the alphas of a transpose convolution belong to its inputs, not to its outputs"
     layout, alpha, bias = call.layout, call.tensor(gm, "alpha"), call.arguments["bias"]
     if len(call.node.users) > 1:
         return "the layer's result has another reader"
@@ -154,15 +161,15 @@ def _module_norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | str:
 
 def _function_norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | str:
     arguments = _function_arguments(node)
+    if arguments.get("running_mean") is None or arguments.get("running_var") is None:
+        return "it has no running statistics"
     if arguments.get("training", False) is not False:
         return "it is not known to be in evaluation mode"
     names = ("running_mean", "running_var", "weight", "bias")
     tensors = {name: attribute(gm, arguments.get(name)) for name in names}
-    if any(tensor is None and arguments.get(name) is not None for name, tensor in tensors.items()):
-        return "its parameters are computed in the graph"
     mean, var = tensors["running_mean"], tensors["running_var"]
-    if mean is None or var is None:
-        return "it has no running statistics"
+    if mean is None or var is None or any(tensors[name] is None and arguments.get(name) is not None for name in names):
+        return "its parameters are computed in the graph"
     return _norm(mean, var, tensors["weight"], tensors["bias"], arguments.get("eps", 1e-5), ())
 
 

@@ -9,9 +9,9 @@ After::
 
     z = tbn.linear(x, tile, alpha, bias, n, m, p, epilogue="relu")
 
-The operator scales each result by its alpha, adds the bias and applies the function while the result is in a register, so
-that it is written to memory once. Functions: ReLU, GELU (exact and by tanh) and SiLU, in place or not. An added constant
-becomes the bias of a layer without one if it holds one element for each feature or channel.
+The operator scales each result by its alpha, adds the bias and applies the function while the result is in a register,
+so that it is written to memory once. Functions: ReLU, GELU (exact and by tanh) and SiLU, in place or not. An added
+constant becomes the bias of a layer without one if it holds one element for each feature or channel.
 
 Left alone: a result with another reader; a layer that has an epilogue already; modules with hooks; transpose
 convolutions, whose operators have no epilogue; a sum with a layer that has a bias; a sum whose dtype is not known
@@ -31,6 +31,8 @@ from torch import fx, nn
 from tbn_compiler.graph.calls import InferenceCall, attribute, inference_call
 from tbn_compiler.passes.base import GraphPass, has_hooks
 from tbn_compiler.passes.deployment import dtype, rank, register_buffer, remove_unused, weight_name
+from tbn_compiler.passes.flow_replicas import FlowReplicas
+from tbn_compiler.passes.fold_batchnorm import FoldBatchNorm
 
 _aten = torch.ops.aten
 
@@ -46,6 +48,8 @@ _ADDITIONS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_", _
 
 class FuseEpilogue(GraphPass):
     """Fuse added constants, then the function, into every tiled layer that they stand directly behind."""
+
+    after = (FoldBatchNorm, FlowReplicas)  # neither sees through a function
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""

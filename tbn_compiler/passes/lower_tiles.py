@@ -20,8 +20,9 @@ This is a required lowering: a non-finite weight or a subgraph that was edited b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,25 +32,31 @@ from tbn_compiler.errors import LoweringError
 from tbn_compiler.graph.layers import (
     INFERENCE_OPS,
     LayerCall,
-    LayerRecord,
-    alpha_key,
-    alpha_source_key,
     apply_view,
     decoded_weight,
     find_record,
     function_arguments,
-    get_records,
     is_transposed,
     layer_calls,
     module_kind,
     parameter_view,
-    split_key,
-    tile_key,
     weight_chain,
 )
+from tbn_compiler.graph.records import (
+    LayerRecord,
+    alpha_key,
+    alpha_source_key,
+    get_records,
+    join_key,
+    split_key,
+    tile_key,
+)
+from tbn_compiler.graph.tiled_parameters import STRENGTH, read_forms, read_tiled
 from tbn_compiler.packing import pack_bits
 from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, remove_dead_nodes
-from tbn_compiler.tiling import tile_vector
+from tbn_compiler.passes.blend_weights import check_strength
+from tbn_compiler.passes.facts import Fact
+from tbn_compiler.tiling import TileSpec, tile_vector
 
 
 class PackedLayer(nn.Module):
@@ -72,31 +79,67 @@ class PackedLayer(nn.Module):
         return f"{self.record.kind}, shape={self.record.shape}, p={spec.layout.p}, alphas={spec.num_alphas}"
 
 
+@dataclass
+class Stored:
+    """Tiles and alphas, computed from trained weights or read from a file.
+
+    Attributes:
+        tensors: tiles and alphas by full ``state_dict`` key, as read from a file; ``None``: computed from the weights.
+        path: where the graph or module stands in the model.
+        computed: by id of a parameter and view, what was computed: all its places share it.
+    """
+
+    tensors: Mapping[str, Tensor] | None = None
+    path: str = ""
+    computed: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def at(self, path: str) -> Stored:
+        """The same for another place in the model."""
+        return Stored(self.tensors, path, self.computed)
+
+    def get(
+        self, record: LayerRecord, parameter: nn.Parameter, compute: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Tile and alphas of a weight.
+
+        Raises:
+            LoweringError: the file does not have them.
+        """
+        if self.tensors is not None:
+            return _read(self.tensors, record.inside(self.path))
+        key = (id(parameter), record.view)
+        if key not in self.computed:
+            # Clones: tensors that stay among the temporaries of each layer would keep their memory in use.
+            tile, alpha = compute()
+            self.computed[key] = (tile.clone(), alpha.clone())
+        return self.computed[key]
+
+
 class LowerTiles(GraphPass):
     """Lower every tiled layer of a graph that :class:`TileWeights` has rewritten.
 
     Args:
-        stored: tiles and alphas by ``state_dict`` key, as read from a file; default: computed from the weights.
+        stored: where tiles and alphas come from; default: computed from the weights.
         refusals: takes the calls that cannot be lowered, each with the reason; they then stay as they are. Without it
             they raise.
     """
 
-    def __init__(self, stored: Mapping[str, Tensor] | None = None, refusals: dict[fx.Node, str] | None = None) -> None:
-        self.stored = stored
+    def __init__(self, stored: Stored | None = None, refusals: dict[fx.Node, str] | None = None) -> None:
+        self.stored = stored or Stored()
         self.refusals = refusals
+        if refusals is None:
+            self.assumes, self.establishes = (Fact.DECOMPOSED, Fact.UNBLENDED), (Fact.STORED,)
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""
         work = self._checked_calls(gm)
         first = {record.weight: (call, record) for call, record in reversed(work)}
-        tensors = {}
-        for call, record in first.values():
-            if self.stored is None:
-                # Clones: tensors that stay among the temporaries of each layer would keep their memory in use.
-                tile, alpha = _compute(gm, call, record)
-                tensors[record.weight] = (tile.clone(), alpha.clone())
-            else:
-                tensors[record.weight] = _read(self.stored, record)
+        tensors = {
+            record.weight: self.stored.get(
+                record, gm.get_parameter(record.parameter), functools.partial(_compute, gm, call, record)
+            )
+            for call, record in first.values()
+        }
         for weight, (_, record) in first.items():
             _place(gm, record, tensors[weight])
         for call, record in work:
@@ -112,11 +155,11 @@ class LowerTiles(GraphPass):
         work, refused = [], {}
         for call in calls:
             try:
-                record = _check(call, records)
-                if self.stored is None:
-                    _check_finite(gm, record)
+                record = _check(call, records, self.stored.path)
+                if self.stored.tensors is None:
+                    _check_finite(gm, record, self.stored.path)
                 work.append((call, record))
-            except LoweringError as error:
+            except LoweringError as error:  # noqa: PERF203 (each call is refused by itself)
                 if self.refusals is None:
                     raise
                 refused[call.weight] = self.refusals[call.node] = str(error)
@@ -126,15 +169,16 @@ class LowerTiles(GraphPass):
         return [(call, record) for call, record in work if call.weight not in refused]
 
 
-def _check(call: LayerCall, records: Iterable[LayerRecord]) -> LayerRecord:
-    """The record behind a call, once its subgraph is known to have no other reader."""
+def _check(call: LayerCall, records: Iterable[LayerRecord], path: str) -> LayerRecord:
+    """The record behind a call, once its subgraph is known to have no other reader; errors name the full weight."""
     record = find_record(records, call)
     if record is None or record.spec is None:
+        weight = join_key(path, str(call.weight))
         raise LoweringError(
-            f"node {call.node.name} uses tiled weight {call.weight!r}, of which there is no record; "
+            f"node {call.node.name} uses tiled weight {weight!r}, of which there is no record; "
             "transform the model with tbn_compiler.transform"
         )
-    tile, scale = weight_chain(call.node) or (None, None)
+    tile, scale = weight_chain(call.weight_node) or (None, None)
     assert tile is not None
     assert scale is not None
     source = parameter_view(tile.args[0])
@@ -143,10 +187,10 @@ def _check(call: LayerCall, records: Iterable[LayerRecord]) -> LayerRecord:
         for user in node.users:
             if user is scale or user.target is torch.ops.tbn.tile.default or parameter_view(user) is not None:
                 continue
-            raise _other_reader(user, node, record)
+            raise _other_reader(user, node, record.inside(path))
     for user in scale.users:
         if [name for name, value in function_arguments(user).items() if value is scale] != ["weight"]:
-            raise _other_reader(user, scale, record)
+            raise _other_reader(user, scale, record.inside(path))
     return record
 
 
@@ -157,14 +201,16 @@ def _other_reader(user: fx.Node, node: fx.Node, record: LayerRecord) -> Lowering
     )
 
 
-def _check_finite(gm: fx.GraphModule, record: LayerRecord) -> None:
+def _check_finite(gm: nn.Module, record: LayerRecord, path: str) -> None:
+    """Refuse values that no tile stands for; ``path`` is where the module stands in the model."""
+    parameters = dict(gm.named_parameters(remove_duplicate=False))
     for key in (record.parameter, _source_key(record)):
-        tensor = gm.get_parameter(key)
+        tensor = parameters[key]
         # NaN and infinity survive minimum and maximum, which take no mask of the weight's size.
         if not tensor.is_meta and not all(value.isfinite() for value in torch.aminmax(tensor.detach())):
             bad = int((~torch.isfinite(tensor)).sum())
             raise LoweringError(
-                f"{key} of shape {tuple(tensor.shape)} has {bad} non-finite values (NaN or infinity): "
+                f"{join_key(path, key)} of shape {tuple(tensor.shape)} has {bad} non-finite values (NaN or infinity): "
                 "its tile is not defined. Check the training run before lowering."
             )
 
@@ -176,13 +222,50 @@ def _source_key(record: LayerRecord) -> str:
 
 def _compute(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> tuple[Tensor, Tensor]:
     """The stored tile and the alphas of a trained weight."""
-    spec = record.spec
-    assert spec is not None
-    binary = spec.tile_dtype == "binary"
+    assert record.spec is not None
     weight = apply_view(gm.get_parameter(record.parameter).detach(), call.view)
-    source = gm.get_parameter(_source_key(record)).detach() if spec.alpha_source == "A" else weight
+    source = weight
+    if record.spec.alpha_source == "A":
+        source = gm.get_parameter(_source_key(record)).detach()
+    return _pack(weight, source, record.spec)
+
+
+def _pack(weight: Tensor, source: Tensor, spec: TileSpec) -> tuple[Tensor, Tensor]:
+    binary = spec.tile_dtype == "binary"
     tile = tile_vector(weight, spec.layout, binary=binary)
     return pack_bits(tile) if binary else tile, spec.layout.alphas(source, spec.num_alphas)
+
+
+def lower_parameters(module: nn.Module, stored: Stored) -> None:
+    """Store the tiles of the parameters that a module's code reads tiled, in place; it reads them decoded then.
+
+    Raises:
+        LoweringError: a weight is not finite, or gradual tiling has not reached strength 1.
+    """
+    forms = read_forms(module)
+    trained = [form for form in forms if not form.lowered]
+    if not trained:
+        return
+    strength = module._buffers.get(STRENGTH)
+    if any(form.gradual for form in trained) and strength is not None:
+        check_strength(type(module).__name__, strength)
+    for form in trained:
+        record, parameter = form.record, module._parameters[form.record.parameter]
+        assert record.spec is not None
+        assert parameter is not None
+        if stored.tensors is None:
+            _check_finite(module, record, stored.path)
+        weight = parameter.detach().t() if record.view else parameter.detach()
+        source = weight
+        if record.spec.alpha_source == "A":
+            source = module._parameters[_source_key(record)]  # type: ignore[assignment]
+        tensors = stored.get(record, parameter, functools.partial(_pack, weight, source.detach(), record.spec))
+        for key, tensor in zip((tile_key(record.weight), alpha_key(record.weight)), tensors, strict=True):
+            module.register_buffer(key, tensor)
+        for key in {record.parameter, alpha_source_key(record.weight)}:
+            module._parameters.pop(key, None)
+    module._buffers.pop(STRENGTH, None)
+    read_tiled(module, [replace(form, lowered=True, gradual=False) for form in forms])
 
 
 def _read(stored: Mapping[str, Tensor], record: LayerRecord) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 Before::
 
-    flag = tbn_training_flag()                      # tracing.TrainingFlag, False in evaluation mode
+    flag = tbn_training_flag()                      # TrainingFlag, False in evaluation mode
     y = F.dropout(x, 0.5, training=flag)
     z = identity(y).detach()
 
@@ -11,13 +11,12 @@ After::
     z = x
 
 Removed: ``nn.Identity``; dropout of every kind that is off; ``detach`` (nothing is differentiated through a module
-for deployment). The training flags that tracing put into the graph become the constant ``False``, and
-``value_in_training`` of them 0.
+for deployment). The training flag of a decomposed attention becomes the constant ``False``.
 
-Left alone: dropout that is on (``training=True`` in the call, or a module that was left in training mode), modules
-with hooks, and everything that PyTorch removes itself: dead code and constant subgraphs. PyTorch's own
-``torch.fx.experimental.optimization.remove_dropout`` traces the model anew (and so loses the layer records), knows
-``nn.Dropout`` only, and removes it in any mode.
+Left alone: ``detach`` inside ``torch.func.grad`` and its like; dropout that is on (``training=True`` in the call, or a
+module that was left in training mode), modules with hooks, and everything that PyTorch removes itself: dead code and
+constant subgraphs. PyTorch's own ``torch.fx.experimental.optimization.remove_dropout`` traces the model anew (and so
+loses the layer records), knows ``nn.Dropout`` only, and removes it in any mode.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tbn_compiler.graph.tracing import TrainingFlag, value_in_training
+from tbn_compiler.graph.layer_graph import TrainingFlag
 from tbn_compiler.passes.base import GraphPass, has_hooks
 from tbn_compiler.passes.deployment import remove_unused
+from tbn_compiler.torch_private import differentiated
 
 _aten = torch.ops.aten
 
@@ -50,8 +50,12 @@ _DROPOUT_FUNCTIONS: dict[Any, tuple[int, str, bool | None]] = {
     F.dropout3d: (2, "training", True),
     F.alpha_dropout: (2, "training", False),
     F.feature_alpha_dropout: (2, "training", False),
-    torch.dropout: (2, "train", None),
-    _aten.dropout.default: (2, "train", None),
+    **{
+        function: (2, "train", None)
+        for kind in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+        for name in (kind, f"{kind}_")  # which writes into its input: nothing, if it is off
+        for function in (getattr(torch, name), getattr(_aten, name).default)
+    },
 }
 _DETACH = (torch.detach, _aten.detach.default)
 
@@ -62,8 +66,9 @@ class RemoveNoOps(GraphPass):
     def run(self, gm: fx.GraphModule) -> bool:
         """Match and rewrite; whatever does not match is left alone."""
         removed = [node for node in gm.graph.nodes if _fold_flag(gm, node)]
+        inside = differentiated(gm.graph)
         for node in gm.graph.nodes:
-            if _is_noop(gm, node):
+            if _is_noop(gm, node) or (_is_detach(node) and not gm.training and node not in inside):
                 node.replace_all_uses_with(_input(node))
                 removed.append(node)
         for node in removed:
@@ -79,10 +84,6 @@ def _fold_flag(gm: fx.GraphModule, node: fx.Node) -> bool:
         if isinstance(module, TrainingFlag) and not module.training:
             _replace_by_constant(node, False)
             return True
-    # The flag stands before its users, so it is a constant by now.
-    if node.op == "call_function" and node.target is value_in_training and node.args[0] is False:
-        _replace_by_constant(node, 0.0)
-        return True
     return False
 
 
@@ -103,8 +104,13 @@ def _is_noop(gm: fx.GraphModule, node: fx.Node) -> bool:
         position, name, default = _DROPOUT_FUNCTIONS[node.target]
         on = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
         return on is False
-    detach = node.target == "detach" if node.op == "call_method" else node.target in _DETACH
-    return detach and not gm.training
+    return False
+
+
+def _is_detach(node: fx.Node) -> bool:
+    if not isinstance(_input(node), fx.Node):
+        return False
+    return node.target == "detach" if node.op == "call_method" else node.target in _DETACH
 
 
 def _input(node: fx.Node) -> Any:

@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tbn_compiler.passes.base import has_hooks
 from tbn_compiler.passes.deployment import describe, rank
@@ -81,7 +82,8 @@ def is_size_query(node: fx.Node, value: fx.Node, replicas: Replicas) -> bool:
     if dims is None:
         return False
     axis = dims + replicas.axis
-    if node.op == "call_method" and node.target == "size" and len(node.args) == 2:
+    one = (node.op == "call_method" and node.target == "size") or node.target is _aten.sym_size.int
+    if one and len(node.args) == 2:
         return _is_other_axis(node.args[1], dims, axis)
     whole = (node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs) or (
         node.target is getattr and node.args[1] == "shape"
@@ -150,6 +152,16 @@ def _pool(dims: int) -> _Rule:
     return rule
 
 
+def _first_result(gm: fx.GraphModule, node: fx.Node, value: Replicas) -> Replicas:
+    source, index = node.args
+    assert isinstance(source, fx.Node)
+    if source.target not in _MAX_WITH_INDICES:
+        raise _Stop("may take a part of them")
+    if index != 0 and node.users:
+        raise _Stop("also returns indices")
+    return value
+
+
 def _pad(gm: fx.GraphModule, node: fx.Node, value: Replicas) -> Replicas:
     pads = _option(gm, node, 1, "pad", None)
     mode, fill = _option(gm, node, 2, "mode", "constant"), _option(gm, node, 3, "value", None)
@@ -187,7 +199,11 @@ def _view(gm: fx.GraphModule, node: fx.Node, value: Replicas) -> Replicas:
 
 
 def _is_first_size(size: Any, value: fx.Node) -> bool:
-    """Whether ``size`` is ``value.size(0)`` or ``value.shape[0]``."""
+    """Whether ``size`` is ``value.size(0)`` or ``value.shape[0]``, or known to be equal in an exported graph."""
+    exported = value.meta.get("val")
+    if isinstance(exported, Tensor) and exported.dim():
+        known = size.meta.get("val") if isinstance(size, fx.Node) else size
+        return isinstance(known, int | torch.SymInt) and statically_known_true(known == exported.shape[0])
     if not isinstance(size, fx.Node):
         return False
     if size.target == "size":
@@ -250,13 +266,21 @@ _POOLINGS: dict[int, tuple[Any, ...]] = {
         _aten.adaptive_avg_pool3d.default,
     ),
 }
+# Operators that always return indices, too.
+_MAX_WITH_INDICES = {
+    _aten.adaptive_max_pool1d.default: 1,
+    _aten.adaptive_max_pool2d.default: 2,
+    _aten.adaptive_max_pool3d.default: 3,
+}
 _FLATTEN = (nn.Flatten, torch.flatten, "flatten", _aten.flatten.using_ints)
 _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(_KEEP, _keep),
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **{target: _pool(dims) for dims, targets in _POOLINGS.items() for target in targets},
+    **{target: _pool(dims) for target, dims in _MAX_WITH_INDICES.items()},
+    operator.getitem: _first_result,
     **dict.fromkeys(_FLATTEN, _flatten),
-    **dict.fromkeys(("view", "reshape", torch.reshape), _view),
+    **dict.fromkeys(("view", "reshape", torch.reshape, _aten.view.default, _aten.reshape.default), _view),
     **dict.fromkeys(("mean", torch.mean, _aten.mean.dim), _mean),
     **dict.fromkeys((F.pad, torch._C._nn.pad, _aten.pad.default), _pad),
 }

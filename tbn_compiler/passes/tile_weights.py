@@ -2,7 +2,7 @@
 
 Before::
 
-    y = linear(x, weight, bias)                     # nn.Linear, F.linear, nn.Conv*d, F.conv*d
+    y = linear(x, weight, bias)                     # nn.Linear, F.linear, nn.Conv*d, F.conv*d, attention_layer
 
 After::
 
@@ -22,7 +22,6 @@ modules with hooks, which a functional call would skip; layers that the graph do
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,58 +29,49 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tbn_compiler.config import LayerInfo, LayerOptions, TilingConfig
+from tbn_compiler.graph.attention import attention_layer
 from tbn_compiler.graph.layers import (
+    CONV_FUNCTIONS,
     LayerCall,
-    LayerRecord,
-    alpha_source_key,
     apply_view,
     find_record,
     function_arguments,
-    get_records,
     is_transposed,
-    join_key,
     layer_calls,
-    layer_name,
+)
+from tbn_compiler.graph.records import (
+    LayerRecord,
+    alpha_source_key,
+    get_records,
+    join_key,
     set_records,
     split_key,
 )
-from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, normalize_sizes, remove_dead_nodes
+from tbn_compiler.passes.base import (
+    GraphPass,
+    copy_meta,
+    layout_options,
+    normalize_sizes,
+    pad_input,
+    padding_sizes,
+    remove_dead_nodes,
+)
+from tbn_compiler.passes.choose_tiling import Scope, decide
 from tbn_compiler.passes.eligibility import calls_by_weight, describe_layer, names_of, uncovered_layers, why_unusable
-from tbn_compiler.tiling import TileLayout, TileSpec, largest_divisor
-
-_CONV_FUNCTIONS: dict[str, Any] = {
-    "conv1d": F.conv1d,
-    "conv2d": F.conv2d,
-    "conv3d": F.conv3d,
-    "conv_transpose1d": F.conv_transpose1d,
-    "conv_transpose2d": F.conv_transpose2d,
-    "conv_transpose3d": F.conv_transpose3d,
-}
-_MIN_TILE = 8  # a tile under one byte stores nothing worth sharing
+from tbn_compiler.passes.facts import Fact
 
 
 class TileWeights(GraphPass):
     """Rewrite every eligible layer to ``tile -> scale -> layer`` and record what became of each one.
 
     Args:
-        config: options; ignored where ``specs`` is given.
-        specs: exact tilings by weight name, as read from a file: these weights are tiled, no others.
-        path: where the graph module stands in the user's model; names in ``config`` and ``specs`` start there.
-        shared: by id, the tensors that modules outside the graph module hold too, with the place.
+        scope: the options, and where the graph module stands in the user's model.
     """
 
-    def __init__(
-        self,
-        config: TilingConfig,
-        specs: Mapping[str, TileSpec] | None = None,
-        path: str = "",
-        shared: Mapping[int, str] | None = None,
-    ) -> None:
-        self.config = config
-        self.specs = specs
-        self.path = path
-        self.shared = shared or {}
+    establishes = (Fact.RECORDED,)
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Match, check, rewrite."""
@@ -97,14 +87,14 @@ class TileWeights(GraphPass):
         records = _whole_parameters(records)
         work = [(call, record) for record, group in zip(records, calls, strict=True) if record.spec for call in group]
         set_records(gm, [*records, *uncovered_layers(gm, records)])
-        _rewrite(gm, work)
+        _rewrite(gm, work, self.scope)
         return bool(work)
 
     def _check(self, gm: fx.GraphModule, calls: list[LayerCall], earlier: list[LayerRecord]) -> LayerRecord:
         """Decide on one weight from all its calls in float form."""
         first = calls[0]
         name, shape, groups = describe_layer(gm, first)
-        parameter = weight = first.weight or f"{name}.weight"
+        parameter = weight = first.weight or f"{name}.{first.argument}"
         if first.view:
             # Several views of one parameter are several weights.
             number = sum(record.parameter == parameter for record in earlier)
@@ -113,55 +103,12 @@ class TileWeights(GraphPass):
         reason = why_unusable(gm, record, calls)
         if reason:
             return replace(record, reason=reason)
-        tensor = gm.get_parameter(parameter)
-        if id(tensor) in self.shared:
-            return replace(record, reason=f"its weight is shared with {self.shared[id(tensor)]}, which is traced apart")
+        tensor = _parameter(gm, parameter)
         tied = tuple(key for key in names_of(gm, tensor) if key != parameter)
-        if self.specs is not None:
-            spec = self.specs.get(join_key(self.path, weight))
-            return replace(record, spec=spec, reason=None, tied=tied) if spec else replace(record, reason="float")
-        names = tuple(layer_name(join_key(self.path, key)) for key in (weight, *tied))
-        reason = self.config.keeps_float(LayerInfo(names[0], first.kind, shape, groups), *names[1:])
-        if reason:
-            return replace(record, reason=reason)
-        spec, text = self._choose(names, first.kind, shape)
+        spec, text = decide(self.scope, tensor, weight, first.kind, shape, groups, tied=tied)
         if spec is None:
             return replace(record, reason=text)
         return replace(record, spec=spec, reason=None, note=text, tied=tied)
-
-    def _choose(self, names: tuple[str, ...], kind: str, shape: tuple[int, ...]) -> tuple[TileSpec | None, str | None]:
-        """The tiling of a weight with a note, or ``None`` with the reason for leaving it alone."""
-        options, numel = self.config.for_layer(*names), math.prod(shape)
-        note = None
-        if numel < options.min_size:
-            if options.small == "float":
-                return None, f"{numel} weights, under min_size={options.min_size}, kept in float by small='float'"
-            if options.p not in (1, (1, 1)):
-                note = f"under min_size={options.min_size}: binary, p=1"
-            layout = TileLayout(shape, 1)
-        else:
-            layout, note = _fit(kind, shape, options)
-        if layout.p > 1 and layout.tile_size < _MIN_TILE:
-            return None, f"p={layout.p} leaves a tile of {layout.tile_size} weights, under {_MIN_TILE}"
-        num_alphas = {"layer": 1, "output": layout.p_out, "tile": layout.p}[options.alpha]
-        return TileSpec(layout, num_alphas, options.alpha_source, options.tile_dtype), note
-
-
-def _fit(kind: str, shape: tuple[int, ...], options: LayerOptions) -> tuple[TileLayout, str | None]:
-    """The layout that the options ask for, by the divisor rule where it does not fit, and a note if it did not."""
-    if isinstance(options.p, tuple) and is_transposed(kind):
-        # Its rows are input channels: a flat tile copies along them.
-        p = largest_divisor(math.prod(shape), math.prod(options.p))
-        return TileLayout(shape, p), f"p={options.p} on a transpose convolution: flat, p={p}"
-    if isinstance(options.p, tuple):
-        p_out, p_in = (largest_divisor(size, p) for size, p in zip(shape, options.p, strict=False))
-        note = f"p={options.p} does not divide the axes {shape[:2]}: p={(p_out, p_in)}"
-        return TileLayout(shape, p_out * p_in, p_in), None if (p_out, p_in) == options.p else note
-    numel = math.prod(shape)
-    p = largest_divisor(numel, options.p)
-    note = f"p={options.p} does not divide {numel}: p={p}"
-    shift = options.shift if options.replicate == "roll" and p > 1 else 0
-    return TileLayout(shape, p, shift=shift), None if p == options.p else note
 
 
 def _whole_parameters(records: list[LayerRecord]) -> list[LayerRecord]:
@@ -177,27 +124,34 @@ def _whole_parameters(records: list[LayerRecord]) -> list[LayerRecord]:
     return result
 
 
-def _rewrite(gm: fx.GraphModule, calls: list[tuple[LayerCall, LayerRecord]]) -> None:
+def _rewrite(gm: fx.GraphModule, calls: list[tuple[LayerCall, LayerRecord]], scope: Scope) -> None:
     """Insert one ``tile -> scale`` per weight before its first call and point all calls to it."""
     used: dict[str, fx.Node] = {}
     for call, record in calls:
         node = call.node
         with gm.graph.inserting_before(node):
             if record.weight not in used:
-                used[record.weight] = _tile_and_scale(gm, record, call)
+                used[record.weight] = _tile_and_scale(gm, record, call, scope)
+            if node.target is attention_layer:
+                node.replace_input_with(call.weight_node, used[record.weight])
+                continue
             new = _functional_call(gm, call, used[record.weight])
         copy_meta(node, new)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
 
 
-def _tile_and_scale(gm: fx.GraphModule, record: LayerRecord, call: LayerCall) -> fx.Node:
+def _tile_and_scale(gm: fx.GraphModule, record: LayerRecord, call: LayerCall, scope: Scope) -> fx.Node:
     graph, spec = gm.graph, record.spec
     assert spec is not None
     weight = call.view[-1] if call.view else graph.get_attr(record.parameter)
     source = weight
     if spec.alpha_source == "A":
-        source = graph.get_attr(_register_alpha_source(gm, record))
+        key = alpha_source_key(record.weight)
+        path, name = split_key(key)
+        tensor = alpha_source(scope, _parameter(gm, record.parameter), record.shape, record.view)
+        gm.get_submodule(path).register_parameter(name, tensor)
+        source = graph.get_attr(key)
     layout, a_in = spec.layout, spec.layout.alphas_in(spec.num_alphas)
     options = layout_options(layout) | ({} if spec.tile_dtype == "binary" else {"binary": False})
     bits = graph.call_function(torch.ops.tbn.tile.default, (weight, layout.p), options)
@@ -205,16 +159,23 @@ def _tile_and_scale(gm: fx.GraphModule, record: LayerRecord, call: LayerCall) ->
     return graph.call_function(torch.ops.tbn.scale.default, (bits, source, spec.num_alphas), options)
 
 
-def _register_alpha_source(gm: fx.GraphModule, record: LayerRecord) -> str:
-    """Create the trainable tensor ``A``, drawn independently of ``W`` as PyTorch initialises a layer's weight."""
-    key = alpha_source_key(record.weight)
+def alpha_source(scope: Scope, parameter: nn.Parameter, shape: tuple[int, ...], view: str) -> nn.Parameter:
+    """The trainable tensor ``A`` of a weight, drawn independently of ``W`` as PyTorch initialises a layer's weight."""
+    key = (id(parameter), view)
+    if key not in scope.sources:
+        source = parameter.new_empty(shape)
+        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        nn.init.uniform_(source, -bound, bound)
+        scope.sources[key] = nn.Parameter(source, requires_grad=parameter.requires_grad)
+    return scope.sources[key]
+
+
+def _parameter(gm: fx.GraphModule, key: str) -> nn.Parameter:
+    """The parameter under a key; not through the attribute, which may stand for the tiled weight."""
     path, name = split_key(key)
-    owner, weight = gm.get_submodule(path), gm.get_parameter(record.parameter)
-    source = weight.new_empty(record.shape)
-    bound = 1 / math.sqrt(math.prod(record.shape[1:]))
-    nn.init.uniform_(source, -bound, bound)
-    owner.register_parameter(name, nn.Parameter(source, requires_grad=weight.requires_grad))
-    return key
+    parameter = gm.get_submodule(path)._parameters[name]
+    assert parameter is not None
+    return parameter
 
 
 def _functional_call(gm: fx.GraphModule, call: LayerCall, weight: fx.Node) -> fx.Node:
@@ -232,16 +193,15 @@ def _functional_call(gm: fx.GraphModule, call: LayerCall, weight: fx.Node) -> fx
     stride, dilation = (normalize_sizes(arguments.get(name, 1), dims) for name in ("stride", "dilation"))
     groups = arguments.get("groups", 1)
     if is_transposed(call.kind):
-        padding, extra = (normalize_sizes(arguments.get(name, 0), dims) for name in ("padding", "output_padding"))
+        padding, extra = normalize_sizes(arguments.get("padding", 0), dims), arguments.get("output_padding", 0)
+        extra = extra if isinstance(extra, fx.Node) else normalize_sizes(extra, dims)
         geometry = (stride, padding, extra, groups, dilation)
-        return graph.call_function(_CONV_FUNCTIONS[call.kind], (x, weight, bias, *geometry))
-    before, after = _padding(arguments.get("padding", 0), tuple(shape[2:]), dilation)
+        return graph.call_function(CONV_FUNCTIONS[call.kind], (x, weight, bias, *geometry))
+    before, after = padding_sizes(arguments.get("padding", 0), tuple(shape[2:]), dilation)
     if padding_mode != "zeros" or before != after:
-        # F.pad counts from the last dimension: (left, right, top, bottom, ...).
-        pads = [size for pair in zip(reversed(before), reversed(after), strict=True) for size in pair]
-        x = graph.call_function(F.pad, (x, pads), {"mode": "constant" if padding_mode == "zeros" else padding_mode})
+        x = pad_input(graph, x, before, after, "constant" if padding_mode == "zeros" else padding_mode)
         before = (0,) * dims
-    return graph.call_function(_CONV_FUNCTIONS[call.kind], (x, weight, bias, stride, before, dilation, groups))
+    return graph.call_function(CONV_FUNCTIONS[call.kind], (x, weight, bias, stride, before, dilation, groups))
 
 
 def _module_arguments(gm: fx.GraphModule, node: fx.Node) -> tuple[dict[str, Any], str]:
@@ -254,17 +214,3 @@ def _module_arguments(gm: fx.GraphModule, node: fx.Node) -> tuple[dict[str, Any]
         if hasattr(module, name):
             arguments[name] = getattr(module, name)
     return arguments, getattr(module, "padding_mode", "zeros")
-
-
-def _padding(
-    padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Padding before and after each spatial dimension; "same" puts the odd element after, as PyTorch does."""
-    if padding == "valid":
-        padding = 0
-    if padding == "same":
-        total = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
-        before = tuple(size // 2 for size in total)
-        return before, tuple(size - left for size, left in zip(total, before, strict=True))
-    sizes = normalize_sizes(padding, len(kernel))
-    return sizes, sizes

@@ -79,7 +79,7 @@ def test_what_is_missed(result: dict) -> None:
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     tile = gpu.random_tile
-    monkeypatch.setattr(gpu, "unpacked", lambda t, numel, dtype: torch.ops.tbn.unpack(t ^ 1, numel, dtype=dtype))
+    monkeypatch.setattr(gpu, "unpacked", lambda t, numel, dtype: torch.ops.tbn.unpack_bits(t ^ 1, numel, dtype=dtype))
     row = gpu.linear_row(64, 128, 3, 4, Invented(), CPU, {"graph_us": 1.0, "eager_us": 1.0})
     assert row["error"] > gpu.TOLERANCE
     assert tile(64, CPU).shape == (8,)

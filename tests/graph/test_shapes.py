@@ -9,13 +9,13 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.errors import TBNError
-from tbn_compiler.graph.layers import graph_parts
+from tbn_compiler.graph.records import graph_parts
 from tbn_compiler.graph.shapes import visit_results
 from tests import oracle
 
 
 class Parts(nn.Module):
-    """An optional argument, which keeps the whole from being traced; its head is called on two ranks."""
+    """Two chains of layers around code of its own; the head is called on two ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,29 +45,42 @@ def test_every_result_is_visited_in_order() -> None:
     assert "forward" not in gm.__dict__
 
 
-def test_parts_of_a_model() -> None:
+def test_layers_of_a_model() -> None:
+    """Each is a graph, visited as often as it is called; an example may leave out what has a default."""
     packed = tbn.lower(tbn.transform(Parts(), tbn.TilingConfig(p=4, min_size=0)))
-    assert {path for path, _ in graph_parts(packed)} == {"body", "head"}
+    parts = graph_parts(packed)
+    assert {path for path, _ in parts} == {"body.0", "body.2", "head.0", "head.2"}
     named = {"scale": torch.zeros(16), "x": torch.zeros(3, 16)}
+    graphs = {part.graph: path for path, part in parts}
     for inputs in (torch.zeros(3, 16), (torch.zeros(3, 16), torch.zeros(16)), named):
-        assert shapes(packed, inputs) == [("1", [3, 16]), ("1", [3, 8]), ("1", [3, 8])]
+        found: list[tuple[str, list[int]]] = []
+
+        def visit(node: fx.Node, result: Any, found: Any = found) -> None:
+            if node.op == "output":
+                found.append((graphs[node.graph], list(result.shape)))
+
+        visit_results(packed, inputs, visit)
+        head = [("head.0", [3, 8]), ("head.2", [3, 8])]
+        assert found == [("body.0", [3, 16]), ("body.2", [3, 8]), *head, ("head.0", [3, 1, 8]), ("head.2", [3, 8])]
     rows = {row.name: row.macs_tiled for row in tbn.summary(packed, torch.zeros(3, 16)).layers}
     # The head runs twice.
     assert rows == {"body.0": 3 * 4 * 16, "body.2": 3 * 2 * 16, "head.0": 6 * 2 * 8, "head.2": 6 * 2 * 8}
-    assert not any("forward" in part.__dict__ for _, part in graph_parts(packed))
+    assert not any("forward" in part.__dict__ for _, part in parts)
 
 
-def test_parts_are_optimised_each() -> None:
-    model = Parts()
-    packed = tbn.lower(tbn.transform(model, tbn.TilingConfig(p=4, min_size=0)))
+def test_layers_of_a_model_are_optimised_together() -> None:
+    packed = tbn.lower(tbn.transform(Parts(), tbn.TilingConfig(p=4, min_size=0)))
     x = torch.randn(3, 16)
-    optimized = tbn.compiler.optimize(packed, x)
+    optimized, scaled = tbn.optimize(packed, x), tbn.optimize(packed, (x, x))
     oracle.assert_close(optimized(x), packed(x), rtol=1e-5)
-    oracle.assert_close(optimized(x, x), packed(x, x), rtol=1e-5)
+    oracle.assert_close(scaled(x, x), packed(x, x), rtol=1e-5)
     rows = {row.name: row for row in tbn.summary(optimized, x).layers}
     assert rows["body.2"].macs_tiled == 3 * 2 * 4
-    assert "its result is an output" in rows["body.2"].note
+    assert "slice.Tensor (node 'slice_1') is not known to keep them" in rows["body.2"].note
     assert "it has a bias" in rows["head.0"].note
+    apart = {row.name: row for row in tbn.summary(tbn.optimize(packed), x).layers}
+    assert apart["body.2"].macs_tiled == 3 * 2 * 16
+    assert "its result is an output" in apart["body.2"].note
 
 
 def test_nothing_is_computed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
-from tbn_compiler.graph.layers import LayerRecord, alpha_source_key, get_records, graph_parts, layer_calls
+from tbn_compiler.graph.layers import layer_calls
+from tbn_compiler.graph.records import (
+    EXTRA_STATE,
+    LayerRecord,
+    alpha_source_key,
+    get_records,
+    graph_parts,
+    split_key,
+    state_tilings,
+)
 from tests.models.zoo import EXAMPLES, Example
 
 CONFIG = tbn.TilingConfig(p=4, alpha="tile", min_size=0)
@@ -121,9 +131,11 @@ def test_the_original_is_unchanged(case: Case) -> None:
 
 
 def test_checkpoints_load(case: Case) -> None:
-    keys = set(case.qat.state_dict())
-    assert keys >= set(case.model.state_dict())
-    assert keys - set(case.model.state_dict()) == {source for _, source in case.tiled_weights()}
+    state = case.qat.state_dict()
+    assert set(state) >= set(case.model.state_dict())
+    new = {key for key in set(state) - set(case.model.state_dict()) if split_key(key)[1] != EXTRA_STATE}
+    assert new == {source for _, source in case.tiled_weights()}
+    assert state_tilings(state) == {record.weight: record.spec for record in case.records if record.spec}
     missing, unexpected = copy.deepcopy(case.qat).load_state_dict(case.model.state_dict(), strict=False)
     assert not unexpected
     assert all(key.endswith("alpha_source") for key in missing)
@@ -189,11 +201,13 @@ def test_optimizing_keeps_the_results(case: Case) -> None:
     dtype = torch.float64
     qat = copy.deepcopy(case.qat).to(dtype)
     expected = case.evaluate(qat, dtype)
-    inputs = tuple(case.inputs_as(dtype).values())
-    # With shapes more can be rewritten; they are those of positional arguments, so only a single one is given.
-    for example_inputs in (None, inputs if len(inputs) == 1 else None):
-        optimized = case.evaluate(tbn.optimize(qat, example_inputs), dtype)
-        torch.testing.assert_close(optimized, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+    for example_inputs in (None, case.inputs_as(dtype)):
+        refused = case.example.not_exported if example_inputs else ""
+        with pytest.warns(UserWarning, match=refused) if refused else nullcontext():
+            optimized = tbn.optimize(qat, example_inputs)
+        assert isinstance(optimized, type(case.model) if refused or not example_inputs else fx.GraphModule)
+        atol = 1e-12 * float(expected.abs().max())
+        torch.testing.assert_close(case.evaluate(optimized, dtype), expected, rtol=0, atol=atol)
 
 
 def test_nothing_of_a_tiled_layer_stays_in_float(case: Case) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
-from tbn_compiler.graph.layers import get_records
+from tbn_compiler.graph.records import get_records
 from tests import oracle
 
 LAYERS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -56,17 +56,19 @@ def test_options(options: Any) -> None:
 @pytest.mark.parametrize("d", [1, 2])
 def test_gradients_and_opcheck(d: int, p: int, alpha: str, groups: int) -> None:
     packed = tbn.lower(build(d, p, alpha, groups)[1])
-    (node,) = (node for node in packed.graph.nodes if "conv_transpose" in str(node.target))
+    graph = packed[0].graph
+    (node,) = (node for node in graph.nodes if "conv_transpose" in str(node.target))
+    sizes, options = node.args[4:], {**node.kwargs, "output_padding": [1] * d}
     tile, alphas = packed.get_buffer("0.weight_tile"), packed.get_buffer("0.weight_alpha").requires_grad_()
     bias = packed.get_parameter("0.bias").detach().requires_grad_()
     x = torch.randn(1, 8, *(3,) * d, dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor, alphas: Tensor, bias: Tensor) -> Tensor:
-        y: Tensor = node.target(x, tile, alphas, bias, *node.args[4:], **node.kwargs)
+        y: Tensor = node.target(x, tile, alphas, bias, *sizes, **options)
         return y
 
     assert torch.autograd.gradcheck(run, (x, alphas, bias), fast_mode=True)
-    torch.library.opcheck(node.target, (x, tile, alphas, bias, *node.args[4:]), node.kwargs)
+    torch.library.opcheck(node.target, (x, tile, alphas, bias, *sizes), options)
 
 
 def test_a_pair_p_becomes_flat_with_a_note() -> None:
@@ -76,7 +78,7 @@ def test_a_pair_p_becomes_flat_with_a_note() -> None:
     assert record.note == "p=(2, 2) on a transpose convolution: flat, p=4"
 
 
-def test_output_size_is_left_alone() -> None:
+def test_output_size() -> None:
     class Resized(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -87,9 +89,15 @@ def test_output_size_is_left_alone() -> None:
             y: Tensor = self.up(self.plain(x).transpose(1, 2), output_size=[12])
             return y
 
-    qat = tbn.transform(Resized(), tbn.TilingConfig(p=2, min_size=0))
-    assert oracle.reasons(qat)["up"] == "it is called with an output_size"
-    assert qat(torch.randn(1, 5, 8)).shape == (1, 8, 12)
+    model, x = Resized().eval(), torch.randn(1, 5, 8)
+    qat = tbn.transform(model, tbn.TilingConfig(p=2, min_size=0))
+    assert oracle.reasons(qat)["up"] is None
+    packed = tbn.lower(qat)
+    assert packed(x).shape == model(x).shape == (1, 8, 12)
+    oracle.assert_close(packed(x), qat(x))
+    wanted = r"requested an output size of \[14\], but valid sizes range from \[11\] to \[12\]"
+    with pytest.raises(ValueError, match=wanted):
+        packed.up(x.transpose(1, 2), output_size=[14])
 
 
 def test_norms_behind_are_not_folded_and_copies_do_not_flow() -> None:

@@ -163,15 +163,15 @@ BAD_CALLS = [
     ("scale dtype", lambda f: tbn.scale(f(8), f(8).long(), 2), TypeError, "source must be floating point"),
     (
         "unpack dtype",
-        lambda f: tbn.unpack(f(1), 8, dtype=torch.float32),
+        lambda f: tbn.unpack_bits(f(1), 8, dtype=torch.float32),
         TypeError,
-        "tbn::unpack: packed must be uint8, got torch.float32",
+        "tbn::unpack_bits: packed must be uint8, got torch.float32",
     ),
     (
         "unpack size",
-        lambda f: tbn.unpack(f(1).byte(), 9, dtype=torch.float32),
+        lambda f: tbn.unpack_bits(f(1).byte(), 9, dtype=torch.float32),
         ValueError,
-        r"tbn::unpack: 9 elements take 2 bytes, got shape \(1,\)",
+        r"tbn::unpack_bits: 9 elements take 2 bytes, got shape \(1,\)",
     ),
 ]
 
@@ -194,7 +194,7 @@ def test_bad_calls_fail_in_eager_mode(call, error: type[Exception], message: str
 @given(st.integers(1, 70), st.sampled_from(oracle.FLOATS))
 def test_unpack_values(numel: int, dtype: torch.dtype) -> None:
     t = np.where(np.arange(numel) * 37 % 11 > 4, 1.0, -1.0)
-    got = tbn.unpack(torch.from_numpy(oracle.pack(t)), numel, dtype=dtype)
+    got = tbn.unpack_bits(torch.from_numpy(oracle.pack(t)), numel, dtype=dtype)
     assert got.dtype == dtype
     np.testing.assert_array_equal(oracle.array(got), t)
 
@@ -203,4 +203,4 @@ def test_unpack_values(numel: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("numel", [1, 8, 13])
 def test_opcheck_unpack(numel: int, dtype: torch.dtype) -> None:
     packed = torch.randint(0, 256, ((numel + 7) // 8,), dtype=torch.uint8)
-    torch.library.opcheck(tbn.unpack.default, (packed, numel), {"dtype": dtype})
+    torch.library.opcheck(tbn.unpack_bits.default, (packed, numel), {"dtype": dtype})

@@ -1,8 +1,14 @@
-"""Helpers of the tests of the deployment passes."""
+"""Helpers of the tests of the deployment passes.
+
+A lowered model comes in two forms, and each of the passes knows both. As one graph of ``torch.fx`` it calls modules,
+functions and methods; :func:`lowered` gives that by default. From a module (``transform=tbn.transform``)
+:func:`optimized` makes a graph of aten operators by ``torch.export``.
+"""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -10,11 +16,15 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.compiler import optimize
-from tbn_compiler.passes import GraphPass, deployment_pipeline
+from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.layers import INFERENCE_OPS
+from tbn_compiler.graph.records import get_records
+from tbn_compiler.passes import GraphPass, deployment_pipeline, run_passes
+from tbn_compiler.passes.deployment import note_values
 from tests import oracle
 
 
-def lowered(model: nn.Module, **options: Any) -> fx.GraphModule:
+def lowered(model: nn.Module, transform: Any = oracle.whole_graph, **options: Any) -> Any:
     """The model lowered, with norm statistics and affine parameters that do something."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -24,24 +34,42 @@ def lowered(model: nn.Module, **options: Any) -> fx.GraphModule:
             if module.affine:
                 nn.init.normal_(module.weight)
                 nn.init.normal_(module.bias)
-    qat = tbn.transform(model, tbn.TilingConfig(**{"p": 4, "min_size": 0} | options))
-    return tbn.lower(qat)
+    return tbn.lower(transform(model.eval(), tbn.TilingConfig(**{"p": 4, "min_size": 0} | options)))
 
 
-def check(packed: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:
+def noted(packed: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:
+    """A copy of a graph in which ranks and dtypes are known."""
+    gm = copy.deepcopy(packed)
+    note_values(gm, inputs)
+    return gm
+
+
+def optimized(packed: nn.Module, *inputs: Tensor) -> fx.GraphModule:
+    """Optimise for inputs like these."""
+    if isinstance(packed, fx.GraphModule):
+        return run_passes(noted(packed, *inputs), deployment_pipeline())
+    result = optimize(packed, inputs)
+    assert isinstance(result, fx.GraphModule)
+    return result
+
+
+def check(packed: nn.Module, *inputs: Tensor) -> fx.GraphModule:
     """Optimise; the result equals the plain lowering in float32 and float64, and optimising it changes nothing."""
     before = set(packed.state_dict())
-    optimized = optimize(packed, inputs)
+    result = optimized(packed, *inputs)
     assert set(packed.state_dict()) == before, "the lowered module must stay as it is"
     with torch.no_grad():
-        oracle.assert_close(optimized(*inputs), packed(*inputs), rtol=1e-5)
+        oracle.assert_close(result(*inputs), packed(*inputs), rtol=1e-5)
         wide, doubles = copy.deepcopy(packed).double(), [value.double() for value in inputs]
-        oracle.assert_close(optimize(wide, tuple(doubles))(*doubles), wide(*doubles), rtol=1e-12)
-        oracle.assert_close(copy.deepcopy(optimized)(*inputs), optimized(*inputs))
-    notes = [record.note for record in optimized.meta["tbn_layers"]]
-    assert not any(modifies(graph_pass, optimized) for graph_pass in deployment_pipeline())
-    assert [record.note for record in optimized.meta["tbn_layers"]] == notes
-    return optimized
+        oracle.assert_close(optimized(wide, *doubles)(*doubles), wide(*doubles), rtol=1e-12)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch, when it copies an exported graph
+            copied = copy.deepcopy(result)
+        oracle.assert_close(copied(*inputs), result(*inputs))
+    records = get_records(result)
+    assert not any(modifies(graph_pass, result) for graph_pass in deployment_pipeline())
+    assert get_records(result) == records
+    return result
 
 
 def modifies(graph_pass: GraphPass, gm: fx.GraphModule) -> bool:
@@ -60,5 +88,26 @@ def macs(module: nn.Module, *inputs: Tensor) -> dict[str, int]:
 
 
 def modules_called(gm: fx.GraphModule) -> list[str]:
-    """Types of the modules that a graph calls."""
-    return [type(gm.get_submodule(str(n.target))).__name__ for n in gm.graph.nodes if n.op == "call_module"]
+    """Types of the modules that a graph calls; not the check of the inputs' sizes that torch.export adds."""
+    nodes = [node for node in gm.graph.nodes if node.op == "call_module" and node.target != "_guards_fn"]
+    return [type(gm.get_submodule(str(node.target))).__name__ for node in nodes]
+
+
+def called(gm: fx.GraphModule) -> list[str]:
+    """What a graph calls, by the name of the module's type, operator or function; without the tiled layers."""
+    names = []
+    for node in gm.graph.nodes:
+        if node.op == "call_method":
+            names.append(str(node.target))
+        elif node.op == "call_function" and node.target not in INFERENCE_OPS.values():
+            packet = getattr(node.target, "overloadpacket", node.target)
+            names.append(packet.__name__)
+        elif node.op == "call_module" and node.target != "_guards_fn":
+            names.append(type(gm.get_submodule(str(node.target))).__name__)
+    return names
+
+
+def epilogues(gm: fx.GraphModule) -> list[str]:
+    """The functions inside the tiled layers of a graph, in order."""
+    calls = [call for node in gm.graph.nodes if (call := inference_call(node))]
+    return [call.arguments["epilogue"] for call in calls]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +9,21 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.compiler import optimize
-from tbn_compiler.passes import FlowReplicas, FoldBatchNorm, RemoveNoOps, deployment_pipeline
-from tbn_compiler.passes.deployment import propagate_ranks, rank
+from tbn_compiler.passes import (
+    ExposeLinears,
+    FlowReplicas,
+    FoldBatchNorm,
+    FuseEpilogue,
+    FuseUnpack,
+    QuantizeActivations,
+    RemoveNoOps,
+    deployment_pipeline,
+)
+from tbn_compiler.passes.deployment import note_values, rank
 from tests import oracle
-from tests.passes.deployed import lowered, modules_called
+from tests.oracle import both_forms
+from tests.passes.deployed import called, epilogues, lowered
+from tests.passes.deployed import optimized as optimized_graph
 
 
 def network() -> nn.Sequential:
@@ -22,11 +34,14 @@ def network() -> nn.Sequential:
 
 
 def test_order_of_the_pipeline() -> None:
-    assert [type(graph_pass) for graph_pass in deployment_pipeline()] == [RemoveNoOps, FoldBatchNorm, FlowReplicas]
+    order = [RemoveNoOps, ExposeLinears, FuseUnpack, FoldBatchNorm, FlowReplicas, FuseEpilogue]
+    assert [type(graph_pass) for graph_pass in deployment_pipeline()] == order
+    assert [type(graph_pass) for graph_pass in deployment_pipeline("int8")] == [*order, QuantizeActivations]
 
 
-def test_optimise_what_transform_returned() -> None:
-    qat = tbn.transform(network(), tbn.TilingConfig(p=4, min_size=0))
+@both_forms
+def test_optimise_what_transform_returned(transform: Any) -> None:
+    qat = transform(network(), tbn.TilingConfig(p=4, min_size=0))
     x = torch.randn(2, 4, 8, 8)
     optimized = optimize(qat, x)
     assert not optimized.training
@@ -39,18 +54,20 @@ def test_optimise_what_transform_returned() -> None:
 def test_optimise_after_load(tmp_path: Path) -> None:
     """Files hold the lowered form; optimising comes after loading, with the same result."""
     model, x = network(), torch.randn(2, 4, 8, 8)
-    packed = lowered(model)
+    packed = lowered(model, tbn.transform)
     tbn.save(packed, tmp_path / "model.safetensors")
     loaded = tbn.load(tmp_path / "model.safetensors", network())
     first, second = optimize(packed, x), optimize(loaded, x)
     assert torch.equal(first(x), second(x))
     assert list(first.state_dict()) == list(second.state_dict())
-    assert modules_called(first) == ["ReLU", "ReLU", "MaxPool2d", "Flatten"]
+    assert epilogues(first) == ["relu", "relu", "none"]
+    assert called(first) == ["max_pool2d", "flatten"]
 
 
-def test_compiles_without_a_graph_break() -> None:
+@both_forms
+def test_compiles_without_a_graph_break(transform: Any) -> None:
     x = torch.randn(2, 4, 8, 8)
-    optimized = optimize(lowered(network()), x)
+    optimized = optimized_graph(lowered(network(), transform), x)
     compiled = torch.compile(optimized, fullgraph=True, backend="aot_eager")
     oracle.assert_close(compiled(x), optimized(x), rtol=1e-5)
 
@@ -67,7 +84,7 @@ def test_rank_of_a_value_with_several() -> None:
             return self.part(x) + self.part(x[None]).sum(0)
 
     model = Twice()
-    propagate_ranks(model.part, torch.zeros(2, 3))
+    note_values(model.part, torch.zeros(2, 3))
     assert {rank(node) for node in model.part.graph.nodes if node.op == "call_module"} == {2}
-    propagate_ranks(model, torch.zeros(2, 3))
+    note_values(model, torch.zeros(2, 3))
     assert {rank(node) for node in model.part.graph.nodes if node.op == "call_module"} == {None}

@@ -8,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import tbn_compiler as tbn
-from tbn_compiler.compiler import optimize
 from tbn_compiler.graph.calls import inference_call
-from tbn_compiler.graph.shapes import visit_results
-from tbn_compiler.passes import FuseEpilogue
-from tbn_compiler.passes.deployment import note_value
+from tbn_compiler.graph.capture import capture
+from tbn_compiler.passes import FuseEpilogue, deployment_pipeline, run_passes
 from tests import oracle
-from tests.passes.deployed import lowered, modifies
+from tests.oracle import both_forms
+from tests.passes.deployed import lowered, modifies, note, noted
 
 
 class Wrapped(nn.Module):
@@ -36,12 +34,13 @@ class Wrapped(nn.Module):
         return result
 
 
-def fused(packed: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:
+def fused(packed: nn.Module, *inputs: Tensor) -> fx.GraphModule:
     """Fuse a copy whose dtypes and ranks are known; the results stay the same and a second run changes nothing."""
-    gm = copy.deepcopy(packed)
-    visit_results(gm, inputs, lambda node, value: note_value(node, value) if isinstance(value, Tensor) else None)
+    gm = noted(packed, *inputs) if isinstance(packed, fx.GraphModule) else capture(packed, inputs)
+    assert isinstance(gm, fx.GraphModule)
+    nodes = len(gm.graph.nodes)
     modified = modifies(FuseEpilogue(), gm)
-    assert modified == (len(gm.graph.nodes) < len(packed.graph.nodes))
+    assert modified == (len(gm.graph.nodes) < nodes)
     assert not modifies(FuseEpilogue(), gm)
     with torch.no_grad():
         oracle.assert_close(gm(*inputs), packed(*inputs), rtol=1e-5)
@@ -71,15 +70,16 @@ FUNCTIONS: list[tuple[Any, str]] = [
 ]
 
 
+@both_forms
 @pytest.mark.parametrize("index", range(len(FUNCTIONS)))
-def test_functions(index: int) -> None:
+def test_functions(index: int, transform: Any) -> None:
     behind, name = FUNCTIONS[index]
     for layer, x in ((nn.Linear(16, 16), torch.randn(3, 16)), (nn.Conv2d(4, 16, 3), torch.randn(2, 4, 5, 5))):
-        packed = lowered(Wrapped(layer, behind))
+        packed = lowered(Wrapped(layer, behind), transform)
         gm = fused(packed, x)
         assert call_of(gm)["epilogue"] == name
-        (behind_call,) = (node for node in gm.graph.nodes if node.op == "output")
-        assert inference_call(behind_call.args[0]) is not None
+        (output,) = (node for node in gm.graph.nodes if node.op == "output")
+        assert [inference_call(node) is not None for node in output.all_input_nodes] == [True]
 
 
 OTHERS: dict[str, Any] = {
@@ -92,22 +92,32 @@ OTHERS: dict[str, Any] = {
 }
 
 
+@both_forms
 @pytest.mark.parametrize("name", OTHERS)
-def test_left_alone(name: str) -> None:
-    packed = lowered(Wrapped(nn.Linear(16, 16, bias=False), OTHERS[name]))
+def test_left_alone(name: str, transform: Any) -> None:
+    packed = lowered(Wrapped(nn.Linear(16, 16, bias=False), OTHERS[name]), transform)
     gm = fused(packed, torch.randn(3, 16))
     assert call_of(gm)["epilogue"] == "none"
     assert call_of(gm)["bias"] is None
 
 
-def test_added_constants_become_the_bias() -> None:
+@both_forms
+def test_a_constant_that_makes_the_result_wider(transform: Any) -> None:
+    model = Wrapped(nn.Linear(16, 16, bias=False), lambda self, y: y + self.extra)
+    model.extra = nn.Parameter(torch.randn(16, dtype=torch.float64))
+    assert call_of(fused(lowered(model, transform), torch.randn(3, 16)))["bias"] is None
+
+
+@both_forms
+def test_added_constants_become_the_bias(transform: Any) -> None:
     for behind in (lambda self, y: y + self.extra, lambda self, y: self.extra + y, lambda self, y: y.add_(self.extra)):
-        packed = lowered(Wrapped(nn.Linear(16, 16, bias=False), lambda self, y, f=behind: F.relu(f(self, y))))
+        model = Wrapped(nn.Linear(16, 16, bias=False), lambda self, y, f=behind: F.relu(f(self, y)))
+        packed = lowered(model, transform)
         arguments = call_of(fused(packed, torch.randn(3, 16)))
         assert arguments["bias"].target == "extra"
         assert arguments["epilogue"] == "relu"
     # A layer with a bias would add the two in another order.
-    packed = lowered(Wrapped(nn.Linear(16, 16), lambda self, y: y + self.extra))
+    packed = lowered(Wrapped(nn.Linear(16, 16), lambda self, y: y + self.extra), transform)
     assert call_of(fused(packed, torch.randn(3, 16)))["bias"].target == "layer.bias"
 
 
@@ -115,11 +125,12 @@ def test_added_constants_become_the_bias() -> None:
     ("shape", "fuses"),
     [((16, 1, 1), True), ((1, 16, 1, 1), True), ((1, 1, 16, 1, 1), False), ((1, 1, 16), False), ((16, 5, 1), False)],
 )
-def test_the_constant_lies_along_the_channels(shape: tuple[int, ...], fuses: bool) -> None:
+@both_forms
+def test_the_constant_lies_along_the_channels(transform: Any, shape: tuple[int, ...], fuses: bool) -> None:
     model = Wrapped(nn.Conv2d(4, 16, 3, bias=False), lambda self, y: y + self.extra)
     model.extra = nn.Parameter(torch.randn(shape))
     x = torch.randn(2, 4, 18, 18) if shape == (1, 1, 16) else torch.randn(2, 4, 7, 7)
-    arguments = call_of(fused(lowered(model), x))
+    arguments = call_of(fused(lowered(model, transform), x))
     assert (arguments["bias"] is not None) == fuses
 
 
@@ -136,15 +147,15 @@ def test_modules_with_hooks_are_left_alone() -> None:
     assert not modifies(FuseEpilogue(), packed)
 
 
-def test_other_passes_do_not_see_through_an_epilogue() -> None:
+@both_forms
+def test_other_passes_do_not_see_through_an_epilogue(transform: Any) -> None:
     """A norm behind an epilogue stays, and scaled copies stop at one."""
     norm = nn.Sequential(nn.Linear(16, 16, bias=False), nn.GELU(), nn.BatchNorm1d(16))
     chain = nn.Sequential(nn.Linear(16, 16, bias=False), nn.SiLU(), nn.Linear(16, 16, bias=False))
     for model, kept in ((norm, "ends in gelu"), (chain, "silu is fused behind it")):
         x = torch.randn(3, 16)
-        packed = lowered(model, alpha="layer")
-        gm = fused(packed, x)
-        optimized = optimize(gm, x)
+        packed = lowered(model, transform, alpha="layer")
+        gm = run_passes(fused(packed, x), deployment_pipeline())
         with torch.no_grad():
-            oracle.assert_close(optimized(x), packed(x), rtol=1e-5)
-        assert kept in {row.name: row.note for row in tbn.summary(optimized).layers}["0"]
+            oracle.assert_close(gm(x), packed(x), rtol=1e-5)
+        assert kept in note(gm, "0")

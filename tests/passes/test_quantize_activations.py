@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +10,12 @@ from torch import nn
 from tbn_compiler.compiler import optimize
 from tbn_compiler.errors import ConfigError
 from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.records import graph_parts
+from tbn_compiler.ops.schemas import Activation
 from tbn_compiler.passes import QuantizeActivations
-from tests.passes.deployed import lowered, modifies, note
+from tests import oracle
+from tests.oracle import both_forms
+from tests.passes.deployed import lowered, modifies, note, optimized
 
 
 @torch.no_grad()
@@ -37,26 +44,40 @@ def test_transpose_convolutions_stay_in_float() -> None:
     assert not modifies(QuantizeActivations("int8"), packed)
 
 
-def test_copies_are_not_passed_to_a_layer_with_a_format() -> None:
+@both_forms
+def test_copies_are_not_passed_to_a_layer_with_a_format(transform: Any) -> None:
     """The scale of a token comes from all of its values: scaled copies change it."""
     chain = nn.Sequential(nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 16, bias=False))
-    packed = lowered(chain, alpha="tile")
+    packed = lowered(chain, transform, alpha="tile")
     x = torch.randn(3, 16)
-    QuantizeActivations("binary")(packed)
-    optimized = optimize(packed, x)
+    for _, part in graph_parts(packed):
+        QuantizeActivations("binary")(part)
+    result = optimized(packed, x)
     with torch.no_grad():
-        torch.testing.assert_close(optimized(x), packed(x))
-    assert "takes the scale of its binary input from all copies" in note(optimized, "0")
+        torch.testing.assert_close(result(x), packed(x))
+    assert "takes the scale of its binary input from all copies" in note(result, "0")
 
 
 @torch.no_grad()
+@both_forms
 @pytest.mark.parametrize("activation", ["int8", "binary"])
-def test_optimize_takes_the_format(activation: str) -> None:
-    model = lowered(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)))
+def test_optimize_takes_the_format(activation: Activation, transform: Any) -> None:
+    """With and without a graph of the whole model."""
+    model = lowered(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)), transform)
     x = torch.randn(3, 16)
-    quantized = optimize(model, x, activation=activation)
-    calls = [call for node in quantized.graph.nodes if (call := inference_call(node))]
-    assert [call.arguments["activation"] for call in calls] == [activation] * 2
-    assert not torch.equal(quantized(x), optimize(model, x)(x))
+    for quantized in (optimize(model, x, activation=activation), optimize(model, activation=activation)):
+        nodes = [node for _, part in graph_parts(quantized) for node in part.graph.nodes]
+        calls = [call for node in nodes if (call := inference_call(node))]
+        assert [call.arguments["activation"] for call in calls] == [activation] * 2
+        assert not torch.equal(quantized(x), optimize(model, x)(x))
+        oracle.assert_close(quantized(x), quantized_alone(model, activation)(x))
     with pytest.raises(ConfigError, match="activation='int4' is not one of 'float', 'int8', 'binary'"):
         optimize(model, x, activation="int4")
+
+
+def quantized_alone(packed: nn.Module, activation: Activation) -> nn.Module:
+    """The lowered model with the format and nothing else."""
+    result = copy.deepcopy(packed)
+    for _, part in graph_parts(result):
+        QuantizeActivations(activation)(part)
+    return result

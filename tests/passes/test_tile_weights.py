@@ -11,15 +11,17 @@ from torch.nn.utils import parametrizations
 
 import tbn_compiler as tbn
 from tbn_compiler import TilingConfig, TransformError
-from tbn_compiler.passes import TileWeights
+from tbn_compiler.graph.records import get_records
+from tbn_compiler.passes import Scope, TileWeights
 from tests import oracle
+from tests.oracle import both_forms
 
 ALL = TilingConfig(p=4, min_size=0)
 
 
 def check(model: nn.Module, x: Any, config: TilingConfig = ALL) -> fx.GraphModule:
-    """Transform, and compare in evaluation mode with the same model on the oracle's weights."""
-    qat = tbn.transform(model, config).eval()
+    """Tile as one graph, and compare in evaluation mode with the same model on the oracle's weights."""
+    qat = oracle.whole_graph(model, config).eval()
     with torch.no_grad():
         oracle.assert_close(qat(x), oracle.with_oracle_weights(model, qat)(x))
     return qat
@@ -105,7 +107,7 @@ def test_functional_weights(case: str, nested: bool) -> None:
     qat = check(nn.Sequential(model) if nested else model, torch.randn(size))
     prefix = "0." if nested else ""
     assert oracle.reasons(qat) == {f"{prefix}w": None}
-    assert set(qat.state_dict()) == {f"{prefix}{name}" for name in ("w", "bias", "w_alpha_source")}
+    assert set(oracle.tensors(qat)) == {f"{prefix}{name}" for name in ("w", "bias", "w_alpha_source")}
 
 
 def test_functional_call_on_a_modules_parameters_by_keyword() -> None:
@@ -147,10 +149,15 @@ def test_graph_of_torch_export() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
-def test_same_padding_in_a_graph_of_torch_export_is_listed() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding="same"), nn.Conv2d(8, 8, 3)).eval()
-    exported = torch.export.export(model, (torch.randn(2, 4, 6, 6),)).module()
-    assert len(tbn.transform(exported, ALL).meta["tbn_layers"]) == 2
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")  # of the float model
+@pytest.mark.parametrize("case", CONVS)
+def test_convs_in_a_graph_of_torch_export(case: str) -> None:
+    conv, sizes = CONVS[case]
+    model, x = nn.Sequential(conv).eval(), torch.randn(2, *sizes)
+    qat = tbn.transform(torch.export.export(model, (x,)), ALL.replace(alpha="tile"))
+    assert oracle.reasons(qat) == {"0": None}
+    with torch.no_grad():
+        oracle.assert_close(qat(x), oracle.with_oracle_weights(model, qat)(x))
 
 
 # What is shared
@@ -169,10 +176,10 @@ def test_tied_weights_are_tiled_once() -> None:
     model = Pair()
     model.b.weight = model.a.weight
     qat = check(model, torch.randn(3, 8))
-    (record,) = qat.meta["tbn_layers"]
+    (record,) = get_records(qat) or ()
     assert (record.name, record.tied) == ("a", ("b.weight",))
     assert count(qat, torch.ops.tbn.tile.default) == 1
-    assert set(qat.state_dict()) - set(model.state_dict()) == {"a.alpha_source"}
+    assert set(oracle.tensors(qat)) - set(model.state_dict()) == {"a.alpha_source"}
     qat.train()(torch.randn(3, 8)).sum().backward()
     assert model.a.weight.grad is not None
 
@@ -244,8 +251,12 @@ class Zoo(nn.Module):
 
 
 def test_every_layer_is_listed_with_its_reason() -> None:
-    model = Zoo()
-    qat = check(model, torch.randn(2, 3, 8), ALL.replace(float_layers=["kept"]))
+    model, x = Zoo(), torch.randn(2, 3, 8)
+    gm = fx.symbolic_trace(model)
+    gm.add_submodule("unused", model.unused)  # torch.fx leaves out what the graph does not call
+    qat = tbn.transform(gm, ALL.replace(float_layers=["kept"])).eval()
+    with torch.no_grad():
+        oracle.assert_close(qat(x), oracle.with_oracle_weights(model, qat)(x))
     reasons = oracle.reasons(qat)
     assert [name for name, reason in reasons.items() if reason is None] == ["plain"]
     expected = {
@@ -270,8 +281,9 @@ def test_every_layer_is_listed_with_its_reason() -> None:
     assert {name for name, module in model.named_modules() if isinstance(module, kinds)} <= set(reasons)
 
 
-def test_lazy_layers_are_left_alone() -> None:
-    qat = tbn.transform(nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8), nn.LazyConv1d(8, 3)), ALL)
+@both_forms
+def test_lazy_layers_are_left_alone(transform: Any) -> None:
+    qat = transform(nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8), nn.LazyConv1d(8, 3)), ALL)
     reasons = oracle.reasons(qat)
     assert reasons["0"] is None
     for name in "12":
@@ -279,16 +291,22 @@ def test_lazy_layers_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
-def test_layers_with_hooks_keep_them(hook: str) -> None:
+@both_forms
+def test_layers_with_hooks_keep_them(transform: Any, hook: str) -> None:
+    """A functional call would skip them, so in a whole graph the layer stays; a tiled layer module has them itself."""
     model, calls = Pair(), []
     getattr(model.a, hook)(lambda *args: calls.append(1))
-    qat = tbn.transform(model, ALL)
-    assert "hooks" in str(oracle.reasons(qat)["a"])
+    qat = transform(model, ALL)
+    reason = oracle.reasons(qat)["a"]
+    assert reason == (
+        None if transform is tbn.transform else "the module has hooks, which a functional call would skip"
+    )
     qat(torch.randn(2, 8, requires_grad=True)).sum().backward()
     assert calls == [1]
 
 
-def test_one_dimensional_linear_weight() -> None:
+@both_forms
+def test_one_dimensional_linear_weight(transform: Any) -> None:
     class Dot(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -297,17 +315,19 @@ def test_one_dimensional_linear_weight() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(self.fc(x), self.w)
 
-    qat = tbn.transform(Dot(), ALL).eval()
+    qat = transform(Dot(), ALL).eval()
     x = torch.randn(3, 16)
     oracle.assert_close(tbn.lower(qat)(x), qat(x))
 
 
-def test_a_layer_as_the_whole_model_has_a_name() -> None:
-    qat = tbn.transform(nn.Linear(8, 8), ALL)
-    assert all(record.name for record in qat.meta["tbn_layers"])
+@both_forms
+def test_a_layer_as_the_whole_model_has_a_name(transform: Any) -> None:
+    (record,) = get_records(transform(nn.Linear(8, 8), ALL)) or ()
+    assert record.name
 
 
-def test_a_parameter_called_alpha_source_is_left_to_the_model() -> None:
+@both_forms
+def test_a_parameter_called_alpha_source_is_left_to_the_model(transform: Any) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -316,51 +336,54 @@ def test_a_parameter_called_alpha_source_is_left_to_the_model() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight) + self.alpha_source.sum()
 
-    try:
-        qat = tbn.transform(Model(), ALL)
-    except TransformError:  # refusing it is as good as another name
-        return
-    w = qat.get_parameter("weight")
-    scale = next(node for node in qat.graph.nodes if node.target is torch.ops.tbn.scale.default)
-    assert qat.get_parameter(scale.args[1].target).shape == w.shape
+    with pytest.raises(TransformError, match="has an attribute 'alpha_source', the name of the alpha source"):
+        transform(Model(), ALL)
 
 
 @pytest.mark.filterwarnings("ignore:config patterns:UserWarning")
-def test_either_name_of_a_tied_weight_keeps_it_in_float() -> None:
+@both_forms
+def test_either_name_of_a_tied_weight_keeps_it_in_float(transform: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight
-    reasons = oracle.reasons(tbn.transform(model, ALL.replace(float_layers=["1"])))
+    reasons = oracle.reasons(transform(model, ALL.replace(float_layers=["1"])))
     assert reasons["0"] is not None
 
 
 # Options
 
 
-def tiling(gm: fx.GraphModule) -> dict[str, Any]:
-    return {r.name: (r.spec.layout.p, r.spec.num_alphas) if r.spec else None for r in gm.meta["tbn_layers"]}
+def tiling(module: nn.Module) -> dict[str, Any]:
+    return {r.name: (r.spec.layout.p, r.spec.num_alphas) if r.spec else None for r in get_records(module) or ()}
+
+
+def notes(module: nn.Module) -> list[str | None]:
+    return [record.note for record in get_records(module) or ()]
 
 
 def stack() -> nn.Sequential:
     return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(32, 10), nn.Linear(10, 7))
 
 
-def test_min_size_binarises_small_layers() -> None:
-    qat = tbn.transform(stack(), TilingConfig(p=4, min_size=320, alpha="tile"))
+@both_forms
+def test_min_size_binarises_small_layers(transform: Any) -> None:
+    qat = transform(stack(), TilingConfig(p=4, min_size=320, alpha="tile"))
     assert tiling(qat) == {"0": (1, 1), "1": (4, 4), "2": (4, 4), "3": (1, 1)}
-    assert qat.meta["tbn_layers"][0].note == "under min_size=320: binary, p=1"
-    assert qat.meta["tbn_layers"][1].note is None
+    binary = "under min_size=320: binary, p=1"
+    assert notes(qat) == [binary, None, None, binary]
 
 
-def test_small_layers_can_stay_float() -> None:
-    qat = tbn.transform(stack(), TilingConfig(p=4, min_size=320, small="float"))
+@both_forms
+def test_small_layers_can_stay_float(transform: Any) -> None:
+    qat = transform(stack(), TilingConfig(p=4, min_size=320, small="float"))
     assert tiling(qat) == {"0": None, "1": (4, 1), "2": (4, 1), "3": None}
     assert oracle.reasons(qat)["0"] == "256 weights, under min_size=320, kept in float by small='float'"
 
 
-def test_divisor_rule() -> None:
-    qat = tbn.transform(stack(), TilingConfig(p=6, min_size=0))
+@both_forms
+def test_divisor_rule(transform: Any) -> None:
+    qat = transform(stack(), TilingConfig(p=6, min_size=0))
     assert tiling(qat) == {"0": (4, 1), "1": (4, 1), "2": (5, 1), "3": (5, 1)}
-    assert [r.note for r in qat.meta["tbn_layers"]] == [
+    assert notes(qat) == [
         "p=6 does not divide 256: p=4",
         "p=6 does not divide 512: p=4",
         "p=6 does not divide 320: p=5",
@@ -368,14 +391,15 @@ def test_divisor_rule() -> None:
     ]
 
 
-def test_overrides_and_filters() -> None:
+@both_forms
+def test_overrides_and_filters(transform: Any) -> None:
     config = TilingConfig(
         p=4,
         min_size=400,
         overrides={"0": {"p": 8}, "2": {"alpha": "tile", "min_size": 0}, "3": {"small": "float"}},
         filter=lambda layer: layer.shape != (32, 16),
     )
-    qat = tbn.transform(stack(), config)
+    qat = transform(stack(), config)
     assert tiling(qat) == {"0": (8, 1), "1": None, "2": (4, 4), "3": None}
     assert oracle.reasons(qat)["1"] == "kept in float by the filter function"
 
@@ -395,18 +419,20 @@ def test_filter_sees_kind_shape_and_groups() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.conv1d(self.conv(x), self.w, groups=2)
 
-    tbn.transform(Model(), ALL.replace(filter=keep))
+    oracle.whole_graph(Model(), ALL.replace(filter=keep))
     assert seen == [("conv", "conv1d", (8, 2, 3), 2), ("w", "conv1d", (8, 4, 3), 2)]
 
 
-def test_unmatched_patterns_warn() -> None:
+@both_forms
+def test_unmatched_patterns_warn(transform: Any) -> None:
     with pytest.warns(UserWarning, match=r"config patterns \['hed'\] match no layer; layers: a, b"):
-        tbn.transform(Pair(), ALL.replace(float_layers=["hed"]))
+        transform(Pair(), ALL.replace(float_layers=["hed"]))
 
 
-def test_alpha_source_is_drawn_independently() -> None:
+@both_forms
+def test_alpha_source_is_drawn_independently(transform: Any) -> None:
     model = nn.Sequential(nn.Linear(400, 100))
-    qat = tbn.transform(model, ALL)
+    qat = transform(model, ALL)
     a, w = qat.get_parameter("0.alpha_source"), model.get_parameter("0.weight")
     assert a.shape == w.shape
     assert a.requires_grad
@@ -416,10 +442,11 @@ def test_alpha_source_is_drawn_independently() -> None:
     assert float(a.detach().std()) == pytest.approx(float(w.detach().std()), rel=2e-2)
 
 
-def test_frozen_weights_stay_frozen() -> None:
+@both_forms
+def test_frozen_weights_stay_frozen(transform: Any) -> None:
     model = Pair()
     model.a.requires_grad_(False)
-    qat = tbn.transform(model, ALL)
+    qat = transform(model, ALL)
     assert {name: p.requires_grad for name, p in qat.named_parameters()} == {
         "a.weight": False,
         "a.bias": False,
@@ -430,9 +457,10 @@ def test_frozen_weights_stay_frozen() -> None:
     }
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_alpha_source_has_the_weights_dtype(dtype: torch.dtype) -> None:
-    qat = tbn.transform(Pair().to(dtype), ALL)
+def test_alpha_source_has_the_weights_dtype(transform: Any, dtype: torch.dtype) -> None:
+    qat = transform(Pair().to(dtype), ALL)
     assert {p.dtype for p in qat.parameters()} == {dtype}
     assert qat(torch.randn(2, 8, dtype=dtype)).dtype == dtype
 
@@ -442,14 +470,15 @@ def test_alpha_source_has_the_weights_dtype(dtype: torch.dtype) -> None:
 
 def test_second_run_reports_no_change() -> None:
     gm = fx.symbolic_trace(Pair())
-    assert TileWeights(ALL).call(gm).modified is True
-    code, records, keys = gm.code, gm.meta["tbn_layers"], list(gm.state_dict())
-    assert TileWeights(ALL).call(gm).modified is False
-    assert (gm.code, gm.meta["tbn_layers"], list(gm.state_dict())) == (code, records, keys)
+    assert TileWeights(Scope(ALL)).call(gm).modified is True
+    code, records, keys = gm.code, get_records(gm), list(gm.state_dict())
+    assert TileWeights(Scope(ALL)).call(gm).modified is False
+    assert (gm.code, get_records(gm), list(gm.state_dict())) == (code, records, keys)
 
 
-def test_second_run_tiles_what_the_first_left() -> None:
-    qat = tbn.transform(Pair(), ALL.replace(float_layers=["b"]))
+@both_forms
+def test_second_run_tiles_what_the_first_left(transform: Any) -> None:
+    qat = transform(Pair(), ALL.replace(float_layers=["b"]))
     again = tbn.transform(qat, ALL)
     assert tiling(again) == {"a": (4, 1), "b": (4, 1)}
     assert tiling(qat) == {"a": (4, 1), "b": None}
@@ -458,14 +487,15 @@ def test_second_run_tiles_what_the_first_left() -> None:
 def test_nodes_keep_their_origin() -> None:
     gm = fx.symbolic_trace(Pair())
     stacks = [node.meta.get("nn_module_stack") for node in gm.graph.nodes if node.op == "call_module"]
-    TileWeights(ALL)(gm)
+    TileWeights(Scope(ALL))(gm)
     assert [node.meta.get("nn_module_stack") for node in gm.graph.nodes if node.target is F.linear] == stacks
 
 
-def test_nothing_to_tile() -> None:
+@both_forms
+def test_nothing_to_tile(transform: Any) -> None:
     with pytest.raises(TransformError, match="nothing to tile in ReLU: it has no linear or conv layer"):
-        tbn.transform(nn.ReLU(), ALL)
+        transform(nn.ReLU(), ALL)
     with pytest.raises(TransformError, match="none of its 2 layers is eligible") as caught:
-        tbn.transform(Pair(), ALL.replace(float_layers=["*"]))
+        transform(Pair(), ALL.replace(float_layers=["*"]))
     for name in "ab":
         assert f"\n  {name} (linear): kept in float by name (float_layers pattern '*')" in str(caught.value)

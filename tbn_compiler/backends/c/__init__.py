@@ -1,8 +1,8 @@
 """The C backend: one standalone C99 file and its header.
 
 ``frontend`` turns the module into a small typed graph (``ir``), ``fuse`` simplifies it, ``kernels`` and
-``tiled_kernels`` choose how each operation is computed, ``planner`` and ``memory`` give everything a place, and ``emit``
-prints the plan through the templates. ``host`` compiles and runs the result on this computer.
+``tiled_kernels`` choose how each operation is computed, ``planner`` and ``memory`` give everything a place, and
+``emit`` prints the plan through the templates. ``host`` compiles and runs the result on this computer.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ def export_c(
 ) -> Plan:
     """Write a model as one C99 file and a header, without malloc or any dependency but the standard library.
 
-    The header declares ``void <name>_run(const float *input, float *output)``, or a parameter for each of several inputs
-    and outputs, and the macros ``<NAME>_INPUT_SIZE``, ``<NAME>_OUTPUT_SIZE`` (elements), ``<NAME>_SCRATCH_BYTES``,
-    ``<NAME>_WEIGHT_BYTES`` and ``<NAME>_TOTAL_BYTES``. Tiles stay packed at one bit an element, and of a tiled layer only
-    the rows that differ are computed.
+    The header declares ``void <name>_run(const float *input, float *output)``, or a parameter for each of several
+    inputs and outputs, and the macros ``<NAME>_INPUT_SIZE``, ``<NAME>_OUTPUT_SIZE`` (elements),
+    ``<NAME>_SCRATCH_BYTES``, ``<NAME>_WEIGHT_BYTES`` and ``<NAME>_TOTAL_BYTES``. Tiles stay packed at one bit an
+    element, and of a tiled layer only the rows that differ are computed.
 
     Args:
         module: a lowered module (:func:`tbn_compiler.lower`); a trained one is lowered on the way, and layers in
             float become float arrays. Always exported in evaluation mode, and never changed.
         example_inputs: a tensor, or a tuple with one for each argument of ``forward``; float32, or integers, which are
             ``int32_t`` in C. They fix every shape, the batch (usually 1) included.
-        path: the ``.c`` file to write, beside which the header goes; with ``package`` the folder. All files are written,
-            or none.
+        path: the ``.c`` file to write, beside which the header goes; with ``package`` the folder. All files are
+            written, or none.
         name: prefix of every symbol, so that several models link into one program.
         scratch: ``"static"``, intermediate results lie in one static block, or ``"caller"``, the run function takes
             ``void *scratch`` with ``<NAME>_SCRATCH_BYTES`` bytes aligned for float, and is reentrant.

@@ -101,35 +101,28 @@ def _sum_neighbours(operations: Sequence[ir.Operation]) -> list[ir.Operation]:
     result: list[ir.Operation] = []
     sums: dict[tuple[ir.Operand, int], ir.Value] = {}
     for operation in operations:
-        if isinstance(operation, ir.TiledLinear | ir.TiledConv) and _shares_weights(operation):
-            layout, (source,) = operation.layout, operation.inputs
-            key = (source, layout.p_in)
+        if isinstance(operation, ir.TiledLinear | ir.TiledConv) and operation.product.summed > 1:
+            layout, count, (source,) = operation.layout, operation.product.summed, operation.inputs
+            key = (source, count)
             if key not in sums:
                 shape, inner = _summed(operation)
                 sums[key] = ir.Value(f"{operation.name}_sums", shape)
                 head = (sums[key].name, operation.layer, (source,), sums[key])
-                result.append(ir.SumNeighbours(*head, count=layout.p_in, inner=inner))
+                result.append(ir.SumNeighbours(*head, count=count, inner=inner))
             rows, inputs, *kernel = layout.shape
-            flat = TileLayout((rows, inputs // layout.p_in, *kernel), layout.p_out)
+            flat = TileLayout((rows, inputs // count, *kernel), layout.p_out)
             operation = replace(operation, inputs=(sums[key],), layout=flat)
         result.append(operation)
     return result
 
 
-def _shares_weights(operation: ir.TiledLinear | ir.TiledConv) -> bool:
-    """Whether neighbouring inputs have the same weight and the same scale."""
-    layout = operation.layout
-    one_alpha = layout.alphas_in(operation.alpha.size) == 1
-    return layout.p_in > 1 and one_alpha and layout.shape[1] // operation.replicas % layout.p_in == 0
-
-
 def _summed(operation: ir.TiledLinear | ir.TiledConv) -> tuple[tuple[int, ...], int]:
     """Shape of the summed input of a layer, and the elements behind each feature or channel."""
-    p_in = operation.layout.p_in
+    count = operation.product.summed
     if isinstance(operation, ir.TiledConv):
         window = operation.window
-        return (operation.samples, operation.input_channels // p_in, *window.input), window.input_size
-    return (*operation.output.shape[:-1], operation.layout.row_size // operation.replicas // p_in), 1
+        return (operation.samples, operation.input_channels // count, *window.input), window.input_size
+    return (*operation.output.shape[:-1], operation.layout.row_size // operation.replicas // count), 1
 
 
 def _fuse_relus(operations: Sequence[ir.Operation], outputs: Sequence[ir.Operand]) -> list[ir.Operation]:

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from tbn_compiler.tiling import TileLayout
+from tbn_compiler.tiling import TiledProduct, TileLayout
 
 DType = Literal["float32", "int32"]
 
@@ -261,7 +261,7 @@ class Attention(Operation):
     """``softmax(scale * q @ k.T + mask) @ v``, all of it row by row.
 
     Attributes:
-        accesses: q ``[B, H, L, D]``, k ``[B, H, S, D]``, v ``[B, H, S, E]`` and, if there is one, mask ``[B, H, L, S]``.
+        accesses: q ``[B, H, L, D]``, k ``[B, H, S, D]``, v ``[B, H, S, E]`` and, if there is a mask, ``[B, H, L, S]``.
         result: where the elements of the result ``[B, H, L, E]`` are written.
         scale: factor of the scores.
         causal: query ``i`` sees keys 0 to ``i`` only.
@@ -396,8 +396,8 @@ class Tiled(Operation):
         tile: packed bits ``[ceil(q / 8)]``, or float32 ``[q]`` for a full-precision tile.
         alpha: scales, as many as ``layout.allows_alphas``.
         bias: one number for each output feature or channel, or ``None``.
-        input_alpha: ``[k]``, the input's features or channels stand for ``k`` copies of them, one behind the other, with
-            these scales; or ``None``.
+        input_alpha: ``[k]``, the input's features or channels stand for ``k`` copies of them, one behind the other,
+            with these scales; or ``None``.
         layout: shape of the weight and the way the tile fills it.
         relu: whether a ReLU follows.
     """
@@ -413,6 +413,11 @@ class Tiled(Operation):
     def replicas(self) -> int:
         """``k``: the input holds ``n / k`` elements for each row of ``n`` weights."""
         return 1 if self.input_alpha is None else self.input_alpha.size
+
+    @property
+    def product(self) -> TiledProduct:
+        """What the layer multiplies."""
+        return TiledProduct(self.layout, self.alpha.size, replicas=self.replicas)
 
 
 @dataclass(frozen=True)
@@ -435,6 +440,11 @@ class TiledConv(Tiled):
 
     window: Window
     groups: int = 1
+
+    @property
+    def product(self) -> TiledProduct:
+        """What the layer multiplies."""
+        return TiledProduct(self.layout, self.alpha.size, self.groups, self.replicas)
 
     @property
     def samples(self) -> int:
@@ -475,8 +485,8 @@ class ConvTranspose(Operation):
 class TiledConvTranspose(Tiled):
     """A transpose convolution on a stored tile (``tbn::conv_transpose1d``, ``tbn::conv_transpose2d``).
 
-    The rows of the layout are *input* channels: its shape is ``[C, m / groups, *kernel]``. ``input_alpha`` is ``None``, and
-    ``relu`` is false.
+    The rows of the layout are *input* channels: its shape is ``[C, m / groups, *kernel]``. ``input_alpha`` is
+    ``None``, and ``relu`` is false.
     """
 
     window: Window

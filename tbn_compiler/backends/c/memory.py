@@ -61,7 +61,8 @@ def share_storage(
     Args:
         operations: the steps.
         parts: what :func:`resolve_parts` gives.
-        inputs, outputs: the model's.
+        inputs: the model's.
+        outputs: the model's.
     """
 
     def whole(operand: ir.Operand) -> ir.Operand:

@@ -10,16 +10,16 @@ from tbn_compiler.backends.c.plan import Argument, At, Call, Implementation, Ind
 from tbn_compiler.backends.c.registry import Context, implements
 from tbn_compiler.backends.c.tiled_instances import patch_name
 from tbn_compiler.backends.c.tiled_rows import choose, finish_instructions, patch_instructions, precision
-from tbn_compiler.tiling import TileLayout
 
 
 @implements(ir.TiledLinear)
 def tiled_linear(operation: ir.TiledLinear, context: Context) -> Implementation:
-    """Eight inputs are taken at a time where every row begins and the tile ends on a whole byte, copies follow one
-    another unrolled, and one scale holds for a whole row. Everything else goes run by run.
+    """Eight inputs are taken at a time, or else the inputs go run by run.
+
+    Eight are where every row begins and the tile ends on a whole byte, copies follow one another unrolled, and one
+    scale holds for a whole row.
     """
-    layout, (source,) = operation.layout, operation.inputs
-    rows = layout.distinct_rows(operation.alpha.size)
+    layout, rows, (source,) = operation.layout, operation.product.rows, operation.inputs
     input_size, vectors = layout.row_size // operation.replicas, operation.output.size // layout.rows
     title = f"tiled linear {layout.row_size} -> {layout.rows}{describe(operation, rows)}"
     if whole_rows(operation):
@@ -33,13 +33,13 @@ def tiled_linear(operation: ir.TiledLinear, context: Context) -> Implementation:
 
 
 def _choose_linear(operation: ir.TiledLinear) -> tuple[str, str]:
-    layout = operation.layout
+    layout, product = operation.layout, operation.product
     if not operation.tile.packed:
         return "tiled_linear_float", "full-precision tile"
-    if layout.row_size % 8 or layout.tile_size % 8:
-        return "tiled_linear_bits", "rows or tile do not end on whole bytes"
-    if layout.p_in > 1 or shift(layout) or operation.input_alpha or not rows_per_alpha(operation):
+    if product.neighbours > 1 or layout.roll or operation.input_alpha or not product.scales_results:
         return "tiled_linear_bits", "scales or copies change inside rows"
+    if product.alignment % 8:
+        return "tiled_linear_bits", "rows or tile do not end on whole bytes"
     return "tiled_linear_bytes", "rows of whole bytes"
 
 
@@ -47,7 +47,7 @@ def _choose_linear(operation: ir.TiledLinear) -> tuple[str, str]:
 def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
     """The reference: one weight at a time, in any layout; only rows that differ are computed."""
     layout, window, (source,) = operation.layout, operation.window, operation.inputs
-    rows = layout.rows_per_group(operation.alpha.size, operation.groups)
+    rows = operation.product.rows
     kernel = "tiled_conv_bits" if operation.tile.packed else "tiled_conv_float"
     sizes = f"{operation.groups * layout.shape[1]} -> {layout.rows} channels, {' x '.join(map(str, layout.shape[2:]))}"
     groups = f", {operation.groups} groups" if operation.groups > 1 else ""
@@ -63,7 +63,7 @@ def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
             ("out_channels", layout.rows),
             ("groups", operation.groups),
             ("unique_rows", rows),
-            ("rows_per_alpha", rows_per_alpha(operation)),
+            ("rows_per_alpha", operation.product.rows_per_alpha),
             ("alpha", row_alpha(operation)),
             ("bias", operation.bias),
             ("relu", int(operation.relu)),
@@ -90,10 +90,8 @@ def _why_no_rows(operation: ir.TiledConv) -> str:
 
 def whole_rows(operation: ir.TiledLinear | ir.TiledConv) -> bool:
     """Whether the tile is bits and holds nothing but whole rows, each with one scale."""
-    layout = operation.layout
-    unrolled = layout.p_in == 1 and shift(layout) == 0
-    once = layout.unique_rows * layout.row_size == layout.tile_size
-    return operation.tile.packed and unrolled and once and rows_per_alpha(operation) > 0
+    product = operation.product
+    return operation.tile.packed and product.contiguous and product.neighbours == 1 and product.scales_results
 
 
 def _linear_rows(operation: ir.TiledLinear, context: Context, title: str) -> Implementation:
@@ -126,16 +124,16 @@ def _rows(
 ) -> Implementation:
     """Products with the rows of the tile, then scales, bias and activation; as often as there are input vectors.
 
-    Scaled copies of the input are columns side by side: each copy's part of a row is a row of its own for the kernel.
+    Replicas of the input are columns side by side: each replica's part of a row is a row of its own for the kernel.
     """
-    layout, copies = operation.layout, operation.replicas
-    unique, inputs = layout.unique_rows, layout.row_size // copies
-    rows = unique * copies
+    layout, product, replicas = operation.layout, operation.product, operation.replicas
+    inputs = product.columns // replicas
+    rows = product.rows * replicas
     kernel, choice = choose(rows, inputs, context.options)
     order = f"{kernel.kernel.removeprefix('tiled_')}_{rows}x{inputs}"
     table = context.prepare(operation.tile, order, lambda: kernel.make_table(_signs(operation, rows)))
-    finish = copies > 1 or layout.rows != unique or row_alpha(operation) is not None or operation.bias is not None
-    in_place = copies == 1 and positions == 1 and rows % kernel.granule == 0
+    finish = row_alpha(operation) is not None or operation.bias is not None or replicas > 1 or product.repeats > 1
+    in_place = replicas == 1 and positions == 1 and rows % kernel.granule == 0
     products: At | Workspace = At(operation.output, stride=layout.rows)
     if not in_place:
         products = Workspace("products", -(-rows // kernel.granule) * kernel.granule)
@@ -166,8 +164,7 @@ def _signs(operation: ir.TiledLinear | ir.TiledConv, rows: int) -> np.ndarray:
 
 def finish_struct(operation: ir.TiledLinear | ir.TiledConv, title: str, positions: int) -> Struct:
     """``tiled_finish_layer``: what happens to the products of the different rows."""
-    layout = operation.layout
-    rows, per_alpha = layout.unique_rows, rows_per_alpha(operation)
+    layout, rows, per_alpha = operation.layout, operation.product.rows, operation.product.rows_per_alpha
     fields = (
         ("rows", rows),
         ("copies", operation.replicas),
@@ -190,9 +187,9 @@ def linear_struct(operation: ir.TiledLinear, title: str) -> Struct:
     fields = (
         ("in_features", layout.row_size),
         ("out_features", layout.rows),
-        ("unique_rows", layout.distinct_rows(operation.alpha.size)),
+        ("unique_rows", operation.product.rows),
         ("tile_size", layout.tile_size),
-        ("rows_per_alpha", rows_per_alpha(operation)),
+        ("rows_per_alpha", operation.product.rows_per_alpha),
         ("alpha", row_alpha(operation)),
         ("bias", operation.bias),
         ("relu", int(operation.relu)),
@@ -205,7 +202,7 @@ def _runs_struct(operation: ir.TiledLinear, title: str) -> Struct:
     layout = operation.layout
     fields = (
         ("p_in", layout.p_in),
-        ("shift", shift(layout)),
+        ("shift", layout.roll),
         ("input_size", layout.row_size // operation.replicas),
         ("copy_alpha", copy_alpha(operation)),
         ("input_alpha", operation.input_alpha),
@@ -223,47 +220,30 @@ def weight_struct(operation: ir.Tiled, title: str) -> Struct:
         ("tile_size", layout.tile_size),
         ("tile_rows", layout.rows // layout.p_out if layout.p_in > 1 else 0),
         ("p_in", layout.p_in),
-        ("shift", shift(layout)),
+        ("shift", layout.roll),
         ("copy_alpha", copy_alpha(operation)),
         ("input_alpha", operation.input_alpha),
     )
     return Struct("tiled_weight", f"{operation.layer}_weight_layout", title, fields)
 
 
-def shift(layout: TileLayout) -> int:
-    """Elements by which each further copy is rolled; a single copy is not."""
-    return layout.shift % layout.tile_size if layout.p > 1 else 0
-
-
-def rows_per_alpha(operation: ir.Tiled) -> int:
-    """Row ``r`` is scaled by ``alpha[r // rows_per_alpha]``; 0 where alphas change inside a row.
-
-    That is the case where a copy with an alpha of its own ends inside a row, and where neighbouring inputs have
-    different alphas.
-    """
-    layout, num_alphas = operation.layout, operation.alpha.size
-    if layout.alphas_in(num_alphas) > 1 or layout.rows % num_alphas:
-        return 0
-    return layout.rows // num_alphas
-
-
 def row_alpha(operation: ir.Tiled) -> ir.Constant | None:
     """The alphas that scale whole rows; ``None`` where there are none to apply: a single 1, or alphas inside rows."""
-    if not rows_per_alpha(operation) or (operation.alpha.array == 1).all():
+    if not operation.product.scales_results or (operation.alpha.array == 1).all():
         return None
     return operation.alpha
 
 
 def copy_alpha(operation: ir.Tiled) -> ir.Constant | None:
     """The alphas that change inside rows: copy ``i`` at neighbour ``j`` has ``alpha[i * p_in + j]``."""
-    return None if rows_per_alpha(operation) else operation.alpha
+    return None if operation.product.scales_results else operation.alpha
 
 
 def describe(operation: ir.Tiled, unique_rows: int) -> str:
     """What a title says about a tile."""
     layout, num_alphas = operation.layout, operation.alpha.size
     axes = f" ({layout.p_out} x {layout.p_in})" if layout.p_in > 1 else ""
-    rolled = f", rolled by {shift(layout)}" if shift(layout) else ""
+    rolled = f", rolled by {layout.roll}" if layout.roll else ""
     alphas = f"{num_alphas} alpha{'s' if num_alphas > 1 else ''}"
     replicas = f", input as {operation.replicas} scaled copies" if operation.input_alpha else ""
     flags = f"{', bias' if operation.bias else ''}{', ReLU' if operation.relu else ''}"

@@ -52,8 +52,8 @@ def _read_strided(operations: Sequence[ir.Operation]) -> list[ir.Operation]:
 def compose(outer: ir.Access, inner: ir.Access) -> ir.Access | None:
     """What ``outer`` reads of a copy made by ``inner``, as an access to the copy's source; ``None`` if it is none.
 
-    Each dimension of ``outer`` has to move along one dimension of ``inner``. Several may move along the same, as the heads
-    of an attention and their features do, if together they do not leave it.
+    Each dimension of ``outer`` has to move along one dimension of ``inner``. Several may move along the same, as the
+    heads of an attention and their features do, if together they do not leave it.
     """
     steps = ir.row_major(inner.sizes)
     # Where in the copy the first element stands, and how far back and forth the others go, by dimension.

@@ -7,16 +7,14 @@ computes, and :func:`info` gives the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from tbn_compiler.backends.cpu import conv, declined, library, linear, prepare
 from tbn_compiler.backends.cpu.library import LEVELS, set_level, use_level
-from tbn_compiler.ops import LIBRARY, reference
-from tbn_compiler.ops.schemas import CONV_TRANSPOSE_OPS
+from tbn_compiler.ops import reference
+from tbn_compiler.ops.calls import OPERATORS, TensorCall, make_kernel, register_kernel
 
 __all__ = ["LEVELS", "Info", "info", "register", "set_level", "use_level"]
 
@@ -62,22 +60,14 @@ def info() -> Info:
     )
 
 
-def _left_to_pytorch(kernel: Callable[..., Tensor], reason: str) -> Callable[..., Tensor]:
-    """A PyTorch kernel whose calls are counted as declined."""
-
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
-        declined.decline(kernel.__name__, reason)
-        return kernel(*args, **kwargs)
-
-    counted.__name__ = kernel.__name__
-    return counted
+def _left_to_pytorch(call: TensorCall) -> Tensor:
+    """A call that no kernel takes; it is counted as declined."""
+    declined.decline(call.kind, "transpose convolution" if call.transposed else "three dimensions")
+    return reference.compute(call)
 
 
 def register() -> None:
     """Put the kernels under the operators on the CPU. Nothing is loaded before the first call."""
-    kernels = [linear.linear, conv.make_conv(1), conv.make_conv(2)]
-    kernels.append(_left_to_pytorch(reference.KERNELS["conv3d"], "three dimensions"))
-    for op in CONV_TRANSPOSE_OPS.values():
-        kernels.append(_left_to_pytorch(reference.KERNELS[op], "transpose convolution"))
-    for kernel in kernels:
-        LIBRARY.impl(kernel.__name__, kernel, "CPU")
+    native = {kernel.__name__: kernel for kernel in (linear.linear, conv.make_conv(1), conv.make_conv(2))}
+    for name, operator in OPERATORS.items():
+        register_kernel(operator, native.get(name) or make_kernel(operator, _left_to_pytorch), "CPU")

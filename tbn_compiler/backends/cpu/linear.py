@@ -9,10 +9,10 @@ from tbn_compiler.backends.cpu import library, prepare
 from tbn_compiler.backends.cpu.declined import decline
 from tbn_compiler.backends.cpu.operands import as_vector, expand_replicas, is_vector, reason_against
 from tbn_compiler.ops import reference
+from tbn_compiler.ops.calls import OPERATORS, TensorCall
 from tbn_compiler.ops.formats import apply_epilogue
-from tbn_compiler.ops.schemas import check_formats, check_tile_operands, linear_layout
 from tbn_compiler.packing import unpack_bits
-from tbn_compiler.tiling import TileLayout
+from tbn_compiler.tiling import TiledProduct
 
 _float32, _get_num_threads = torch.float32, torch.get_num_threads
 
@@ -38,7 +38,7 @@ def linear(
     activation: str = "float",
     epilogue: str = "none",
 ) -> Tensor:
-    """``input [..., n] -> [..., m]``; see :func:`tbn_compiler.ops.reference.linear` for the meaning."""
+    """``input [..., n] -> [..., m]``; see :mod:`tbn_compiler.ops.schemas` for the meaning."""
     # The short way is for operands that the kernels take as they are. It repeats no check that finding a plan implies.
     if (
         p_in == 1
@@ -58,9 +58,11 @@ def linear(
         plan = prepare.find(tile, use)
         if plan is not None:
             return _run(plan, input, alpha, bias, tokens, out_features, epilogue)
-    return _checked(
-        input, tile, alpha, bias, in_features, out_features, p, input_alpha, p_in, shift, activation, epilogue
+    call = OPERATORS["linear"].bind(
+        (input, tile, alpha, bias, in_features, out_features, p, input_alpha),
+        {"p_in": p_in, "shift": shift, "activation": activation, "epilogue": epilogue},
     )
+    return _compute(call.checked())
 
 
 def _run(
@@ -87,76 +89,54 @@ def _run(
     return out if epilogue in ("none", "relu") else apply_epilogue(out, epilogue)
 
 
-def _checked(
-    input: Tensor,
-    tile: Tensor,
-    alpha: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    p: int,
-    input_alpha: Tensor | None,
-    p_in: int,
-    shift: int,
-    activation: str,
-    epilogue: str,
-) -> Tensor:
-    layout = linear_layout(input, in_features, out_features, p, input_alpha, p_in, shift)
-    check_formats("linear", activation, epilogue)
-    check_tile_operands("linear", input, tile, alpha, bias, layout)
-    reason = reason_against(input, tile, layout, alpha.numel(), activation, input_alpha)
+def _compute(call: TensorCall) -> Tensor:
+    """The long way: convert what the kernels do not take as it is, and prepare the tile if it is not."""
+    reason = reason_against(call)
     if reason is not None:
         decline("linear", reason)
-        return reference.linear(
-            input, tile, alpha, bias, in_features, out_features, p, input_alpha,
-            p_in=p_in, shift=shift, activation=activation, epilogue=epilogue,
-        )  # fmt: skip
-    x = layout.sum_inputs(expand_replicas(input.to(_float32), input_alpha, -1), -1).contiguous()
-    copies = layout.rows // layout.unique_rows
-    if alpha.numel() not in (1, copies, layout.rows):
+        return reference.compute(call)
+    layout, input_alpha = call.layout, call.input_alpha
+    x = layout.sum_inputs(expand_replicas(call.input.to(_float32), input_alpha, -1), -1).contiguous()
+    alpha = call.alpha
+    if call.product.alphas == "copy" and not call.product.alpha_per_repeat:
         alpha = layout.row_alphas(alpha)
-    alpha, bias = as_vector(alpha), None if bias is None else as_vector(bias)
     tokens = x.numel() // x.shape[-1]
     batch = tokens >= MIN_BATCH
     use = (
-        library.level(), "linear", in_features, out_features, p, p_in, shift, alpha.shape[0], activation, epilogue, batch,
+        library.level(), "linear", call.inputs, call.outputs, layout.p, layout.p_in, layout.shift, alpha.shape[0],
+        call.activation, call.epilogue, batch,
     )  # fmt: skip
+    # The input that the kernels get has its replicas side by side, and its neighbours summed.
     plan = prepare.find_or_make(
-        tile, use, lambda entry: _plan(entry, tile, layout, alpha.shape[0], activation, epilogue, batch)
+        call.tile, use, lambda entry: _plan(entry, call, TiledProduct(layout, alpha.shape[0]), batch)
     )
-    return _run(plan, x, alpha, bias, tokens, out_features, epilogue).to(input.dtype)
+    bias = None if call.bias is None else as_vector(call.bias)
+    return _run(plan, x, as_vector(alpha), bias, tokens, call.outputs, call.epilogue).to(call.input.dtype)
 
 
-def _plan(
-    entry: prepare.Prepared,
-    tile: Tensor,
-    layout: TileLayout,
-    num_alphas: int,
-    activation: str,
-    epilogue: str,
-    batch: bool,
-) -> prepare.Plan:
+def _plan(entry: prepare.Prepared, call: TensorCall, product: TiledProduct, batch: bool) -> prepare.Plan:
     lib, level, kernels = prepare.native()
-    rows, columns = layout.unique_rows, layout.row_size // layout.p_in
-    integer = activation != "float"
+    layout, integer = product.layout, call.activation != "float"
 
     def signs() -> Tensor:
-        unpacked = unpack_bits(tile, layout.tile_size, torch.int8)
+        unpacked = unpack_bits(call.tile, layout.tile_size, torch.int8)
         return layout.unique_weight(unpacked).contiguous()
 
     memory = [entry.part((level, layout, integer), lambda: prepare.pack(signs(), integer=integer))]
     if batch and not integer:
         memory.append(entry.part(("sums", layout), lambda: prepare.pack_sums(signs())))
+    # Alphas behind each other, by repeat of all rows and by row; those of a layer do not move.
+    by_repeat, by_row = {"layer": (0, 0), "copy": (1, 0), "row": (product.rows, 1)}[product.alphas]
     struct = library.LinearPlan(
         kernels=kernels,
         index=memory[0].ctypes.data,
         sums_index=memory[1].ctypes.data if len(memory) > 1 else None,
-        inputs=columns,
-        rows=rows,
-        copies=layout.rows // rows,
-        alpha_copy_stride=0 if num_alphas == 1 else (rows if num_alphas == layout.rows else 1),
-        alpha_row_stride=int(num_alphas == layout.rows),
-        activation=prepare.ACTIVATIONS[activation],
-        relu=epilogue == "relu",
+        inputs=product.columns,
+        rows=product.rows,
+        copies=product.repeats,
+        alpha_copy_stride=by_repeat,
+        alpha_row_stride=by_row,
+        activation=prepare.ACTIVATIONS[call.activation],
+        relu=call.epilogue == "relu",
     )
     return prepare.Plan(lib.tbn_linear, struct, memory)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tbn_compiler.backends.cpu import library
-from tbn_compiler.tiling import TileLayout
+from tbn_compiler.ops.calls import TensorCall
 
 _float32 = torch.float32
 
@@ -28,20 +28,18 @@ def expand_replicas(input: Tensor, input_alpha: Tensor | None, dim: int) -> Tens
     return torch.cat([input * factor for factor in input_alpha.to(input.dtype)], dim)
 
 
-def reason_against(
-    input: Tensor, tile: Tensor, layout: TileLayout, num_alphas: int, activation: str, input_alpha: Tensor | None
-) -> str | None:
+def reason_against(call: TensorCall) -> str | None:
     """Why PyTorch computes a layer, or ``None`` if the kernels can."""
     if library.level() is None:
         return library.unused()
-    if input.dtype == torch.float64:
+    if call.input.dtype == torch.float64:
         return "float64 input"
-    if tile.dtype != torch.uint8:
+    if call.tile.dtype != torch.uint8:
         return "full-precision tile"
-    if layout.row_size == 0:
+    if call.layout.row_size == 0:
         return "no inputs"
-    if layout.alphas_in(num_alphas) > 1 or (num_alphas not in (1, layout.rows) and not layout.aligned):
+    if not call.product.scales_results:
         return "rows mix several alphas"
-    if activation != "float" and (layout.p_in > 1 or input_alpha is not None):
-        return f"{activation} activations are summed, or scaled, before they meet the tile"
+    if call.activation != "float" and (call.product.neighbours > 1 or call.input_alpha is not None):
+        return f"{call.activation} activations are summed, or scaled, before they meet the tile"
     return None

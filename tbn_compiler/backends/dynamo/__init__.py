@@ -1,7 +1,7 @@
 """``torch.compile(module, backend="tbn")``: tiled layers on packed tiles, everything else by Inductor.
 
-:func:`compile_graph` is registered as entry point ``tbn`` of ``torch_dynamo_backends``, so that the name is found without
-importing this package. For each graph that Dynamo captures it
+:func:`compile_graph` is registered as entry point ``tbn`` of ``torch_dynamo_backends``, so that the name is found
+without importing this package. For each graph that Dynamo captures it
 
 1. makes the weights of layers attributes again (:mod:`constants`), because the passes read their values;
 2. lowers the layers in training form and runs the passes (:mod:`prepare`);
@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +26,8 @@ from tbn_compiler.backends.dynamo.options import Options, parse_options
 from tbn_compiler.backends.dynamo.prepare import prepare
 from tbn_compiler.backends.dynamo.report import Explanation, GraphReport, LayerReport, add_report, explain, only_set
 from tbn_compiler.backends.dynamo.runner import Runner
+from tbn_compiler.graph.layers import FUNCTION_KINDS
+from tbn_compiler.torch_private import compile_by_inductor, compiling_fake_mode, differentiated, static_fakes
 
 __all__ = ["Explanation", "GraphReport", "LayerReport", "compile_graph", "explain"]
 
@@ -56,7 +58,7 @@ def compile_graph(
     """
     parsed = parse_options(mode, options)
     tiled = _has_tiled_layer(gm)
-    if not tiled:
+    if not tiled and any(node.target in FUNCTION_KINDS for node in gm.graph.nodes):
         _warn_untiled(gm)
     if not tiled or _needs_gradients(gm):
         return _compile_unchanged(gm, example_inputs, parsed, "gradients" if tiled else "no tiled layer")
@@ -70,15 +72,19 @@ def _has_tiled_layer(gm: fx.GraphModule) -> bool:
 
 
 def _needs_gradients(gm: fx.GraphModule) -> bool:
-    """Whether a gradient flows through any value that the graph computes."""
-    values = (node.meta.get("example_value") for node in gm.graph.nodes if node.op != "placeholder")
-    return torch.is_grad_enabled() and any(_requires_grad(value) for value in values)
+    """Whether a gradient flows through any value that the graph computes; a part of it may turn gradients on.
+
+    Those of ``torch.func.grad`` and its like end inside. Their layers :func:`~records.make_records` leaves as they are.
+    """
+    inside = differentiated(gm.graph)
+    return any(_has_gradient(node.meta.get("example_value")) for node in gm.graph.nodes if node not in inside)
 
 
-def _requires_grad(value: Any) -> bool:
+def _has_gradient(value: Any) -> bool:
     if isinstance(value, tuple | list):
-        return any(map(_requires_grad, value))
-    return isinstance(value, Tensor) and value.requires_grad
+        return any(map(_has_gradient, value))
+    # Under no_grad, too, an operation that has nothing to do may return the parameter itself.
+    return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
 
 
 def _warn_untiled(gm: fx.GraphModule) -> None:
@@ -136,7 +142,7 @@ def _compile_lowered(gm: fx.GraphModule, example_inputs: Sequence[Any], options:
             return template.finish(module), layers
 
     lowered, layers = lower(example_inputs)
-    fake_mode = torch._guards.detect_fake_mode()
+    fake_mode = compiling_fake_mode()
     computed = [
         # Static: their sizes never follow those of the inputs.
         value if fake_mode is None else fake_mode.from_tensor(value, static_shapes=True)
@@ -152,14 +158,19 @@ def _compile_lowered(gm: fx.GraphModule, example_inputs: Sequence[Any], options:
         weights=list(template.constants.values()) if depends else [],
         owners=template.owners,
         prepare=lambda inputs: lower(inputs)[0],
-        compile_again=lambda graph: torch.compile(graph.module, options=dict(options.inductor)),
+        compile_again=lambda graph, inputs: _compile_again(graph, inputs, options),
     )
     add_report(runner, GraphReport("inference", layers, template.notes), runner.weight_sets)
     return runner
 
 
-def _compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx  # Inductor loads when used
+def _compile_again(graph: LoweredGraph, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Compile a graph outside Dynamo's call of the backend."""
+    if not all(isinstance(value, Tensor) for value in inputs):  # sizes that vary: Dynamo writes the guards on them
+        return torch.compile(graph.module, options=dict(options.inductor))
+    with static_fakes(inputs) as fakes:
+        return _compile_fx(graph.module, fakes, options)
 
-    compiled = compile_fx(gm, example_inputs, config_patches=dict(options.inductor) or None)
-    return cast("Callable[..., Any]", compiled)  # the other types are those of ahead-of-time compilation
+
+def _compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    return compile_by_inductor(gm, example_inputs, options.inductor)

@@ -25,20 +25,27 @@ from torch import Tensor, fx, nn
 
 from tbn_compiler.graph.layers import INFERENCE_OPS, is_view
 from tbn_compiler.passes.deployment import note_value
+from tbn_compiler.torch_private import (
+    STATIC_MARK,
+    capture_meta,
+    input_marks,
+    input_path,
+    input_source,
+    make_input,
+    mark_as_captured,
+)
 
 _tbn = torch.ops.tbn
 _TRAINING = {_tbn.tile.default, _tbn.scale.default}
+_STORED = {*INFERENCE_OPS.values(), _tbn.unpack.default}
 # User code that calls torch.ops.tbn.tile and not .default gives nodes of these; the passes know overloads only.
-_OVERLOADS = {op.overloadpacket: op for op in (*_TRAINING, *INFERENCE_OPS.values())}
+_OVERLOADS = {op.overloadpacket: op for op in (*_TRAINING, *_STORED)}
 # Everything that may read a weight for it to become an attribute: nothing here writes to it.
-_READERS = {*_TRAINING, *INFERENCE_OPS.values(), torch.lerp, "type_as", F.batch_norm}
-# The mark on Dynamo's inputs by which AOTAutograd tells tensors that keep their place in memory; CUDA graphs then do
-# not copy them at each call.
-_MARK = {"_dynamo_static_input_type": "unguarded"}
+_READERS = {*_TRAINING, *_STORED, torch.lerp, "type_as", F.batch_norm}
 
 
 def is_tiled(node: fx.Node) -> bool:
-    """Whether a node belongs to a tiled layer: one of the operators of the training form, or an inference operator."""
+    """Whether a node belongs to a tiled layer: one of the operators of the training form, or on a stored tile."""
     return _target(node) in _OVERLOADS.values()
 
 
@@ -48,7 +55,7 @@ def _target(node: fx.Node) -> Any:
 
 def is_static(placeholder: fx.Node) -> bool:
     """Whether an input of a graph from Dynamo is a parameter or buffer."""
-    return not _MARK.keys().isdisjoint(placeholder.meta.get("tensor_dict") or ())
+    return not STATIC_MARK.keys().isdisjoint(input_marks(placeholder))
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,8 @@ class GraphTemplate:
         names = _names(constants, self._attributes)
         self.constants = {names[node]: index for node, index in constants.items()}
         self._graph = _copy(gm.graph, lambda graph, node: graph.get_attr(names[node]) if node in names else None)
-        self._inputs = [(str(node.target), node.meta.get("tensor_dict"), _source(node)) for node in placeholders]
-        self._meta = {key: gm.meta[key] for key in ("dynamo_compile_id",) if key in gm.meta}
+        self._inputs = [(str(node.target), input_marks(node), input_source(node)) for node in placeholders]
+        self._meta = capture_meta(gm)
 
     def with_values(self, inputs: Sequence[Any]) -> fx.GraphModule:
         """A graph module that holds the weights among ``inputs``, in evaluation mode."""
@@ -129,20 +136,14 @@ class GraphTemplate:
         for index in kept:
             name, marks, source = self._inputs[index]
             key = ("get_attr", names[index]) if index in names else ("placeholder", name)
-            inputs[key] = _placeholder(graph, name, marks, source)
+            inputs[key] = make_input(graph, name, marks, source)
         for number, name in enumerate(computed):
-            inputs["get_attr", name] = _placeholder(graph, f"tbn_computed_{number}", _MARK, None)
+            inputs["get_attr", name] = make_input(graph, f"tbn_computed_{number}", STATIC_MARK, None)
         graph = _copy(gm.graph, lambda _, node: inputs.get((node.op, str(node.target))), graph)
         module = fx.GraphModule(gm, graph)
         if all(source is not None for _, _, source in self._inputs):
-            # From here AOTAutograd takes the module for one of Dynamo's, and reads the marks of its inputs.
-            module.meta = dict(self._meta)
-            module._param_name_to_source = {}  # type: ignore[assignment]
+            mark_as_captured(module, self._meta)
         return LoweredGraph(module, kept, tuple(tensors[name] for name in computed))
-
-
-def _source(placeholder: fx.Node) -> Any:
-    return getattr(placeholder, "_dynamo_source", None)
 
 
 def _why_opaque(value: Tensor) -> str | None:
@@ -154,13 +155,6 @@ def _why_opaque(value: Tensor) -> str | None:
     if value.is_meta:
         return "they are on the meta device"
     return None
-
-
-def _placeholder(graph: fx.Graph, name: str, marks: Any, source: Any) -> fx.Node:
-    node = graph.placeholder(name)
-    node._dynamo_source = source
-    node.meta["tensor_dict"] = marks or {}
-    return node
 
 
 def _copy(
@@ -200,6 +194,8 @@ def _is_tiled_weight(node: fx.Node) -> bool:
     for user in node.users:
         if _target(user) in INFERENCE_OPS.values():
             found = user.args[1] is node
+        elif _target(user) in _STORED:
+            found = user.args[0] is node
         else:
             found = _target(user) in _TRAINING or (is_view(user) and _is_tiled_weight(user))
         if found:
@@ -214,9 +210,9 @@ def _names(nodes: Iterable[fx.Node], taken: Iterable[str]) -> dict[fx.Node, str]
     used = set(taken)
     prefixes = {prefix for name in used for prefix in _prefixes(name)}
     for node in nodes:
-        source = _source(node)
-        path = getattr(source, "name", node.name)
-        parts = re.findall(r"\w+", path() if callable(path) else path)  # a method before torch 2.11
+        parts = re.findall(r"\w+", input_path(node) or node.name)
+        if parts[:2] == ["L", "fn"]:  # how Dynamo calls a module whose forward is PyTorch's own
+            del parts[1]
         parts = [part for part in parts if part not in ("L", "G", "self", "_modules", "_parameters", "_buffers")]
         name = base = ".".join(parts) or node.name
         number = 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tbn_compiler.errors import ConfigError
+from tbn_compiler.torch_private import inductor_modes, inductor_settings
 
 # "binary" is left out: a network computes something else with it unless it was trained for it.
 _ACTIVATIONS = ("float", "int8")
@@ -49,11 +50,9 @@ def parse_options(mode: str | None = None, options: Mapping[str, Any] | None = N
 
 
 def _mode_settings(mode: str | None) -> dict[str, Any]:
-    from torch._inductor import list_mode_options
-
     if mode is None:
         return {}
-    modes = list_mode_options()
+    modes = inductor_modes()
     if mode not in modes:
         raise ConfigError(f"mode={mode!r} is not one of {', '.join(map(repr, modes))}")
     return modes[mode]
@@ -61,9 +60,7 @@ def _mode_settings(mode: str | None) -> dict[str, Any]:
 
 def _setting(name: str) -> str:
     """The name of a setting of Inductor, in which dashes stand for underscores."""
-    from torch._inductor import config
-
-    known = config.get_config_copy()
+    known = inductor_settings()
     setting = name.replace("-", "_")
     if setting not in known:
         close = difflib.get_close_matches(setting, ["activation", *known], n=3)

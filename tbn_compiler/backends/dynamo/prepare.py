@@ -10,39 +10,10 @@ from torch import fx
 from tbn_compiler.backends.dynamo.records import make_records
 from tbn_compiler.backends.dynamo.report import LayerReport
 from tbn_compiler.graph.calls import inference_call
-from tbn_compiler.graph.layers import (
-    LayerCall,
-    LayerRecord,
-    find_record,
-    get_records,
-    layer_calls,
-    layer_name,
-    set_records,
-)
-from tbn_compiler.passes import (
-    FlowReplicas,
-    FoldBatchNorm,
-    FuseEpilogue,
-    GraphPass,
-    LowerTiles,
-    QuantizeActivations,
-    RemoveBlends,
-    RemoveNoOps,
-    run_passes,
-)
+from tbn_compiler.graph.layers import LayerCall, find_record, layer_calls
+from tbn_compiler.graph.records import LayerRecord, get_records, layer_name, set_records
+from tbn_compiler.passes import ExposeLinears, FuseUnpack, LowerTiles, RemoveBlends, deployment_pipeline, run_passes
 from tbn_compiler.passes.blend_weights import strength_keys
-
-
-def pipeline(activation: str, refusals: dict[fx.Node, str]) -> list[GraphPass]:
-    """The passes, in order; ``refusals`` takes the layers in training form that stay so, with the reasons."""
-    return [
-        LowerTiles(refusals=refusals),
-        RemoveNoOps(),
-        FoldBatchNorm(),
-        FlowReplicas(),
-        FuseEpilogue(),
-        *([QuantizeActivations(activation)] if activation != "float" else []),
-    ]
 
 
 def prepare(gm: fx.GraphModule, activation: str) -> tuple[LayerReport, ...]:
@@ -55,13 +26,14 @@ def prepare(gm: fx.GraphModule, activation: str) -> tuple[LayerReport, ...]:
     Returns:
         What was done to each tiled layer and what was not, in the order of the graph.
     """
+    run_passes(gm, [ExposeLinears(), FuseUnpack()])
     records, reasons = make_records(gm)
     set_records(gm, records)
     trained = {call.weight for call in layer_calls(gm) if call.form == "tiled"}
     if all(gm.get_buffer(key) == 1 for key in strength_keys(gm)):
         RemoveBlends()(gm)
     refusals: dict[fx.Node, str] = {}
-    run_passes(gm, pipeline(activation, refusals))
+    run_passes(gm, [LowerTiles(refusals=refusals), *deployment_pipeline(activation)])
     refusals |= reasons  # which know more than that there is no record
     return (*_reports(gm, trained, refusals), *_nested_reports(gm))
 
@@ -97,7 +69,7 @@ def _rewrites(layer: LayerCall, record: LayerRecord | None) -> Iterator[str]:
 
 
 def _nested_reports(gm: fx.GraphModule) -> Iterator[LayerReport]:
-    """Tiled layers in the bodies of higher-order operators, such as activation checkpointing, which stay as they are."""
+    """Tiled layers in the bodies of higher-order operators, as of activation checkpointing; they stay as they are."""
     for node in gm.graph.nodes:
         if node.op not in ("get_attr", "call_module"):
             continue

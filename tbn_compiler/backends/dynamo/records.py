@@ -12,24 +12,22 @@ from tbn_compiler.errors import TBNError
 from tbn_compiler.graph.calls import attribute, inference_call, named_arguments
 from tbn_compiler.graph.layers import (
     LayerCall,
-    LayerRecord,
-    alpha_source_key,
     apply_view,
     blend_strength,
     function_arguments,
     layer_calls,
-    layer_name,
     parameter_view,
-    split_key,
     view_text,
     weight_chain,
 )
+from tbn_compiler.graph.records import LayerRecord, alpha_source_key, layer_name, split_key
 from tbn_compiler.ops.schemas import make_layout
 from tbn_compiler.passes.blend_weights import strength_keys
 from tbn_compiler.tiling import TileLayout, TileSpec
+from tbn_compiler.torch_private import differentiated
 
 
-class _Refused(TBNError):
+class _RefusedError(TBNError):
     """A call in training form that cannot be lowered."""
 
 
@@ -56,16 +54,20 @@ def make_records(gm: fx.GraphModule) -> tuple[list[LayerRecord], dict[fx.Node, s
     records: dict[str, LayerRecord] = {}
     refusals: dict[fx.Node, str] = {}
     tilings: dict[tuple[str, str], tuple[_Tiling, list[LayerCall]]] = {}
+    inside = differentiated(gm.graph)
+    trained = {call.weight for call in layer_calls(gm) if call.node in inside}
     for call in layer_calls(gm):
         if call.form == "lowered":
             record = _lowered_record(gm, call)
             records.setdefault(record.weight, record)
         elif call.form == "tiled":
             try:
+                if call.weight in trained:
+                    raise _RefusedError("torch.func differentiates a call of it, and packed tiles have no gradient")
                 tiling = _read_tiling(gm, call)
                 first, calls = tilings.setdefault((str(call.weight), call.view_text), (tiling, []))
                 if first != tiling:
-                    raise _Refused("another call tiles its weight in another way")
+                    raise _RefusedError("another call tiles its weight in another way")
                 calls.append(call)
             except TBNError as error:
                 refusals[call.node] = str(error)
@@ -105,7 +107,7 @@ def _transposed_layout(call: LayerCall) -> TileLayout:
 def _read_tiling(gm: fx.GraphModule, call: LayerCall) -> _Tiling:
     """The tiling of a call from its ``tile`` and ``scale`` nodes."""
     _check_strength(gm, call)
-    chain = weight_chain(call.node)
+    chain = weight_chain(call.weight_node)
     assert chain is not None
     tile, scale = (named_arguments(node) for node in chain)
     weight = _parameter(gm, tile["weight"], "weight")
@@ -117,25 +119,25 @@ def _read_tiling(gm: fx.GraphModule, call: LayerCall) -> _Tiling:
     source, view = str(found[0].target), view_text(found[1])
     own = (source, view) == (call.weight, call.view_text)
     if view and not own:
-        raise _Refused(f"its alpha source is a view, {source}{view}")
+        raise _RefusedError(f"its alpha source is a view, {source}{view}")
     spec = TileSpec(layout, scale["num_alphas"], "W" if own else "A", "binary" if tile["binary"] else "float")
     groups = 1 if call.kind == "linear" else function_arguments(call.node).get("groups", 1)
     return _Tiling(spec, source, shape, groups)
 
 
 def _check_strength(gm: fx.GraphModule, call: LayerCall) -> None:
-    if blend_strength(function_arguments(call.node)["weight"]) is None:
+    if blend_strength(call.weight_node) is None:
         return
     strengths = [float(gm.get_buffer(key)) for key in strength_keys(gm)]
     if min(strengths) < 1:
-        raise _Refused(f"gradual tiling is at strength {min(strengths):g}, not at 1")
+        raise _RefusedError(f"gradual tiling is at strength {min(strengths):g}, not at 1")
 
 
 def _parameter(gm: fx.GraphModule, node: fx.Node, what: str) -> Tensor:
     found = parameter_view(node)
     value = None if found is None else attribute(gm, found[0])
     if not isinstance(value, nn.Parameter):
-        raise _Refused(f"its {what} is not a parameter that only tiled layers read")
+        raise _RefusedError(f"its {what} is not a parameter that only tiled layers read")
     return value
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from tbn_compiler.backends.dynamo.constants import LoweredGraph
+from tbn_compiler.torch_private import StorageWeakRef, version
 
 _logger = logging.getLogger("tbn_compiler.backends.dynamo")
 Compiled = Callable[..., Any]
@@ -35,7 +35,7 @@ class _Mark:
 
 
 def _version(tensor: Tensor) -> Any:
-    return object() if tensor.is_inference() else tensor._version  # no versions: never equal
+    return object() if tensor.is_inference() else version(tensor)  # no versions: never equal
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Runner:
         weights: positions of the inputs that the graph was computed from; none if nothing was.
         owners: positions of the weights of tiled layers, which tell whose graph it is.
         prepare: makes the graph for other inputs.
-        compile_again: compiles a graph that has changed with the values of the weights.
+        compile_again: compiles a graph that has changed with the values of the weights, for the inputs of a call.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Runner:
         weights: Sequence[int],
         owners: Sequence[int],
         prepare: Callable[[Sequence[Any]], LoweredGraph],
-        compile_again: Callable[[LoweredGraph], Compiled],
+        compile_again: Callable[[LoweredGraph, Sequence[Any]], Compiled],
     ) -> None:
         self._tracked = bool(weights)
         self._weights = tuple(weights or owners[:1])
@@ -108,7 +108,8 @@ class Runner:
         compiled = self._compiled.get(graph.signature)
         if compiled is None:
             _logger.info("the values of the weights allow another graph than before: it is compiled anew")
-            compiled = self._compiled[graph.signature] = self._compile_again(graph)
+            kept = [inputs[index] for index in graph.kept]
+            compiled = self._compiled[graph.signature] = self._compile_again(graph, [*kept, *graph.computed])
         weights = [inputs[index] for index in self._weights]
         key, states = tuple(map(id, weights)), self._states
         marks = tuple(map(_Mark, weights)) if self._tracked else ()

@@ -16,12 +16,12 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from tbn_compiler.backends.onnx import forms, model, program
-from tbn_compiler.backends.onnx.bits import tiled_nodes, use_bits
-from tbn_compiler.compiler import lower, optimize
+from tbn_compiler.backends.onnx.bits import tiled_calls, use_bits
+from tbn_compiler.compiler import deploy, lower
 from tbn_compiler.errors import ExportError, TBNError
 from tbn_compiler.files import replacing
-from tbn_compiler.graph.layers import get_records, graph_parts, join_key, nested_records
-from tbn_compiler.graph.tracing import share_tensors_copy
+from tbn_compiler.graph.copying import share_tensors_copy
+from tbn_compiler.graph.records import get_records, graph_parts, join_key
 
 __all__ = ["ExportedFile", "WeightForm", "export_onnx"]
 
@@ -108,7 +108,7 @@ def export_onnx(
     inputs = program.named_inputs(module, example_inputs)
     batched = program.batched_names(inputs, dynamic_batch)
     prepared = _prepare(module, inputs, optimized)
-    records = nested_records(prepared)
+    records = get_records(prepared) or ()
     outcome: dict[str, str | None] = {}
     for part_path, part in graph_parts(prepared):
         found = _rewrite(part, weights, bits, accuracy_level)
@@ -167,11 +167,11 @@ def _prepare(module: nn.Module, inputs: program.Inputs, optimized: bool) -> nn.M
     if get_records(module) is None:
         copied: nn.Module = share_tensors_copy(module)
         return copied.eval()
-    lowered: nn.Module = lower(module)
+    lowered = lower(module)
     if not optimized:
         return lowered
     try:
-        prepared: nn.Module = optimize(lowered, inputs)
+        prepared, _ = deploy(lowered, inputs)
     except TBNError as error:
         raise ExportError(str(error)) from error
     return prepared
@@ -179,7 +179,7 @@ def _prepare(module: nn.Module, inputs: program.Inputs, optimized: bool) -> nn.M
 
 def _rewrite(part: Any, weights: WeightForm, bits: int, accuracy_level: int) -> dict[str, str | None]:
     """Bring the tiled layers of a graph into their form; for each why it has another one, or ``None``."""
-    outcome: dict[str, str | None] = {forms.tile_name(node): None for node in tiled_nodes(part)}
+    outcome: dict[str, str | None] = {forms.tile_name(call): None for call in tiled_calls(part)}
     if weights == "nbits":
         outcome |= forms.use_nbits(part, bits, accuracy_level)
     elif weights == "dense":

@@ -1,66 +1,61 @@
 """Tiled layers in standard ONNX operators, decoded from packed bits in the graph.
 
-Each ``tbn::`` layer becomes ``tbn::unpack`` and the reference kernel on its result, which multiplies the unique rows
-only and replicates the results with the alphas; ``tbn::unpack`` becomes shift, and, cast, ``2b - 1``.
+Each ``tbn::`` layer becomes ``tbn::unpack_bits`` and the reference kernel on its result, which multiplies the unique
+rows only and replicates the results with the alphas; ``tbn::unpack_bits`` becomes shift, and, cast, ``2b - 1``.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from tbn_compiler.graph.layers import INFERENCE_OPS
-from tbn_compiler.ops.reference import KERNELS
+from tbn_compiler.graph.calls import InferenceCall, tiled_call
+from tbn_compiler.ops.calls import Operator, TensorCall, make_kernel
+from tbn_compiler.ops.reference import compute
+from tbn_compiler.ops.schemas import make_layout
 
-_unpack_op = torch.ops.tbn.unpack.default
-
-
-def op_arguments(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of an operator's call by their name in the schema, defaults included."""
-    arguments = {argument.name: argument.default_value for argument in op._schema.arguments}
-    return arguments | dict(zip(arguments, args, strict=False)) | kwargs
+_unpack_op = torch.ops.tbn.unpack_bits.default
 
 
-def weight_shape(arguments: dict[str, Any], *, transposed: bool = False) -> tuple[int, ...]:
-    """Shape of the weight behind a call of an inference operator."""
-    if "kernel_size" not in arguments:
-        return (arguments["out_features"], arguments["in_features"])
-    inputs, outputs = arguments["in_channels"], arguments["out_channels"]
-    rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
-    return (rows, columns // arguments["groups"], *arguments["kernel_size"])
-
-
-def tiled_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """The calls of inference operators in a graph."""
-    ops = set(INFERENCE_OPS.values())
-    return [node for node in gm.graph.nodes if node.op == "call_function" and node.target in ops]
+def tiled_calls(gm: fx.GraphModule) -> Iterator[InferenceCall]:
+    """The calls of inference operators in a graph, each with the arguments that its node has when it is reached."""
+    for node in list(gm.graph.nodes):
+        call = tiled_call(node)
+        if call is not None:
+            yield call
 
 
 def use_bits(gm: fx.GraphModule) -> None:
     """Let the tiled layers of a graph decode their tile and then run the reference kernel, in place."""
-    for node in tiled_nodes(gm):
-        assert isinstance(node.target, torch._ops.OpOverload)
-        node.target = _on_decoded_tile(node.target)
+    for call in tiled_calls(gm):
+        call.node.target = _on_decoded_tile(call.operator)
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.tbn.unpack.default):
+        node.target = _decoded
     gm.recompile()
 
 
+def _decoded(
+    tile: Tensor, alpha: Tensor, shape: Sequence[int], p: int, *, p_in: int = 1, shift: int = 0, batch: int = 1
+) -> Tensor:
+    """``tbn::unpack`` on bits that are decoded in the graph."""
+    layout = make_layout(shape, p, p_in, shift, batch)
+    if tile.dtype == torch.uint8:
+        tile = _unpack_op(tile, layout.tile_size, dtype=alpha.dtype)
+    return layout.scale(layout.replicate(tile), alpha)
+
+
 @functools.cache
-def _on_decoded_tile(op: torch._ops.OpOverload) -> Callable[..., Tensor]:
-    kernel = KERNELS[op._schema.name.removeprefix("tbn::")]
+def _on_decoded_tile(operator: Operator) -> Callable[..., Tensor]:
+    def layer(call: TensorCall) -> Tensor:
+        if call.tile.dtype == torch.uint8:
+            call = call.replaced(tile=_unpack_op(call.tile, call.layout.tile_size, dtype=call.input.dtype))
+        return compute(call)
 
-    def layer(input: Tensor, tile: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if tile.dtype == torch.uint8:
-            arguments = op_arguments(op, (input, tile, *args), kwargs)
-            tile_size = math.prod(weight_shape(arguments)) // arguments["p"]
-            tile = _unpack_op(tile, tile_size, dtype=input.dtype)
-        return kernel(input, tile, *args, **kwargs)
-
-    return layer
+    return make_kernel(operator, layer)
 
 
 def translations() -> dict[Any, Callable[..., Any]]:

@@ -9,31 +9,26 @@ What the rewrites leave alone keeps its ``tbn::`` operator, which :mod:`bits` de
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from tbn_compiler.backends.onnx.bits import op_arguments, tiled_nodes, weight_shape
+from tbn_compiler.backends.onnx.bits import tiled_calls
 from tbn_compiler.errors import ExportError
-from tbn_compiler.graph.calls import InferenceCall, attribute, inference_call
-from tbn_compiler.graph.layers import INFERENCE_OPS, is_transposed, join_key, split_key
+from tbn_compiler.graph.calls import InferenceCall
+from tbn_compiler.graph.records import join_key, split_key
 from tbn_compiler.ops.formats import apply_epilogue, in_format
 from tbn_compiler.ops.reference import decode, dense_weight, fold_replicas, replicate_features
-from tbn_compiler.ops.schemas import make_layout
 
 # ONNX Runtime has fast kernels for these only; of others it decodes the whole weight at every call.
 _BLOCK_SIZES = (128, 64, 32)
 
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {kind: getattr(F, kind) for kind in INFERENCE_OPS}
-_KINDS = {op: kind for kind, op in INFERENCE_OPS.items()}
 
-
-def tile_name(node: fx.Node) -> str:
+def tile_name(call: InferenceCall) -> str:
     """Name of the weight behind a call of an inference operator."""
-    tile = node.args[1]
+    tile = call.arguments["tile"]
     return str(tile.target if isinstance(tile, fx.Node) and tile.op == "get_attr" else tile).removesuffix("_tile")
 
 
@@ -47,11 +42,10 @@ def use_nbits(gm: fx.GraphModule, bits: int, accuracy_level: int) -> dict[str, s
         For each layer that keeps its packed bits, by the name of its weight, why.
     """
     reasons: dict[str, str] = {}
-    for node in tiled_nodes(gm):
-        call = inference_call(node)
-        reason = "convolutions take decoded filters" if call is None else _why_not_nbits(gm, call)
-        if call is None or reason is not None:
-            reasons[tile_name(node)] = str(reason)
+    for call in tiled_calls(gm):
+        reason = _why_not_nbits(gm, call)
+        if reason is not None:
+            reasons[tile_name(call)] = reason
         else:
             _to_nbits(gm, call, bits, accuracy_level)
     gm.recompile()
@@ -60,26 +54,23 @@ def use_nbits(gm: fx.GraphModule, bits: int, accuracy_level: int) -> dict[str, s
 
 def _why_not_nbits(gm: fx.GraphModule, call: InferenceCall) -> str | None:
     """Why a layer is no product with rows of +1 and -1; ``None`` if it is."""
-    layout, arguments = call.layout, call.arguments
-    if "kernel_size" in arguments:
+    if call.dims:
         return "convolutions take decoded filters"
-    if arguments["activation"] != "float":
-        return f"its input is in the format {arguments['activation']!r}"
-    values = [attribute(gm, arguments[name]) for name in ("tile", "alpha")]
-    if any(value is None for value in values):
+    if call.activation != "float":
+        return f"its input is in the format {call.activation!r}"
+    if not call.is_stored(gm):
         return "the graph computes its tile or its alphas"
-    tile, alpha = values
+    tile = call.tensor(gm, "tile")
     assert tile is not None
-    assert alpha is not None
     if tile.dtype != torch.uint8:
         return "its tile is in full precision"
-    if not layout.one_alpha_per_row(alpha.numel()):
+    if not call.product(gm).scales_results:
         return "its alphas change inside a row"
     return None
 
 
 def _to_nbits(gm: fx.GraphModule, call: InferenceCall, bits: int, accuracy_level: int) -> None:
-    layout, arguments, name = call.layout, call.arguments, tile_name(call.node)
+    layout, arguments, name = call.layout, call.arguments, tile_name(call)
     tile, alpha, input_alpha = (call.tensor(gm, key) for key in ("tile", "alpha", "input_alpha"))
     assert tile is not None
     assert alpha is not None
@@ -88,15 +79,15 @@ def _to_nbits(gm: fx.GraphModule, call: InferenceCall, bits: int, accuracy_level
     folded = None if input_alpha is None else _folded(rows, input_alpha, bits)
     if folded is not None:
         rows, step = folded
-    copies = layout.rows // layout.unique_rows
+    repeats = call.product(gm).repeats
     scales = torch.full((len(rows), 1), step)
-    if copies == 1:  # one result for each row: the scales take the alphas
+    if repeats == 1:  # one result for each row: the scales take the alphas
         scales = scales * layout.row_alphas(alpha.detach().cpu().float())[:, None]
     block_size = _block_size(rows.shape[1], bits)
     packed = pack_nbits(rows.detach().cpu(), bits, block_size)
     options = {
-        "copies": copies,
-        "p_in": layout.p_in,
+        "repeats": repeats,
+        "neighbours": layout.p_in,
         "bits": bits,
         "block_size": block_size,
         "accuracy_level": accuracy_level,
@@ -107,7 +98,7 @@ def _to_nbits(gm: fx.GraphModule, call: InferenceCall, bits: int, accuracy_level
             arguments["input"],
             _stored(gm, f"{name}_{bits}bit", packed),
             _stored(gm, f"{name}_{bits}bit_scales", scales.repeat(1, packed.shape[1])),
-            arguments["alpha"] if copies > 1 else None,
+            arguments["alpha"] if repeats > 1 else None,
             arguments["bias"],
             arguments["input_alpha"] if folded is None else None,
         )
@@ -164,8 +155,8 @@ def nbits_linear(
     bias: Tensor | None,
     input_alpha: Tensor | None,
     *,
-    copies: int,
-    p_in: int,
+    repeats: int,
+    neighbours: int,
     bits: int,
     block_size: int,
     accuracy_level: int,
@@ -177,11 +168,11 @@ def nbits_linear(
         input: ``[..., n]``, or ``[..., n / k]`` with ``input_alpha``.
         weight: unique rows as :func:`pack_nbits` packs them.
         scales: ``[R, blocks]``.
-        alpha: alphas of the copies; ``None`` if the scales hold them.
+        alpha: alphas of the layer; ``None`` if the scales hold them.
         bias: ``[m]`` or ``None``.
         input_alpha: factors ``[k]`` of the copies that the input stands for, or ``None``.
-        copies: ``m / R``.
-        p_in: neighbouring inputs that share a weight.
+        repeats: ``m / R``.
+        neighbours: inputs side by side that share a weight.
         bits: bits of a stored element.
         block_size: elements that share a scale.
         accuracy_level: of the operator: 0 computes in float32, 4 rounds the input to int8.
@@ -189,8 +180,8 @@ def nbits_linear(
     """
     if input_alpha is not None:
         input = (input.unsqueeze(-2) * input_alpha[:, None]).flatten(-2)
-    if p_in > 1:
-        input = input.unflatten(-1, (-1, p_in)).sum(-1)
+    if neighbours > 1:
+        input = input.unflatten(-1, (-1, neighbours)).sum(-1)
     out = torch.onnx.ops.symbolic(
         "com.microsoft::MatMulNBits",
         (input, weight, scales),
@@ -206,7 +197,7 @@ def nbits_linear(
         version=1,
     )
     if alpha is not None:
-        out = replicate_features(out, alpha, copies)
+        out = replicate_features(out, alpha, repeats)
     return apply_epilogue(out if bias is None else out + bias, epilogue)
 
 
@@ -219,28 +210,21 @@ def use_dense(gm: fx.GraphModule) -> None:
     Raises:
         ExportError: the graph computes a layer's tile or alphas.
     """
-    for node in tiled_nodes(gm):
-        assert isinstance(node.target, torch._ops.OpOverload)
-        kind, name = _KINDS[node.target], tile_name(node)
-        arguments = op_arguments(node.target, node.args, node.kwargs)
-        tile, alpha = (attribute(gm, arguments[key]) for key in ("tile", "alpha"))
-        if tile is None or alpha is None:
+    for call in tiled_calls(gm):
+        name = tile_name(call)
+        if not call.is_stored(gm):
             raise ExportError(f"layer {name!r}: the graph computes its tile or its alphas; export weights='bits'")
-        shape = weight_shape(arguments, transposed=is_transposed(kind))
-        layout = make_layout(shape, arguments["p"], arguments.get("p_in", 1), arguments["shift"])
-        weight = dense_weight(tile, alpha, layout, torch.float32)
-        if arguments.get("input_alpha") is not None:
-            input_alpha = attribute(gm, arguments["input_alpha"])
-            assert input_alpha is not None
+        tile, alpha, input_alpha = (call.tensor(gm, key) for key in ("tile", "alpha", "input_alpha"))
+        assert tile is not None
+        assert alpha is not None
+        weight = dense_weight(tile, alpha, call.layout, torch.float32)
+        if input_alpha is not None:
             weight = fold_replicas(weight, input_alpha)
-        geometry = [arguments[key] for key in ("stride", "padding", "output_padding") if key in arguments]
-        order = ("groups", "dilation") if is_transposed(kind) else ("dilation", "groups")
-        geometry += [arguments[key] for key in order if key in arguments]
-        with gm.graph.inserting_before(node):
+        with gm.graph.inserting_before(call.node):
             stored = _stored(gm, f"{name}_dense", weight.detach())
-            operands = (arguments["input"], stored, arguments["bias"], kind, geometry)
-            options: dict[str, Any] = {key: arguments[key] for key in ("activation", "epilogue") if key in arguments}
-            _replace(node, gm.graph.call_function(dense_layer, operands, options))
+            operands = (call.arguments["input"], stored, call.arguments["bias"], call.kind, call.geometry)
+            options: dict[str, Any] = {"activation": call.activation, "epilogue": call.epilogue}
+            _replace(call.node, gm.graph.call_function(dense_layer, operands, options))
     gm.recompile()
 
 
@@ -256,7 +240,7 @@ def dense_layer(
 ) -> Tensor:
     """A linear layer or convolution on a float weight; ``geometry`` holds the function's arguments after ``bias``."""
     out = in_format(
-        lambda input, bias: _FUNCTIONS[kind](input, weight, bias, *geometry),
+        lambda input, bias: getattr(F, kind)(input, weight, bias, *geometry),
         input,
         bias,
         activation,

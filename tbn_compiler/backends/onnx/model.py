@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tbn_compiler.errors import ExportError
-from tbn_compiler.graph.layers import LayerRecord
+from tbn_compiler.graph.records import LayerRecord
 from tbn_compiler.version import __version__
 
 if TYPE_CHECKING:

@@ -17,11 +17,10 @@ once at level INFO (logger ``tbn_compiler.backends.triton``). :func:`info` tells
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,9 @@ from torch import Tensor
 from tbn_compiler.backends.triton.plan import plan_weight
 from tbn_compiler.backends.triton.search import Gpu, linear_candidates
 from tbn_compiler.ops import reference
-from tbn_compiler.ops.schemas import CONV_OPS, LIBRARY, make_layout
+from tbn_compiler.ops.calls import OPERATORS, TensorCall, make_kernel, register_kernel
+from tbn_compiler.ops.schemas import CONV_OPS, make_layout
+from tbn_compiler.tiling import TiledProduct
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -105,7 +106,10 @@ def linear_workspace(
     """Bytes that ``tbn::linear`` allocates beside its result with the configuration that it uses unmeasured.
 
     Args:
-        in_features, out_features, p, num_alphas: the layer, in the paper's layout.
+        in_features: columns of the layer's weight.
+        out_features: rows of the layer's weight, in the paper's layout.
+        p: copies of the tile.
+        num_alphas: scales of the layer.
         tokens: rows of the input.
         dtype: dtype of the input.
         packed: 1-bit tile, otherwise full precision.
@@ -114,27 +118,24 @@ def linear_workspace(
     Returns:
         Size of the partial sums of a product whose columns several programs share, else 0.
     """
-    layout = make_layout((out_features, in_features), p)
-    plan = plan_weight(layout, num_alphas, packed=packed, word_aligned=True)
+    product = TiledProduct(make_layout((out_features, in_features), p), num_alphas)
+    plan = plan_weight(product, packed=packed, word_aligned=True)
     config = linear_candidates(plan, tokens, dtype, gpu or Gpu())[0]
     return config.split_k * tokens * plan.rows * 4 if config.split_k > 1 else 0
 
 
-def _kernel(module: str, name: str, fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        reason = unavailable()
-        if reason is not None:
-            decline(reason)
-            return fallback(*args, **kwargs)
-        function = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-        result: Tensor = function(*args, **kwargs)
-        return result
-
-    return call
+def _compute(call: TensorCall) -> Tensor:
+    """Leave a call to the module that launches its kernels; triton is imported at the first one."""
+    reason = unavailable()
+    if reason is not None:
+        decline(reason)
+        return reference.compute(call)
+    module = importlib.import_module(f"{__name__}.{'conv' if call.dims else 'linear'}")
+    result: Tensor = module.compute(call)
+    return result
 
 
 def register() -> None:
-    """Register the kernels for CUDA devices (ROCm's too); triton is imported at the first call."""
-    LIBRARY.impl("linear", _kernel("linear", "linear", reference.linear), "CUDA")
-    for op in CONV_OPS.values():
-        LIBRARY.impl(op, _kernel("conv", op, reference.KERNELS[op]), "CUDA")
+    """Register the kernels for CUDA devices (ROCm's too)."""
+    for name in ("linear", *CONV_OPS.values()):
+        register_kernel(OPERATORS[name], make_kernel(OPERATORS[name], _compute), "CUDA")

@@ -1,4 +1,4 @@
-"""``tbn::conv1d/2d/3d`` with Triton: an implicit matrix product, or the library's convolution with the different filters.
+"""``tbn::conv1d/2d/3d`` with Triton: an implicit matrix product, or the library's convolution of the different filters.
 
 Either multiplies only the filters that differ. The library's is faster where arithmetic decides; it needs those
 filters as floats, and writes each of their channels once more than the implicit product does. Few positions make that
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from tbn_compiler.backends.triton import decline, tuning
 from tbn_compiler.backends.triton.kernels import conv as kernels
 from tbn_compiler.backends.triton.kernels import convert
 from tbn_compiler.backends.triton.linear import (
-    check_device,
     gpu_of,
     on_device,
     plan_call,
@@ -31,11 +30,11 @@ from tbn_compiler.backends.triton.linear import (
     tf32_allowed,
     unpack,
 )
-from tbn_compiler.backends.triton.plan import INDEX_LIMIT, Unsupported, WeightPlan
+from tbn_compiler.backends.triton.plan import INDEX_LIMIT, UnsupportedError, WeightPlan
 from tbn_compiler.backends.triton.search import Config, conv_candidates, power_of_two
 from tbn_compiler.ops import reference
-from tbn_compiler.ops.schemas import CONV_OPS, check_formats, check_tile_operands, conv_layout
-from tbn_compiler.tiling import TileLayout
+from tbn_compiler.ops.calls import OPERATORS, TensorCall, make_kernel
+from tbn_compiler.ops.schemas import CONV_OPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +59,18 @@ class Geometry:
     per_group: int
     computed: int
 
-    def output_size(self, size: Sequence[int]) -> list[int]:
-        """Sizes of the output for an input of ``size``."""
-        return [
-            (length + 2 * pad - dil * (k - 1) - 1) // step + 1
-            for length, k, step, pad, dil in zip(
-                size, self.kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        ]
+    @classmethod
+    def of(cls, call: TensorCall) -> Geometry:
+        """The sizes of a call."""
+        return cls(
+            kernel=call.kernel_size,
+            stride=tuple(map(int, call.arguments["stride"])),
+            padding=tuple(map(int, call.arguments["padding"])),
+            dilation=tuple(map(int, call.arguments["dilation"])),
+            groups=call.groups,
+            per_group=call.product.group_rows,
+            computed=call.product.rows,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,126 +87,68 @@ class Operands:
     epilogue: str
 
 
-def _make_conv(d: int) -> Callable[..., Tensor]:
-    op = CONV_OPS[d]
-
-    def conv(
-        input: Tensor,
-        tile: Tensor,
-        alpha: Tensor,
-        bias: Tensor | None,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Sequence[int],
-        p: int,
-        input_alpha: Tensor | None = None,
-        *,
-        p_in: int = 1,
-        shift: int = 0,
-        stride: Sequence[int] = (1,) * d,
-        padding: Sequence[int] = (0,) * d,
-        dilation: Sequence[int] = (1,) * d,
-        groups: int = 1,
-        activation: str = "float",
-        epilogue: str = "none",
-    ) -> Tensor:
-        layout = conv_layout(input, in_channels, out_channels, kernel_size, p, input_alpha, p_in, shift, groups)
-        check_formats(op, activation, epilogue)
-        check_tile_operands(op, input, tile, alpha, bias, layout)
-        check_device(input, input_alpha)
-        geometry = Geometry(
-            kernel=tuple(map(int, kernel_size)),
-            stride=tuple(map(int, stride)),
-            padding=tuple(map(int, padding)),
-            dilation=tuple(map(int, dilation)),
-            groups=groups,
-            per_group=layout.rows // groups,
-            computed=layout.rows_per_group(alpha.numel(), groups),
-        )
-        try:
-            plan = _plan(input, tile, alpha, input_alpha, layout, activation, geometry)
-        except Unsupported as reason:
-            decline(f"tbn::{op}: {reason}")
-            return reference.KERNELS[op](
-                input, tile, alpha, bias, in_channels, out_channels, kernel_size, p, input_alpha,
-                p_in=p_in, shift=shift, stride=stride, padding=padding, dilation=dilation, groups=groups,
-                activation=activation, epilogue=epilogue,
-            )  # fmt: skip
-        unbatched = input.dim() == d + 1
-        x = input.unsqueeze(0) if unbatched else input
-        out = x.new_empty((x.shape[0], layout.rows, *geometry.output_size(x.shape[2:])))
-        if out.numel():
-            with on_device(input):
-                _run(plan, geometry, x, tile, alpha, bias, input_alpha, out, activation, epilogue)
-        return out.squeeze(0) if unbatched else out
-
-    conv.__name__ = op
-    conv.__doc__ = f"``input [N, C, *{d} sizes]``, see :mod:`tbn_compiler.ops.schemas`."
-    return conv
+def compute(call: TensorCall) -> Tensor:
+    """``input [N, C, *sizes] -> [N, M, *sizes]``, or without ``N``, see :mod:`tbn_compiler.ops.schemas`."""
+    try:
+        plan = _plan(call)
+    except UnsupportedError as reason:
+        decline(f"tbn::{call.kind}: {reason}")
+        return reference.compute(call)
+    out = call.input.new_empty(call.output_shape())
+    if out.numel():
+        unbatched = call.input.dim() == call.dims + 1
+        x, images = (tensor.unsqueeze(0) if unbatched else tensor for tensor in (call.input, out))
+        with on_device(call.input):
+            _run(plan, call, x, images)
+    return out
 
 
-conv1d, conv2d, conv3d = map(_make_conv, CONV_OPS)
+conv1d, conv2d, conv3d = (make_kernel(OPERATORS[name], compute) for name in CONV_OPS.values())
 
 
-def _plan(
-    input: Tensor,
-    tile: Tensor,
-    alpha: Tensor,
-    input_alpha: Tensor | None,
-    layout: TileLayout,
-    activation: str,
-    geometry: Geometry,
-) -> WeightPlan:
+def _plan(call: TensorCall) -> WeightPlan:
     """How the kernels read the filters of a call.
 
     Raises:
-        Unsupported: they do not cover it.
+        UnsupportedError: they do not cover it.
     """
-    d = len(geometry.kernel)
-    plan = plan_call(input, tile, alpha, input_alpha, layout, activation)
+    plan = plan_call(call)
     if plan.interleaved > 1:
-        raise Unsupported(
+        raise UnsupportedError(
             "channels that share a weight have scales of their own or are integers, and meet it one by one"
         )
-    if math.prod(input.shape[-d - 1 :]) > INDEX_LIMIT:
-        raise Unsupported(f"an image of {tuple(input.shape[-d - 1 :])} exceeds 32-bit indices")
-    if any(size < 1 for size in geometry.output_size(input.shape[-d:])):
-        raise Unsupported("the kernel does not fit the input")
+    image = call.input.shape[call.channel_axis :]
+    if math.prod(image) > INDEX_LIMIT:
+        raise UnsupportedError(f"an image of {tuple(image)} exceeds 32-bit indices")
+    if any(size < 1 for size in call.output_sizes()):
+        raise UnsupportedError("the kernel does not fit the input")
     return plan
 
 
-def _run(
-    plan: WeightPlan,
-    geometry: Geometry,
-    x: Tensor,
-    tile: Tensor,
-    alpha: Tensor,
-    bias: Tensor | None,
-    input_alpha: Tensor | None,
-    out: Tensor,
-    activation: str,
-    epilogue: str,
-) -> None:
+def _run(plan: WeightPlan, call: TensorCall, x: Tensor, out: Tensor) -> None:
+    """Compute ``out [N, M, *sizes]`` from ``x [N, C, *sizes]``."""
+    tile, bias, input_alpha, geometry = call.tile, call.bias, call.input_alpha, Geometry.of(call)
     if plan.sum_inputs > 1:
         x = x.unflatten(1, (-1, plan.sum_inputs)).sum(2)
     image_scale = None
-    if activation != "float":
-        values, image_scale = quantize(x.reshape(x.shape[0], -1), activation)
+    if call.activation != "float":
+        values, image_scale = quantize(x.reshape(x.shape[0], -1), call.activation)
         x = values.view(x.shape)
     operands = Operands(
         x=x,
         tile=tile.view(torch.int32) if plan.kind == "words" else tile.contiguous(),
-        alpha=alpha.contiguous(),
+        alpha=call.alpha.contiguous(),
         bias=None if bias is None else bias.contiguous(),
         input_alpha=None if input_alpha is None else input_alpha.contiguous(),
         image_scale=image_scale,
         out=out,
-        epilogue=epilogue,
+        epilogue=call.epilogue,
     )
     positions = out.numel() // out.shape[1]
     candidates = conv_candidates(plan, geometry.computed, geometry.groups, positions, x.dtype, gpu_of(x.device))
+    # The names are those of the files that are kept.
     key = (
-        f"conv {str(x.dtype)[6:]} {plan.kind} {geometry.computed}x{plan.columns} blocks={plan.blocks} "
+        f"conv {str(x.dtype)[6:]} {plan.kind} {geometry.computed}x{plan.columns} blocks={plan.replicas} "
         f"of={geometry.per_group} groups={geometry.groups} kernel={geometry.kernel} stride={geometry.stride} "
         f"dilation={geometry.dilation} positions={power_of_two(positions)}"
     )
@@ -261,7 +206,7 @@ def _implicit(config: Config, plan: WeightPlan, geometry: Geometry, operands: Op
         **named,
         KIND=plan.kind,
         MIXED=plan.mixed,
-        BLOCKS=plan.blocks,
+        REPLICAS=plan.replicas,
         HAS_SCALE=operands.image_scale is not None,
         HAS_BIAS=operands.bias is not None,
         FUNCTION=operands.epilogue,

@@ -13,11 +13,11 @@ from torch import Tensor
 from tbn_compiler.backends.triton import decline, tuning
 from tbn_compiler.backends.triton.kernels import convert
 from tbn_compiler.backends.triton.kernels import linear as kernels
-from tbn_compiler.backends.triton.plan import INDEX_LIMIT, Unsupported, WeightPlan, plan_weight
+from tbn_compiler.backends.triton.plan import INDEX_LIMIT, UnsupportedError, WeightPlan, plan_weight
 from tbn_compiler.backends.triton.search import Config, Gpu, linear_candidates, power_of_two
 from tbn_compiler.ops import reference
-from tbn_compiler.ops.schemas import INT8_TINY, check_formats, check_tile_operands, linear_layout
-from tbn_compiler.tiling import TileLayout
+from tbn_compiler.ops.calls import OPERATORS, TensorCall, make_kernel
+from tbn_compiler.ops.schemas import INT8_TINY
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -48,52 +48,22 @@ class Operands:
     epilogue: str
 
 
-def linear(
-    input: Tensor,
-    tile: Tensor,
-    alpha: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    p: int,
-    input_alpha: Tensor | None = None,
-    *,
-    p_in: int = 1,
-    shift: int = 0,
-    activation: str = "float",
-    epilogue: str = "none",
-) -> Tensor:
-    """``input [..., n] -> [..., m]``, see :mod:`tbn_compiler.ops.schemas`.
-
-    Raises:
-        ValueError, TypeError: the operands do not fit each other, as the reference says.
-    """
-    layout = linear_layout(input, in_features, out_features, p, input_alpha, p_in, shift)
-    check_formats("linear", activation, epilogue)
-    check_tile_operands("linear", input, tile, alpha, bias, layout)
-    check_device(input, input_alpha)
+def compute(call: TensorCall) -> Tensor:
+    """``input [..., n] -> [..., m]``, see :mod:`tbn_compiler.ops.schemas`."""
     try:
-        plan = plan_call(input, tile, alpha, input_alpha, layout, activation)
-    except Unsupported as reason:
-        decline(f"tbn::linear: {reason}")
-        return reference.linear(
-            input, tile, alpha, bias, in_features, out_features, p, input_alpha,
-            p_in=p_in, shift=shift, activation=activation, epilogue=epilogue,
-        )  # fmt: skip
-    out = input.new_empty((*input.shape[:-1], out_features))
+        plan = plan_call(call)
+    except UnsupportedError as reason:
+        decline(f"tbn::{call.kind}: {reason}")
+        return reference.compute(call)
+    out = call.input.new_empty(call.output_shape())
     if out.numel() == 0:
         return out
-    with on_device(input):
-        _run(plan, input, tile, alpha, bias, input_alpha, out, activation, epilogue)
+    with on_device(call.input):
+        _run(plan, call, out)
     return out
 
 
-def check_device(input: Tensor, input_alpha: Tensor | None) -> None:
-    """Check the one operand that the shared checks leave out."""
-    torch._check_value(
-        input_alpha is None or input_alpha.device == input.device,
-        lambda: f"tbn: input_alpha is on {input_alpha.device}, input on {input.device}",  # type: ignore[union-attr]
-    )
+linear = make_kernel(OPERATORS["linear"], compute)
 
 
 def on_device(tensor: Tensor) -> Any:
@@ -106,29 +76,23 @@ def word_aligned(tile: Tensor) -> bool:
     return tile.data_ptr() % 4 == 0 and tile.is_contiguous()
 
 
-def plan_call(
-    input: Tensor, tile: Tensor, alpha: Tensor, input_alpha: Tensor | None, layout: TileLayout, activation: str
-) -> WeightPlan:
+def plan_call(call: TensorCall) -> WeightPlan:
     """How the kernels read the weight of a call.
 
     Raises:
-        Unsupported: they do not cover it.
+        UnsupportedError: they do not cover it.
     """
+    input, tile = call.input, call.tile
     for name, tensor in (("input", input), ("tile", tile)):
         if tensor.is_floating_point() and tensor.dtype not in DTYPES:
-            raise Unsupported(f"{name} of dtype {tensor.dtype}")
+            raise UnsupportedError(f"{name} of dtype {tensor.dtype}")
     if input.numel() // max(input.shape[-1], 1) > INDEX_LIMIT:
-        raise Unsupported(f"{tuple(input.shape[:-1])} tokens exceed 32-bit indices")
-    plan = plan_weight(
-        layout,
-        alpha.numel(),
-        packed=tile.dtype == torch.uint8,
-        word_aligned=tile.dtype == torch.uint8 and word_aligned(tile),
-        blocks=1 if input_alpha is None else input_alpha.numel(),
-        integer=activation != "float",
-    )
-    if activation == "float" and precision(input.dtype, input.device) == "split" and not plan.signs:
-        raise Unsupported("weights that are not +1 or -1 would be rounded to tf32 on this GPU")
+        raise UnsupportedError(f"{tuple(input.shape[:-1])} tokens exceed 32-bit indices")
+    packed = tile.dtype == torch.uint8
+    integer = call.activation != "float"
+    plan = plan_weight(call.product, packed=packed, word_aligned=packed and word_aligned(tile), integer=integer)
+    if not integer and precision(input.dtype, input.device) == "split" and not plan.signs:
+        raise UnsupportedError("weights that are not +1 or -1 would be rounded to tf32 on this GPU")
     return plan
 
 
@@ -155,17 +119,8 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32" if tf32_allowed() else "split"
 
 
-def _run(
-    plan: WeightPlan,
-    input: Tensor,
-    tile: Tensor,
-    alpha: Tensor,
-    bias: Tensor | None,
-    input_alpha: Tensor | None,
-    out: Tensor,
-    activation: str,
-    epilogue: str,
-) -> None:
+def _run(plan: WeightPlan, call: TensorCall, out: Tensor) -> None:
+    input, tile, bias, input_alpha, activation = call.input, call.tile, call.bias, call.input_alpha, call.activation
     x = input.reshape(-1, input.shape[-1])
     if plan.sum_inputs > 1:
         x = x.unflatten(-1, (-1, plan.sum_inputs)).sum(-1)
@@ -179,20 +134,21 @@ def _run(
     operands = Operands(
         x=x,
         tile=tile.view(torch.int32) if plan.kind == "words" else tile.contiguous(),
-        alpha=alpha.contiguous(),
+        alpha=call.alpha.contiguous(),
         bias=None if bias is None else bias.contiguous(),
         input_alpha=None if input_alpha is None else input_alpha.contiguous(),
         token_scale=token_scale,
         out=out.view(tokens, -1),
-        epilogue=epilogue,
+        epilogue=call.epilogue,
     )
     if signs:
         _popcount(plan, operands)
         return
     candidates = linear_candidates(plan, tokens, x.dtype, gpu_of(x.device))
+    # The names are those of the files that are kept.
     key = (
-        f"linear {str(x.dtype)[6:]} {plan.kind} {plan.rows}x{plan.columns} copies={plan.copies} blocks={plan.blocks} "
-        f"interleaved={plan.interleaved} tokens={power_of_two(tokens)}"
+        f"linear {str(x.dtype)[6:]} {plan.kind} {plan.rows}x{plan.columns} copies={plan.repeats} "
+        f"blocks={plan.replicas} interleaved={plan.interleaved} tokens={power_of_two(tokens)}"
     )
     run(tuning.choose(x.device, key, candidates, lambda config: run(config, plan, operands)), plan, operands)
 
@@ -243,7 +199,7 @@ def _dot(config: Config, plan: WeightPlan, operands: Operands, out: Tensor) -> N
         tokens,
         plan.rows,
         plan.columns,
-        plan.copies,
+        plan.repeats,
         operands.x.stride(0),
         plan.row_size,
         plan.tile_size,
@@ -251,7 +207,7 @@ def _dot(config: Config, plan: WeightPlan, operands: Operands, out: Tensor) -> N
         plan.rows_per_alpha,
         KIND=plan.kind,
         MIXED=plan.mixed,
-        BLOCKS=plan.blocks,
+        REPLICAS=plan.replicas,
         INTERLEAVED=plan.interleaved,
         INNER_ALPHA=plan.inner_alphas,
         HAS_TOKEN_SCALE=operands.token_scale is not None,
@@ -280,7 +236,7 @@ def _sum(config: Config, plan: WeightPlan, operands: Operands) -> None:
         tokens,
         plan.rows,
         plan.columns,
-        plan.copies,
+        plan.repeats,
         operands.x.stride(0),
         plan.row_size,
         plan.tile_size,
@@ -310,7 +266,7 @@ def _finish(splits: int, plan: WeightPlan, operands: Operands, partial: Tensor) 
         operands.out,
         tokens,
         plan.rows,
-        plan.copies,
+        plan.repeats,
         plan.rows_per_alpha,
         splits,
         MIXED=plan.mixed or plan.inner_alphas,
@@ -337,7 +293,7 @@ def _popcount(plan: WeightPlan, operands: Operands) -> None:
         plan.rows,
         plan.columns // 32,
         plan.columns,
-        plan.copies,
+        plan.repeats,
         plan.rows_per_alpha,
         HAS_BIAS=operands.bias is not None,
         FUNCTION=operands.epilogue,
@@ -378,7 +334,7 @@ def unpack(
     computed: int | None = None,
     per_group: int | None = None,
 ) -> Tensor:
-    """The weights to multiply, as floats ``[groups * computed, columns]``: the first ``computed`` rows of each group."""
+    """The weights to multiply, floats ``[groups * computed, columns]``: the first ``computed`` rows of each group."""
     computed = plan.rows if computed is None else computed
     per_group = plan.rows if per_group is None else per_group
     weight = torch.empty((groups * computed, plan.columns), dtype=dtype, device=tile.device)
@@ -387,7 +343,7 @@ def unpack(
     convert.unpack_rows[(blocks,)](
         tile, alpha, input_alpha, weight, computed, per_group, plan.rows, groups * computed, plan.columns,
         plan.row_size, plan.tile_size, plan.shift,
-        KIND=plan.kind, MIXED=plan.mixed, BLOCKS=plan.blocks, BLOCK_ROWS=block_rows, BLOCK_K=block_k,
+        KIND=plan.kind, MIXED=plan.mixed, REPLICAS=plan.replicas, BLOCK_ROWS=block_rows, BLOCK_K=block_k,
     )  # fmt: skip
     return weight
 

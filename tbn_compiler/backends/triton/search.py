@@ -121,7 +121,7 @@ def linear_candidates(plan: WeightPlan, tokens: int, dtype: torch.dtype, gpu: Gp
         gpu: what bounds them.
     """
     found = _fill(list(_dot(plan, tokens, dtype.itemsize, gpu)), plan, tokens, gpu.processors)
-    plain = not (plan.mixed or plan.inner_alphas) and plan.blocks == plan.interleaved == 1
+    plain = not (plan.mixed or plan.inner_alphas) and plan.replicas == plan.interleaved == 1
     if plain and dtype != torch.int8 and tokens <= SUM_TOKENS:
         block_tokens = min(4, power_of_two(tokens))
         # Sums in registers: 32 to 64 a thread.

@@ -146,7 +146,7 @@ def _main(networks: Sequence[Network]) -> str:
         "int main(void)",
         "{",
     ]
-    for index, network in enumerate(networks):
+    for network in networks:
         plan = network.plan
         assert plan is not None
         ports = (*plan.inputs, *plan.outputs)

@@ -86,10 +86,11 @@ def test_weights_must_be_finite(tmp_path: Path) -> None:
     _refused(net, torch.ones(1, 4), tmp_path, r"0\.bias \[4\] holds values that are not finite")
 
 
-def test_a_trained_part_of_a_larger_module_must_be_lowered_first(tmp_path: Path) -> None:
+def test_a_trained_part_of_a_larger_module_is_lowered_with_it(tmp_path: Path) -> None:
     part = tbn.transform(nn.Sequential(nn.Linear(8, 8)), tbn.TilingConfig(min_size=0))
-    _refused(nn.Sequential(part), torch.ones(1, 8), tmp_path, "tbn_compiler.lower on that part")
-    export_c(nn.Sequential(tbn.lower(part)), torch.ones(1, 8), tmp_path / "net.c")
+    trained = export_c(nn.Sequential(part), torch.ones(1, 8), tmp_path / "trained.c")
+    lowered = export_c(nn.Sequential(tbn.lower(part)), torch.ones(1, 8), tmp_path / "lowered.c")
+    assert trained.weight_bytes == lowered.weight_bytes
 
 
 def test_the_module_is_not_changed(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_what_does_not_fit_or_compile_is_an_error(tmp_path: Path) -> None:
     source = write_model(tmp_path, "state[1] = input[0]; output[0] = state[2];", head="static float state[2000000];")
     with pytest.raises(ExportError, match="does not fit into the memory of mps2-an386"):
         measure(source, CPUS["cortex-m4"], [[1.0]])
-    with pytest.raises(ExportError, match="(?s)cannot compile.*undeclared"):
+    with pytest.raises(ExportError, match=r"(?s)cannot compile.*undeclared"):
         measure(write_model(tmp_path, "output[0] = nonsense;"), CPUS["cortex-m4"], [[1.0]])
 
 

@@ -236,7 +236,7 @@ def test_the_plan_is_a_table_and_a_picture(tmp_path: Path) -> None:
     assert f"net: {plan.weight_bytes:,} bytes of constants, {plan.scratch_bytes:,} of scratch" in text
     assert "max pool 2 x 2" in text
     assert text.count("(peak)") == 1
-    assert "#define NET_TOTAL_BYTES %d\n" % plan.total_bytes in (tmp_path / "net.h").read_text()
+    assert f"#define NET_TOTAL_BYTES {plan.total_bytes}\n" in (tmp_path / "net.h").read_text()
     plan.draw(tmp_path / "plan.png")
     plan.draw(tmp_path / "plan.svg")
     assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -150,8 +150,8 @@ def test_a_package_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["net", "net.h", "src"]
     with pytest.raises(ExportError, match="package='zip' is not one of 'arduino', 'cmake', or None"):
         export_c(nn.ReLU(), torch.ones(1, 4), tmp_path / "other", package="zip")  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("old")
     with pytest.raises(ExportError, match="cannot write"):
-        (tmp_path / "file").write_text("old")
         export_c(nn.ReLU(), torch.ones(1, 4), tmp_path / "file", package="cmake")
     assert (tmp_path / "file").read_text() == "old"
 

@@ -15,6 +15,7 @@ from tbn_compiler.backends.c import export_c, tiled_kernels, tiled_rows
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.tiled_instances import INSTANCES
 from tbn_compiler.packing import pack_bits
+from tbn_compiler.tiling import TileLayout
 from tests.backends.c.toolchain import needs_cc, run_strict
 
 # Rows and inputs that are and are not multiples of what a kernel takes at a time, and several passes.
@@ -194,6 +195,13 @@ def test_short_rows_take_lookups_and_small_tiles_little_padding() -> None:
             assert chosen.table_bytes <= 9 / 8 * -(-rows * inputs // 8) + 4
             signs = np.random.default_rng(0).random((rows, inputs)) < 0.5
             assert chosen.make_table(signs).nbytes == chosen.table_bytes
+
+
+def test_a_layout_that_the_kernels_do_not_know_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = tbn.lower(tbn.transform(nn.Sequential(nn.Linear(8, 8)), tbn.TilingConfig(p=2, min_size=0)))
+    monkeypatch.setattr(TileLayout, "kind", "hadamard")
+    with pytest.raises(tbn.ExportError, match="its tile has the layout 'hadamard'"):
+        export_c(module, torch.zeros(1, 8), tmp_path / "net.c")
 
 
 def test_the_plan_says_why_a_layer_has_a_slower_kernel(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_a_kernel_that_does_not_fit_is_pytorchs_error() -> None:
     tile, alpha, _ = operands((16, 12, 3, 3), 4, 4)
     args = (tile, alpha, None, 12, 16, [3, 3], 4)
     tbn.conv2d(exact_input(1, 12, 6, 7), *args)  # the plan exists
-    with pytest.raises(RuntimeError, match="[Kk]ernel size"):
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
         tbn.conv2d(exact_input(1, 12, 2, 7), *args)
 
 

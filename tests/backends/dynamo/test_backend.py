@@ -68,11 +68,13 @@ def _in_place(module: nn.Module) -> None:
 
 def _load(module: nn.Module) -> None:
     state = module.state_dict()
-    module.load_state_dict({key: torch.rand(value.shape).to(value.dtype) for key, value in state.items()})
+    changed = {key: torch.rand(value.shape) if value.is_floating_point() else value for key, value in state.items()}
+    module.load_state_dict(changed)
 
 
 def _assign(module: nn.Module) -> None:
-    state = {key: nn.Parameter(torch.randn_like(value)) for key, value in module.named_parameters()}
+    state = {key: value for key, value in module.state_dict().items() if key.endswith("_extra_state")}
+    state |= {key: nn.Parameter(torch.randn_like(value)) for key, value in module.named_parameters()}
     module.load_state_dict(state, strict=False, assign=True)
 
 
@@ -151,8 +153,8 @@ def test_changed_weights_of_a_lowered_module(eager_graphs: list[fx.GraphModule])
     fast = compiled(packed)
     x = torch.randn(3, 3, 8, 8)
     equal(fast, packed, x)
+    other = tbn.lower(tiled(convnet()))
     for change in (_in_place, _norm_statistics, lambda module: module.load_state_dict(other.state_dict())):
-        other = tbn.lower(tiled(convnet()))
         change(packed)
         equal(fast, packed, x)
     assert len(eager_graphs) == 1
@@ -324,6 +326,7 @@ def test_dynamic_batch(graphs: list[fx.GraphModule]) -> None:
     # PyTorch's own convolution, which the module in training form is traced with, tells sizes from 16 on apart.
     for module, largest in ((tbn.lower(tiled(convnet())), 64), (tiled(convnet()), 13)):
         graphs.clear()
+        torch._dynamo.reset()  # which else would know already that batches differ: both have the same code
         fast = compiled(module)
         for batch in (2, 3, 5, 7, 11, largest):
             equal(fast, module, torch.randn(batch, 3, 8, 8))
@@ -356,7 +359,7 @@ def test_graph_breaks(eager_graphs: list[fx.GraphModule]) -> None:
         equal(fast, module, torch.randn(3, 16))
         reports = tbn.explain(fast).graphs
         assert [layer.name for report in reports for layer in report.layers] == ["first", "second"]
-        with pytest.raises(Exception, match="fullgraph=True|data-dependent|Unsupported"):
+        with pytest.raises(Exception, match=r"fullgraph=True|data-dependent|Unsupported"):
             compiled(module, fullgraph=True)(torch.randn(3, 16))
 
 
@@ -422,6 +425,7 @@ def test_weights_keep_their_place_for_cuda_graphs(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(dynamo, "_compile_fx", compile_fx)
     for module in (tbn.lower(tiled(convnet())), tiled(convnet())):
+        torch._dynamo.reset()
         fast = compiled(module)
         for batch in (2, 3):
             equal(fast, module, torch.randn(batch, 3, 8, 8))
@@ -483,10 +487,9 @@ def test_no_grad_inside_the_function(eager_graphs: list[fx.GraphModule]) -> None
 def test_a_model_without_a_tiled_layer_warns_once(eager_graphs: list[fx.GraphModule]) -> None:
     first, second = mlp(), mlp()
     x = torch.randn(3, 16)
-    with pytest.warns(UserWarning, match="Sequential has no tiled layer and is compiled as with") as caught:
+    with pytest.warns(UserWarning, match="Sequential has no tiled layer and is compiled as with"):
         torch.testing.assert_close(compiled(first)(x), first(x))
-        torch.testing.assert_close(compiled(second)(x), second(x))
-    assert len(caught) == 1
+    torch.testing.assert_close(compiled(second)(x), second(x))  # a warning would be an error
     for module in (first, second):
         assert {report.form for report in tbn.explain(module).graphs} <= {"no tiled layer"}
     assert len(tbn.explain(first).graphs) == 1

@@ -53,6 +53,6 @@ def operators(path: Path) -> set[tuple[str, str]]:
 
 def packed_bytes(qat: Any) -> int:
     """Bytes of the packed tiles of a transformed module."""
-    from tbn_compiler.graph.layers import get_records
+    from tbn_compiler.graph.records import get_records
 
     return sum(-(-record.spec.layout.tile_size // 8) for record in get_records(qat) or () if record.spec)

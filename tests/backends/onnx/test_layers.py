@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
+from tbn_compiler.graph.records import graph_parts
 from tests.backends.onnx.runtime import RUNTIME_HAS_2_BITS, assert_same, expected, initializers, operators, run
 
 FORMS = ["bits", "nbits", "dense"]
@@ -176,10 +177,11 @@ def test_replica_flow(form: str, optimized: bool, tmp_path: Path) -> None:
 def test_number_formats(form: str, activation: str, epilogue: str, tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(72, 16))
     packed = tbn.lower(tbn.transform(net, tbn.TilingConfig(p=4, alpha="tile", min_size=0)))
-    for node in packed.graph.nodes:
-        if str(node.target).startswith("tbn."):
-            node.kwargs = node.kwargs | {"activation": activation, "epilogue": epilogue}
-    packed.recompile()
+    for _, part in graph_parts(packed):
+        for node in part.graph.nodes:
+            if str(node.target).startswith("tbn."):
+                node.kwargs = node.kwargs | {"activation": activation, "epilogue": epilogue}
+        part.recompile()
     inputs = {"input": torch.randint(-8, 9, (5, 3, 5, 5)) / 8}
     written = check(packed, inputs, tmp_path / "net.onnx", weights=form)
     assert ("2.weight" in written.reasons) == (form == "nbits" and activation != "float")

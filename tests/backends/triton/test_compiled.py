@@ -159,7 +159,9 @@ def test_conv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = []
     for kernel, activation in (("implicit", "float"), ("implicit", "int8"), ("library", "float")):
         monkeypatch.setattr(
-            tuning, "choose", lambda device, key, found, run, wanted=kernel: [c for c in found if c.kernel == wanted][0]
+            tuning,
+            "choose",
+            lambda device, key, found, run, wanted=kernel: next(c for c in found if c.kernel == wanted),
         )
         with compiling("sm_90") as compiled:
             conv.conv2d(x, tile, torch.ones(4), None, 256, 256, (3, 3), 4, padding=(1, 1), activation=activation)

@@ -5,19 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tbn_compiler.backends.triton.plan import Unsupported, WeightPlan, plan_weight
+from tbn_compiler.backends.triton.plan import UnsupportedError, WeightPlan, plan_weight
 from tbn_compiler.backends.triton.search import Config, Gpu, conv_candidates, linear_candidates, power_of_two
-from tbn_compiler.tiling import TileLayout
+from tbn_compiler.tiling import TiledProduct, TileLayout
 
 
-def plan(shape: tuple[int, ...], p: int, num_alphas: int = 1, p_in: int = 1, shift: int = 0, **options) -> WeightPlan:
-    return plan_weight(
-        TileLayout(shape, p, p_in, shift), num_alphas, **{"packed": True, "word_aligned": True} | options
-    )
+def plan(
+    shape: tuple[int, ...],
+    p: int,
+    num_alphas: int = 1,
+    p_in: int = 1,
+    shift: int = 0,
+    replicas: int = 1,
+    **options,
+) -> WeightPlan:
+    product = TiledProduct(TileLayout(shape, p, p_in, shift), num_alphas, replicas=replicas)
+    return plan_weight(product, **{"packed": True, "word_aligned": True} | options)
 
 
 @pytest.mark.parametrize(
-    ("found", "kind", "rows", "columns", "copies"),
+    ("found", "kind", "rows", "columns", "repeats"),
     [
         (plan((64, 96), 4, 4), "words", 16, 96, 4),
         (plan((64, 96), 4, 4, word_aligned=False), "bytes", 16, 96, 4),
@@ -30,14 +37,14 @@ def plan(shape: tuple[int, ...], p: int, num_alphas: int = 1, p_in: int = 1, shi
         (plan((10, 36), 4, packed=False), "indexed", 5, 36, 2),
         (plan((64, 96), 4, 2, p_in=2), "bytes", 32, 48, 2),
         (plan((64, 96), 4, 4, p_in=2), "bits", 64, 48, 1),
-        (plan((64, 96), 4, 4, blocks=3), "words", 16, 32, 4),
-        (plan((64, 96), 4, 4, blocks=2), "bytes", 16, 48, 4),
-        (plan((64, 96), 4, 4, blocks=8), "bits", 16, 12, 4),
+        (plan((64, 96), 4, 4, replicas=3), "words", 16, 32, 4),
+        (plan((64, 96), 4, 4, replicas=2), "bytes", 16, 48, 4),
+        (plan((64, 96), 4, 4, replicas=8), "bits", 16, 12, 4),
         (plan((64, 32, 3, 3), 4, 4), "words", 16, 288, 4),
     ],
 )
-def test_reading(found: WeightPlan, kind: str, rows: int, columns: int, copies: int) -> None:
-    assert (found.kind, found.rows, found.columns, found.copies) == (kind, rows, columns, copies)
+def test_reading(found: WeightPlan, kind: str, rows: int, columns: int, repeats: int) -> None:
+    assert (found.kind, found.rows, found.columns, found.repeats) == (kind, rows, columns, repeats)
 
 
 def test_scales() -> None:
@@ -51,12 +58,22 @@ def test_scales() -> None:
     assert plan((64, 96), 4, 2, p_in=2, integer=True).interleaved == 2
 
 
+def test_a_single_copy_is_read_as_it_lies_whatever_its_shift() -> None:
+    assert plan((64, 96), 1, shift=3).kind == "words"
+
+
+def test_a_layout_that_the_kernels_do_not_know_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TileLayout, "kind", "hadamard")
+    with pytest.raises(UnsupportedError, match="a hadamard layout"):
+        plan((64, 96), 4)
+
+
 def test_sizes_beyond_the_index() -> None:
     """Up to 2^31 weights and more is fine; a tile or a row of that size is not."""
     assert plan((2**17, 2**16), 8).kind == "words"
-    with pytest.raises(Unsupported, match="exceed 32-bit indices"):
+    with pytest.raises(UnsupportedError, match="exceed 32-bit indices"):
         plan((2**17, 2**16), 2)
-    with pytest.raises(Unsupported, match="exceed 32-bit indices"):
+    with pytest.raises(UnsupportedError, match="exceed 32-bit indices"):
         plan((2, 2**31), 2)
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
 
 from tbn_compiler.backends.triton import tuning
 from tbn_compiler.backends.triton.search import Config

@@ -28,10 +28,10 @@ from tbn_compiler.backends.c.frontend.registry import (
     Arguments,
     supported_operators,
 )
-from tbn_compiler.compiler import optimize
+from tbn_compiler.compiler import deploy, lower
 from tbn_compiler.errors import ExportError
-from tbn_compiler.graph.layers import get_records
-from tbn_compiler.graph.tracing import share_tensors_copy
+from tbn_compiler.graph.copying import share_tensors_copy
+from tbn_compiler.graph.records import get_records
 
 _aten, _tbn = torch.ops.aten, torch.ops.tbn
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -55,7 +55,7 @@ def import_graph(module: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -
     shapes = ", ".join(str(list(value.shape)) for value in inputs)
     failure = f"torch.export cannot trace {type(module).__name__} on inputs {shapes}"
     if get_records(module) is not None:
-        module = optimize(module, inputs)
+        module, _ = deploy(lower(module), inputs, free_sizes=False)
     try:
         module = share_tensors_copy(module).eval()
         with torch.no_grad(), _whole_attention(), warnings.catch_warnings():

@@ -13,9 +13,12 @@ from tbn_compiler.backends.c.frontend.attention import product
 from tbn_compiler.backends.c.frontend.importer import Importer
 from tbn_compiler.backends.c.frontend.reductions import pair
 from tbn_compiler.backends.c.frontend.registry import Arguments, converts
-from tbn_compiler.tiling import TileLayout
+from tbn_compiler.graph.calls import tiled_call
+from tbn_compiler.tiling import LayoutKind, TileLayout
 
 _aten, _tbn = torch.ops.aten, torch.ops.tbn
+
+_LAYOUTS: tuple[LayoutKind, ...] = ("flat", "two-axis", "staggered")
 
 
 @converts(_aten.linear.default)
@@ -93,9 +96,7 @@ def _tiled_conv_transpose(importer: Importer, node: fx.Node, args: Arguments) ->
         alpha=importer.constant(node, args["alpha"]),
         bias=importer.optional_constant(node, args["bias"]),
         input_alpha=None,
-        layout=TileLayout(
-            (args["in_channels"], args["out_channels"] // groups, *kernel), args["p"], shift=args["shift"]
-        ),
+        layout=_layout(importer, node),
         window=_window(args, head["output"].shape, head["inputs"][0].shape, tuple(kernel)),
         groups=groups,
     )
@@ -103,20 +104,25 @@ def _tiled_conv_transpose(importer: Importer, node: fx.Node, args: Arguments) ->
 
 @converts(_tbn.linear.default)
 def _tiled_linear(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
-    shape = (args["out_features"], args["in_features"])
-    layout = TileLayout(shape, args["p"], args["p_in"], args["shift"])
     head, tail = _tiled_head(importer, node, args)
-    return ir.TiledLinear(**head, **_tile(importer, node, args), layout=layout), *tail
+    return ir.TiledLinear(**head, **_tile(importer, node, args), layout=_layout(importer, node)), *tail
 
 
 @converts(_tbn.conv1d.default, _tbn.conv2d.default)
 def _tiled_conv(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
-    kernel, groups = tuple(args["kernel_size"]), args["groups"]
-    shape = (args["out_channels"], args["in_channels"] // groups, *kernel)
-    layout = TileLayout(shape, args["p"], args["p_in"], args["shift"])
     head, tail = _tiled_head(importer, node, args)
-    window = _window(args, head["inputs"][0].shape, head["output"].shape, kernel)
-    return ir.TiledConv(**head, **_tile(importer, node, args), layout=layout, window=window, groups=groups), *tail
+    window = _window(args, head["inputs"][0].shape, head["output"].shape, tuple(args["kernel_size"]))
+    layer = {**head, **_tile(importer, node, args), "layout": _layout(importer, node), "window": window}
+    return ir.TiledConv(**layer, groups=args["groups"]), *tail
+
+
+def _layout(importer: Importer, node: fx.Node) -> TileLayout:
+    """The layout of a tiled layer's weight; the kernels follow it element by element."""
+    call = tiled_call(node)
+    assert call is not None
+    if call.layout.kind not in _LAYOUTS:
+        raise importer.unsupported(node, f"its tile has the layout {call.layout.kind!r}")
+    return call.layout
 
 
 def _tiled_head(importer: Importer, node: fx.Node, args: Arguments) -> tuple[dict[str, Any], Sequence[ir.Operation]]:

@@ -145,7 +145,7 @@ def _instance_norm(importer: Importer, node: fx.Node, args: Arguments) -> Sequen
 def _norm_groups(importer: Importer, node: fx.Node, args: Arguments, groups: int) -> Sequence[ir.Operation]:
     """Rows of whole groups are normalised; then each channel has its factor and addend."""
     head = importer.head(node, args["input"])
-    samples, channels, *image = head["output"].shape
+    _, channels, *image = head["output"].shape
     columns = channels // groups * math.prod(image)
     weight, bias = (importer.optional_constant(node, args[name]) for name in ("weight", "bias"))
     eps = float(args["eps"])

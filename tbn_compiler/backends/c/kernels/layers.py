@@ -6,7 +6,7 @@ from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.geometry import window_struct
 from tbn_compiler.backends.c.plan import At, Call, Implementation, Struct
 from tbn_compiler.backends.c.registry import Context, implements
-from tbn_compiler.backends.c.tiled_kernels import describe, row_alpha, rows_per_alpha, weight_struct
+from tbn_compiler.backends.c.tiled_kernels import describe, row_alpha, weight_struct
 
 
 @implements(ir.Linear)
@@ -61,7 +61,7 @@ def _tiled_conv_transpose(operation: ir.TiledConvTranspose, context: Context) ->
             ("in_channels", inputs),
             ("out_channels", outputs),
             ("groups", groups),
-            ("rows_per_alpha", rows_per_alpha(operation)),
+            ("rows_per_alpha", operation.product.rows_per_alpha),
             ("alpha", row_alpha(operation)),
             ("bias", operation.bias),
         ),

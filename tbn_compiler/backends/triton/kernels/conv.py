@@ -54,7 +54,7 @@ def conv_dot(
     DILATION_W: tl.constexpr,
     KIND: tl.constexpr,
     MIXED: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    REPLICAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FUNCTION: tl.constexpr,
@@ -65,7 +65,7 @@ def conv_dot(
 ):
     """``x [N, groups * group_channels, depth, height, width]`` (any strides) to ``out [N, channels, positions]``.
 
-    Lower dimensions are ones. Group ``g`` has the channels ``g * per_group + i * computed + j``: copies ``i`` of the
+    Lower dimensions are ones. Group ``g`` has the channels ``g * per_group + i * computed + j``: repeats ``i`` of the
     ``computed`` different rows ``j``. Grid: (row blocks * position blocks, groups).
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -92,7 +92,7 @@ def conv_dot(
     for first_k in range(0, columns, BLOCK_K):
         weight = load_operand(
             tile, alpha, input_alpha, rows, first_k, period, columns, row_size, q, shift,
-            KIND, MIXED, BLOCKS, WEIGHT, BLOCK_ROWS, BLOCK_K,
+            KIND, MIXED, REPLICAS, WEIGHT, BLOCK_ROWS, BLOCK_K,
         )  # fmt: skip
         k = first_k + tl.arange(0, BLOCK_K)
         tap = k % TAPS

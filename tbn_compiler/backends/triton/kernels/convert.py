@@ -1,4 +1,4 @@
-"""Kernels around the products: number formats of activations, float weights from a tile, copies of channels."""
+"""Kernels around the products: number formats of activations, float weights from a tile, repeats of channels."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def unpack_rows(
     shift,
     KIND: tl.constexpr,
     MIXED: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    REPLICAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -87,7 +87,7 @@ def unpack_rows(
     rows = ((target // computed) * per_group + target % computed) % period
     weight = load_operand(
         tile, alpha, input_alpha, rows, first_k, period, columns, row_size, q, shift,
-        KIND, MIXED, BLOCKS, out.dtype.element_ty, BLOCK_ROWS, BLOCK_K,
+        KIND, MIXED, REPLICAS, out.dtype.element_ty, BLOCK_ROWS, BLOCK_K,
     )  # fmt: skip
     k = first_k + tl.arange(0, BLOCK_K)
     place = out + target.to(tl.int64)[:, None] * columns + k[None, :]
@@ -112,7 +112,7 @@ def copy_channels(
 ):
     """``out [N, channels, positions]`` from ``z [N, groups * computed, positions]``: scale, bias, function.
 
-    Channel ``g * per_group + j`` copies channel ``g * computed + j mod computed``. Grid: (N * channels * position
+    Channel ``g * per_group + j`` repeats channel ``g * computed + j mod computed``. Grid: (N * channels * position
     blocks,).
     """
     position_blocks = tl.cdiv(positions, BLOCK)

@@ -1,4 +1,4 @@
-"""What follows the products: scales, bias, function, and the copies of each row."""
+"""What follows the products: scales, bias, function, and the repeats of each row."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def activate(x, FUNCTION: tl.constexpr):
 
 
 @triton.jit
-def store_copies(
+def store_repeats(
     out,
     products,
     token_scale,
@@ -34,19 +34,19 @@ def store_copies(
     rows,
     num_tokens,
     num_rows,
-    copies,
+    repeats,
     rows_per_alpha,
     HAS_TOKEN_SCALE: tl.constexpr,
     MIXED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FUNCTION: tl.constexpr,
 ):
-    """Write ``out[token, i * num_rows + row]`` for each copy ``i`` from float32 products ``[tokens, rows]``."""
-    outputs = num_rows * copies
+    """Write ``out[token, i * num_rows + row]`` for each repeat ``i`` from float32 products ``[tokens, rows]``."""
+    outputs = num_rows * repeats
     inside = (tokens < num_tokens)[:, None] & (rows < num_rows)[None, :]
     place = out + tokens.to(tl.int64)[:, None] * outputs + rows[None, :]
-    for copy in range(copies):
-        row = copy * num_rows + rows
+    for repeat in range(repeats):
+        row = repeat * num_rows + rows
         value = products
         if not MIXED:
             value = (
@@ -58,4 +58,4 @@ def store_copies(
         if HAS_BIAS:
             value = value + tl.load(bias + row, mask=rows < num_rows, other=0).to(tl.float32)[None, :]
         value = activate(value, FUNCTION)
-        tl.store(place + copy * num_rows, value.to(out.dtype.element_ty), mask=inside)
+        tl.store(place + repeat * num_rows, value.to(out.dtype.element_ty), mask=inside)

@@ -1,11 +1,11 @@
-"""Kernels of the tiled linear layer: only different rows are multiplied, and each result is written to its copies."""
+"""Kernels of the tiled linear layer: only different rows are multiplied, and their results repeated."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from tbn_compiler.backends.triton.kernels.epilogue import store_copies
+from tbn_compiler.backends.triton.kernels.epilogue import store_repeats
 from tbn_compiler.backends.triton.kernels.products import multiply
 from tbn_compiler.backends.triton.kernels.weights import load_operand, load_weight
 
@@ -22,7 +22,7 @@ def linear_dot(
     num_tokens,
     num_rows,
     columns,
-    copies,
+    repeats,
     x_stride,
     row_size,
     q,
@@ -30,7 +30,7 @@ def linear_dot(
     rows_per_alpha,
     KIND: tl.constexpr,
     MIXED: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    REPLICAS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     INNER_ALPHA: tl.constexpr,
     HAS_TOKEN_SCALE: tl.constexpr,
@@ -46,7 +46,7 @@ def linear_dot(
     """Matrix product on tensor cores where the dtype has them (true float32: on the float32 units).
 
     The weight is the left operand, so that the expanded bits can stay in registers. ``x`` holds ``columns *
-    INTERLEAVED`` values a token; ``BLOCKS`` runs of ``columns`` weights of a row share the input, each with its own
+    INTERLEAVED`` values a token; ``REPLICAS`` runs of ``columns`` weights of a row share the input, each with its own
     ``input_alpha``. With ``INTERLEAVED``, that many neighbouring inputs share a weight; ``INNER_ALPHA`` gives each of
     them its alpha. Grid: (row blocks * token blocks, SPLIT_K). With ``SPLIT_K > 1``, ``out`` is the workspace
     ``[SPLIT_K, num_tokens, num_rows]`` of unscaled sums (float32 or int32).
@@ -65,11 +65,11 @@ def linear_dot(
         k = first_k + tl.arange(0, BLOCK_K)
         weight = load_operand(
             tile, alpha, input_alpha, rows, first_k, num_rows, columns, row_size, q, shift,
-            KIND, MIXED, BLOCKS, WEIGHT, BLOCK_ROWS, BLOCK_K,
+            KIND, MIXED, REPLICAS, WEIGHT, BLOCK_ROWS, BLOCK_K,
         )  # fmt: skip
         for inner in tl.static_range(INTERLEAVED):
             place = token_begin + (k * INTERLEAVED + inner)[None, :]
-            if EVEN_K:
+            if EVEN_K:  # noqa: SIM108 (Triton compiles only the branch that a constant chooses)
                 value = tl.load(place)
             else:
                 value = tl.load(place, mask=(k < columns)[None, :], other=0)
@@ -80,8 +80,8 @@ def linear_dot(
             accumulator = multiply(used, tl.trans(value), accumulator, PRECISION)
     products = tl.trans(accumulator)
     if SPLIT_K == 1:
-        store_copies(
-            out, products.to(tl.float32), token_scale, alpha, bias, tokens, rows, num_tokens, num_rows, copies,
+        store_repeats(
+            out, products.to(tl.float32), token_scale, alpha, bias, tokens, rows, num_tokens, num_rows, repeats,
             rows_per_alpha, HAS_TOKEN_SCALE, MIXED or INNER_ALPHA, HAS_BIAS, FUNCTION,
         )  # fmt: skip
     else:
@@ -99,7 +99,7 @@ def linear_sum(
     num_tokens,
     num_rows,
     columns,
-    copies,
+    repeats,
     x_stride,
     row_size,
     q,
@@ -131,13 +131,13 @@ def linear_sum(
             KIND, False, tl.float32, BLOCK_ROWS, BLOCK_K,
         )  # fmt: skip
         place = token_begin + k[None, :]
-        if EVEN_K:
+        if EVEN_K:  # noqa: SIM108 (Triton compiles only the branch that a constant chooses)
             value = tl.load(place)
         else:
             value = tl.load(place, mask=(k < columns)[None, :], other=0)
         sums += value.to(tl.float32)[:, None, :] * weight[None, :, :]
-    store_copies(
-        out, tl.sum(sums, 2), None, alpha, bias, tokens, rows, num_tokens, num_rows, copies,
+    store_repeats(
+        out, tl.sum(sums, 2), None, alpha, bias, tokens, rows, num_tokens, num_rows, repeats,
         rows_per_alpha, False, False, HAS_BIAS, FUNCTION,
     )  # fmt: skip
 
@@ -151,7 +151,7 @@ def linear_finish(
     out,
     num_tokens,
     num_rows,
-    copies,
+    repeats,
     rows_per_alpha,
     splits,
     MIXED: tl.constexpr,
@@ -161,7 +161,7 @@ def linear_finish(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Add the partial sums ``[splits, num_tokens, num_rows]`` in a fixed order, and write the copies."""
+    """Add the partial sums ``[splits, num_tokens, num_rows]`` in a fixed order, and write the results."""
     row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     rows = (tl.program_id(0) % row_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tokens = (tl.program_id(0) // row_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -170,8 +170,8 @@ def linear_finish(
     for split in range(splits):
         place = partial + (split * num_tokens + tokens).to(tl.int64)[:, None] * num_rows + rows[None, :]
         products += tl.load(place, mask=inside, other=0)
-    store_copies(
-        out, products.to(tl.float32), token_scale, alpha, bias, tokens, rows, num_tokens, num_rows, copies,
+    store_repeats(
+        out, products.to(tl.float32), token_scale, alpha, bias, tokens, rows, num_tokens, num_rows, repeats,
         rows_per_alpha, HAS_TOKEN_SCALE, MIXED, HAS_BIAS, FUNCTION,
     )  # fmt: skip
 
@@ -188,7 +188,7 @@ def linear_popcount(
     num_rows,
     words,
     columns,
-    copies,
+    repeats,
     rows_per_alpha,
     HAS_BIAS: tl.constexpr,
     FUNCTION: tl.constexpr,
@@ -196,7 +196,7 @@ def linear_popcount(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    """Binary activations: ``x`` and ``tile`` are ``int32`` words of 32 signs, ``[tokens, words]`` and ``[rows, words]``.
+    """Binary activations: ``x`` ``[tokens, words]`` and ``tile`` ``[rows, words]`` are ``int32`` words of 32 signs.
 
     Signs that differ give -1, so a product is ``columns - 2 popcount(x xor w)``.
     """
@@ -213,8 +213,8 @@ def linear_popcount(
         right = tl.load(row_begin + word[None, :], mask=inside, other=0)
         differ += _popcount((left[:, None, :] ^ right[None, :, :]).to(tl.uint32, bitcast=True)).to(tl.int32)
     products = (columns - 2 * tl.sum(differ, 2)).to(tl.float32)
-    store_copies(
-        out, products, token_scale, alpha, bias, tokens, rows, num_tokens, num_rows, copies,
+    store_repeats(
+        out, products, token_scale, alpha, bias, tokens, rows, num_tokens, num_rows, repeats,
         rows_per_alpha, True, False, HAS_BIAS, FUNCTION,
     )  # fmt: skip
 

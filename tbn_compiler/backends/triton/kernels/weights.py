@@ -147,19 +147,19 @@ def load_operand(
     shift,
     KIND: tl.constexpr,
     MIXED: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    REPLICAS: tl.constexpr,
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """:func:`load_weight`, or the sum of ``BLOCKS`` runs of ``columns`` weights times their ``input_alpha``."""
-    if BLOCKS == 1:
+    """:func:`load_weight`, or the sum of ``REPLICAS`` runs of ``columns`` weights times their ``input_alpha``."""
+    if REPLICAS == 1:
         weight = load_weight(
             tile, alpha, rows, first_k, num_rows, columns, row_size, q, shift, KIND, MIXED, DTYPE, ROWS, COLUMNS
         )
     else:
         folded = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-        for block in range(BLOCKS):
+        for block in range(REPLICAS):
             begin = block * columns
             folded += tl.load(input_alpha + block).to(tl.float32) * load_weight(
                 tile, alpha, rows, begin + first_k, num_rows, begin + columns, row_size, q, shift,

@@ -1,6 +1,7 @@
 """These tests run in Triton's interpreter, which is chosen before triton is imported: in a process of their own.
 
-``tests/backends/triton/test_interpreted.py`` starts it. By hand: ``TRITON_INTERPRET=1 pytest tests/backends/triton/interpreted``.
+``tests/backends/triton/test_interpreted.py`` starts it. By hand:
+``TRITON_INTERPRET=1 pytest tests/backends/triton/interpreted``.
 """
 
 from __future__ import annotations

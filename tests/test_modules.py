@@ -1,4 +1,4 @@
-"""Models that torch.fx cannot trace as a whole are tiled part by part."""
+"""A transformed module keeps its class and code; its layers are small graphs, and weights of functions read tiled."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.errors import TransformError
-from tbn_compiler.graph.code_reads import code_reads
-from tbn_compiler.graph.layers import get_records, graph_parts
+from tbn_compiler.graph.layer_graph import LayerGraph
+from tbn_compiler.graph.records import EXTRA_STATE, get_records, graph_parts, split_key
+from tests import oracle
 
 ALL = tbn.TilingConfig(p=4, min_size=0)
 
 
 class Block(nn.Module):
-    """An optional argument, as in most published models: tracing it would always take the branch with a mask."""
+    """An optional argument, as in most published models."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -69,17 +70,24 @@ def logits(model: Any, *args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
-def test_every_traceable_part_is_tiled() -> None:
+def tiled_names(model: nn.Module) -> set[str]:
+    return {name for name, reason in oracle.reasons(model).items() if reason is None}
+
+
+def test_every_layer_is_tiled() -> None:
     qat = tbn.transform(Model(), ALL)
-    assert type(qat) is Model
-    reasons = {record.name: record.reason for record in get_records(qat) or ()}
-    assert {name for name, reason in reasons.items() if reason is None} == {
-        "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "mlp.0", "mlp.3",
+    assert isinstance(qat, Model)
+    assert type(qat).__name__ == "Model"
+    assert type(qat.blocks[0]) is Block  # none of its own parameters reads tiled
+    assert tiled_names(qat) == {
+        "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "mlp.0", "mlp.3", "matrix",
     }  # fmt: skip
+    reasons = oracle.reasons(qat)
     assert "shared with Embedding 'embed'" in str(reasons["head"])
-    assert "cannot trace the forward of Model" in str(reasons["matrix"])
     assert "looked up" in str(reasons["embed"])
-    assert isinstance(qat.mlp, fx.GraphModule)
+    assert type(qat.mlp) is nn.Sequential
+    assert isinstance(qat.mlp[0], LayerGraph)
+    assert isinstance(qat.mlp[0], nn.Linear)
     assert qat.blocks[2] is qat.blocks[0]
 
 
@@ -88,9 +96,10 @@ def test_the_model_stays_what_it_is(ids: Tensor) -> None:
     before = {name: type(module) for name, module in model.named_modules()}
     qat = tbn.transform(model, ALL)
     assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(isinstance(qat.get_submodule(name), cls) for name, cls in before.items())
     assert qat.describe() == model.describe()
     new = [key for key in qat.state_dict() if key not in model.state_dict()]
-    assert all(key.endswith(".alpha_source") for key in new)
+    assert all(split_key(key)[1] in ("alpha_source", "matrix_alpha_source", EXTRA_STATE) for key in new)
     assert not [key for key in model.state_dict() if key not in qat.state_dict()]
     qat.load_state_dict(model.state_dict(), strict=False)
     mask = torch.zeros(3, 5, 1)
@@ -114,16 +123,22 @@ def test_it_trains_and_follows_the_mode(ids: Tensor) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert qat.get_parameter("blocks.1.up.alpha_source").grad is not None
+    optimizer.zero_grad()
+    F.linear(torch.ones(16), qat.matrix).square().sum().backward()
+    for name in ("matrix", "matrix_alpha_source"):
+        gradient = dict(qat.named_parameters())[name].grad
+        assert gradient is not None
+        assert gradient.any()
 
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_lowering_and_files(ids: Tensor, copied: bool, tmp_path: Any) -> None:
     qat = tbn.transform(Model(), ALL).eval()
     packed = tbn.lower(copy.deepcopy(qat) if copied else qat)
-    assert type(packed) is Model
+    assert isinstance(packed, Model)
     torch.testing.assert_close(logits(packed, ids), logits(qat, ids), rtol=1e-5, atol=1e-5)
     floats = {key for key, tensor in packed.state_dict().items() if tensor.is_floating_point()}
-    assert {key for key in floats if not key.endswith(("bias", "_alpha"))} == {"matrix", "embed.weight", "head.weight"}
+    assert {key for key in floats if not key.endswith(("bias", "_alpha"))} == {"embed.weight", "head.weight"}
     tbn.save(packed, tmp_path / "model.safetensors")
     loaded = tbn.load(tmp_path / "model.safetensors", Model())
     assert torch.equal(logits(loaded, ids), logits(packed, ids))
@@ -150,7 +165,7 @@ def test_whole_module_pickles(ids: Tensor) -> None:
     assert torch.equal(logits(torch.load(file, weights_only=False), ids), logits(packed, ids))
 
 
-def test_summary_counts_every_call_of_every_part(ids: Tensor) -> None:
+def test_summary_counts_every_call_of_every_layer(ids: Tensor) -> None:
     class Fixed(Model):
         def forward(self, ids: Tensor, mask: Tensor | None = None) -> Any:
             x = self.embed(ids)
@@ -185,12 +200,12 @@ def test_lowered_layers_still_answer_for_their_weight() -> None:
     tiled = torch.ops.tbn.scale(torch.ops.tbn.tile(qat.blocks[0].up.weight, 4), qat.blocks[0].up.alpha_source, 1)
     assert torch.equal(part.weight, tiled)
     assert torch.equal(copy.deepcopy(packed).blocks[0].up.weight, tiled)
-    assert torch.equal(
-        packed.mlp.get_submodule("0").weight.sign(), torch.ops.tbn.tile(qat.mlp.get_submodule("0").weight, 4)
-    )
+    assert torch.equal(packed.mlp[0].weight.sign(), torch.ops.tbn.tile(qat.mlp[0].weight, 4))
+    assert torch.equal(packed.matrix, qat.matrix)
+    assert torch.equal(copy.deepcopy(packed).matrix, qat.matrix)
 
 
-def test_a_part_with_two_names_is_one_part(ids: Tensor) -> None:
+def test_a_layer_with_two_names_is_one_layer(ids: Tensor) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -204,12 +219,13 @@ def test_a_part_with_two_names_is_one_part(ids: Tensor) -> None:
 
     qat = tbn.transform(Twice(), ALL).eval()
     assert qat.second is qat.first
+    assert len(graph_parts(qat)) == 1
     packed = tbn.lower(qat)
     torch.testing.assert_close(packed(ids), qat(ids), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_transformer_layers_call_their_tiled_parts(grad: bool) -> None:
+def test_transformer_layers_call_their_tiled_layers(grad: bool) -> None:
     """In evaluation mode without gradients PyTorch's layer would hand its float weights to one fused kernel."""
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2).eval()
     qat = tbn.transform(encoder, ALL)
@@ -234,7 +250,7 @@ def test_an_attention_that_is_not_decomposed_is_left_alone_whole() -> None:
     model = nn.ModuleDict({"attention": Own(16, 2), "out": nn.Linear(16, 16)})
     records = {record.name: record for record in get_records(tbn.transform(model, ALL)) or ()}
     assert records["out"].spec is not None
-    assert "a forward of its own" in str(records["attention"].reason)
+    assert "a forward of its own" in str(records["attention.in_proj_weight"].reason)
     assert "inside Own 'attention', which is not decomposed" in str(records["attention.out_proj"].reason)
 
 
@@ -260,58 +276,46 @@ class Reader(nn.Module):
         return self.chain[2].weight.square().sum()
 
 
-def test_weights_that_code_reads_itself_stay_in_float() -> None:
+def test_weights_that_code_reads_read_tiled() -> None:
     qat = tbn.transform(Reader(), ALL).eval()
-    reasons = {record.name: record.reason for record in get_records(qat) or ()}
-    for name in ("proj", "chain.2"):
-        assert reasons[name] == "the code of a module around it reads its weight"
+    assert tiled_names(qat) == {"proj", "out", "called.0", "steps.0", "steps.1", "chain.0", "chain.2"}
     # Of "out" only the dtype is read; containers that are indexed or iterated over stay what they are.
-    tiled = {name for name, reason in reasons.items() if reason is None}
-    assert tiled == {"out", "called.0", "steps.0", "steps.1", "chain.0"}
-    assert isinstance(qat.called, fx.GraphModule)
+    graphs = {path for path, _ in graph_parts(qat)}
+    assert graphs == {"out", "called.0", "steps.0", "steps.1", "chain.0"}
     x = torch.randn(3, 16)
+    for name in ("proj", "chain.2"):
+        layer = qat.get_submodule(name)
+        tiled = torch.ops.tbn.scale(
+            torch.ops.tbn.tile(dict(layer.named_parameters())["weight"], 4), layer.alpha_source, 1
+        )
+        assert torch.equal(layer.weight, tiled)
+        assert torch.equal(layer(x), F.linear(x, tiled, layer.bias))  # for its own forward too
+    assert torch.equal(qat.penalty(), qat.chain[2].weight.square().sum())
     torch.testing.assert_close(tbn.lower(qat)(x), qat(x), rtol=1e-5, atol=1e-5)
+    qat(x).sum().backward()
+    assert all(parameter.grad is not None for name, parameter in qat.named_parameters() if name != "chain.2.bias")
 
 
-def test_what_code_reads() -> None:
-    class Nested(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight_of = self.not_forward.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            rows = self.a.b.weight.shape[0] + self.layers[1].weight.size(0)
-            total = self.a.c.weight + self.layers[rows].d.weight + self.blocks[2].e.weight
-            return total + sum(f(x) for f in self.g) + sum(h for _, h in zip(self.i, x, strict=True))
-
-    reads = code_reads(Nested.__new__(Nested))
-    assert reads.weights == {"a.c", "layers.*.d", "blocks.2.e"}
-    assert {"layers", "blocks", "g", "i"} <= reads.containers
-    assert reads.opens("layers", nn.Linear(1, 1))
-    assert reads.opens("a", nn.ModuleDict({"c": nn.Linear(1, 1)}))
-    assert not reads.opens("a", nn.Linear(1, 1))
-    assert reads.inside("a").reads_weight("c")
-    assert not reads.inside("a").reads_weight("b")
-    assert reads.inside("layers").inside("7").reads_weight("d")
-
-
-def test_a_transpose_convolution_alone_is_a_part(ids: Tensor) -> None:
+def test_a_transpose_convolution_keeps_its_attributes_and_arguments() -> None:
     class Up(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.up = nn.ConvTranspose1d(16, 16, 2, 2)
 
-        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-            y: Tensor = self.up(x)
+        def forward(self, x: Tensor, size: list[int] | None = None) -> Tensor:
+            y: Tensor = self.up(x, output_size=size)
             return y
 
     qat, x = tbn.transform(Up(), ALL).eval(), torch.randn(2, 16, 5)
     assert [record.name for record in get_records(qat) or () if record.spec] == ["up"]
     copied = copy.deepcopy(qat)
     assert copied.up.stride == (2,)  # plain attributes stay readable
-    torch.testing.assert_close(tbn.lower(copied)(x), qat(x), rtol=1e-5, atol=1e-5)
+    for size in (None, [11]):
+        got, expected = tbn.lower(copied)(x, size), qat(x, size)
+        assert got.shape[-1] == (10 if size is None else 11)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_to_tile_lists_the_reasons() -> None:
-    with pytest.raises(TransformError, match=r"none of its 9 layers is eligible:\n  blocks\.0\.up"):
+    with pytest.raises(TransformError, match=r"(?s)none of its 9 layers is eligible:\n  matrix .*\n  blocks\.0\.up"):
         tbn.transform(Model(), ALL.replace(float_layers=("*",)))

@@ -1,0 +1,151 @@
+"""The graph of a whole model, from ``torch.export``."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from tbn_compiler.errors import TBNError
+from tbn_compiler.graph.layer_graph import TiledGraph, adopt
+from tbn_compiler.graph.records import attach_records, get_records
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from a tensor, a tuple of arguments, or a dictionary of them by name."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,), {}
+
+
+def capture(module: nn.Module, example_inputs: Any, *, free_sizes: bool = True) -> fx.GraphModule | str:
+    """The graph of a module in evaluation mode, with any sizes of its inputs where it allows them.
+
+    Args:
+        module: a lowered module; not changed.
+        example_inputs: a tensor, a tuple of the arguments of ``forward``, or a dictionary of them by name.
+        free_sizes: let the sizes of inputs be others later, where the module allows it; a call with sizes that it does
+            not allow raises.
+
+    Returns:
+        A graph module with the module's records and tensors, called as the module is; or why there is none.
+
+    Raises:
+        TBNError: the module does not run on these inputs; the cause is chained.
+    """
+    if isinstance(module, fx.GraphModule):
+        return module
+    args, kwargs = split_inputs(example_inputs)
+    try:
+        program = _export_free(module, args, kwargs) if free_sizes else _export(module, args, kwargs, None)
+    except Exception as error:
+        _check_runs(module, args, kwargs)
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        return f"torch.export cannot trace {type(module).__name__}: {first[0]}"
+    gm = program.module(check_guards=free_sizes)
+    for name in ("train", "eval"):  # which only raise
+        gm.__dict__.pop(name, None)
+    captured: fx.GraphModule = adopt(gm, gm.graph, TiledGraph)
+    captured.register_forward_pre_hook(_AsExported(module, args, kwargs), prepend=True, with_kwargs=True)
+    attach_records(captured, get_records(module) or ())
+    return captured.eval()
+
+
+class _AsExported:
+    """Gives arguments as torch.export saw them, by position or by name, whichever way a call gives them.
+
+    What torch.export did not see may be given too where it is the default.
+    """
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        parameters = inspect.signature(module.forward).parameters.values()
+        self.names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self.by_position, self.by_name = self.names[: len(args)], list(kwargs)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward pre-hook."""
+        exported = {*self.by_position, *self.by_name}
+        given = {
+            name: value
+            for name, value in (*zip(self.names, args, strict=False), *kwargs.items())
+            if name in exported or name not in self.defaults or value is not self.defaults[name]
+        }
+        if len(args) > len(self.names) or given.keys() != exported:
+            return args, kwargs  # torch.export's own check says what does not fit
+        return tuple(given[name] for name in self.by_position), {name: given[name] for name in self.by_name}
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    with torch.no_grad(), quiet_export():
+        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _export_free(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """Export with free sizes; a first size of 1, which would be taken for a constant, is doubled where that works."""
+    tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    if tensors and all(value.dim() and value.shape[0] == 1 for value in tensors):
+        twice, named = pytree.tree_map_only(Tensor, lambda value: torch.cat([value, value]), (args, kwargs))
+        with suppress(Exception):
+            program = _export(module, twice, named, _free_sizes(module, twice, named))
+            if _guards_pass(program, args, kwargs):
+                return program
+    return _export(module, args, kwargs, _free_sizes(module, args, kwargs))
+
+
+def _guards_pass(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the module of a program takes inputs of these sizes; a reshape may have ruled the size 1 out."""
+    guards = getattr(program.module(), "_guards_fn", None)
+    try:
+        if guards is not None:
+            guards(*pytree.tree_leaves((args, kwargs)))
+    except AssertionError:
+        return False
+    return True
+
+
+def _free_sizes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``dynamic_shapes`` by the names of the arguments, with every size free that the module leaves free."""
+
+    def free(value: Any) -> Any:
+        return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) if isinstance(value, Tensor) else None
+
+    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    return {name: pytree.tree_map(free, value) for name, value in bound.items()}
+
+
+def _check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell a module that torch.export cannot trace from inputs that do not fit."""
+    try:
+        with torch.no_grad():
+            copy.copy(module)(*args, **kwargs)
+    except Exception as error:
+        shapes = pytree.tree_map_only(Tensor, lambda value: list(value.shape), kwargs or args)
+        raise TBNError(f"{type(module).__name__} does not run on example inputs of shapes {shapes}: {error}") from error
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Silence what torch.export says of its own internals; errors are raised all the same."""
+    names = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch.onnx")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # it prints the graph that it could not finish
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

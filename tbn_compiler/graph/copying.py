@@ -1,0 +1,167 @@
+"""Copies of a module that share its tensors and nothing else.
+
+``copy.deepcopy`` alone copies every weight, refuses tensors that a training step has left in an attribute, and takes
+functions as they are: a closure over ``self`` that a model keeps (``self.f = lambda x: self.fc(x)``, a hook) would go
+on calling the original. Here such functions are bound to the copy.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import types
+import warnings
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+_Module = TypeVar("_Module", bound=nn.Module)
+# Nothing that these hold is part of a model's structure.
+_ATOMIC = (type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float, complex, bool, type(None))
+
+
+def share_tensors_copy(module: _Module) -> _Module:
+    """Copy a module's structure; the copy holds the very same parameters, buffers and other tensors.
+
+    Nothing that is then done to the copy's module tree or attributes is seen by the original, and no weight is
+    duplicated. Closures, partial functions and bound methods over the module or its submodules, hooks included, are
+    bound to the copy.
+    """
+    found = list(reachable(module))
+    memo: dict[int, Any] = {id(value): value for value in found if isinstance(value, torch.Tensor)}
+    copied = {id(value) for value in found if isinstance(value, nn.Module)}
+    rebound = _unbound_copies([value for value in found if isinstance(value, types.FunctionType)], copied)
+    memo |= {id(function): new for function, new, _ in rebound}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own copy of an exported graph
+        for submodule in reversed(list(module.modules())):  # children come after their parents
+            if isinstance(submodule, fx.GraphModule):
+                memo[id(submodule)] = copy_graph_module(submodule, memo)
+        result = copy.deepcopy(module, memo)
+        for function, new, cells in rebound:
+            for cell, content in cells:
+                cell.cell_contents = copy.deepcopy(content, memo)
+            new.__defaults__ = copy.deepcopy(function.__defaults__, memo)
+            new.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
+            new.__dict__.update(copy.deepcopy(vars(function), memo))
+    _rebind_attributes(found, memo)
+    return result
+
+
+def copy_graph_module(gm: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
+    """Copy a graph module with all that it holds.
+
+    Its own copy drops attributes and submodules that the graph does not name, and makes every buffer persistent.
+    """
+    shell = nn.Module()
+    # torch.export puts a train and an eval that only raise on its modules.
+    shell.__dict__ = {key: value for key, value in gm.__dict__.items() if key not in ("_graph", "train", "eval")}
+    shell = copy.deepcopy(shell, memo)
+    graph = copy.deepcopy(gm.graph)
+    if not getattr(type(gm), "tbn_shares_code", False):
+        result: fx.GraphModule = graph_class(gm)(shell, graph, type(gm).__name__)
+        result.__dict__.update(shell.__dict__)
+        return result
+    result = object.__new__(type(gm))  # which has the code of this graph already
+    result.__dict__.update(shell.__dict__, _graph=graph)
+    graph.owning_module = result
+    return result
+
+
+def graph_class(gm: fx.GraphModule) -> type[fx.GraphModule]:
+    """The class that a graph module was made from.
+
+    Every graph module has a class of its own below it; PyTorch's further ones have no constructor.
+    """
+    made_from = next(cls for cls in type(gm).__mro__ if not cls.__qualname__.endswith("GraphModuleImpl"))
+    return fx.GraphModule if made_from.__module__.startswith("torch.") else made_from
+
+
+def reachable(root: Any) -> Iterator[Any]:
+    """Everything that a module holds, itself included, however deep in containers, objects and closures."""
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, _ATOMIC) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        stack.extend(_held(value))
+
+
+def _held(value: Any) -> Iterator[Any]:
+    """What a value holds."""
+    if isinstance(value, torch.Tensor | fx.Graph):
+        return
+    if isinstance(value, Mapping):
+        yield from value.keys()
+        yield from value.values()
+    elif isinstance(value, list | tuple | set | frozenset | collections.deque):
+        yield from value
+    elif isinstance(value, types.FunctionType):
+        yield from (cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell))
+        yield from (value.__defaults__, value.__kwdefaults__, *vars(value).values())
+        return
+    elif isinstance(value, types.MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, functools.partial):
+        yield from (value.func, value.args, value.keywords)
+    yield from getattr(value, "__dict__", {}).values()
+    for cls in type(value).__mro__:
+        for name in cls.__dict__.get("__slots__", ()):
+            if isinstance(name, str) and name not in ("__dict__", "__weakref__"):
+                yield getattr(value, name, None)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+_Rebound = list[tuple[types.FunctionType, types.FunctionType, list[tuple[types.CellType, Any]]]]
+
+
+def _unbound_copies(functions: list[types.FunctionType], copied: Collection[int]) -> _Rebound:
+    """For each function that leads to a copied module: itself, a new one, and its new cells with what they held."""
+    bound = {id(f) for f in functions if any(id(value) in copied for value in reachable(f))}
+    cells: dict[int, types.CellType] = {}
+    result: _Rebound = []
+    for function in functions:
+        if id(function) not in bound:
+            continue
+        closure, contents = [], []
+        for cell in function.__closure__ or ():
+            held = not _is_filled(cell) or not any(id(value) in copied for value in reachable(cell.cell_contents))
+            if held:
+                closure.append(cell)  # a counter, say, goes on counting for both
+                continue
+            new_cell = cells.setdefault(id(cell), types.CellType())
+            closure.append(new_cell)
+            contents.append((new_cell, cell.cell_contents))
+        new = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, tuple(closure))
+        functools.update_wrapper(new, function, updated=("__dict__",))
+        new.__dict__.pop("__wrapped__", None)
+        result.append((function, new, contents))
+    return result
+
+
+def _rebind_attributes(found: list[Any], memo: Mapping[int, Any]) -> None:
+    """Let the weak references among the copies' attributes point to copies, and methods be made of new functions."""
+    for value in found:
+        copied = memo.get(id(value))
+        if copied is None or copied is value or not hasattr(copied, "__dict__"):
+            continue
+        for name, held in vars(copied).items():
+            target = held() if type(held) is weakref.ref else None
+            if target is not None and id(target) in memo:
+                copied.__dict__[name] = weakref.ref(memo[id(target)])
+            elif isinstance(held, types.MethodType) and id(held.__func__) in memo:
+                copied.__dict__[name] = types.MethodType(memo[id(held.__func__)], held.__self__)

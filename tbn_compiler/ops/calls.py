@@ -1,0 +1,444 @@
+"""Calls of the inference operators: arguments by name, layout of the weight, checks, sizes of the result.
+
+``tbn::linear``, ``tbn::conv1d/2d/3d`` and ``tbn::conv_transpose1d/2d/3d`` have different arguments, and only their
+schemas list them: an :class:`Operator` is read from a schema, and a :class:`TiledCall` holds the arguments of one call
+by name. Kernels, fakes and gradients take such a call; :mod:`tbn_compiler.graph.calls` makes one from a node.
+
+:func:`make_kernel` turns a function of a call into one with the arguments of the schema, and :func:`register_kernel`
+refuses a kernel that lists others.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tbn_compiler.ops.schemas import (
+    ACTIVATIONS,
+    CONV_OPS,
+    CONV_TRANSPOSE_OPS,
+    EPILOGUES,
+    LIBRARY,
+    check_stored,
+    make_layout,
+)
+from tbn_compiler.tiling import TiledProduct, TileLayout
+from tbn_compiler.torch_private import OpOverload, operator_schema, untraced
+
+_make_product = functools.lru_cache(maxsize=1024)(TiledProduct)
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """One of the inference operators, as its schema describes it.
+
+    Attributes:
+        name: ``"linear"``, ``"conv2d"``, ``"conv_transpose2d"``, ...
+        overload: the operator itself.
+        positional: names of the positional arguments, in order.
+        defaults: values of the arguments that may be left out, by name.
+        names: names of all arguments, in order.
+        dims: spatial dimensions; 0 for the linear layer.
+    """
+
+    name: str
+    overload: OpOverload
+    positional: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    names: tuple[str, ...]
+    dims: int
+
+    @classmethod
+    def of(cls, overload: OpOverload) -> Operator:
+        """The description of an operator."""
+        schema = operator_schema(overload)
+        arguments = schema.arguments
+        defaults: dict[str, Any] = {a.name: a.default_value for a in arguments if a.has_default_value()}
+        return cls(
+            name=schema.name.removeprefix("tbn::"),
+            overload=overload,
+            positional=tuple(argument.name for argument in arguments if not argument.kwarg_only),
+            defaults=defaults,
+            names=tuple(argument.name for argument in arguments),
+            dims=len(defaults.get("stride", ())),
+        )
+
+    @cached_property
+    def transposed(self) -> bool:
+        """Whether this is a transpose convolution: each row of the weight belongs to an *input* channel."""
+        return "output_padding" in self.names
+
+    @cached_property
+    def outputs_argument(self) -> str:
+        """Name of the argument that gives the number of output features or channels."""
+        return "out_channels" if self.dims else "out_features"
+
+    @cached_property
+    def inputs_argument(self) -> str:
+        """Name of the argument that gives the number of input features or channels, those of all replicas."""
+        return "in_channels" if self.dims else "in_features"
+
+    @cached_property
+    def weight_sizes(self) -> tuple[str, str]:
+        """Arguments that give the first two sizes of the weight; the second one is divided by the groups."""
+        sizes = (self.outputs_argument, self.inputs_argument)
+        return sizes[::-1] if self.transposed else sizes
+
+    @cached_property
+    def layout_options(self) -> tuple[str, ...]:
+        """Arguments of :class:`~tbn_compiler.tiling.TileLayout` that the operator takes, beside shape and ``p``."""
+        return tuple(field.name for field in fields(TileLayout)[2:] if field.name in self.names)
+
+    @cached_property
+    def sizes(self) -> tuple[str, ...]:
+        """Arguments with an integer for each spatial dimension."""
+        given = ("kernel_size", "stride", "padding", "output_padding", "dilation")
+        return tuple(name for name in given if name in self.names)
+
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        """The schema as a Python signature."""
+        return inspect.Signature(
+            [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.POSITIONAL_OR_KEYWORD
+                    if name in self.positional
+                    else inspect.Parameter.KEYWORD_ONLY,
+                    default=self.defaults.get(name, inspect.Parameter.empty),
+                )
+                for name in self.names
+            ]
+        )
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TensorCall:
+        """The call with these arguments.
+
+        Raises:
+            TypeError: arguments are missing, unknown, or too many.
+        """
+        arguments = {**self.defaults, **dict(zip(self.positional, args, strict=False)), **kwargs}
+        if len(arguments) != len(self.names) or len(args) > len(self.positional):
+            self.signature.bind(*args, **kwargs)  # which says what is wrong
+        return TensorCall(self, arguments)
+
+
+OPERATORS: dict[str, Operator] = {
+    name: Operator.of(getattr(torch.ops.tbn, name).default)
+    for name in ("linear", *CONV_OPS.values(), *CONV_TRANSPOSE_OPS.values())
+}
+"""The inference operators by name, which is also the kind of layer that each one computes."""
+
+
+@dataclass(frozen=True, eq=False)
+class TiledCall:
+    """One call of an inference operator, on tensors or in a graph.
+
+    Attributes:
+        operator: the operator.
+        arguments: all arguments by their name in the schema, defaults included.
+    """
+
+    operator: Operator
+    arguments: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Kind of layer: ``"linear"``, ``"conv2d"``, ``"conv_transpose2d"``, ..."""
+        return self.operator.name
+
+    @property
+    def dims(self) -> int:
+        """Spatial dimensions; 0 for a linear layer."""
+        return self.operator.dims
+
+    @property
+    def transposed(self) -> bool:
+        """Whether this is a transpose convolution: each row of the weight belongs to an *input* channel."""
+        return self.operator.transposed
+
+    @property
+    def takes_activation(self) -> bool:
+        """Whether the operator can bring its input into another number format."""
+        return "activation" in self.operator.names
+
+    @property
+    def takes_epilogue(self) -> bool:
+        """Whether the operator can apply a function to its result."""
+        return "epilogue" in self.operator.names
+
+    @property
+    def takes_input_alpha(self) -> bool:
+        """Whether the input can stand for scaled copies of itself."""
+        return "input_alpha" in self.operator.names
+
+    @property
+    def activation(self) -> str:
+        """Number format of the input."""
+        return str(self.arguments.get("activation", "float"))
+
+    @property
+    def epilogue(self) -> str:
+        """Function applied to the result."""
+        return str(self.arguments.get("epilogue", "none"))
+
+    @property
+    def outputs(self) -> int:
+        """Output features or channels."""
+        number: int = self.arguments[self.operator.outputs_argument]
+        return number
+
+    @property
+    def inputs(self) -> int:
+        """Input features or channels, those of all replicas."""
+        number: int = self.arguments[self.operator.inputs_argument]
+        return number
+
+    @property
+    def groups(self) -> int:
+        """Convolution groups; 1 for a linear layer."""
+        number: int = self.arguments.get("groups", 1)
+        return number
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Kernel sizes; none for a linear layer."""
+        return tuple(int(size) for size in self.arguments.get("kernel_size", ()))
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the features or channels, counted from the end, where a batch dimension makes no difference."""
+        return -1 - self.dims
+
+    @property
+    def token_dims(self) -> tuple[int, ...]:
+        """Dimensions of the input that share the scale of a number format: a vector, or a sample."""
+        return tuple(range(-1 - self.dims, 0))
+
+    @cached_property
+    def layout(self) -> TileLayout:
+        """Layout of the weight.
+
+        Its shape is ``[out_features, in_features]``, ``[out_channels, in_channels / groups, *kernel_size]``, or, of a
+        transpose convolution, ``[in_channels, out_channels / groups, *kernel_size]``.
+        """
+        arguments, operator = self.arguments, self.operator
+        rows, columns = (arguments[name] for name in operator.weight_sizes)
+        options = {name: arguments[name] for name in operator.layout_options}
+        shape = (rows, columns // arguments.get("groups", 1), *arguments.get("kernel_size", ()))
+        return make_layout(shape, arguments["p"], **options)
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        """PyTorch's function for this kind of layer: ``function(input, weight, bias, *geometry)``."""
+        function: Callable[..., Tensor] = getattr(F, self.kind)
+        return function
+
+    @property
+    def geometry(self) -> list[Any]:
+        """Arguments of :attr:`function` behind the bias."""
+        order = ("output_padding", "groups", "dilation") if self.transposed else ("dilation", "groups")
+        given = (self.arguments[name] for name in ("stride", "padding", *order) if name in self.arguments)
+        return [value if isinstance(value, int) else list(value) for value in given]
+
+    def without_tensors(self) -> TiledCall:
+        """The call without its operands, which keeps no tensor alive."""
+        kept = {name: value for name, value in self.arguments.items() if not isinstance(value, Tensor)}
+        return TiledCall(self.operator, kept)
+
+
+@dataclass(frozen=True, eq=False)
+class TensorCall(TiledCall):
+    """One call on tensors."""
+
+    @property
+    def input(self) -> Tensor:
+        """The input."""
+        value: Tensor = self.arguments["input"]
+        return value
+
+    @property
+    def tile(self) -> Tensor:
+        """The stored tile: packed bits ``uint8 [ceil(q / 8)]``, or floating point ``[q]``."""
+        value: Tensor = self.arguments["tile"]
+        return value
+
+    @property
+    def alpha(self) -> Tensor:
+        """The alphas, a vector."""
+        value: Tensor = self.arguments["alpha"]
+        return value
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, a vector."""
+        value: Tensor | None = self.arguments["bias"]
+        return value
+
+    @property
+    def input_alpha(self) -> Tensor | None:
+        """Scales of the replicas that the input stands for, a vector."""
+        value: Tensor | None = self.arguments.get("input_alpha")
+        return value
+
+    @cached_property
+    def product(self) -> TiledProduct:
+        """What the call multiplies; the operands must be those that :meth:`checked` lets pass."""
+        replicas = 1 if self.input_alpha is None else int(self.input_alpha.numel())
+        return _make_product(self.layout, int(self.alpha.numel()), self.groups, replicas)
+
+    def replaced(self, **changes: Any) -> TensorCall:
+        """The same call with other arguments."""
+        return TensorCall(self.operator, {**self.arguments, **changes})
+
+    def checked(self) -> TensorCall:
+        """This call, after a check of its operands.
+
+        Raises:
+            RuntimeError: the input does not fit the layer. As the float layer raises it: code may catch it.
+            ValueError: other operands do not fit.
+            TypeError: an operand has a dtype that is not supported.
+        """
+        op, d, input, bias = f"tbn::{self.kind}", self.dims, self.input, self.bias
+        if d == 0 and input.dim() == 0:
+            raise RuntimeError(f"{op}: input must have at least one dimension")
+        if d and input.dim() not in (d + 1, d + 2):
+            raise RuntimeError(f"{op}: input must have {d + 1} (unbatched) or {d + 2} dimensions, got {input.dim()}")
+        self._check_inputs(op)
+        if d:
+            self._check_geometry(op)
+        layout = self.layout
+        for name, choices in (("activation", ACTIVATIONS), ("epilogue", EPILOGUES)):
+            if (value := self.arguments.get(name, choices[0])) not in choices:
+                raise ValueError(f"{op}: {name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        if not input.is_floating_point():
+            raise TypeError(f"{op}: input must be floating point, got {input.dtype}")
+        check_stored(self.kind, self.tile, self.alpha, layout)
+        if bias is not None and tuple(bias.shape) != (self.outputs,):
+            raise ValueError(f"{op}: bias must have shape ({self.outputs},), got {tuple(bias.shape)}")
+        device = input.device
+        for name in ("tile", "alpha", "bias", "input_alpha"):
+            operand = self.arguments.get(name)
+            if operand is not None and operand.device != device:
+                raise ValueError(f"{op}: {name} is on {operand.device}, input on {device}")
+        return self
+
+    def _check_inputs(self, op: str) -> None:
+        """Check the number of features or channels of the input, ``1 / k`` of the layer's for ``k`` replicas."""
+        size, expected, input_alpha = self.input.shape[self.channel_axis], self.inputs, self.input_alpha
+        what = "input channels" if self.dims else "input features"
+        if input_alpha is not None:
+            if input_alpha.dim() != 1 or expected % input_alpha.numel():
+                raise ValueError(
+                    f"{op}: input_alpha {tuple(input_alpha.shape)} must be a vector that divides {expected} {what}"
+                )
+            expected //= input_alpha.numel()
+        # The one size here that may be symbolic; for a number there is no need of torch._check, which takes 1 us.
+        if not isinstance(size, int) or size != expected:
+            torch._check(size == expected, lambda: f"{op}: expected {expected} {what}, got an input with {size}")
+
+    def _check_geometry(self, op: str) -> None:
+        d, groups, inputs, outputs = self.dims, self.groups, self.inputs, self.outputs
+        if groups < 1 or inputs % groups or outputs % groups:
+            raise ValueError(f"{op}: groups={groups} must divide {inputs} input and {outputs} output channels")
+        if groups > 1 and self.input_alpha is not None:
+            raise ValueError(f"{op}: input_alpha needs groups=1, got groups={groups}: the groups read different copies")
+        for name in self.operator.sizes:
+            if len(value := self.arguments[name]) != d:
+                raise ValueError(f"{op}: {name} must have {d} elements, got {list(value)}")
+
+    def output_sizes(self) -> list[int]:
+        """Spatial sizes of the result; below 1 where a kernel does not fit the input."""
+        image = self.input.shape[self.input.dim() - self.dims :]
+        values = [self.arguments[name] for name in self.operator.sizes]
+        if not self.transposed:
+            return conv_sizes(image, *values) if values else []
+        return [
+            (size - 1) * step - 2 * pad + dil * (k - 1) + extra + 1
+            for size, k, step, pad, extra, dil in zip(image, *values, strict=True)
+        ]
+
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return (*self.input.shape[: self.channel_axis], self.outputs, *self.output_sizes())
+
+
+def conv_sizes(
+    image: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Sizes of what a convolution makes of an image; below 1 where the kernel does not fit."""
+    return [
+        (size + 2 * pad - dil * (k - 1) - 1) // step + 1
+        for size, k, step, pad, dil in zip(image, kernel_size, stride, padding, dilation, strict=True)
+    ]
+
+
+def make_kernel(operator: Operator, function: Callable[[TensorCall], Tensor], doc: str = "") -> Callable[..., Tensor]:
+    """A kernel with the arguments of an operator, from a function of a call that has been checked."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        return function(operator.bind(args, kwargs).checked())
+
+    kernel.__name__ = kernel.__qualname__ = operator.name
+    kernel.__doc__ = doc or function.__doc__
+    kernel.__signature__ = operator.signature  # type: ignore[attr-defined]
+    return kernel
+
+
+def register_kernel(operator: Operator, kernel: Callable[..., Tensor], key: str) -> None:
+    """Register a kernel for a dispatch key.
+
+    Raises:
+        TypeError: the kernel has other arguments than the operator's schema, or in another order.
+    """
+    check_signature(operator, kernel)
+    LIBRARY.impl(operator.name, untraced(kernel), key)
+
+
+def check_signature(operator: Operator, kernel: Callable[..., Tensor]) -> None:
+    """Check that a kernel takes the arguments of an operator: names, order, kinds and defaults.
+
+    Raises:
+        TypeError: it does not.
+    """
+
+    def described(signature: inspect.Signature) -> list[tuple[str, Any, Any]]:
+        return [
+            (name, parameter.kind, tuple(value) if isinstance(value := parameter.default, list) else value)
+            for name, parameter in signature.parameters.items()
+        ]
+
+    found = inspect.signature(kernel)
+    if described(found) != described(operator.signature):
+        raise TypeError(
+            f"a kernel of tbn::{operator.name} takes {found.replace(return_annotation=inspect.Signature.empty)}, "
+            f"its schema has {operator.signature}"
+        )
+
+
+def _fake(call: TensorCall) -> Tensor:
+    """An empty result."""
+    shape = call.output_shape()
+    torch._check(
+        call.transposed or all(size >= 1 for size in shape[call.input.dim() - call.dims :]),
+        lambda: f"tbn::{call.kind}: kernel {list(call.kernel_size)} does not fit the input {list(call.input.shape)}",
+    )
+    return call.input.new_empty(shape)
+
+
+def register_fakes() -> None:
+    """Register the fakes: a bad call fails in them, while tracing."""
+    for operator in OPERATORS.values():
+        torch.library.register_fake(f"tbn::{operator.name}", make_kernel(operator, _fake), lib=LIBRARY)

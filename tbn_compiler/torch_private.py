@@ -1,0 +1,218 @@
+"""The private and undocumented names of PyTorch that this package relies on, each with the reason.
+
+PyTorch changes such names without notice. Each has a canary in ``tests/test_torch_private.py``, which checks what is
+relied on and names torch's version when a release breaks it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch._C._dynamo import eval_frame
+from torch._ops import OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_map_only
+
+__all__ = [
+    "STATIC_MARK",
+    # Runs operators on shapes alone. Public are torch.export and torch.compile, which trace what they run.
+    "FakeTensorMode",
+    # The classes of torch.ops.tbn.linear.default and torch.ops.tbn.linear, which have no public name.
+    "OpOverload",
+    "OpOverloadPacket",
+    # Tells a freed storage from a new one at the same address. A weak reference of Python's does not: the storage
+    # outlives the torch.UntypedStorage that stands for it.
+    "StorageWeakRef",
+    "autocast_keys",
+    "below_autograd",
+    "capture_meta",
+    "compile_by_inductor",
+    "compiling_fake_mode",
+    "differentiated",
+    "functorch_is_active",
+    "inductor_modes",
+    "inductor_settings",
+    "input_marks",
+    "input_path",
+    "input_source",
+    "make_input",
+    "mark_as_captured",
+    "operator_schema",
+    "original_module",
+    "static_fakes",
+    # Maps over the tensors in nested containers; torch.utils has no public module for trees.
+    "tree_map_only",
+    "untraced",
+    "version",
+    "without_dispatch",
+]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def operator_schema(op: OpOverload) -> torch.FunctionSchema:
+    """Names, types and defaults of an operator's arguments, and its results. Public is only its text."""
+    return op._schema
+
+
+def version(tensor: Tensor) -> int:
+    """How many times the values of a tensor were written, ``Tensor._version``: autograd's counter.
+
+    Public are only the errors that autograd raises from it. Tensors of ``torch.inference_mode`` have none.
+    """
+    return tensor._version
+
+
+def autocast_keys(device: str) -> Any:
+    """The dispatch keys of autocast on a device, ``"cpu"`` or ``"cuda"``; for :func:`without_dispatch`.
+
+    ``torch.library`` registers kernels under these keys by name, but has no object for them.
+    """
+    return torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+
+def without_dispatch(keys: Any) -> AbstractContextManager[None]:
+    """A context in which operators pass these dispatch keys over.
+
+    ``torch.autocast(enabled=False)``, which is public, costs several microseconds more, at each call of a layer; and
+    ``torch.library.register_autocast`` has a fixed dtype, where these operators follow ``torch.get_autocast_dtype``.
+    """
+    return cast("AbstractContextManager[None]", torch._C._ExcludeDispatchKeyGuard(keys))
+
+
+def untraced(kernel: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Keep Dynamo out of a function that operators call, and out of what it calls; returns the function.
+
+    Dynamo traces every function of Python that runs while a frame is compiled that it could not trace as a whole, and
+    so the kernels of operators. ``torch.compiler.disable`` wraps the function, and loads Dynamo, to the same end.
+    """
+    skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+    eval_frame.set_code_exec_strategy(kernel.__code__, skip)
+    return kernel
+
+
+def compiling_fake_mode() -> FakeTensorMode | None:
+    """The fake mode of the ``torch.compile`` that is running, in which further inputs of its graph have to be made.
+
+    A backend gets real tensors and no handle on the mode; tensors of another mode are refused.
+    """
+    return torch._guards.detect_fake_mode()
+
+
+@contextmanager
+def static_fakes(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Fake inputs of these sizes and no others, and the context in which a graph is compiled for them.
+
+    For a graph of Dynamo's outside its call of the backend. ``torch.compile`` would trace the graph once more, and
+    cannot read all that Dynamo writes, such as the body of a scan.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it loads sympy
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())  # a while_loop makes symbols even if no size is one
+    with torch._guards.tracing(torch._guards.TracingContext(mode)):
+        yield [mode.from_tensor(value, static_shapes=True) for value in inputs]
+
+
+def compile_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
+    """Compile a graph as ``backend="inductor"`` does, with settings of Inductor for this compilation.
+
+    ``torch.compile`` takes what Dynamo can trace, and a backend is called inside of it.
+    """
+    from torch._inductor.compile_fx import compile_fx  # Inductor loads when used
+
+    compiled = compile_fx(gm, inputs, config_patches=dict(settings) or None)
+    return cast("Callable[..., Any]", compiled)  # the other types are those of ahead-of-time compilation
+
+
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """The settings of Inductor behind each ``mode`` of ``torch.compile``, which tells a backend only the mode."""
+    from torch._inductor import list_mode_options
+
+    return list_mode_options()
+
+
+def inductor_settings() -> dict[str, Any]:
+    """All settings of Inductor by name, with their values; nothing public lists them."""
+    from torch._inductor import config
+
+    return config.get_config_copy()
+
+
+STATIC_MARK = {"_dynamo_static_input_type": "unguarded"}
+"""The mark on an input of Dynamo's graph that is a parameter or buffer, by which AOTAutograd tells tensors that keep
+their place in memory: CUDA graphs then do not copy them at each call. ``torch._dynamo.mark_static_address`` sets it on
+a tensor before Dynamo sees it; the tensors that the backend adds are made too late for it."""
+
+
+def input_marks(placeholder: fx.Node) -> dict[str, Any]:
+    """Dynamo's marks on an input of its graph, such as :data:`STATIC_MARK`; a backend is not told of them otherwise."""
+    return placeholder.meta.get("tensor_dict") or {}
+
+
+def input_source(placeholder: fx.Node) -> Any:
+    """Where Dynamo found an input of its graph, or ``None``; names of inputs are public, but are cut and numbered."""
+    return getattr(placeholder, "_dynamo_source", None)
+
+
+def input_path(placeholder: fx.Node) -> str | None:
+    """The expression that Dynamo evaluates for an input, such as ``L['self']._modules['fc']._parameters['weight']``."""
+    path = getattr(input_source(placeholder), "name", None)
+    return path() if callable(path) else path  # a method before torch 2.11
+
+
+def make_input(graph: fx.Graph, name: str, marks: Mapping[str, Any], source: Any) -> fx.Node:
+    """Add an input with marks and source, as Dynamo does; AOTAutograd reads both, and takes them in no other way."""
+    placeholder = graph.placeholder(name)
+    placeholder._dynamo_source = source
+    placeholder.meta["tensor_dict"] = dict(marks)
+    return placeholder
+
+
+def capture_meta(gm: fx.GraphModule) -> dict[str, Any]:
+    """What tells AOTAutograd that a graph is of Dynamo's; it then reads the marks of the inputs, else it does not."""
+    return {key: gm.meta[key] for key in ("dynamo_compile_id",) if key in gm.meta}
+
+
+def mark_as_captured(gm: fx.GraphModule, meta: Mapping[str, Any]) -> None:
+    """Let AOTAutograd take a graph for one of Dynamo's, given the :func:`capture_meta` of the one it was made of."""
+    gm.meta = dict(meta)
+    gm._param_name_to_source = {}  # type: ignore[assignment]
+
+
+def differentiated(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a graph of Dynamo's inside ``torch.func.grad``, ``vjp``, ``jacrev``, ``jvp`` and their like.
+
+    The calls of private functions where these begin and end are all that the graph says of them.
+    """
+    levels = itertools.accumulate(_LEVELS.get(getattr(node.target, "__name__", ""), 0) for node in graph.nodes)
+    return {node for node, level in zip(graph.nodes, levels, strict=True) if level > 0}
+
+
+_LEVELS = {
+    "_grad_increment_nesting": 1,
+    "_grad_decrement_nesting": -1,
+    "_jvp_increment_nesting": 1,
+    "_jvp_decrement_nesting": -1,
+}
+
+
+def original_module(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` wraps, or the module itself; the wrapper has no public name for it."""
+    return getattr(module, "_orig_mod", module)
+
+
+def below_autograd() -> AbstractContextManager[Any]:
+    """Run operators as below autograd: nothing is recorded. ``torch.no_grad`` comes back to an autograd kernel."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def functorch_is_active() -> bool:
+    """Whether a transform of ``torch.func`` runs; an autograd kernel then cannot apply a function of its own."""
+    return torch._C._are_functorch_transforms_active()

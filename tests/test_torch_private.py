@@ -1,0 +1,364 @@
+"""Canaries: the private names of PyTorch exist and behave as this package relies on.
+
+A release of PyTorch that changes one fails here, by name, and not somewhere in a compiled model.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import importlib
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.debugging import aot_eager
+
+import tbn_compiler
+from tbn_compiler import torch_private
+
+SOURCES = Path(tbn_compiler.__file__).parent
+
+
+def changed(name: str) -> str:
+    """The message of every assertion."""
+    return f"torch {torch.__version__} changed {name}; see tbn_compiler/torch_private.py"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _load_inductor() -> None:
+    """Its modules use parts of torch that are deprecated, and say so when they are loaded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._inductor.compile_fx")
+        torch.compile(torch.sin)(torch.ones(2))
+
+
+@pytest.fixture(autouse=True)
+def _reset() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def capture(function: Any, *inputs: Tensor) -> tuple[fx.GraphModule, list[Any]]:
+    """Dynamo's graph of a call, and its inputs."""
+    found: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append((gm, inputs))
+        return gm.forward
+
+    torch.compile(function, backend=backend, fullgraph=True)(*inputs)
+    (result,) = found
+    return result
+
+
+def test_operators() -> None:
+    overload, packet = torch.ops.tbn.linear.default, torch.ops.tbn.linear
+    assert isinstance(overload, torch_private.OpOverload), changed("torch._ops.OpOverload")
+    assert not isinstance(packet, torch_private.OpOverload), changed("torch._ops.OpOverload")
+    assert isinstance(packet, torch_private.OpOverloadPacket), changed("torch._ops.OpOverloadPacket")
+    schema = torch_private.operator_schema(overload)
+    name = changed("OpOverload._schema")
+    assert schema.name == "tbn::linear", name
+    assert [argument.name for argument in schema.arguments[:2]] == ["input", "tile"], name
+    assert {argument.name: argument.default_value for argument in schema.arguments}["epilogue"] == "none", name
+    assert len(schema.returns) == 1, name
+    assert torch_private.operator_schema(torch.ops.aten.add_.Tensor).is_mutable, name
+
+
+def test_tree_map_only() -> None:
+    result = torch_private.tree_map_only(
+        Tensor, lambda value: value.dim(), ((torch.ones(2),), {"a": [torch.ones(())], "b": 3})
+    )
+    assert result == ((1,), {"a": [0], "b": 3}), changed("torch.utils._pytree.tree_map_only")
+
+
+def test_fake_tensors() -> None:
+    """Nothing is allocated; what is real may be used with what is fake."""
+    name = changed("torch._subclasses.fake_tensor.FakeTensorMode")
+    weight = torch.ones(8, 4)
+    with torch_private.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        result = F.linear(mode.from_tensor(torch.ones(3, 4)), weight)
+        huge = torch.empty(1 << 40)
+    assert result.shape == (3, 8), name
+    assert huge.numel() == 1 << 40, name
+
+
+def test_storage_references() -> None:
+    """One expires with the last tensor on the storage, and not with the object for the storage."""
+    name = changed("torch.multiprocessing.reductions.StorageWeakRef")
+    tensor = torch.ones(3)
+    reference = torch_private.StorageWeakRef(tensor.untyped_storage())
+    view = tensor[1:]
+    del tensor
+    gc.collect()
+    assert not reference.expired(), name
+    del view
+    assert reference.expired(), name
+
+
+def test_versions() -> None:
+    name = changed("Tensor._version")
+    tensor = torch.ones(3)
+    before = torch_private.version(tensor)
+    _ = tensor + 1
+    assert torch_private.version(tensor) == before, name
+    tensor[1:].mul_(2)
+    assert torch_private.version(tensor) == before + 1, name
+    with torch.inference_mode():
+        other = torch.ones(3)
+    with pytest.raises(RuntimeError, match="do not track version counter"):
+        torch_private.version(other)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_autocast_keys(device: str) -> None:
+    assert f"Autocast{device.upper()}" in str(torch_private.autocast_keys(device)), changed("torch._C.DispatchKeySet")
+
+
+def test_without_dispatch() -> None:
+    x, name = torch.ones(2, 2), changed("torch._C._ExcludeDispatchKeyGuard")
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch_private.without_dispatch(torch_private.autocast_keys("cpu")):
+            assert F.linear(x, x).dtype == torch.float32, name
+        assert F.linear(x, x).dtype == torch.bfloat16, name
+
+
+def test_untraced() -> None:
+    """Neither the function nor what it calls reaches Dynamo, where Dynamo could not trace the caller."""
+    traced: list[fx.GraphModule] = []
+
+    def called(x: Tensor) -> Tensor:
+        return x.sin()
+
+    def kernel(x: Tensor) -> Tensor:
+        return called(x) + 1
+
+    def run(x: Tensor) -> Tensor:
+        with open(os.devnull):
+            torch._dynamo.graph_break()
+            return kernel(x)
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        traced.append(gm)
+        return gm.forward
+
+    torch.compile(run, backend=backend)(torch.ones(2))
+    assert traced, "the caller is traced as a whole"
+    traced.clear()
+    torch._dynamo.reset()
+    assert torch_private.untraced(kernel) is kernel
+    result = torch.compile(run, backend=backend)(torch.ones(2))
+    torch.testing.assert_close(result, torch.ones(2).sin() + 1)
+    assert not traced, changed("torch._C._dynamo.eval_frame.set_code_exec_strategy")
+
+
+def test_compiling_fake_mode() -> None:
+    """A backend finds the mode that knows the sizes that vary, and can make inputs in it whose sizes do not."""
+    name = changed("torch._guards.detect_fake_mode")
+    assert torch_private.compiling_fake_mode() is None, name
+    found = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        mode = torch_private.compiling_fake_mode()
+        assert mode is not None, name
+        own = next(mode.from_tensor(value) for value in inputs if isinstance(value, Tensor))
+        found.extend([own.shape, mode.from_tensor(torch.ones(7, 9), static_shapes=True).shape])
+        return gm.forward
+
+    torch.compile(torch.sin, backend=backend, dynamic=True)(torch.ones(3, 4))
+    own, other = found
+    assert all(isinstance(size, torch.SymInt) for size in own), name
+    assert other == (7, 9), name
+    assert all(type(size) is int for size in other), name
+
+
+def test_static_fakes() -> None:
+    name = changed("torch._guards.tracing")
+    with torch_private.static_fakes([torch.ones(3, 4)]) as (fake,):
+        assert torch_private.compiling_fake_mode() is fake.fake_mode, name  # type: ignore[attr-defined]
+        assert all(type(size) is int for size in fake.shape), name
+        assert fake.fake_mode.shape_env.create_unbacked_symint() is not None, name  # type: ignore[attr-defined]
+    assert torch_private.compiling_fake_mode() is None, name
+
+
+def test_compile_by_inductor() -> None:
+    """With a setting, which has an effect."""
+    name = changed("torch._inductor.compile_fx.compile_fx")
+    gm, inputs = capture(lambda x: x.sin() + 1, torch.randn(5))
+    seen: list[fx.Graph] = []
+    with torch_private.static_fakes(inputs) as fakes:
+        compiled = torch_private.compile_by_inductor(gm, fakes, {"post_grad_custom_pre_pass": seen.append})
+    torch.testing.assert_close(compiled(*inputs)[0], inputs[0].sin() + 1, msg=name)
+    assert len(seen) == 1, name
+
+
+def test_settings_of_inductor() -> None:
+    name = changed("torch._inductor.config.get_config_copy")
+    assert torch_private.inductor_settings()["max_autotune"] in (True, False), name
+    modes, name = torch_private.inductor_modes(), changed("torch._inductor.list_mode_options")
+    assert modes["reduce-overhead"] == {"triton.cudagraphs": True}, name
+    assert modes["default"] == {}, name
+
+
+def test_inputs_of_captured_graphs() -> None:
+    """Marks tell parameters from arguments, and sources say where Dynamo found either."""
+    layer = nn.Linear(4, 3)
+    gm, inputs = capture(nn.Sequential(layer), torch.ones(2, 4))
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        own = value is layer.weight or value is layer.bias
+        marked = not torch_private.STATIC_MARK.keys().isdisjoint(torch_private.input_marks(node))
+        assert marked is own, changed("the mark _dynamo_static_input_type")
+        assert torch_private.input_source(node) is not None, changed("fx.Node._dynamo_source")
+        if own:
+            key = "weight" if value is layer.weight else "bias"
+            path = re.findall(r"\w+", torch_private.input_path(node) or "")
+            assert path[-4:] == ["_modules", "0", "_parameters", key], changed("Source.name")
+
+
+def test_marks_of_a_graph_that_was_made() -> None:
+    """AOTAutograd reads the marks of a graph's inputs if it takes the graph for one of Dynamo's."""
+    static: list[Sequence[int]] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        (argument,) = gm.graph.find_nodes(op="placeholder")
+        graph = fx.Graph()
+        x = torch_private.make_input(
+            graph, "x", torch_private.input_marks(argument), torch_private.input_source(argument)
+        )
+        y = torch_private.make_input(graph, "y", torch_private.STATIC_MARK, None)
+        graph.output((graph.call_function(torch.add, (x, y)),))
+        made = fx.GraphModule({}, graph)
+        torch_private.mark_as_captured(made, torch_private.capture_meta(gm))
+        compiled = aot_eager(made, [*inputs, torch.ones(4)])
+        metadata = torch._guards.TracingContext.get().fw_metadata
+        assert metadata is not None
+        static.append(metadata.static_input_indices)
+        return lambda x: compiled(x, torch.ones(4))
+
+    result = torch.compile(torch.sin, backend=backend)(torch.zeros(4))
+    torch.testing.assert_close(result, torch.ones(4))
+    assert static == [[1]], changed("the marks by which AOTAutograd knows Dynamo's graphs and their inputs")
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_differentiated(transform: Any) -> None:
+    """What is inside, and that it ends."""
+
+    def forward(x: Tensor) -> Tensor:
+        return transform(lambda x: x.cos().sum())(x.sin()).exp()
+
+    gm, _ = capture(forward, torch.ones(3))
+    inside = torch_private.differentiated(gm.graph)
+    found = {node.target: node in inside for node in gm.graph.nodes if node.target in ("sin", "cos", "sum", "exp")}
+    assert found == {"sin": False, "cos": True, "sum": True, "exp": False}, changed(
+        "the calls of torch.func in a graph"
+    )
+
+
+def test_vmap_does_not_differentiate() -> None:
+    gm, _ = capture(lambda x: torch.vmap(torch.sin)(x).cos(), torch.ones(3))
+    assert not torch_private.differentiated(gm.graph)
+
+
+def test_original_module() -> None:
+    module = nn.Linear(2, 2)
+    assert torch_private.original_module(module) is module
+    assert torch_private.original_module(torch.compile(module)) is module, changed("OptimizedModule._orig_mod")
+
+
+# Names that stand where they are used: each has one use, or is as good as public.
+
+
+def test_checks() -> None:
+    """They raise at once and while tracing, with the message."""
+    checks = ((torch._check, RuntimeError), (torch._check_value, ValueError), (torch._check_type, TypeError))
+    for check, error in checks:
+        check(True, lambda: "not seen")
+        with pytest.raises(error, match="seen"):
+            check(False, lambda: "seen")
+    capture(lambda x: (torch._check(x.shape[0] == 3), x.sin())[1], torch.ones(3))
+
+
+def test_trees() -> None:
+    from torch.utils import _pytree as pytree
+
+    name = changed("torch.utils._pytree")
+    leaves, spec = pytree.tree_flatten(((1, [2]), {"a": 3}))
+    assert leaves == [1, 2, 3] == pytree.tree_leaves(((1, [2]), {"a": 3})), name
+    assert spec.num_leaves == 3, name
+    assert pytree.tree_unflatten(leaves, spec) == ((1, [2]), {"a": 3}), name
+
+
+def test_pad() -> None:
+    """``F.pad`` in a graph of Dynamo's is this function."""
+    gm, _ = capture(lambda x: F.pad(x, (1, 1)), torch.ones(3))
+    targets = {node.target for node in gm.graph.nodes if node.op == "call_function"}
+    assert targets <= {F.pad, torch._C._nn.pad}, changed("torch._C._nn.pad")
+
+
+KNOWN = {
+    *("torch._check", "torch._check_type", "torch._check_value", "torch._C._nn.pad", "torch.utils._pytree"),
+    "torch._ops.OpOverload",  # test_operators
+}
+
+
+def test_every_private_name_has_a_canary() -> None:
+    """A new one goes into ``torch_private.py``, or into the table above."""
+    found: dict[str, str] = {}
+    for path in sorted(SOURCES.rglob("*.py")):
+        if path != Path(torch_private.__file__):
+            found |= dict.fromkeys(_private_names(ast.parse(path.read_text())), str(path.relative_to(SOURCES)))
+    parts = {name for known in KNOWN for name in itertools.accumulate(known.split("."), "{}.{}".format)}
+    unknown = {name: path for name, path in found.items() if name not in parts}
+    assert not unknown, f"private names of torch without a canary: {unknown}"
+    assert found.keys() >= KNOWN, "the table names what nothing uses"
+
+
+def _private_names(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (name for alias in node.names if _is_private(name := f"{node.module}.{alias.name}"))
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if _is_private(alias.name))
+        elif isinstance(node, ast.Attribute) and _is_private(name := ast.unparse(node)):
+            yield name
+
+
+def _is_private(name: str) -> bool:
+    first, *rest = name.split(".")
+    return (
+        first == "torch"
+        and rest[:1] != ["ops"]
+        and any(part.startswith("_") and not part.endswith("__") for part in rest)
+    )
+
+
+def test_below_autograd() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with torch_private.below_autograd():
+        assert not (2 * x).requires_grad, changed("_AutoDispatchBelowAutograd")
+    assert (2 * x).requires_grad
+
+
+def test_functorch_is_active() -> None:
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(torch_private.functorch_is_active())
+        return x.sum()
+
+    torch.func.grad(function)(torch.ones(2))
+    function(torch.ones(2))
+    assert seen == [True, False], changed("_are_functorch_transforms_active")
