@@ -36,8 +36,8 @@ def test_report(eager_graphs: list[fx.GraphModule], caplog: pytest.LogCaptureFix
             "  0 (conv2d): on a packed tile, packed here, batch-norm folded, epilogue silu",
             "    but its copies are not carried on: it has a bias",
             "  3 (conv_transpose2d): on a packed tile, packed here",
-            "    but batch_norm (node 'input_3') is not folded: the alphas of a transpose convolution belong to its inputs, "
-            "not to its outputs",
+            "    but batch_norm (node 'input_3') is not folded: "
+            "the alphas of a transpose convolution belong to its inputs, not to its outputs",
         ]
     )
     assert str(tbn.explain(fast)) == f"graph 0, {text}"
