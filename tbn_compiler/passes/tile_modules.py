@@ -67,7 +67,8 @@ def tile_modules(root: nn.Module, scope: Scope) -> None:
         root: the model, whose structure is the caller's own copy.
         scope: the options. ``keys`` and ``held`` are found here.
     """
-    parts = {submodule for _, part in graph_parts(root) for submodule in part.modules()}
+    outermost = {part for _, part in graph_parts(root)}
+    parts = {submodule for part in outermost for submodule in part.modules()}
     modules = {module: path for path, module in root.named_modules()}
     plans = {
         module: _asked_for(module, plan, scope.at(modules[module])) for module, plan in _plans(root, modules, parts)
@@ -75,7 +76,7 @@ def tile_modules(root: nn.Module, scope: Scope) -> None:
     scope = Scope(scope.config, scope.specs, "", _keys(root), _held(modules, plans, parts), scope.sources)
     for module, path in modules.items():
         if isinstance(module, fx.GraphModule):
-            if module not in parts or any(module is part for _, part in graph_parts(root)):
+            if module in outermost:
                 _tile_graph(module, scope.at(path))
         elif module in parts:
             continue
