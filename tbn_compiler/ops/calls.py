@@ -104,6 +104,18 @@ class Operator:
         return tuple(name for name in given if name in self.names)
 
     @cached_property
+    def function(self) -> Callable[..., Tensor]:
+        """PyTorch's function for this kind of layer."""
+        function: Callable[..., Tensor] = getattr(F, self.name)
+        return function
+
+    @cached_property
+    def geometry(self) -> tuple[str, ...]:
+        """Arguments of :attr:`function` behind the bias, in its order."""
+        order = ("output_padding", "groups", "dilation") if self.transposed else ("dilation", "groups")
+        return tuple(name for name in ("stride", "padding", *order) if name in self.names)
+
+    @cached_property
     def signature(self) -> inspect.Signature:
         """The schema as a Python signature."""
         return inspect.Signature(
@@ -239,14 +251,12 @@ class TiledCall:
     @property
     def function(self) -> Callable[..., Tensor]:
         """PyTorch's function for this kind of layer: ``function(input, weight, bias, *geometry)``."""
-        function: Callable[..., Tensor] = getattr(F, self.kind)
-        return function
+        return self.operator.function
 
     @property
     def geometry(self) -> list[Any]:
         """Arguments of :attr:`function` behind the bias."""
-        order = ("output_padding", "groups", "dilation") if self.transposed else ("dilation", "groups")
-        given = (self.arguments[name] for name in ("stride", "padding", *order) if name in self.arguments)
+        given = [self.arguments[name] for name in self.operator.geometry]
         return [value if isinstance(value, int) else list(value) for value in given]
 
     def without_tensors(self) -> TiledCall:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from tbn_compiler.backends.onnx import forms, model, program
@@ -107,7 +108,12 @@ def export_onnx(
     _check_packages()
     inputs = program.named_inputs(module, example_inputs)
     batched = program.batched_names(inputs, dynamic_batch)
-    prepared = _prepare(module, inputs, optimized)
+    # A batch of 1 would be taken for a constant.
+    doubled = {
+        name: torch.cat([value, value]) if name in batched and value.shape[0] == 1 else value
+        for name, value in inputs.items()
+    }
+    prepared = _prepare(module, doubled, optimized)
     records = get_records(prepared) or ()
     outcome: dict[str, str | None] = {}
     for part_path, part in graph_parts(prepared):
