@@ -256,8 +256,7 @@ class TiledCall:
     @property
     def geometry(self) -> list[Any]:
         """Arguments of :attr:`function` behind the bias."""
-        given = [self.arguments[name] for name in self.operator.geometry]
-        return [value if isinstance(value, int) else list(value) for value in given]
+        return [self.arguments[name] for name in self.operator.geometry]
 
     def without_tensors(self) -> TiledCall:
         """The call without its operands, which keeps no tensor alive."""
@@ -361,12 +360,22 @@ class TensorCall(TiledCall):
             raise ValueError(f"{op}: groups={groups} must divide {inputs} input and {outputs} output channels")
         if groups > 1 and self.input_alpha is not None:
             raise ValueError(f"{op}: input_alpha needs groups=1, got groups={groups}: the groups read different copies")
+        if len(self.arguments["kernel_size"]) != d:
+            self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Check that all sizes of the geometry have as many elements as there are dimensions."""
         for name in self.operator.sizes:
-            if len(value := self.arguments[name]) != d:
-                raise ValueError(f"{op}: {name} must have {d} elements, got {list(value)}")
+            if len(value := self.arguments[name]) != self.dims:
+                raise ValueError(f"tbn::{self.kind}: {name} must have {self.dims} elements, got {list(value)}")
 
     def output_sizes(self) -> list[int]:
-        """Spatial sizes of the result; below 1 where a kernel does not fit the input."""
+        """Spatial sizes of the result; below 1 where a kernel does not fit the input.
+
+        Raises:
+            ValueError: a stride, padding or dilation does not have as many elements as there are dimensions.
+        """
+        self._check_sizes()
         image = self.input.shape[self.input.dim() - self.dims :]
         values = [self.arguments[name] for name in self.operator.sizes]
         if not self.transposed:
