@@ -187,7 +187,8 @@ def train(model: nn.Module, data: ImageData, recipe: Recipe, epochs: int) -> Non
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Percentage of images that are classified right."""
-    return 100 * (model(x).argmax(1) == y).float().mean().item()
+    right: Tensor = model(x).argmax(1) == y
+    return 100 * right.float().mean().item()
 
 
 def measure(

@@ -114,7 +114,8 @@ class PairInputs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add each two neighbours."""
-        return x.unflatten(-1, (-1, 2)).sum(-1) * math.sqrt(0.5)
+        pairs: Tensor = x.unflatten(-1, (-1, 2))
+        return pairs.sum(-1) * math.sqrt(0.5)
 
 
 def build(network: Network, recipe: Recipe) -> nn.Sequential:
@@ -191,7 +192,8 @@ def distillation_loss(logits: Tensor, soft_labels: Tensor, temperature: float) -
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Percentage of images that are classified right."""
-    return 100 * (model(x).argmax(1) == y).float().mean().item()
+    right: Tensor = model(x).argmax(1) == y
+    return 100 * right.float().mean().item()
 
 
 def stored_bytes(model: nn.Module) -> int:

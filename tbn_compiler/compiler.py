@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError, LoweringError, TransformError
-from tbn_compiler.graph.capture import capture
+from tbn_compiler.graph.capture import capture, exported_module
 from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.layer_graph import TiledGraph, adopt
-from tbn_compiler.graph.records import alpha_key, get_records, graph_parts, layer_name, split_key, tile_key
+from tbn_compiler.graph.records import alpha_key, get_records, graph_parts, layer_name, tile_key
 from tbn_compiler.ops.schemas import ACTIVATIONS, Activation
 from tbn_compiler.passes import Scope, deployment_pipeline, inference_pipeline, run_passes, training_pipeline
 from tbn_compiler.passes.deployment import note_values
@@ -23,6 +22,10 @@ from tbn_compiler.passes.expose_attention import disable_fast_paths
 from tbn_compiler.passes.lower_tiles import Stored, lower_parameters
 from tbn_compiler.passes.tile_modules import tile_modules
 from tbn_compiler.tiling import TileSpec
+from tbn_compiler.torch_private import original_module
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram  # it loads sympy
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -66,8 +69,7 @@ def transform(model: nn.Module | ExportedProgram, config: TilingConfig | None = 
     if not isinstance(config, TilingConfig):
         hint = f"TilingConfig(p={config})" if isinstance(config, int) else "TilingConfig(...)"
         raise ConfigError(f"config must be a TilingConfig, got {type(config).__name__} {config!r}: pass {hint}")
-    if isinstance(model, ExportedProgram):
-        model = model.module()
+    model = exported_module(model)
     if not isinstance(model, nn.Module):
         raise TransformError(f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}")
     module = tile_model(model, config)
@@ -119,11 +121,11 @@ def unwrap(module: Any, error: type[Exception]) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise error(f"expected an nn.Module, got {type(module).__name__}")
-    module = getattr(module, "_orig_mod", module)
+    original = original_module(module)
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
-    if isinstance(module, wrappers):
-        raise error(f"{type(module).__name__} wraps the model: pass its .module")
-    return module
+    if isinstance(original, wrappers):
+        raise error(f"{type(original).__name__} wraps the model: pass its .module")
+    return original
 
 
 def lower(module: Module) -> Module:
@@ -149,8 +151,7 @@ def lower(module: Module) -> Module:
             "lower the module that transform returned"
         )
     _check_gathered(unwrapped)
-    lowered: Any = lower_model(share_tensors_copy(unwrapped))
-    return lowered
+    return cast("Module", lower_model(share_tensors_copy(unwrapped)))
 
 
 def _check_gathered(module: nn.Module) -> None:
@@ -174,37 +175,21 @@ def lower_model(module: nn.Module, stored: Mapping[str, Tensor] | None = None) -
     stored = None if stored is None else {**stored, **_under_all_names(module, stored)}
     shared = Stored(stored)
     for path, part in graph_parts(module):
-        _drop_absent(part)
         run_passes(part, inference_pipeline(shared.at(path)))
     for path, owner in list(module.named_modules()):
         lower_parameters(owner, shared.at(path))
     return module.eval()
 
 
-def _drop_absent(gm: fx.GraphModule) -> None:
-    """Let a graph not read a parameter that a user has set to ``None`` since, such as a bias."""
-    for node in gm.graph.find_nodes(op="get_attr"):
-        path, name = split_key(str(node.target))
-        owner = gm.get_submodule(path)
-        if name in owner._parameters and owner._parameters[name] is None:
-            for user in list(node.users):
-                user.args, user.kwargs = (_without(value, node) for value in (user.args, user.kwargs))
-            gm.graph.erase_node(node)
-
-
-def _without(arguments: Any, node: fx.Node) -> Any:
-    return fx.node.map_aggregate(arguments, lambda value: None if value is node else value)
-
-
 def _under_all_names(module: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The stored tensors of shared weights under the names that a file leaves out."""
-    found: dict[str, Tensor] = {}
-    for record in get_records(module) or ():
-        suffix = record.weight.removeprefix(record.parameter)
-        for key in (tile_key, alpha_key):
-            if key(record.weight) in stored:
-                found |= {key(other + suffix): stored[key(record.weight)] for other in record.tied}
-    return found
+    return {
+        key(other): stored[key(record.weight)]
+        for record in get_records(module) or ()
+        for key in (tile_key, alpha_key)
+        if key(record.weight) in stored
+        for other in record.tied_weights
+    }
 
 
 def optimize(module: nn.Module, example_inputs: Any = None, *, activation: Activation = "float") -> nn.Module:
@@ -230,8 +215,9 @@ def optimize(module: nn.Module, example_inputs: Any = None, *, activation: Activ
             keep float, with a note.
 
     Returns:
-        A ``GraphModule`` that is called as the model is, in evaluation mode. Where ``torch.export`` cannot trace the
-        model, the lowered module itself with what needs no graph, and a warning that says why.
+        A ``GraphModule`` that is called as the model is, in evaluation mode; it can be copied and pickled. Where
+        ``torch.export`` cannot trace the model, the lowered module itself with what needs no graph, and a warning that
+        says why.
 
     Raises:
         ConfigError: ``activation`` is not one of the formats.

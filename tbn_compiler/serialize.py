@@ -13,17 +13,17 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
-from tbn_compiler.compiler import lower_model, tile_model, unwrap
+from tbn_compiler.compiler import Module, lower_model, tile_model, unwrap
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import LoweringError, SerializationError, TransformError
 from tbn_compiler.fileformat import PackedHeader, StoredLayer, read_file, write_file
-from tbn_compiler.graph.calls import named_arguments
+from tbn_compiler.graph.calls import named_arguments, tiled_call
+from tbn_compiler.graph.capture import exported_module
 from tbn_compiler.graph.records import (
     EXTRA_STATE,
     LayerRecord,
@@ -41,6 +41,9 @@ from tbn_compiler.graph.records import (
 )
 from tbn_compiler.graph.tiling_data import describe_spec
 from tbn_compiler.tiling import TileSpec
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram  # it loads sympy
 
 
 def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -82,7 +85,11 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
         raise SerializationError(f"{type(packed).__name__} cannot be saved: {error}") from error
 
 
-def load(path: str | os.PathLike[str], model: nn.Module | ExportedProgram) -> Any:
+@overload
+def load(path: str | os.PathLike[str], model: ExportedProgram) -> fx.GraphModule: ...
+@overload
+def load(path: str | os.PathLike[str], model: Module) -> Module: ...
+def load(path: str | os.PathLike[str], model: nn.Module | ExportedProgram) -> nn.Module:
     """Read a packed file into the architecture that it was made from.
 
     Args:
@@ -100,7 +107,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | ExportedProgram) -> An
         TransformError: the model cannot be traced.
         OSError: the file cannot be read.
     """
-    model = unwrap(model.module() if isinstance(model, ExportedProgram) else model, TransformError)
+    model = unwrap(exported_module(model), TransformError)
     header, stored = read_file(Path(path))
     device = _device(model)
     tensors = {name: tensor.to(device) for name, tensor in stored.items()}
@@ -202,14 +209,8 @@ def _difference(node: fx.Node, arguments: Mapping[str, Any], record: LayerRecord
 
 def _weight_shape(node: fx.Node, arguments: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of the weight that a call on a stored tile uses."""
-    if "shape" in arguments:
-        return tuple(arguments["shape"])
-    if "kernel_size" not in arguments:
-        return arguments["out_features"], arguments["in_features"]
-    rows, inputs = arguments["out_channels"], arguments["in_channels"]
-    if "conv_transpose" in str(node.target):  # a row for each input channel
-        rows, inputs = inputs, rows
-    return rows, inputs // arguments["groups"], *arguments["kernel_size"]
+    call = tiled_call(node)
+    return tuple(arguments["shape"]) if call is None else call.layout.shape
 
 
 # What a model must be for a file

@@ -26,9 +26,9 @@ from torch import fx, nn
 
 from tbn_compiler.errors import TBNError
 from tbn_compiler.graph.attention import ATTENTION_WEIGHTS, attention_layer
-from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.calls import tiled_call
 from tbn_compiler.graph.layers import (
-    MODULE_KINDS,
+    derived_kind,
     find_record,
     function_arguments,
     is_transposed,
@@ -37,6 +37,7 @@ from tbn_compiler.graph.layers import (
 )
 from tbn_compiler.graph.records import LayerRecord, get_records, graph_parts, join_key, own_records
 from tbn_compiler.graph.shapes import visit_results
+from tbn_compiler.tiling import TiledProduct
 from tbn_compiler.torch_private import original_module
 
 _FLOAT_BITS = 32
@@ -305,7 +306,7 @@ def _calls_by_weight(module: nn.Module) -> dict[str, list[_Call]]:
             record = find_record(records, call)
             if record is None or not record.shape:
                 continue
-            operator = inference_call(call.node)
+            operator = tiled_call(call.node)
             if is_transposed(call.kind):
                 found = _Call(call.node.all_input_nodes[0], record.shape[0], _macs(record))
             elif call.node.target is attention_layer:
@@ -327,15 +328,14 @@ def _calls_by_weight(module: nn.Module) -> dict[str, list[_Call]]:
 def _is_plain_layer(module: nn.Module) -> bool:
     """Whether a module is a layer with a record that is no graph: left alone, or with a weight that is read tiled."""
     is_graph = isinstance(module, fx.GraphModule)
-    return isinstance(module, tuple(MODULE_KINDS)) and not is_graph and own_records(module) is not None
+    return derived_kind(module) is not None and not is_graph and own_records(module) is not None
 
 
 def _macs(record: LayerRecord) -> int:
     """Multiply-adds of a layer for one output position (input position if it is transposed), by its record."""
     if record.spec is None or (is_transposed(record.kind) and record.groups > 1):
         return math.prod(record.shape) if record.shape else 0
-    layout, num_alphas = record.spec.layout, record.spec.num_alphas
-    return record.groups * layout.rows_per_group(num_alphas, record.groups) * layout.inputs_per_row(num_alphas)
+    return TiledProduct(record.spec.layout, record.spec.num_alphas, record.groups).macs
 
 
 def _count(record: LayerRecord, calls: list[_Call], sizes: Counter[Any] | None) -> tuple[int | None, int | None]:

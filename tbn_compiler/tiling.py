@@ -173,14 +173,6 @@ class TileLayout:
             return num_alphas in (self.batch, self.batch * self.p)
         return num_alphas in (1, self.p_out, self.p, self.rows)
 
-    def rows_per_group(self, num_alphas: int, groups: int = 1) -> int:
-        """:attr:`TiledProduct.rows`: rows to multiply in each of ``groups`` convolution groups."""
-        return TiledProduct(self, num_alphas, groups).rows
-
-    def inputs_per_row(self, num_alphas: int) -> int:
-        """:attr:`TiledProduct.columns`: multiply-adds behind one computed row."""
-        return TiledProduct(self, num_alphas).columns
-
     def _axes(self, weight: Tensor) -> Tensor:
         """View of a weight as ``[p_out, m / p_out, inputs / p_in, p_in, kernel]`` (two-axis layout)."""
         return weight.reshape(self.p_out, -1, self.shape[1] // self.p_in, self.p_in, math.prod(self.shape[2:]))
@@ -228,7 +220,8 @@ class TileLayout:
         """Sum the ``p_in`` neighbours along ``dim`` that share a weight."""
         if self.p_in == 1:
             return input
-        return input.unflatten(dim, (-1, self.p_in)).sum(dim % input.dim() + 1)
+        neighbours: Tensor = input.unflatten(dim, (-1, self.p_in))
+        return neighbours.sum(dim % input.dim() + 1)
 
     def alpha_groups(self, weight: Tensor, num_alphas: int) -> Tensor:
         """View of a weight as ``[a_out, x, a_in, y]`` where one alpha holds for each pair of the ``a`` axes."""

@@ -6,7 +6,11 @@ relied on and names torch's version when a release breaks it.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import marshal
+import math
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ParamSpec, TypeVar, cast
@@ -17,9 +21,10 @@ from torch._C._dynamo import eval_frame
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 __all__ = [
+    "EXPORT_LOGGERS",
     "STATIC_MARK",
     # Runs operators on shapes alone. Public are torch.export and torch.compile, which trace what they run.
     "FakeTensorMode",
@@ -35,23 +40,34 @@ __all__ = [
     "compile_by_inductor",
     "compiling_fake_mode",
     "differentiated",
+    # What Dynamo writes for F.pad, which is a function of Python around it.
+    "functional_pad",
     "functorch_is_active",
+    "has_usual_code",
     "inductor_modes",
     "inductor_settings",
     "input_marks",
     "input_path",
     "input_source",
+    "input_structure",
     "make_input",
+    "make_picklable",
     "mark_as_captured",
     "operator_schema",
     "original_module",
+    "size_guards",
     "static_fakes",
-    # Maps over the tensors in nested containers; torch.utils has no public module for trees.
+    # Nested containers of inputs and results, as torch.export sees them; torch.utils has no public module for trees.
+    "tree_leaves",
+    "tree_map",
     "tree_map_only",
+    "tree_unflatten",
     "untraced",
     "version",
     "without_dispatch",
 ]
+
+functional_pad = torch._C._nn.pad
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -216,3 +232,84 @@ def below_autograd() -> AbstractContextManager[Any]:
 def functorch_is_active() -> bool:
     """Whether a transform of ``torch.func`` runs; an autograd kernel then cannot apply a function of its own."""
     return torch._C._are_functorch_transforms_active()
+
+
+EXPORT_LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch.onnx")
+"""The loggers by which ``torch.export`` and PyTorch's ONNX exporter tell of their internals."""
+
+
+def size_guards(gm: fx.GraphModule) -> nn.Module | None:
+    """The part of a module of ``torch.export``'s that raises on sizes which the program is not for, if it has one."""
+    return gm._modules.get("_guards_fn")
+
+
+def make_picklable(gm: fx.GraphModule) -> None:
+    """Let a module of ``torch.export``'s be pickled, in place; it has functions that were made inside of functions.
+
+    Those are its checks of sizes and, for inputs that are modules, hooks, which are removed. A pickled graph is traced
+    again from its code, which takes the public tracer.
+    """
+    gm._tracer_cls = gm.graph._tracer_cls = fx.Tracer
+    for hooks in (gm._forward_pre_hooks, gm._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if "<locals>" in getattr(hook, "__qualname__", ""):
+                del hooks[key]
+                gm._forward_hooks_always_called.pop(key, None)
+    guards = size_guards(gm)
+    if guards is not None:
+        gm._modules["_guards_fn"] = _SizeGuards(_innermost(guards.forward))
+
+
+def input_structure(graph: fx.Graph) -> fx.graph.CodeGen | None:
+    """What lets the code of a graph take nested inputs apart, for ``fx.Graph.set_codegen``; ``None`` if it does not."""
+    codegen = graph._codegen
+    return None if type(codegen) is fx.graph.CodeGen else codegen
+
+
+def has_usual_code(graph: fx.Graph) -> bool:
+    """Whether the code of a graph is made from its nodes in the usual way: nothing was set that changes it."""
+    codegen = graph._codegen
+    usual = type(codegen) is fx.graph.CodeGen and vars(codegen) == _USUAL_CODE
+    return usual and not getattr(graph, "_co_fields", None)
+
+
+_USUAL_CODE = vars(fx.graph.CodeGen())
+
+
+class _SizeGuards(nn.Module):
+    """The checks of sizes, pickled as what Python has compiled; their source is not kept."""
+
+    _is_impure = True  # torch.fx would remove its calls, which give nothing
+
+    def __init__(self, function: types.FunctionType) -> None:
+        super().__init__()
+        self.code = function.__code__
+        self.check = torch._dynamo.dont_skip_tracing(function)  # as torch.export has it: Dynamo learns the guards
+
+    def forward(self, *inputs: Any) -> None:
+        """Raise ``AssertionError`` if the inputs have sizes that the program is not for."""
+        self.check(*inputs)
+
+    def __reduce__(self) -> Any:
+        return _restore_guards, (importlib.util.MAGIC_NUMBER, marshal.dumps(self.code))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SizeGuards:
+        return self  # it has no state
+
+
+def _restore_guards(version: bytes, code: bytes) -> _SizeGuards:
+    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP  # the names in guards
+
+    if version != importlib.util.MAGIC_NUMBER:
+        raise RuntimeError("the pickled graph was written by another release of Python: optimize the model again")
+    return _SizeGuards(types.FunctionType(marshal.loads(code), {**SYMPY_INTERP, "math": math, "inf": math.inf}))
+
+
+def _innermost(function: Any) -> types.FunctionType:
+    """The function that others are wrapped around."""
+    while True:
+        cells = (cell.cell_contents for cell in function.__closure__ or ())
+        inner = next((value for value in cells if isinstance(value, types.FunctionType)), None)
+        if inner is None:
+            return cast("types.FunctionType", function)
+        function = inner

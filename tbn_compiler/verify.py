@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tbn_compiler.errors import ExportError
+from tbn_compiler.torch_private import tree_leaves
 
 Arrays = dict[str, np.ndarray]
 
@@ -75,7 +75,7 @@ def run_model(module: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[np.nd
     named = inspect.signature(module.forward).parameters.keys() >= tensors.keys()
     with torch.no_grad():
         result = module(**tensors) if named else module(*tensors.values())
-    return [leaf.numpy() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return [leaf.numpy() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 class OnnxFile:

@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 
-HEAVY = ("triton", "onnx", "onnxruntime", "onnxscript", "matplotlib", "sklearn", "scipy", "pandas", "torchvision")
+HEAVY = (
+    *("triton", "onnx", "onnxruntime", "onnxscript", "matplotlib", "sklearn", "scipy", "pandas", "torchvision"),
+    "sympy",  # torch.export and symbolic sizes load it
+)
 
 
 def modules_after(statement: str) -> set[str]:

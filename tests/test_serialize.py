@@ -13,7 +13,7 @@ from torch import nn
 
 import tbn_compiler as tbn
 from tbn_compiler.fileformat import _digest
-from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.calls import tiled_call
 from tbn_compiler.graph.records import get_records, graph_parts
 from tbn_compiler.passes import FuseEpilogue, run_passes
 from tbn_compiler.passes.deployment import register_buffer
@@ -126,7 +126,7 @@ def edit_calls(**changes):
     def edit(packed):
         for _, part in graph_parts(packed):
             for node in part.graph.nodes:
-                call = inference_call(node)
+                call = tiled_call(node)
                 for name, value in changes.items():
                     if call is not None and name in call.arguments and call.arguments[name] != value:
                         if name in ("alpha", "bias"):

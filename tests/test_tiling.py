@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tbn_compiler import ConfigError
-from tbn_compiler.tiling import TileLayout, TileSpec, largest_divisor, tile_vector, tiled_weight
+from tbn_compiler.tiling import TiledProduct, TileLayout, TileSpec, largest_divisor, tile_vector, tiled_weight
 from tests import oracle
 
 Tiling = tuple[tuple[int, ...], int, torch.Tensor, torch.Tensor]
@@ -90,7 +90,7 @@ def test_unique_rows_are_the_different_rows(tiling: Tiling) -> None:
 
 
 @given(oracle.tilings(min_dims=2), st.booleans(), st.data())
-def test_rows_per_group_are_enough(tiling: Tiling, per_tile: bool, data: st.DataObject) -> None:
+def test_computed_rows_are_enough(tiling: Tiling, per_tile: bool, data: st.DataObject) -> None:
     """Within a group, row j is row j % R times a factor that ``row_alphas`` knows."""
     shape, p, _, _ = tiling
     layout = TileLayout(shape, p)
@@ -98,7 +98,7 @@ def test_rows_per_group_are_enough(tiling: Tiling, per_tile: bool, data: st.Data
     alpha = torch.arange(1, (p if per_tile else 1) + 1, dtype=torch.float64)
     t = torch.arange(1, layout.tile_size + 1, dtype=torch.float64)
     used = layout.scale(layout.replicate(t), alpha).reshape(shape[0], -1)
-    per_group, computed = shape[0] // groups, layout.rows_per_group(alpha.numel(), groups)
+    per_group, computed = shape[0] // groups, TiledProduct(layout, alpha.numel(), groups).rows
     assert 1 <= computed <= per_group
     if computed == per_group:
         return

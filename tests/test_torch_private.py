@@ -8,10 +8,11 @@ from __future__ import annotations
 import ast
 import gc
 import importlib
-import itertools
+import importlib.util
+import operator
 import os
+import pickle
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,8 @@ def changed(name: str) -> str:
     return f"torch {torch.__version__} changed {name}; see tbn_compiler/torch_private.py"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _load_inductor() -> None:
-    """Its modules use parts of torch that are deprecated, and say so when they are loaded."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("torch._inductor.compile_fx")
-        torch.compile(torch.sin)(torch.ones(2))
-
-
 @pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
+def _reset(inductor: None) -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -76,11 +68,16 @@ def test_operators() -> None:
     assert torch_private.operator_schema(torch.ops.aten.add_.Tensor).is_mutable, name
 
 
-def test_tree_map_only() -> None:
-    result = torch_private.tree_map_only(
-        Tensor, lambda value: value.dim(), ((torch.ones(2),), {"a": [torch.ones(())], "b": 3})
-    )
-    assert result == ((1,), {"a": [0], "b": 3}), changed("torch.utils._pytree.tree_map_only")
+def test_trees() -> None:
+    name, nested = changed("torch.utils._pytree"), ((torch.ones(2),), {"a": [torch.ones(())], "b": 3})
+    mapped = torch_private.tree_map_only(Tensor, lambda value: value.dim(), nested)
+    assert mapped == ((1,), {"a": [0], "b": 3}), name
+    assert torch_private.tree_map(lambda value: value + 1, mapped) == ((2,), {"a": [1], "b": 4}), name
+    assert torch_private.tree_leaves(mapped) == [1, 0, 3], name
+    spec = torch.export.export(nn.Identity(), (torch.ones(2),)).call_spec.out_spec
+    assert spec is not None
+    assert spec.num_leaves == 1, name
+    assert torch_private.tree_unflatten([5], spec) == 5, name
 
 
 def test_fake_tensors() -> None:
@@ -278,11 +275,77 @@ def test_original_module() -> None:
     assert torch_private.original_module(torch.compile(module)) is module, changed("OptimizedModule._orig_mod")
 
 
-# Names that stand where they are used: each has one use, or is as good as public.
+def exported() -> fx.GraphModule:
+    """A module of torch.export's with checks of sizes."""
+
+    class Pairs(nn.Module):
+        def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+            return inputs["x"].view(-1, 2, 4) + 1
+
+    free = {"inputs": {"x": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}}
+    program = torch.export.export(Pairs(), ({"x": torch.ones(6, 4)},), dynamic_shapes=free)
+    return program.module()  # type: ignore[return-value]
+
+
+def test_size_guards() -> None:
+    guards, name = torch_private.size_guards(exported()), changed("the module _guards_fn of torch.export's modules")
+    assert guards is not None, name
+    guards(torch.ones(8, 4))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        guards(torch.ones(8, 5))
+    assert torch_private.size_guards(fx.symbolic_trace(nn.Identity())) is None
+
+
+def test_make_picklable() -> None:
+    """Guards, hooks and tracer are all that keeps a module of torch.export's from being pickled."""
+    gm, name = exported(), changed("the modules of torch.export")
+    hooks = (gm._forward_hooks, gm._forward_pre_hooks)
+    with pytest.raises((AttributeError, pickle.PicklingError), match="local"):
+        pickle.dumps(hooks)
+    torch_private.make_picklable(gm)
+    assert pickle.loads(pickle.dumps(hooks)) == hooks, name
+    assert len(gm._forward_pre_hooks) == 1, name  # the check of the structure of inputs
+    fx.Tracer.trace(gm.graph._tracer_cls(), nn.ReLU())  # type: ignore[misc]
+    guards = torch_private.size_guards(gm)
+    assert guards is not None, name
+    assert all(node.is_impure() for node in gm.graph.find_nodes(op="call_module")), changed("the mark _is_impure")
+    for found in (guards, pickle.loads(pickle.dumps(guards))):
+        found(torch.ones(8, 4))
+        with pytest.raises(AssertionError, match="Guard failed"):
+            found(torch.ones(8, 5))
+    assert torch.equal(gm({"x": torch.ones(8, 4)}), torch.full((4, 2, 4), 2.0)), name
+
+
+def test_guards_of_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = exported()
+    torch_private.make_picklable(gm)
+    data = pickle.dumps(torch_private.size_guards(gm))
+    monkeypatch.setattr(importlib.util, "MAGIC_NUMBER", b"other")
+    with pytest.raises(RuntimeError, match="another release of Python: optimize the model again"):
+        pickle.loads(data)
+
+
+def test_input_structure() -> None:
+    structure, name = torch_private.input_structure(exported().graph), changed("fx.Graph._codegen")
+    assert structure is not None, name
+    graph = fx.Graph()
+    graph.output(graph.call_function(operator.neg, (graph.placeholder("x"),)))
+    assert torch_private.input_structure(graph) is None, name
+    assert torch_private.has_usual_code(graph), name
+    graph.on_generate_code(lambda _: lambda lines: lines)
+    assert not torch_private.has_usual_code(graph), name
+    graph.set_codegen(structure)
+    assert torch_private.input_structure(graph) is structure, name
+    assert not torch_private.has_usual_code(graph), name
+
+
+def test_export_loggers() -> None:
+    for logger in torch_private.EXPORT_LOGGERS:
+        assert importlib.util.find_spec(logger), changed(logger)
 
 
 def test_checks() -> None:
-    """They raise at once and while tracing, with the message."""
+    """``torch._check`` is documented, for its use in models; so are its forms by class of error in its source."""
     checks = ((torch._check, RuntimeError), (torch._check_value, ValueError), (torch._check_type, TypeError))
     for check, error in checks:
         check(True, lambda: "not seen")
@@ -291,42 +354,62 @@ def test_checks() -> None:
     capture(lambda x: (torch._check(x.shape[0] == 3), x.sin())[1], torch.ones(3))
 
 
-def test_trees() -> None:
-    from torch.utils import _pytree as pytree
-
-    name = changed("torch.utils._pytree")
-    leaves, spec = pytree.tree_flatten(((1, [2]), {"a": 3}))
-    assert leaves == [1, 2, 3] == pytree.tree_leaves(((1, [2]), {"a": 3})), name
-    assert spec.num_leaves == 3, name
-    assert pytree.tree_unflatten(leaves, spec) == ((1, [2]), {"a": 3}), name
-
-
 def test_pad() -> None:
     """``F.pad`` in a graph of Dynamo's is this function."""
     gm, _ = capture(lambda x: F.pad(x, (1, 1)), torch.ones(3))
     targets = {node.target for node in gm.graph.nodes if node.op == "call_function"}
-    assert targets <= {F.pad, torch._C._nn.pad}, changed("torch._C._nn.pad")
+    assert targets <= {F.pad, torch_private.functional_pad}, changed("torch._C._nn.pad")
 
 
-KNOWN = {
-    *("torch._check", "torch._check_type", "torch._check_value", "torch._C._nn.pad", "torch.utils._pytree"),
-    "torch._ops.OpOverload",  # test_operators
-}
+ELSEWHERE = {"torch._check", "torch._check_type", "torch._check_value"}
+"""Names of torch with an underscore that other modules may use."""
 
 
-def test_every_private_name_has_a_canary() -> None:
-    """A new one goes into ``torch_private.py``, or into the table above."""
-    found: dict[str, str] = {}
+def test_private_names_stand_in_one_module() -> None:
+    spelled = _private_parts(ast.parse(Path(torch_private.__file__).read_text()))
+    assert {"_schema", "_version", "_orig_mod", "_pytree", "_guards_fn", "_dynamo_source"} <= spelled
+    found = []
     for path in sorted(SOURCES.rglob("*.py")):
         if path != Path(torch_private.__file__):
-            found |= dict.fromkeys(_private_names(ast.parse(path.read_text())), str(path.relative_to(SOURCES)))
-    parts = {name for known in KNOWN for name in itertools.accumulate(known.split("."), "{}.{}".format)}
-    unknown = {name: path for name, path in found.items() if name not in parts}
-    assert not unknown, f"private names of torch without a canary: {unknown}"
-    assert found.keys() >= KNOWN, "the table names what nothing uses"
+            tree = ast.parse(path.read_text())
+            names = set(_private_names(tree)) - ELSEWHERE | _private_parts(tree) & spelled - MODULES
+            found += [f"{path.relative_to(SOURCES)}: {name}" for name in sorted(names)]
+    assert not found, f"private names of torch outside of torch_private.py: {found}"
+
+
+def test_private_names_are_found() -> None:
+    for source, name in (
+        ("torch._ops.OpOverload", "torch._ops.OpOverload"),
+        ("from torch.utils import _pytree", "torch.utils._pytree"),
+        ("import torch._dynamo", "torch._dynamo"),
+    ):
+        assert name in set(_private_names(ast.parse(source)))
+    for source in ("node.target._schema", "getattr(module, '_schema')"):
+        assert _private_parts(ast.parse(source)) == {"_schema"}
+    for source in ("torch.ops.aten._softmax.default", "self._schema", "torch.__version__"):
+        tree = ast.parse(source)
+        assert not {*_private_names(tree), *_private_parts(tree)} - {"_softmax"}
+
+
+# The registries and hooks of nn.Module, which every copy, file and subclass of a module has to know.
+MODULES = frozenset(vars(nn.Module()))
+
+
+def _private_parts(tree: ast.AST) -> set[str]:
+    """The private attributes of anything but ``self``, and those that are named in strings."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        elif isinstance(node, ast.ImportFrom):
+            found.update((node.module or "").split("."))
+    return {name for name in found if re.fullmatch(r"_[A-Za-z]\w*(?<!__)", name)}
 
 
 def _private_names(tree: ast.AST) -> Iterator[str]:
+    """The names in ``torch`` that lead through a private one, but for operators."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (name for alias in node.names if _is_private(name := f"{node.module}.{alias.name}"))

@@ -105,7 +105,8 @@ class Forecaster(nn.Module):
         tokens = tokens + self.dropout(self.attend(self.norm1(tokens)))
         tokens = tokens + self.dropout(self.narrow(F.gelu(self.widen(self.norm2(tokens)))))
         change = self.head(self.dropout(self.norm3(tokens).flatten(1)))
-        return change.reshape(-1, SERIES, HORIZON).transpose(1, 2) + last
+        forecast: Tensor = change.reshape(-1, SERIES, HORIZON).transpose(1, 2) + last
+        return forecast
 
     def attend(self, tokens: Tensor) -> Tensor:
         """Attention with several heads, ``[sequences, tokens, width]``."""
@@ -114,7 +115,8 @@ class Forecaster(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.project(mixed.transpose(1, 2).reshape(-1, _TOKENS, _WIDTH))
+        projected: Tensor = self.project(mixed.transpose(1, 2).reshape(-1, _TOKENS, _WIDTH))
+        return projected
 
 
 TASK = Task(

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tbn_compiler.compiler import lower_model, tile_model, transform
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError, LoweringError, SerializationError
-from tbn_compiler.graph.records import describe_spec, get_records, split_key, state_tilings, tile_key
+from tbn_compiler.graph.records import get_records, split_key, state_tilings, tile_key
 from tbn_compiler.graph.tiled_parameters import STRENGTH
+from tbn_compiler.graph.tiling_data import describe_spec
 from tbn_compiler.serialize import load
 from tbn_compiler.training import init_from_float
 

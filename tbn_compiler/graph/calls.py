@@ -79,12 +79,6 @@ def tiled_call(node: fx.Node) -> InferenceCall | None:
     return None if operator is None else InferenceCall(operator, named_arguments(node), node)
 
 
-def inference_call(node: fx.Node) -> InferenceCall | None:
-    """The call of a linear layer or convolution, not a transpose one, that ``node`` is, or ``None``."""
-    call = tiled_call(node)
-    return None if call is None or call.transposed else call
-
-
 def attribute(gm: fx.GraphModule, node: Any) -> Tensor | None:
     """The parameter or buffer that a ``get_attr`` node reads, or ``None``."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
-from tbn_compiler.errors import TBNError
+from tbn_compiler.graph.copying import copy_with_tensors, reachable, share_tensors_copy
 from tbn_compiler.graph.layer_graph import TiledGraph, adopt
 from tbn_compiler.graph.records import attach_records, get_records
+from tbn_compiler.graph.shapes import does_not_run, split_inputs
+from tbn_compiler.torch_private import (
+    EXPORT_LOGGERS,
+    make_picklable,
+    size_guards,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    version,
+)
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram  # it loads sympy
 
 
-def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments from a tensor, a tuple of arguments, or a dictionary of them by name."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,), {}
+def exported_module(model: Any) -> Any:
+    """The module of an exported program; any other model as it is."""
+    if not isinstance(model, nn.Module):
+        from torch.export import ExportedProgram
+
+        if isinstance(model, ExportedProgram):
+            return model.module()
+    return model
 
 
 def capture(module: nn.Module, example_inputs: Any, *, free_sizes: bool = True) -> fx.GraphModule | str:
@@ -55,6 +68,7 @@ def capture(module: nn.Module, example_inputs: Any, *, free_sizes: bool = True) 
     gm = program.module(check_guards=free_sizes)
     for name in ("train", "eval"):  # which only raise
         gm.__dict__.pop(name, None)
+    make_picklable(gm)
     captured: fx.GraphModule = adopt(gm, gm.graph, TiledGraph)
     captured.register_forward_pre_hook(_AsExported(module, args, kwargs), prepend=True, with_kwargs=True)
     attach_records(captured, get_records(module) or ())
@@ -87,15 +101,34 @@ class _AsExported:
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    with torch.no_grad(), quiet_export():
-        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+    # What forward keeps in an attribute, or in a list, is no value while it is traced.
+    copied = share_tensors_copy(module)
+    with torch.no_grad(), quiet_export(), _unchanged_constants(copied):
+        return torch.export.export(copied, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _unchanged_constants(module: nn.Module) -> Iterator[None]:
+    """Give tensors that are neither parameters nor buffers their values back: torch.export really writes into them."""
+    registered = {id(value) for value in (*module.parameters(), *module.buffers())}
+    constants = [
+        (value, version(value), value.detach().clone())
+        for value in reachable(module)
+        if isinstance(value, Tensor) and id(value) not in registered and not value.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        for value, before, old in constants:
+            if version(value) != before:
+                value.copy_(old)
 
 
 def _export_free(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     """Export with free sizes; a first size of 1, which would be taken for a constant, is doubled where that works."""
-    tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     if tensors and all(value.dim() and value.shape[0] == 1 for value in tensors):
-        twice, named = pytree.tree_map_only(Tensor, lambda value: torch.cat([value, value]), (args, kwargs))
+        twice, named = tree_map_only(Tensor, lambda value: torch.cat([value, value]), (args, kwargs))
         with suppress(Exception):
             program = _export(module, twice, named, _free_sizes(module, twice, named))
             if _guards_pass(program, args, kwargs):
@@ -105,10 +138,10 @@ def _export_free(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _guards_pass(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the module of a program takes inputs of these sizes; a reshape may have ruled the size 1 out."""
-    guards = getattr(program.module(), "_guards_fn", None)
+    guards = size_guards(program.module())
     try:
         if guards is not None:
-            guards(*pytree.tree_leaves((args, kwargs)))
+            guards(*tree_leaves((args, kwargs)))
     except AssertionError:
         return False
     return True
@@ -121,24 +154,30 @@ def _free_sizes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) if isinstance(value, Tensor) else None
 
     bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    return {name: pytree.tree_map(free, value) for name, value in bound.items()}
+    return {name: tree_map(free, value) for name, value in bound.items()}
 
 
 def _check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell a module that torch.export cannot trace from inputs that do not fit."""
+    """Tell a module that torch.export cannot trace from inputs that do not fit.
+
+    It has to run really, as its values may decide which way it goes; so it is a copy that runs, and it draws random
+    numbers that are drawn again later.
+    """
+    copied = copy_with_tensors(module)
+    inputs, named = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    tensors = (*module.parameters(), *module.buffers(), *tree_leaves((inputs, named)))
+    devices = {value.device for value in tensors if isinstance(value, Tensor) and value.is_cuda}
     try:
-        with torch.no_grad():
-            copy.copy(module)(*args, **kwargs)
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            copied(*inputs, **named)
     except Exception as error:
-        shapes = pytree.tree_map_only(Tensor, lambda value: list(value.shape), kwargs or args)
-        raise TBNError(f"{type(module).__name__} does not run on example inputs of shapes {shapes}: {error}") from error
+        raise does_not_run(module, args, kwargs, error) from error
 
 
 @contextmanager
 def quiet_export() -> Iterator[None]:
-    """Silence what torch.export says of its own internals; errors are raised all the same."""
-    names = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch.onnx")
-    loggers = [logging.getLogger(name) for name in names]
+    """Silence what torch.export and the ONNX exporter say of their own internals; errors are raised all the same."""
+    loggers = [logging.getLogger(name) for name in (*EXPORT_LOGGERS, "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

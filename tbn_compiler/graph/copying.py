@@ -2,12 +2,13 @@
 
 ``copy.deepcopy`` alone copies every weight, refuses tensors that a training step has left in an attribute, and takes
 functions as they are: a closure over ``self`` that a model keeps (``self.f = lambda x: self.fc(x)``, a hook) would go
-on calling the original. Here such functions are bound to the copy.
+on calling the original. Here such functions are bound to the copy. Nor does it know of the ``__slots__`` of modules.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import functools
 import types
@@ -19,7 +20,10 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from tbn_compiler.graph.records import LayerRecord
+
 _Module = TypeVar("_Module", bound=nn.Module)
+_SHARED = (torch.Tensor, LayerRecord)  # tensors, and what cannot change
 # Nothing that these hold is part of a model's structure.
 _ATOMIC = (type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float, complex, bool, type(None))
 
@@ -32,7 +36,21 @@ def share_tensors_copy(module: _Module) -> _Module:
     bound to the copy.
     """
     found = list(reachable(module))
-    memo: dict[int, Any] = {id(value): value for value in found if isinstance(value, torch.Tensor)}
+    return _copy(module, found, {id(value): value for value in found if isinstance(value, _SHARED)})
+
+
+def copy_with_tensors(module: _Module) -> _Module:
+    """Copy a module and its tensors: nothing that the copy does when it is called is seen by the original."""
+    found = list(reachable(module))
+    memo: dict[int, Any] = {id(value): value for value in found if isinstance(value, LayerRecord)}
+    # Which copy.deepcopy refuses.
+    computed = (value for value in found if isinstance(value, torch.Tensor) and not value.is_leaf)
+    return _copy(module, found, memo | {id(value): value.detach().clone() for value in computed})
+
+
+def _copy(module: _Module, found: list[Any], memo: dict[int, Any]) -> _Module:
+    # Every module has a dozen of them, which copy.deepcopy takes apart and puts together one by one.
+    memo |= {id(value): type(value)() for value in found if type(value) is collections.OrderedDict and not value}
     copied = {id(value) for value in found if isinstance(value, nn.Module)}
     rebound = _unbound_copies([value for value in found if isinstance(value, types.FunctionType)], copied)
     memo |= {id(function): new for function, new, _ in rebound}
@@ -48,6 +66,7 @@ def share_tensors_copy(module: _Module) -> _Module:
             new.__defaults__ = copy.deepcopy(function.__defaults__, memo)
             new.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
             new.__dict__.update(copy.deepcopy(vars(function), memo))
+        _copy_slots(found, memo)
     _rebind_attributes(found, memo)
     return result
 
@@ -96,7 +115,7 @@ def reachable(root: Any) -> Iterator[Any]:
 
 def _held(value: Any) -> Iterator[Any]:
     """What a value holds."""
-    if isinstance(value, torch.Tensor | fx.Graph):
+    if isinstance(value, torch.Tensor | fx.Graph | LayerRecord):
         return
     if isinstance(value, Mapping):
         yield from value.keys()
@@ -112,10 +131,7 @@ def _held(value: Any) -> Iterator[Any]:
     elif isinstance(value, functools.partial):
         yield from (value.func, value.args, value.keywords)
     yield from getattr(value, "__dict__", {}).values()
-    for cls in type(value).__mro__:
-        for name in cls.__dict__.get("__slots__", ()):
-            if isinstance(name, str) and name not in ("__dict__", "__weakref__"):
-                yield getattr(value, name, None)
+    yield from (held for _, held in _slots(value))
 
 
 def _is_filled(cell: types.CellType) -> bool:
@@ -153,6 +169,27 @@ def _unbound_copies(functions: list[types.FunctionType], copied: Collection[int]
     return result
 
 
+def _copy_slots(found: list[Any], memo: dict[int, Any]) -> None:
+    """Copy what modules hold in ``__slots__``, of which ``nn.Module`` gives away nothing to be copied."""
+    for value in found:
+        copied = memo.get(id(value)) if isinstance(value, nn.Module) else None
+        if copied is None:
+            continue
+        own = {slot for slot, _ in _slots(copied)}  # filled by a copy method of the class
+        for slot, held in _slots(value):
+            if slot not in own:
+                slot.__set__(copied, _rebound(copy.deepcopy(held, memo), memo))
+
+
+def _slots(value: Any) -> Iterator[tuple[types.MemberDescriptorType, Any]]:
+    """The slots of an object with what they hold; by their descriptors, since private names are other ones there."""
+    for cls in type(value).__mro__:
+        for slot in vars(cls).values() if cls.__dict__.get("__slots__") else ():
+            if isinstance(slot, types.MemberDescriptorType):
+                with contextlib.suppress(AttributeError):  # it may be empty
+                    yield slot, slot.__get__(value)
+
+
 def _rebind_attributes(found: list[Any], memo: Mapping[int, Any]) -> None:
     """Let the weak references among the copies' attributes point to copies, and methods be made of new functions."""
     for value in found:
@@ -160,8 +197,16 @@ def _rebind_attributes(found: list[Any], memo: Mapping[int, Any]) -> None:
         if copied is None or copied is value or not hasattr(copied, "__dict__"):
             continue
         for name, held in vars(copied).items():
-            target = held() if type(held) is weakref.ref else None
-            if target is not None and id(target) in memo:
-                copied.__dict__[name] = weakref.ref(memo[id(target)])
-            elif isinstance(held, types.MethodType) and id(held.__func__) in memo:
-                copied.__dict__[name] = types.MethodType(memo[id(held.__func__)], held.__self__)
+            rebound = _rebound(held, memo)
+            if rebound is not held:
+                copied.__dict__[name] = rebound
+
+
+def _rebound(held: Any, memo: Mapping[int, Any]) -> Any:
+    """A copied attribute itself, or what stands for it in the copy."""
+    if type(held) is weakref.ref:
+        target = held()
+        return weakref.ref(memo[id(target)]) if target is not None and id(target) in memo else held
+    if isinstance(held, types.MethodType) and id(held.__func__) in memo:
+        return types.MethodType(memo[id(held.__func__)], held.__self__)
+    return held

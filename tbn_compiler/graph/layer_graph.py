@@ -5,15 +5,17 @@ and the persistence of its buffers, and its ``state_dict`` says how its weights 
 that stands for one layer of a model, and is still an instance of the layer's class, with its attributes and methods.
 
 ``torch.fx`` gives each graph module a class of its own, which holds its ``forward``. Here graph modules with the same
-code share one, so that ``torch.compile`` compiles equal layers once.
+code share one, so that ``torch.compile`` compiles equal layers once; and the code of equal layers is written once.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -21,9 +23,9 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
 from tbn_compiler.graph.copying import copy_graph_module, graph_class
-from tbn_compiler.graph.layers import decoded_weight
 from tbn_compiler.graph.records import CarriesTilings, own_records
-from tbn_compiler.graph.tiled_parameters import TRANSPOSED
+from tbn_compiler.graph.tiled_parameters import TRANSPOSED, decoded_weight
+from tbn_compiler.torch_private import OpOverload, has_usual_code, input_structure
 
 TRAINING_FLAG = "tbn_training_flag"
 
@@ -31,6 +33,12 @@ TRAINING_FLAG = "tbn_training_flag"
 _GRAPH_STATE = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "graph"})
 # The classes of living graph modules, by the class below them, their code and what it calls.
 _classes: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
+# The same by the class below them and their nodes, which are told in less time than their code is written.
+_classes_by_nodes: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
+# What fx.GraphModule.recompile sets.
+_COMPILED = ("_code", "_lineno_map", "_prologue_start")
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_WRITTEN_AS_REPR = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
 
 
 class TrainingFlag(nn.Module):
@@ -41,20 +49,64 @@ class TrainingFlag(nn.Module):
         return self.training
 
 
+def _nodes(graph: fx.Graph) -> tuple[Any, ...] | None:
+    """All that the code of a graph is made from; ``None`` where more may stand in it than is looked at here."""
+    if not has_usual_code(graph):
+        return None
+    nodes = list(graph.nodes)
+    if any(node.meta or node.type is not None for node in nodes):
+        return None
+    places = {node: place for place, node in enumerate(nodes)}
+    parts = ((node.target, node.args, node.kwargs) for node in nodes)
+    try:
+        return tuple((node.op, node.name, _value(part, places)) for node, part in zip(nodes, parts, strict=True))
+    except NotImplementedError:
+        return None
+
+
+def _value(value: Any, places: Mapping[fx.Node, int]) -> Any:
+    """What the code of an argument or target is made from; numbers that are equal may be written in different ways."""
+    if isinstance(value, fx.Node):
+        return fx.Node, places.get(value)
+    if isinstance(value, dict):
+        return dict, *((_value(key, places), _value(item, places)) for key, item in value.items())
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return list if isinstance(value, list) else tuple, *(_value(item, places) for item in value)
+    if type(value) in _WRITTEN_AS_REPR:
+        return type(value), repr(value)
+    if type(value) in _FUNCTIONS:
+        return id(value)  # which the code refers to and keeps alive; a key that held it could keep a model alive
+    if isinstance(value, OpOverload):
+        return OpOverload, str(value)
+    raise NotImplementedError
+
+
 class TiledGraph(CarriesTilings, fx.GraphModule):
     """A graph module that holds tiled weights."""
 
     tbn_shares_code = True  # copies have the same class
+    tbn_compiled: tuple[PythonCode, dict[str, Any]]
 
     def recompile(self) -> PythonCode:
         """Compile the graph, on a class of its own first: others with the former code may share the present one."""
         made_from, name = graph_class(self), type(self).__name__
+        nodes = None if any(isinstance(child, fx.GraphModule) for child in self.children()) else _nodes(self._graph)
+        known: Any = _classes_by_nodes.get((made_from, name, nodes)) if nodes is not None else None
+        if known is not None:
+            code, compiled = known.tbn_compiled
+            self.__dict__.update(compiled)
+            self.__class__ = known
+            return cast("PythonCode", code)
         names = {"__module__": made_from.__module__, "__qualname__": "GraphModuleImpl"}
         self.__class__ = type(name, (made_from,), names)
         code = super().recompile()
         # The names of the globals stand in the code; equal names may mean other objects.
         key = (made_from, name, code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items())))
-        self.__class__ = _classes.setdefault(key, type(self))
+        cls: Any = _classes.setdefault(key, type(self))
+        self.__class__ = cls
+        cls.tbn_compiled = (code, {name: self.__dict__[name] for name in _COMPILED if name in self.__dict__})
+        if nodes is not None:
+            _classes_by_nodes[made_from, name, nodes] = cls
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
@@ -64,13 +116,38 @@ class TiledGraph(CarriesTilings, fx.GraphModule):
         return result
 
     def __reduce__(self) -> Any:
-        restore, arguments, *_ = super().__reduce__()  # which gives a plain graph module back, without much of this
-        return _restore, (graph_class(self), type(self).__name__, restore, arguments)
+        flat, structure = _flat_twin(self)
+        restore, arguments = fx.GraphModule.__reduce__(flat)  # a plain graph module, without much of this
+        return _restore, (graph_class(self), type(self).__name__, restore, arguments, structure)
 
 
-def _restore(cls: type[fx.GraphModule], name: str, restore: Callable[..., fx.GraphModule], arguments: Any) -> Any:
+def _flat_twin(gm: TiledGraph) -> tuple[fx.GraphModule, Any]:
+    """A graph module whose code takes and gives tensors alone, as a pickle can hold it, and what the code is without.
+
+    That of torch.export takes nested inputs apart, which cannot be traced again.
+    """
+    structure = input_structure(gm.graph)
+    if structure is None:
+        return gm, None
+    twin, graph = object.__new__(type(gm)), copy.deepcopy(gm.graph)
+    graph.set_codegen(fx.graph.CodeGen())
+    twin.__dict__.update(gm.__dict__, _graph=graph)
+    graph.owning_module = twin
+    twin.recompile()
+    return twin, structure
+
+
+def _restore(
+    cls: type[fx.GraphModule],
+    name: str,
+    restore: Callable[..., fx.GraphModule],
+    arguments: Any,
+    structure: fx.graph.CodeGen | None = None,
+) -> Any:
     held = dict(arguments[0])
     gm = restore(*arguments)
+    if structure is not None:
+        gm.graph.set_codegen(structure)
     result = cls(gm, gm.graph, name)
     result.__dict__.update({key: value for key, value in held.items() if key not in _GRAPH_STATE})
     return result

@@ -10,26 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from tbn_compiler.graph.layers import CONV_FUNCTIONS, is_transposed, module_kind
+from tbn_compiler.graph.layers import is_transposed, module_kind
+from tbn_compiler.ops.calls import OPERATORS
 
 # Attributes of a graph module, which a layer with such an attribute of its own cannot be.
 _GRAPH_NAMES = frozenset(dir(fx.GraphModule)) - frozenset(dir(nn.Module)) | {"meta", "_graph", "_code"}
 
 
-def float_graph(module: nn.Module) -> tuple[str, fx.Graph] | None:
-    """Kind and graph of a layer module that computes what its class does; ``None`` for any other module.
-
-    The graph has the arguments of the module's ``forward`` and reads its ``weight`` and ``bias``.
-    """
+def float_kind(module: nn.Module) -> str | None:
+    """Kind of a layer module that computes what its class does; ``None`` for any other module."""
     if "forward" in vars(module) or isinstance(module, fx.GraphModule) or not _GRAPH_NAMES.isdisjoint(vars(module)):
         return None
     weight = module._parameters.get("weight")  # absent where a parametrization computes it
     if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
         return None
+    return module_kind(module) or ("linear" if is_huggingface_conv1d(module) else None)
+
+
+def float_graph(module: nn.Module) -> fx.Graph:
+    """The graph of a layer module that has a :func:`float_kind`.
+
+    It has the arguments of the module's ``forward`` and reads its ``weight`` and ``bias``.
+    """
     kind = module_kind(module)
-    if kind is not None:
-        return kind, _graph(module, kind)
-    return ("linear", _transposed_linear(module)) if is_huggingface_conv1d(module) else None
+    return _transposed_linear(module) if kind is None else _graph(module, kind)
 
 
 def is_huggingface_conv1d(module: nn.Module) -> bool:
@@ -58,7 +62,7 @@ def _graph(module: Any, kind: str) -> fx.Graph:
             x = graph.call_function(F.pad, (x, module._reversed_padding_repeated_twice), {"mode": module.padding_mode})
             padding = (0,) * len(stride)
         geometry = (stride, padding, dilation, groups)
-    graph.output(graph.call_function(CONV_FUNCTIONS[kind], (x, weight, bias, *geometry)))
+    graph.output(graph.call_function(OPERATORS[kind].function, (x, weight, bias, *geometry)))
     return graph
 
 

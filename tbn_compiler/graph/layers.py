@@ -12,63 +12,20 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tbn_compiler.graph.attention import ATTENTION_ARGUMENTS, ATTENTION_WEIGHTS, attention_layer
-from tbn_compiler.graph.records import LayerRecord, alpha_key, join_key, split_key, tile_key
-from tbn_compiler.ops.reference import dense_weight
+from tbn_compiler.graph.attention import ATTENTION_WEIGHTS, attention_layer
+from tbn_compiler.graph.calls import tiled_call
+from tbn_compiler.graph.operations import OPERATIONS, VIEWS, bind, module_operation, operation_of
+from tbn_compiler.graph.records import LayerRecord, join_key
+from tbn_compiler.ops.calls import OPERATORS
+from tbn_compiler.torch_private import OpOverload, operator_schema
 
-_aten, _tbn = torch.ops.aten, torch.ops.tbn
+_tbn = torch.ops.tbn
 
-MODULE_KINDS: dict[type[nn.Module], str] = {
-    nn.Linear: "linear",
-    nn.Conv1d: "conv1d",
-    nn.Conv2d: "conv2d",
-    nn.Conv3d: "conv3d",
-    nn.ConvTranspose1d: "conv_transpose1d",
-    nn.ConvTranspose2d: "conv_transpose2d",
-    nn.ConvTranspose3d: "conv_transpose3d",
-}
-FUNCTION_KINDS: dict[Any, str] = {
-    F.linear: "linear",
-    F.conv1d: "conv1d",
-    F.conv2d: "conv2d",
-    F.conv3d: "conv3d",
-    F.conv_transpose1d: "conv_transpose1d",
-    F.conv_transpose2d: "conv_transpose2d",
-    F.conv_transpose3d: "conv_transpose3d",
-    _aten.linear.default: "linear",
-    _aten.conv1d.default: "conv1d",
-    _aten.conv2d.default: "conv2d",
-    _aten.conv3d.default: "conv3d",
-    _aten.conv1d.padding: "conv1d",  # padding="same"
-    _aten.conv2d.padding: "conv2d",
-    _aten.conv3d.padding: "conv3d",
-    _aten.conv_transpose1d.default: "conv_transpose1d",
-    _aten.conv_transpose2d.input: "conv_transpose2d",
-    _aten.conv_transpose3d.input: "conv_transpose3d",
-}
-# The function of torch.nn.functional for each kind of convolution.
-CONV_FUNCTIONS: dict[str, Any] = {
-    "conv1d": F.conv1d,
-    "conv2d": F.conv2d,
-    "conv3d": F.conv3d,
-    "conv_transpose1d": F.conv_transpose1d,
-    "conv_transpose2d": F.conv_transpose2d,
-    "conv_transpose3d": F.conv_transpose3d,
-}
-# The inference operator that each kind of layer is lowered to.
-INFERENCE_OPS: dict[str, Any] = {
-    "linear": _tbn.linear.default,
-    "conv1d": _tbn.conv1d.default,
-    "conv2d": _tbn.conv2d.default,
-    "conv3d": _tbn.conv3d.default,
-    "conv_transpose1d": _tbn.conv_transpose1d.default,
-    "conv_transpose2d": _tbn.conv_transpose2d.default,
-    "conv_transpose3d": _tbn.conv_transpose3d.default,
-}
-_INFERENCE_KINDS = {op: kind for kind, op in INFERENCE_OPS.items()}
+# The kinds of layers: names of their functions in torch.nn.functional, and of the inference operators.
+LAYER_KINDS = frozenset(OPERATORS)
+_LAYER_CLASSES = {cls: kind.name for kind in OPERATIONS if kind.name in LAYER_KINDS for cls in kind.modules}
 
 # Modules with weights that are listed in a summary, and why no pass tiles them.
 UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {
@@ -78,9 +35,6 @@ UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {
     nn.EmbeddingBag: "embeddings are looked up, not multiplied",
     nn.RNNBase: "recurrent layers use their weights inside one fused operator",
     nn.RNNCellBase: "recurrent cells use their weights inside one fused operator",
-}
-UNSUPPORTED_FUNCTIONS: dict[Any, str] = {
-    F.bilinear: "bilinear",
 }
 
 
@@ -121,23 +75,14 @@ def view_text(view: Iterable[fx.Node]) -> str:
     return "".join(_view_text(node) for node in view)
 
 
-# Operations that give a view of their first argument, by name; all other arguments must be constants.
-_VIEWS = frozenset(
-    {
-        *("t", "T", "mT", "transpose", "swapaxes", "permute", "movedim", "view", "reshape", "flatten", "unflatten"),
-        *("squeeze", "unsqueeze", "narrow", "select", "chunk", "split", "getitem", "contiguous"),
-    }
-)
-
-
 def _view_name(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
     if node.op == "call_function":
         if node.target is getattr:
             return str(node.args[1])
-        if isinstance(node.target, torch._ops.OpOverload):
-            return node.target._schema.name.rpartition("::")[2]
+        if isinstance(node.target, OpOverload):
+            return operator_schema(node.target).name.rpartition("::")[2]
         return getattr(node.target, "__name__", "")
     return ""
 
@@ -152,7 +97,7 @@ def _view_text(node: fx.Node) -> str:
 
 def is_view(node: fx.Node) -> bool:
     """Whether a node takes a view of its first argument, by constants."""
-    return _view_name(node) in _VIEWS and bool(node.args) and len(node.all_input_nodes) == 1
+    return _view_name(node) in VIEWS and bool(node.args) and len(node.all_input_nodes) == 1
 
 
 def parameter_view(node: Any) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
@@ -175,7 +120,8 @@ def apply_view(tensor: Tensor, view: Iterable[fx.Node]) -> Tensor:
         else:
             assert callable(node.target)
             value = node.target(value, *node.args[1:], **node.kwargs)
-    return value
+    result: Tensor = value
+    return result
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -188,31 +134,34 @@ def is_transposed(kind: str) -> bool:
     return kind.startswith("conv_transpose")
 
 
+def function_kind(node: fx.Node) -> str | None:
+    """Kind of the layer that a node calls as a function on a float weight, or ``None``."""
+    found = operation_of(node) if node.op == "call_function" else None
+    return found.name if found is not None and found.name in LAYER_KINDS else None
+
+
 def function_arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments of a functional linear, convolution or attention call by name."""
-    names: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    if is_transposed(FUNCTION_KINDS.get(node.target, "")):
-        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    elif node.target is attention_layer:
-        names = ATTENTION_ARGUMENTS
-    return dict(zip(names, node.args, strict=False)) | node.kwargs
+    """All arguments of a functional linear, convolution or attention call by name; none of any other node."""
+    call = bind(node)
+    return {} if call is None else call.arguments
 
 
 def weight_arguments(node: fx.Node) -> tuple[str, ...]:
     """Names of the arguments of a function call that are weights of layers; none if it is no layer."""
-    if node.op != "call_function":
-        return ()
-    if node.target is attention_layer:
+    if node.op == "call_function" and node.target is attention_layer:
         return tuple(ATTENTION_WEIGHTS)
-    return ("weight",) if node.target in FUNCTION_KINDS else ()
+    return () if function_kind(node) is None else ("weight",)
 
 
 def module_kind(module: nn.Module) -> str | None:
     """Kind of a layer module. A subclass that overrides ``forward`` is not the layer that it derives from."""
-    for cls, kind in MODULE_KINDS.items():
-        if isinstance(module, cls) and type(module).forward is cls.forward:
-            return kind
-    return None
+    found = module_operation(module)
+    return found.name if found is not None and found.name in LAYER_KINDS else None
+
+
+def derived_kind(module: nn.Module) -> str | None:
+    """Kind of the layer class that a module derives from, whether it computes what that class does or not."""
+    return next((_LAYER_CLASSES[cls] for cls in type(module).__mro__ if cls in _LAYER_CLASSES), None)
 
 
 def _is_call(value: Any, target: Any) -> TypeGuard[Any]:
@@ -250,19 +199,12 @@ def layer_calls(gm: fx.GraphModule) -> Iterator[LayerCall]:
             chain = weight_chain(weight)
             found = parameter_view(chain[0].args[0] if chain else weight)
             key, view = (str(found[0].target), found[1]) if found else (None, ())
-            kind = FUNCTION_KINDS.get(node.target, "linear")
+            kind = function_kind(node) or "linear"
             yield LayerCall(node, kind, key, "tiled" if chain else "float", view, argument)
-        if node.op == "call_function" and node.target in _INFERENCE_KINDS:
-            tile: Any = node.args[1]
-            key = str(tile.target).removesuffix("_tile")
-            yield LayerCall(node, _INFERENCE_KINDS[node.target], key, "lowered")
-
-
-def decoded_weight(module: nn.Module, record: LayerRecord) -> Tensor:
-    """The float weight ``alpha * B`` of a lowered layer, decoded from the tensors that its module stores."""
-    assert record.spec is not None
-    tile, alpha = (getattr(module, split_key(key(record.weight))[1]) for key in (tile_key, alpha_key))
-    return dense_weight(tile, alpha, record.spec.layout, alpha.dtype)
+        lowered = tiled_call(node)
+        if lowered is not None:
+            key = str(lowered.arguments["tile"].target).removesuffix("_tile")
+            yield LayerCall(node, lowered.operator.name, key, "lowered")
 
 
 def find_record(records: Iterable[LayerRecord], call: LayerCall) -> LayerRecord | None:

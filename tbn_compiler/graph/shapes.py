@@ -17,6 +17,13 @@ from tbn_compiler.torch_private import FakeTensorMode, tree_map_only
 _Visit = Callable[[fx.Node, Any], None]
 
 
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from a tensor, a tuple of arguments, or a dictionary of them by name."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,), {}
+
+
 class _Visitor(fx.Interpreter):
     """Interprets a graph and shows each node with its result."""
 
@@ -42,12 +49,7 @@ def visit_results(module: nn.Module, example_inputs: Any, visit: _Visit) -> None
     Raises:
         TBNError: the module does not run on these inputs, or not without their values; the cause is chained.
     """
-    arguments: tuple[Any, ...] = ()
-    by_name: dict[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        by_name = dict(example_inputs)
-    else:
-        arguments = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    arguments, by_name = split_inputs(example_inputs)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), ExitStack() as stack:
             for _, part in graph_parts(module):
@@ -58,8 +60,13 @@ def visit_results(module: nn.Module, example_inputs: Any, visit: _Visit) -> None
             fakes, named = tree_map_only(Tensor, mode.from_tensor, (arguments, by_name))
             torch.func.functional_call(module, buffers, fakes, named)
     except Exception as error:
-        shapes = tree_map_only(Tensor, lambda value: list(value.shape), by_name or arguments)
-        raise TBNError(f"{type(module).__name__} does not run on example inputs of shapes {shapes}: {error}") from error
+        raise does_not_run(module, arguments, by_name, error) from error
+
+
+def does_not_run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> TBNError:
+    """The error that a module does not run on example inputs, with their shapes."""
+    shapes = tree_map_only(Tensor, lambda value: list(value.shape), kwargs or args)
+    return TBNError(f"{type(module).__name__} does not run on example inputs of shapes {shapes}: {error}")
 
 
 def _visiting_forward(part: fx.GraphModule, visit: _Visit) -> Callable[..., Any]:

@@ -28,9 +28,10 @@ from tbn_compiler.graph.records import (
     LayerRecord,
     alpha_key,
     alpha_source_key,
-    own_records,
+    split_key,
     tile_key,
 )
+from tbn_compiler.tiling import TileLayout
 
 STRENGTH = "tiling_strength"
 TRANSPOSED = ".t()"  # the view of a matrix whose rows are the inputs: it is tiled as the layer sees it
@@ -134,7 +135,7 @@ def _training_read(form: ReadForm) -> Any:
         if source is None:  # a new module that was made by this one's class: nothing of it is tiled
             return parameter
         bits = torch.ops.tbn.tile.default(weight, p, p_in=p_in, shift=shift, batch=batch, binary=binary)
-        used = torch.ops.tbn.scale.default(bits, source, num_alphas, p_in=alphas_in)
+        used: Tensor = torch.ops.tbn.scale.default(bits, source, num_alphas, p_in=alphas_in)
         strength = self._buffers.get(STRENGTH) if gradual else None
         if strength is not None:
             used = torch.lerp(weight, used, strength.type_as(weight))
@@ -148,17 +149,29 @@ def _lowered_read(record: LayerRecord) -> Any:
     assert spec is not None
     transposed, layout = record.view == TRANSPOSED, spec.layout
     tile_name, alpha_name = tile_key(record.weight), alpha_key(record.weight)
-    shape, p, p_in, shift, batch = list(layout.shape), layout.p, layout.p_in, layout.shift, layout.batch
 
     def read(self: nn.Module) -> Tensor:
-        tile, alpha = self._buffers[tile_name], self._buffers[alpha_name]
-        weight: Tensor = torch.ops.tbn.unpack.default(tile, alpha, shape, p, p_in=p_in, shift=shift, batch=batch)
+        weight = _unpack(self._buffers[tile_name], self._buffers[alpha_name], layout)  # type: ignore[arg-type]
         return weight.t() if transposed else weight
 
     return read
 
 
-def reading_records(module: nn.Module) -> tuple[LayerRecord, ...]:
-    """The records of the parameters that a module's code reads tiled."""
-    names = {form.record.weight for form in read_forms(module)}
-    return tuple(record for record in own_records(module) or () if record.weight in names)
+def decoded_weight(module: nn.Module, record: LayerRecord) -> Tensor:
+    """The float weight ``alpha * B`` of a lowered layer, decoded from the tensors that its module stores.
+
+    Args:
+        module: holds the stored tensors.
+        record: the weight's record, as seen from the module.
+    """
+    assert record.spec is not None
+    tile, alpha = (getattr(module, split_key(key(record.weight))[1]) for key in (tile_key, alpha_key))
+    return _unpack(tile, alpha, record.spec.layout)
+
+
+def _unpack(tile: Tensor, alpha: Tensor, layout: TileLayout) -> Tensor:
+    """By one operator: a graph then shows what is decoded, and drops it where code reads no more than its dtype."""
+    p_in, shift, batch = layout.p_in, layout.shift, layout.batch
+    shape = list(layout.shape)
+    weight: Tensor = torch.ops.tbn.unpack.default(tile, alpha, shape, layout.p, p_in=p_in, shift=shift, batch=batch)
+    return weight

@@ -86,7 +86,7 @@ def _tile(weight: Tensor, p: int, *, p_in: int = 1, shift: int = 0, batch: int =
         fixed = weight.detach()
         return weight - fixed + layout.replicate(tile_vector(fixed, layout))
     if torch.is_grad_enabled() and weight.requires_grad:
-        result: Tensor = _Tile.apply(weight, p, p_in, shift, batch, binary)
+        result: Tensor = _Tile.apply(weight, p, p_in, shift, batch, binary)  # type: ignore[no-untyped-call]
         return result
     return _below_autograd("tile", weight, p, p_in=p_in, shift=shift, batch=batch, binary=binary)
 
@@ -96,7 +96,7 @@ def _scale(bits: Tensor, source: Tensor, num_alphas: int, *, p_in: int = 1) -> T
         layout = make_layout(bits.shape, num_alphas, p_in)
         return layout.scale(bits, layout.alphas(source, num_alphas).to(bits.dtype))
     if torch.is_grad_enabled() and (bits.requires_grad or source.requires_grad):
-        result: Tensor = _Scale.apply(bits, source, num_alphas, p_in)
+        result: Tensor = _Scale.apply(bits, source, num_alphas, p_in)  # type: ignore[no-untyped-call]
         return result
     return _below_autograd("scale", bits, source, num_alphas, p_in=p_in)
 

@@ -65,7 +65,7 @@ def _unpack_bits(packed: Tensor, numel: int, *, dtype: torch.dtype) -> Tensor:
 
 def fold_replicas(weight: Tensor, input_alpha: Tensor) -> Tensor:
     """Sum the ``k`` blocks of inputs of ``weight [rows, inputs, ...]``, times the ``k`` input alphas."""
-    blocks = weight.unflatten(1, (input_alpha.numel(), -1))
+    blocks: Tensor = weight.unflatten(1, (input_alpha.numel(), -1))
     return (blocks * input_alpha.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))).sum(1)
 
 

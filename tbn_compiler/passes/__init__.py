@@ -6,6 +6,7 @@ from tbn_compiler.passes.base import GraphPass, run_passes
 from tbn_compiler.passes.blend_weights import BlendWeights, RemoveBlends
 from tbn_compiler.passes.choose_tiling import Scope
 from tbn_compiler.passes.decompose_attention import DecomposeAttention
+from tbn_compiler.passes.drop_absent_tensors import DropAbsentTensors
 from tbn_compiler.passes.expose_attention import ExposeAttention
 from tbn_compiler.passes.expose_linears import ExposeLinears
 from tbn_compiler.passes.flow_replicas import FlowReplicas
@@ -14,6 +15,7 @@ from tbn_compiler.passes.fuse_epilogue import FuseEpilogue
 from tbn_compiler.passes.fuse_unpack import FuseUnpack
 from tbn_compiler.passes.lower_tiles import LowerTiles, Stored
 from tbn_compiler.passes.quantize_activations import QuantizeActivations
+from tbn_compiler.passes.remove_dead_nodes import RemoveDeadNodes
 from tbn_compiler.passes.remove_noops import RemoveNoOps
 from tbn_compiler.passes.tile_weights import TileWeights
 
@@ -31,6 +33,7 @@ def training_pipeline(scope: Scope) -> list[GraphPass]:
 def inference_pipeline(stored: Stored | None = None) -> list[GraphPass]:
     """From a trained graph to inference operators on stored tiles."""
     return [
+        DropAbsentTensors(),
         DecomposeAttention(),
         RemoveBlends(),
         LowerTiles(stored),
@@ -40,6 +43,7 @@ def inference_pipeline(stored: Stored | None = None) -> list[GraphPass]:
 def deployment_pipeline(activation: str = "float") -> list[GraphPass]:
     """From stored tiles, which a file can hold, to the least arithmetic, which it cannot."""
     return [
+        RemoveDeadNodes(),
         RemoveNoOps(),
         ExposeLinears(),
         FuseUnpack(),
@@ -53,6 +57,7 @@ def deployment_pipeline(activation: str = "float") -> list[GraphPass]:
 __all__ = [
     "BlendWeights",
     "DecomposeAttention",
+    "DropAbsentTensors",
     "ExposeAttention",
     "ExposeLinears",
     "FlowReplicas",
@@ -63,6 +68,7 @@ __all__ = [
     "LowerTiles",
     "QuantizeActivations",
     "RemoveBlends",
+    "RemoveDeadNodes",
     "RemoveNoOps",
     "Scope",
     "Stored",

@@ -13,21 +13,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from tbn_compiler.graph.layers import (
-    FUNCTION_KINDS,
-    MODULE_KINDS,
-    UNSUPPORTED_FUNCTIONS,
     UNSUPPORTED_MODULES,
     LayerCall,
     apply_view,
+    derived_kind,
     function_arguments,
     is_quantized,
     parameter_view,
     weight_arguments,
 )
+from tbn_compiler.graph.operations import operation_of
 from tbn_compiler.graph.records import LayerRecord, alpha_source_key, join_key, layer_name, split_key
+from tbn_compiler.ops.calls import OPERATORS
 from tbn_compiler.passes.base import has_hooks
 
-_DIMENSIONS = {"linear": 2} | {kind: 2 + int(kind[-2]) for kind in FUNCTION_KINDS.values() if kind != "linear"}
 _TILING_OPS = (torch.ops.tbn.tile.default, torch.ops.tbn.scale.default)
 
 
@@ -85,7 +84,7 @@ def why_unusable(gm: fx.GraphModule, record: LayerRecord, calls: list[LayerCall]
     if reason is not None:
         return reason
     assert weight is not None
-    if len(record.shape) != _DIMENSIONS[record.kind]:
+    if len(record.shape) != 2 + OPERATORS[record.kind].dims:
         return f"its weight has shape {record.shape}"
     path, name = split_key(alpha_source_key(record.weight))
     if hasattr(gm.get_submodule(path), name):
@@ -149,7 +148,7 @@ def _other_reader(node: fx.Node) -> fx.Node | None:
 def uncovered_layers(gm: fx.GraphModule, covered: list[LayerRecord]) -> Iterator[LayerRecord]:
     """Records of the layers that no supported call covers, so that a summary lists every one."""
     keys = {key for record in covered for key in (record.parameter, *record.tied)}
-    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    targets = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
     for path, module in gm.named_modules():
         kind = module_kind_or_name(module)
         key = join_key(path, "weight")
@@ -157,7 +156,7 @@ def uncovered_layers(gm: fx.GraphModule, covered: list[LayerRecord]) -> Iterator
             continue
         weight = next((value for value in module._parameters.values() if value is not None), None)
         parents = [path[:i] for i, char in enumerate(path) if char == "."]
-        leaf = next((parent for parent in parents if parent in called), None)
+        leaf = next((parent for parent in parents if parent in targets), None)
         if leaf is not None:
             parent = type(gm.get_submodule(leaf)).__name__
             reason = f"inside {parent} {leaf!r}, which is not decomposed"
@@ -165,19 +164,18 @@ def uncovered_layers(gm: fx.GraphModule, covered: list[LayerRecord]) -> Iterator
             reason = unsupported_reason(module) or "the traced graph does not call it"
         yield LayerRecord(path, kind, key, () if weight is None else tuple(weight.shape), reason=reason)
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in UNSUPPORTED_FUNCTIONS:
-            kind = UNSUPPORTED_FUNCTIONS[node.target]
-            yield LayerRecord(node.name, kind, f"{node.name}.weight", (), reason=f"{kind} is not supported yet")
+        called = operation_of(node)
+        if called is not None and called.name == "bilinear":
+            reason = f"{called.name} is not supported"
+            yield LayerRecord(node.name, called.name, f"{node.name}.weight", (), reason=reason)
 
 
 def module_kind_or_name(module: nn.Module) -> str | None:
     """Kind of a linear or convolution module, or the class name of one that no pass tiles."""
     if isinstance(module, fx.GraphModule):  # it may stand for a layer, and be an instance of its class
         return None
-    for cls, kind in MODULE_KINDS.items():
-        if isinstance(module, cls):
-            return kind
-    return None if unsupported_reason(module) is None else type(module).__name__
+    kind = derived_kind(module)
+    return kind if kind or unsupported_reason(module) is None else type(module).__name__
 
 
 def unsupported_reason(module: nn.Module) -> str | None:

@@ -18,7 +18,6 @@ Left alone: products whose right operand is otherwise computed or no matrix, and
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -26,19 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from tbn_compiler.graph.calls import attribute, named_arguments
-from tbn_compiler.graph.layers import FUNCTION_KINDS, apply_view, blend_strength, function_arguments, is_view
+from tbn_compiler.graph.layers import apply_view, blend_strength, is_view
+from tbn_compiler.graph.operations import bind
 from tbn_compiler.graph.records import split_key
 from tbn_compiler.passes.base import GraphPass, copy_meta
-
-_aten = torch.ops.aten
-_PRODUCTS = (
-    torch.mm,
-    torch.matmul,
-    operator.matmul,
-    _aten.mm.default,
-    _aten.matmul.default,
-)
-_ADDED_PRODUCTS = (torch.addmm, _aten.addmm.default)
 
 
 class ExposeLinears(GraphPass):
@@ -61,7 +51,8 @@ class ExposeLinears(GraphPass):
 
 def _remove_transposes(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Let a linear layer read a matrix itself instead of the transpose of its transpose."""
-    weight = function_arguments(node).get("weight") if FUNCTION_KINDS.get(node.target) == "linear" else None
+    call = bind(node)
+    weight = call.arguments["weight"] if call is not None and call.name == "linear" else None
     matrix, transposed = _untransposed(weight)
     if not isinstance(weight, fx.Node) or matrix is weight or transposed or not _is_parameter_matrix(gm, matrix):
         return False
@@ -87,15 +78,14 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, operands: tuple[Any, Any, Any], 
 
 def _match(node: fx.Node) -> tuple[Any, Any, Any] | None:
     """Input, weight and bias of a product, or ``None``."""
-    if node.kwargs:
+    call = bind(node)
+    if call is None:
         return None
-    if node.op == "call_function" and node.target in _ADDED_PRODUCTS and len(node.args) == 3:
-        bias, x, weight = node.args
-        return x, weight, bias
-    is_product = node.op == "call_function" and node.target in _PRODUCTS
-    is_method = node.op == "call_method" and node.target in ("mm", "matmul")
-    if (is_product or is_method) and len(node.args) == 2:
-        return node.args[0], node.args[1], None
+    if call.name in ("mm", "matmul"):
+        x, weight = call.arguments.values()
+        return x, weight, None
+    if call.name == "addmm" and call.arguments["alpha"] == call.arguments["beta"] == 1:
+        return call.arguments["mat1"], call.arguments["mat2"], call.input
     return None
 
 
@@ -109,7 +99,7 @@ def _untransposed(node: Any) -> tuple[Any, bool]:
 
 def _is_transpose(node: fx.Node) -> bool:
     """Whether a node takes the transpose of a matrix: told by what it does to one."""
-    if not is_view(node) and node.target is not _aten.numpy_T.default:
+    if not is_view(node):
         return False
     try:
         view: Any = apply_view(torch.empty(2, 3, device="meta"), (node,))

@@ -36,7 +36,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from tbn_compiler.graph.calls import InferenceCall, inference_call
+from tbn_compiler.graph.calls import InferenceCall, tiled_call
 from tbn_compiler.graph.records import get_records, join_key, split_key
 from tbn_compiler.passes.base import GraphPass
 from tbn_compiler.passes.deployment import describe, record_refusal, register_buffer, weight_name
@@ -59,18 +59,18 @@ class FlowReplicas(GraphPass):
         # What an earlier run has told is the reason; a function or bias that was fused since then is not.
         told = {record.weight for record in get_records(gm) or () if _REFUSAL in (record.note or "")}
         for node, reason in reasons.items():
-            call = inference_call(node)
-            if call is not None and weight_name(call) not in told:
+            call = tiled_call(node)
+            if call is not None and not call.transposed and weight_name(call) not in told:
                 record_refusal(gm, weight_name(call), f"{_REFUSAL}: {reason}")
         # Readers first: they take their factors from the alphas that the producers still have.
         for node, replicas in carried.items():
             node.meta.pop("val", None)
             for user in list(node.users):
-                consumer = inference_call(user)
+                consumer = tiled_call(user)
                 if consumer is not None:
                     _consume(gm, consumer, replicas)
         for node in carried:
-            producer = inference_call(node)
+            producer = tiled_call(node)
             if producer is not None:
                 _compute_unique_rows(gm, producer)
         return bool(carried)
@@ -85,8 +85,8 @@ def _analyse(gm: fx.GraphModule) -> tuple[_Found, _Reasons]:
     found: _Found = {}
     reasons: _Reasons = {}
     for node in gm.graph.nodes:
-        call = inference_call(node)
-        if call is not None:
+        call = tiled_call(node)
+        if call is not None and not call.transposed:
             if call.layout.rows > call.layout.unique_rows:
                 produced = _produced(gm, call)
                 if isinstance(produced, str):
@@ -136,7 +136,7 @@ def _decide(gm: fx.GraphModule, found: _Found, reasons: _Reasons) -> _Found:
         for node in reversed(list(carried)):
             obstacles = (_obstacle(gm, user, node, carried, reasons) for user in node.users)
             reason = next(filter(None, obstacles), None)
-            if inference_call(node) is None and any(value in found.keys() - carried for value in node.all_input_nodes):
+            if tiled_call(node) is None and any(value in found.keys() - carried for value in node.all_input_nodes):
                 reason = f"{describe(gm, node)} adds a value that keeps its copies"
             if reason:
                 del carried[node]
@@ -147,8 +147,8 @@ def _decide(gm: fx.GraphModule, found: _Found, reasons: _Reasons) -> _Found:
 
 def _obstacle(gm: fx.GraphModule, user: fx.Node, node: fx.Node, carried: _Found, reasons: _Reasons) -> str | None:
     """Why ``user`` needs the copies of ``node``; ``None`` if it does not."""
-    call = inference_call(user)
-    if call is not None:
+    call = tiled_call(user)
+    if call is not None and not call.transposed:
         return _cannot_sum(gm, call, node, carried[node])
     if user in carried or is_size_query(user, node, carried[node]):
         return None
@@ -172,13 +172,13 @@ def _cannot_sum(gm: fx.GraphModule, call: InferenceCall, node: fx.Node, replicas
     if alpha is None:
         return f"the alphas of layer {name!r} have no known values"
     # Summing the blocks would still be exact, but cost more than summing the neighbours saves.
-    if layout.inputs_per_row(alpha.numel()) < layout.row_size and (inputs // copies) % layout.p_in:
+    if call.product(gm).summed > 1 and (inputs // copies) % layout.p_in:
         return f"neighbouring inputs that share a weight of layer {name!r} lie in different copies"
     return None
 
 
 def _consume(gm: fx.GraphModule, call: InferenceCall, replicas: Replicas) -> None:
-    source = inference_call(replicas.source)
+    source = tiled_call(replicas.source)
     assert source is not None
     key = _ones(gm, source, replicas.count) if replicas.factors is None else str(source.arguments["alpha"].target)
     with gm.graph.inserting_before(call.node):

@@ -32,13 +32,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tbn_compiler.graph.calls import InferenceCall, attribute, tiled_call
+from tbn_compiler.graph.operations import BoundCall, bind
 from tbn_compiler.graph.records import split_key
 from tbn_compiler.passes.base import GraphPass, has_hooks
 from tbn_compiler.passes.deployment import (
@@ -52,19 +51,11 @@ from tbn_compiler.passes.deployment import (
 from tbn_compiler.passes.fuse_unpack import FuseUnpack
 from tbn_compiler.passes.remove_noops import RemoveNoOps
 
-# Dimensions of the inputs that each module accepts.
+# Dimensions of the inputs that each module accepts; any other class takes all.
 _MODULE_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3),
     nn.BatchNorm2d: (4,),
     nn.BatchNorm3d: (5,),
-    nn.SyncBatchNorm: (),
-}
-_FUNCTION_ARGUMENTS: dict[Any, tuple[str, ...]] = {
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    torch.ops.aten.batch_norm.default: (
-        *("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
-        "cudnn_enabled",
-    ),
 }
 
 
@@ -90,11 +81,13 @@ class FoldBatchNorm(GraphPass):
         """Match, check, rewrite."""
         modified = False
         for node in list(gm.graph.nodes):
-            source = _normalized_value(gm, node)
-            call = tiled_call(source) if isinstance(source, fx.Node) else None
+            found = bind(node, gm)
+            if found is None or found.name != "batch_norm" or not isinstance(found.input, fx.Node):
+                continue
+            call = tiled_call(found.input)
             if call is None:
                 continue
-            norm = _check(gm, node, call)
+            norm = _check(gm, found, call)
             if isinstance(norm, str):
                 record_refusal(gm, weight_name(call), f"{describe(gm, node)} is not folded: {norm}")
             else:
@@ -103,20 +96,7 @@ class FoldBatchNorm(GraphPass):
         return modified
 
 
-def _function_arguments(node: fx.Node) -> dict[str, Any]:
-    return dict(zip(_FUNCTION_ARGUMENTS[node.target], node.args, strict=False)) | node.kwargs
-
-
-def _normalized_value(gm: fx.GraphModule, node: fx.Node) -> Any:
-    """The input of a batch-norm node; ``None`` for any other node."""
-    if node.op == "call_module" and type(gm.get_submodule(str(node.target))) in _MODULE_RANKS:
-        return node.args[0] if node.args else node.kwargs.get("input")
-    if node.op == "call_function" and node.target in _FUNCTION_ARGUMENTS:
-        return _function_arguments(node).get("input")
-    return None
-
-
-def _check(gm: fx.GraphModule, node: fx.Node, call: InferenceCall) -> _Norm | str:
+def _check(gm: fx.GraphModule, found: BoundCall, call: InferenceCall) -> _Norm | str:
     """The norm to fold into ``call``, or the reason why it cannot be folded."""
     if call.transposed:
         return "the alphas of a transpose convolution belong to its inputs, not to its outputs"
@@ -132,7 +112,7 @@ def _check(gm: fx.GraphModule, node: fx.Node, call: InferenceCall) -> _Norm | st
         return "the layer's alphas change within a row"
     if layout.alphas_in(layout.rows) > 1:
         return f"{layout.rows} alphas would be read as one per copy, not one per row"
-    norm = _module_norm(gm, node) if node.op == "call_module" else _function_norm(gm, node)
+    norm = _read_norm(gm, found)
     if isinstance(norm, str):
         return norm
     if tuple(norm.mean.shape) != (layout.rows,):
@@ -147,30 +127,22 @@ def _check(gm: fx.GraphModule, node: fx.Node, call: InferenceCall) -> _Norm | st
     return "only the rank of its input tells whether axis 1 holds the layer's outputs: give example_inputs"
 
 
-def _module_norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | str:
-    module: Any = gm.get_submodule(str(node.target))
-    if module.training:
-        return "it is in training mode"
-    if has_hooks(module):
+def _read_norm(gm: fx.GraphModule, found: BoundCall) -> _Norm | str:
+    if found.module is not None and has_hooks(found.module):
         return "the module has hooks"
-    if module.running_mean is None or module.running_var is None:
+    if found.arguments["running_mean"] is None or found.arguments["running_var"] is None:
         return "it has no running statistics"
-    mean, var, ranks = module.running_mean, module.running_var, _MODULE_RANKS[type(module)]
-    return _norm(mean, var, module.weight, module.bias, module.eps, ranks)
-
-
-def _function_norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | str:
-    arguments = _function_arguments(node)
-    if arguments.get("running_mean") is None or arguments.get("running_var") is None:
-        return "it has no running statistics"
-    if arguments.get("training", False) is not False:
-        return "it is not known to be in evaluation mode"
+    if found.arguments["training"] is not False:
+        return "it is not known to be in evaluation mode" if found.module is None else "it is in training mode"
     names = ("running_mean", "running_var", "weight", "bias")
-    tensors = {name: attribute(gm, arguments.get(name)) for name in names}
-    mean, var = tensors["running_mean"], tensors["running_var"]
-    if mean is None or var is None or any(tensors[name] is None and arguments.get(name) is not None for name in names):
+    tensors = {name: found.arguments[name] for name in names}
+    if found.module is None:
+        tensors = {name: attribute(gm, node) for name, node in tensors.items()}
+    if any(tensors[name] is None and found.arguments[name] is not None for name in names):
         return "its parameters are computed in the graph"
-    return _norm(mean, var, tensors["weight"], tensors["bias"], arguments.get("eps", 1e-5), ())
+    mean, var = tensors["running_mean"], tensors["running_var"]
+    ranks = () if found.module is None else _MODULE_RANKS.get(type(found.module), ())
+    return _norm(mean, var, tensors["weight"], tensors["bias"], found.arguments["eps"], ranks)
 
 
 def _norm(

@@ -21,29 +21,17 @@ convolutions, whose operators have no epilogue; a sum with a layer that has a bi
 
 from __future__ import annotations
 
-import operator
-from typing import Any
+from torch import fx
 
-import torch
-import torch.nn.functional as F
-from torch import fx, nn
-
-from tbn_compiler.graph.calls import InferenceCall, attribute, inference_call
+from tbn_compiler.graph.calls import InferenceCall, attribute, tiled_call
+from tbn_compiler.graph.operations import bind
+from tbn_compiler.ops.schemas import EPILOGUES
 from tbn_compiler.passes.base import GraphPass, has_hooks
 from tbn_compiler.passes.deployment import dtype, rank, register_buffer, remove_unused, weight_name
 from tbn_compiler.passes.flow_replicas import FlowReplicas
 from tbn_compiler.passes.fold_batchnorm import FoldBatchNorm
 
-_aten = torch.ops.aten
-
-_FUNCTIONS: dict[Any, str] = {
-    **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
-    **dict.fromkeys((_aten.relu.default, _aten.relu_.default), "relu"),
-    **dict.fromkeys((nn.GELU, F.gelu, _aten.gelu.default), "gelu"),
-    **dict.fromkeys((nn.SiLU, F.silu, _aten.silu.default, _aten.silu_.default), "silu"),
-}
 _GELU_FORMS = {"none": "gelu", "tanh": "gelu_tanh"}
-_ADDITIONS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_", _aten.add.Tensor, _aten.add_.Tensor})
 
 
 class FuseEpilogue(GraphPass):
@@ -55,11 +43,11 @@ class FuseEpilogue(GraphPass):
         """Match, check, rewrite."""
         modified = False
         for node in list(gm.graph.nodes):
-            call = inference_call(node)
-            if call is None or call.arguments["epilogue"] != "none":
+            call = tiled_call(node)
+            if call is None or call.transposed or call.arguments["epilogue"] != "none":
                 continue
             if _fuse_bias(gm, call):
-                modified, call = True, inference_call(node)
+                modified, call = True, tiled_call(node)
                 assert call is not None
             modified |= _fuse_function(gm, call)
         return modified
@@ -71,9 +59,10 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 
 def _fuse_bias(gm: fx.GraphModule, call: InferenceCall) -> bool:
     user = _only_reader(call.node)
-    if user is None or user.target not in _ADDITIONS or len(user.args) != 2 or user.kwargs:
+    addition = bind(user)
+    if user is None or addition is None or addition.name != "add" or addition.arguments["alpha"] != 1:
         return False
-    constant = user.args[1] if user.args[0] is call.node else user.args[0]
+    constant = addition.arguments["other" if addition.input is call.node else "input"]
     added = attribute(gm, constant)
     if added is None or call.arguments["bias"] is not None:
         return False
@@ -113,17 +102,12 @@ def _fuse_function(gm: fx.GraphModule, call: InferenceCall) -> bool:
 
 def _function(gm: fx.GraphModule, node: fx.Node) -> str | None:
     """The epilogue that computes what ``node`` does, or ``None``."""
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        if has_hooks(module):
-            return None
-        name, options = _FUNCTIONS.get(type(module)), vars(module)
-    else:
-        name, options = _FUNCTIONS.get(node.target), node.kwargs
-        # What follows the input is in-place or the form of GELU; the latter is always given by name.
-        if len(node.args) > (1 if name == "gelu" else 2):
-            return None
-    return _GELU_FORMS.get(options.get("approximate", "none")) if name == "gelu" else name
+    call = bind(node, gm)
+    if call is None or (call.module is not None and has_hooks(call.module)):
+        return None
+    if call.name == "gelu":
+        return _GELU_FORMS.get(call.arguments["approximate"])
+    return call.name if call.name in EPILOGUES else None
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, by: fx.Node) -> None:

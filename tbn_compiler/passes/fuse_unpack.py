@@ -25,7 +25,8 @@ import torch
 from torch import fx
 
 from tbn_compiler.graph.calls import named_arguments
-from tbn_compiler.graph.layers import FUNCTION_KINDS, INFERENCE_OPS, function_arguments, is_transposed, is_view
+from tbn_compiler.graph.layers import function_arguments, function_kind, is_transposed, is_view
+from tbn_compiler.ops.calls import OPERATORS
 from tbn_compiler.passes.base import GraphPass, copy_meta, normalize_sizes, pad_input, padding_sizes
 from tbn_compiler.passes.deployment import describe, record_refusal
 from tbn_compiler.passes.expose_linears import ExposeLinears
@@ -40,7 +41,7 @@ class FuseUnpack(GraphPass):
         """Match and rewrite."""
         modified = False
         for node in list(gm.graph.nodes):
-            kind = FUNCTION_KINDS.get(node.target) if node.op == "call_function" else None
+            kind = function_kind(node)
             stored = None if kind is None else _stored(node, kind)
             if kind is not None and stored is not None:
                 _replace(gm, node, kind, stored)
@@ -65,11 +66,11 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
 def _stored(node: fx.Node, kind: str) -> dict[str, Any] | None:
     """The arguments of the ``tbn::unpack`` behind a layer's weight, or ``None``."""
     arguments = function_arguments(node)
-    weight = arguments.get("weight")
+    weight = arguments["weight"]
     if not isinstance(weight, fx.Node) or weight.target is not torch.ops.tbn.unpack.default:
         return None
     stored = named_arguments(weight)
-    dims = 2 if kind == "linear" else 2 + int(kind[-2])
+    dims = 2 + OPERATORS[kind].dims
     if stored["batch"] != 1 or len(stored["shape"]) != dims or (is_transposed(kind) and stored["p_in"] != 1):
         return None
     return stored
@@ -77,18 +78,18 @@ def _stored(node: fx.Node, kind: str) -> dict[str, Any] | None:
 
 def _replace(gm: fx.GraphModule, node: fx.Node, kind: str, stored: dict[str, Any]) -> None:
     arguments, shape = function_arguments(node), list(stored["shape"])
-    groups = arguments.get("groups", 1)
+    groups = arguments.get("groups", 1)  # a linear layer has none
     sizes = (shape[1] * groups, shape[0]) if not is_transposed(kind) else (shape[0], shape[1] * groups)
     x = arguments["input"]
     if isinstance(arguments.get("padding"), str):
-        dilation = normalize_sizes(arguments.get("dilation", 1), len(shape) - 2)
+        dilation = normalize_sizes(arguments["dilation"], len(shape) - 2)
         before, after = padding_sizes(arguments["padding"], tuple(shape[2:]), dilation)
         if before != after:
             with gm.graph.inserting_before(node):
                 x = pad_input(gm.graph, x, before, after, "constant")
             before = (0,) * len(before)
         arguments["padding"] = before
-    operands: list[Any] = [x, stored["tile"], stored["alpha"], arguments.get("bias"), *sizes]
+    operands: list[Any] = [x, stored["tile"], stored["alpha"], arguments["bias"], *sizes]
     names: tuple[str, ...] = ("shift",) if is_transposed(kind) else ("p_in", "shift")
     options = {name: stored[name] for name in names if stored[name] != {"p_in": 1, "shift": 0}[name]}
     if kind != "linear":
@@ -99,7 +100,7 @@ def _replace(gm: fx.GraphModule, node: fx.Node, kind: str, stored: dict[str, Any
                 options[name] = value if isinstance(value, fx.Node) else normalize_sizes(value, len(shape) - 2)
         options["groups"] = groups
     with gm.graph.inserting_before(node):
-        new = gm.graph.call_function(INFERENCE_OPS[kind], (*operands, stored["p"]), options)
+        new = gm.graph.call_function(OPERATORS[kind].overload, (*operands, stored["p"]), options)
     copy_meta(node, new)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)

@@ -30,10 +30,8 @@ from torch import Tensor, fx, nn
 
 from tbn_compiler.errors import LoweringError
 from tbn_compiler.graph.layers import (
-    INFERENCE_OPS,
     LayerCall,
     apply_view,
-    decoded_weight,
     find_record,
     function_arguments,
     is_transposed,
@@ -51,7 +49,8 @@ from tbn_compiler.graph.records import (
     split_key,
     tile_key,
 )
-from tbn_compiler.graph.tiled_parameters import STRENGTH, read_forms, read_tiled
+from tbn_compiler.graph.tiled_parameters import STRENGTH, decoded_weight, read_forms, read_tiled
+from tbn_compiler.ops.calls import OPERATORS
 from tbn_compiler.packing import pack_bits
 from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, remove_dead_nodes
 from tbn_compiler.passes.blend_weights import check_strength
@@ -320,7 +319,7 @@ def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> Non
             operands += (record.shape[2:],)
             names = ("stride", "padding", "output_padding", "dilation", "groups")
             options |= {name: arguments[name] for name in names if name in arguments}
-        new = graph.call_function(INFERENCE_OPS[call.kind], (*operands, spec.layout.p), options)
+        new = graph.call_function(OPERATORS[call.kind].overload, (*operands, spec.layout.p), options)
     copy_meta(node, new)
     node.replace_all_uses_with(new)
     graph.erase_node(node)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.calls import tiled_call
 from tbn_compiler.graph.layers import layer_calls
 from tbn_compiler.passes.base import GraphPass
 from tbn_compiler.passes.deployment import record_refusal
@@ -45,8 +45,10 @@ class QuantizeActivations(GraphPass):
         for layer in layer_calls(gm):
             if layer.form != "lowered":
                 continue
-            call = inference_call(layer.node)
+            call = tiled_call(layer.node)
             if call is None:
+                continue
+            if call.transposed:
                 reason = f"its input stays in float: tbn::{layer.kind} has no {self.activation} form"
                 record_refusal(gm, str(layer.weight), reason)
             elif call.arguments["activation"] == "float":

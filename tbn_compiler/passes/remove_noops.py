@@ -23,41 +23,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
 from tbn_compiler.graph.layer_graph import TrainingFlag
+from tbn_compiler.graph.operations import BoundCall, bind
 from tbn_compiler.passes.base import GraphPass, has_hooks
 from tbn_compiler.passes.deployment import remove_unused
 from tbn_compiler.torch_private import differentiated
 
-_aten = torch.ops.aten
-
-_DROPOUT_MODULES = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
+_DROPOUTS = frozenset(
+    {"dropout", "alpha_dropout", "feature_alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d"}
 )
-# Whether the dropout is on: position and name of that argument, and its default (None: it must be given).
-_DROPOUT_FUNCTIONS: dict[Any, tuple[int, str, bool | None]] = {
-    F.dropout: (2, "training", True),
-    F.dropout1d: (2, "training", True),
-    F.dropout2d: (2, "training", True),
-    F.dropout3d: (2, "training", True),
-    F.alpha_dropout: (2, "training", False),
-    F.feature_alpha_dropout: (2, "training", False),
-    **{
-        function: (2, "train", None)
-        for kind in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
-        for name in (kind, f"{kind}_")  # which writes into its input: nothing, if it is off
-        for function in (getattr(torch, name), getattr(_aten, name).default)
-    },
-}
-_DETACH = (torch.detach, _aten.detach.default)
 
 
 class RemoveNoOps(GraphPass):
@@ -68,8 +44,11 @@ class RemoveNoOps(GraphPass):
         removed = [node for node in gm.graph.nodes if _fold_flag(gm, node)]
         inside = differentiated(gm.graph)
         for node in gm.graph.nodes:
-            if _is_noop(gm, node) or (_is_detach(node) and not gm.training and node not in inside):
-                node.replace_all_uses_with(_input(node))
+            call = bind(node, gm)
+            if call is None or not isinstance(call.input, fx.Node):
+                continue
+            if _is_noop(call) or (call.name == "detach" and not gm.training and node not in inside):
+                node.replace_all_uses_with(call.input)
                 removed.append(node)
         for node in removed:
             gm.graph.erase_node(node)
@@ -93,25 +72,6 @@ def _replace_by_constant(node: fx.Node, value: Any) -> None:
         user.kwargs = fx.map_arg(user.kwargs, lambda argument: value if argument is node else argument)
 
 
-def _is_noop(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if not isinstance(_input(node), fx.Node):
-        return False
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        off = type(module) in _DROPOUT_MODULES and not module.training
-        return (off or type(module) is nn.Identity) and not has_hooks(module)
-    if node.op == "call_function" and node.target in _DROPOUT_FUNCTIONS:
-        position, name, default = _DROPOUT_FUNCTIONS[node.target]
-        on = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-        return on is False
-    return False
-
-
-def _is_detach(node: fx.Node) -> bool:
-    if not isinstance(_input(node), fx.Node):
-        return False
-    return node.target == "detach" if node.op == "call_method" else node.target in _DETACH
-
-
-def _input(node: fx.Node) -> Any:
-    return node.args[0] if node.args else node.kwargs.get("input")
+def _is_noop(call: BoundCall) -> bool:
+    off = call.name in _DROPOUTS and call.arguments["training"] is False
+    return (off or call.name == "identity") and (call.module is None or not has_hooks(call.module))

@@ -35,8 +35,8 @@ from tbn_compiler.graph.code_reads import ParameterUses, parameter_uses
 from tbn_compiler.graph.copying import reachable
 from tbn_compiler.graph.function_reads import ELEMENTWISE, LINEAR, PRODUCT, RIGHT, WRITTEN
 from tbn_compiler.graph.layer_graph import TiledGraph, adopt, become, layer_graph_class
-from tbn_compiler.graph.layer_modules import float_graph, is_huggingface_conv1d
-from tbn_compiler.graph.layers import MODULE_KINDS
+from tbn_compiler.graph.layer_modules import float_graph, float_kind, is_huggingface_conv1d
+from tbn_compiler.graph.layers import derived_kind
 from tbn_compiler.graph.records import (
     LayerRecord,
     alpha_source_key,
@@ -56,7 +56,7 @@ from tbn_compiler.passes.expose_attention import attention_module, why_not_decom
 from tbn_compiler.passes.tile_weights import alpha_source
 
 _WRITTEN = "the code of a module writes to it in place, which a weight that is computed cannot keep"
-_ADDED = "it is only added to activations, or multiplied with them"  # no weight, and not listed
+_ADDED = "it is only added to activations, or multiplied with them"
 _NO_PRODUCT = "no product with it is seen in the code of {}; name it in tile_parameters to tile it"
 
 
@@ -96,13 +96,32 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A parameter of a module, and how it is to be tiled, or the reason why not."""
+    """A parameter of a module, and how it is to be tiled, or the reason why not.
+
+    Attributes:
+        name: of the parameter.
+        kind: of the layer.
+        view: of the parameter, as the layer uses it.
+        batch: number of weights along its first axes.
+        reason: why it is left alone.
+        written: code writes to it in place, a reason that counts only where the parameter could be a weight at all.
+        unseen: no code is seen to multiply with it, so that options may know better.
+        listed: whether it has a record if it is left alone.
+    """
 
     name: str
     kind: str
     view: str = ""
     batch: int = 1
     reason: str | None = None
+    written: bool = False
+    unseen: bool = False
+    listed: bool = True
+
+    @property
+    def taken(self) -> bool:
+        """Whether it is to be tiled, if the options and its size allow it."""
+        return self.reason is None and not self.written
 
 
 @dataclass(frozen=True)
@@ -149,7 +168,7 @@ def _plans(
             yield module, _left(module, type(module).__name__, str(unsupported_reason(module)))
         # A method of the layer that something keeps goes on reading its weight, as code outside does.
         elif (
-            float_graph(module) is not None
+            float_kind(module) is not None
             and module not in read
             and not (uses.read_from_outside(module, "weight") or module in kept)
         ):
@@ -171,7 +190,7 @@ def _projections(attention: nn.MultiheadAttention, uses: ParameterUses) -> Itera
     """The weights of the input projections of an attention; a packed one is one layer."""
     for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
         if attention._parameters.get(name) is not None:
-            yield _Weight(name, "linear", reason=_WRITTEN if WRITTEN in uses.of(attention, name) else None)
+            yield _Weight(name, "linear", written=WRITTEN in uses.of(attention, name))
 
 
 def _left(module: nn.Module, kind: str, reason: str) -> _Parameters:
@@ -183,7 +202,7 @@ def _left(module: nn.Module, kind: str, reason: str) -> _Parameters:
 
 def _weights(module: nn.Module, uses: ParameterUses) -> Iterator[_Weight]:
     """The parameters of a module that code uses as weights, and those that might be."""
-    kind = next((kind for cls, kind in MODULE_KINDS.items() if isinstance(module, cls)), None)
+    kind = derived_kind(module)
     layer_weight = "weight" if kind is not None or is_huggingface_conv1d(module) else None
     if layer_weight and not isinstance(module._parameters.get("weight"), Tensor):
         computed = "a parametrization" if parametrize.is_parametrized(module) else "its module"
@@ -194,25 +213,26 @@ def _weights(module: nn.Module, uses: ParameterUses) -> Iterator[_Weight]:
         if parameter is None or name in sources:
             continue
         roles = uses.of(module, name)
-        written = _WRITTEN if WRITTEN in roles else None
+        written = WRITTEN in roles
         if name == layer_weight:
-            yield _Weight(name, kind or "linear", "" if kind else TRANSPOSED, reason=written)
+            yield _Weight(name, kind or "linear", "" if kind else TRANSPOSED, written=written)
             continue
         # A matrix may be a layer's weight; vectors and single rows are not.
         if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.dim() < 2:
             continue
         convolution = next((role for role in roles if role.startswith("conv")), None)
         if convolution is not None and parameter.dim() == 2 + int(convolution[-2]):
-            yield _Weight(name, convolution, reason=written)
+            yield _Weight(name, convolution, written=written)
         elif roles & {LINEAR, RIGHT, PRODUCT}:
             if parameter.dim() == 2:
                 view = TRANSPOSED if RIGHT in roles and LINEAR not in roles else ""
-                yield _Weight(name, "linear", view, reason=written)
+                yield _Weight(name, "linear", view, written=written)
             else:
-                yield _Weight(name, "parameter", batch=math.prod(parameter.shape[:-2]), reason=written)
+                yield _Weight(name, "parameter", batch=math.prod(parameter.shape[:-2]), written=written)
         elif min(parameter.shape[:2]) > 1:
-            unseen = _NO_PRODUCT.format(type(module).__name__)
-            yield _Weight(name, "parameter", reason=_ADDED if roles - {WRITTEN} == {ELEMENTWISE} else unseen)
+            added = roles - {WRITTEN} == {ELEMENTWISE}
+            reason = _ADDED if added else _NO_PRODUCT.format(type(module).__name__)
+            yield _Weight(name, "parameter", reason=reason, unseen=True, listed=not added)
 
 
 def _keys(root: nn.Module) -> dict[int, tuple[str, ...]]:
@@ -240,7 +260,7 @@ def _held(
                 way: object = (name, "attention")
             elif isinstance(plan, _Layer):
                 way = "layer" if not is_huggingface_conv1d(module) else TRANSPOSED
-            elif weight is not None and weight.reason is None:
+            elif weight is not None and weight.taken:
                 way = (weight.view or "layer", weight.batch) if weight.batch > 1 else (weight.view or "layer")
             elif module in parts:
                 way = "graph"
@@ -269,14 +289,12 @@ def _tile_layer(module: nn.Module, scope: Scope) -> None:
     if isinstance(module, nn.MultiheadAttention):
         gm = attention_module(module)
     else:
-        found = float_graph(module)
-        assert found is not None
         shell = nn.Module()
         shell.__dict__ = {
             **module.__dict__,
             **{name: module.__dict__[name].copy() for name in ("_parameters", "_buffers", "_modules")},
         }
-        gm = adopt(shell, found[1], layer_graph_class(type(module)), type(module).__name__)
+        gm = adopt(shell, float_graph(module), layer_graph_class(type(module)), type(module).__name__)
     detach_records(gm)
     run_passes(gm, training_pipeline(scope))
     records = own_records(gm) or ()
@@ -291,7 +309,7 @@ def _tile_parameters(module: nn.Module, weights: tuple[_Weight, ...], scope: Sco
     forms = {form.record.parameter: form for form in read_forms(module)}
     records: list[LayerRecord] = []
     for weight in weights:
-        if weight.reason == _ADDED:
+        if not weight.listed:
             continue
         if weight.name in forms:
             records += [record for record in own_records(module) or () if record.parameter == weight.name]
@@ -317,8 +335,8 @@ def _record(module: nn.Module, weight: _Weight, scope: Scope) -> LayerRecord:
     groups = int(getattr(module, "groups", 1)) if weight.name == "weight" and weight.kind.startswith("conv") else 1
     label = name if weight.name != "weight" else layer_name(name)
     record = LayerRecord(label, weight.kind, name, shape, groups, weight.view, weight.name, reason="undecided")
-    reason = why_no_weight(parameter, shape) if weight.reason in (None, _WRITTEN) else None
-    reason = reason or weight.reason or _why_taken(module, record)
+    reason = weight.reason or why_no_weight(parameter, shape) or (_WRITTEN if weight.written else None)
+    reason = reason or _why_taken(module, record)
     if reason is not None:
         return replace(record, reason=reason)
     assert parameter is not None
@@ -337,15 +355,14 @@ def _asked_for(module: nn.Module, plan: _Layer | _Parameters, scope: Scope) -> _
 
 def _as_asked(module: nn.Module, weight: _Weight, scope: Scope) -> _Weight:
     key, batch = join_key(scope.path, weight.name), weight.batch
-    unseen = weight.reason is not None and weight.reason.startswith((_NO_PRODUCT[:10], _ADDED))
-    if unseen:
+    if weight.unseen:
         batch = math.prod(module._parameters[weight.name].shape[:-2])  # type: ignore[union-attr]
     if scope.specs is not None:
         for name, view in ((key, ""), (f"{key}_0", TRANSPOSED)):
             if name in scope.specs:
-                return replace(weight, view=view, batch=batch, reason=None)
-    elif unseen and scope.config.tiles_parameter(key):
-        return replace(weight, batch=batch, reason=None)
+                return _Weight(weight.name, weight.kind, view, batch)
+    elif weight.unseen and scope.config.tiles_parameter(key):
+        return _Weight(weight.name, weight.kind, weight.view, batch)
     return weight
 
 

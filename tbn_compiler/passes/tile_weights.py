@@ -31,7 +31,6 @@ from torch import fx, nn
 
 from tbn_compiler.graph.attention import attention_layer
 from tbn_compiler.graph.layers import (
-    CONV_FUNCTIONS,
     LayerCall,
     apply_view,
     find_record,
@@ -47,6 +46,7 @@ from tbn_compiler.graph.records import (
     set_records,
     split_key,
 )
+from tbn_compiler.ops.calls import OPERATORS
 from tbn_compiler.passes.base import (
     GraphPass,
     copy_meta,
@@ -196,12 +196,12 @@ def _functional_call(gm: fx.GraphModule, call: LayerCall, weight: fx.Node) -> fx
         padding, extra = normalize_sizes(arguments.get("padding", 0), dims), arguments.get("output_padding", 0)
         extra = extra if isinstance(extra, fx.Node) else normalize_sizes(extra, dims)
         geometry = (stride, padding, extra, groups, dilation)
-        return graph.call_function(CONV_FUNCTIONS[call.kind], (x, weight, bias, *geometry))
+        return graph.call_function(OPERATORS[call.kind].function, (x, weight, bias, *geometry))
     before, after = padding_sizes(arguments.get("padding", 0), tuple(shape[2:]), dilation)
     if padding_mode != "zeros" or before != after:
         x = pad_input(graph, x, before, after, "constant" if padding_mode == "zeros" else padding_mode)
         before = (0,) * dims
-    return graph.call_function(CONV_FUNCTIONS[call.kind], (x, weight, bias, stride, before, dilation, groups))
+    return graph.call_function(OPERATORS[call.kind].function, (x, weight, bias, stride, before, dilation, groups))
 
 
 def _module_arguments(gm: fx.GraphModule, node: fx.Node) -> tuple[dict[str, Any], str]:

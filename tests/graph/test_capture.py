@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -165,3 +166,80 @@ def test_example_inputs_that_do_not_fit() -> None:
 def test_a_graph_is_a_graph_already() -> None:
     gm = packed(fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8))))
     assert capture(gm, torch.randn(3, 8)) is gm
+
+
+class Remembers(nn.Module):
+    """Keeps what it sees, in every place that a module has, and draws random numbers; torch.export cannot trace it."""
+
+    def __init__(self, data_dependent: bool) -> None:
+        super().__init__()
+        self.fc, self.norm, self.data_dependent = nn.Linear(8, 8), nn.BatchNorm1d(8), data_dependent
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(8))
+        self.plain = torch.zeros(8)
+        self.count, self.log = 0, []  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.fc(x if not self.data_dependent or x.sum() > -1e9 else -x))
+        self.seen += y[0].detach()
+        self.plain.add_(1)
+        self.count += 1
+        self.log.append(y)
+        x.mul_(2)
+        return y + torch.rand_like(y)
+
+
+@pytest.mark.parametrize("data_dependent", [False, True], ids=["traced", "run"])
+def test_the_module_is_left_alone(data_dependent: bool) -> None:
+    model, x = packed(Remembers(data_dependent)), torch.randn(3, 8)
+    model.norm.train()  # it would move its statistics
+    before, given = {key: value.clone() for key, value in model.state_dict().items()}, x.clone()
+    versions = [value._version for value in (*model.parameters(), *model.buffers(), x)]
+    generator = torch.get_rng_state()
+    result = capture(model, x)
+    assert isinstance(result, str) == data_dependent
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.equal(x, given)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [v._version for v in (*model.parameters(), *model.buffers(), x)] == versions
+    assert torch.equal(model.plain, torch.zeros(8))
+    assert (model.count, model.log) == (0, [])
+    assert model.norm.training
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor, more: dict[str, Any], *, scale: Tensor) -> dict[str, Any]:
+        y = self.norm(self.conv(x)).relu().flatten(1)
+        y = self.fc(y) + more["a"][0]
+        return {"y": y, "rest": (y * scale, [more["b"]])}
+
+
+@pytest.mark.parametrize("again", [lambda gm: pickle.loads(pickle.dumps(gm)), copy.deepcopy], ids=["pickle", "copy"])
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch's own copy
+def test_an_optimised_model_is_copied_and_pickled(again: Callable[[Any], Any]) -> None:
+    def inputs(batch: int) -> dict[str, Any]:
+        x = torch.randn(batch, 4, 6)
+        return {"x": x, "more": {"a": (x[:, 0, :1],), "b": x}, "scale": torch.randn(8)}
+
+    low = packed(Nested())
+    fast = tbn.optimize(low, inputs(3))
+    for copied in (again(fast), again(again(fast))):
+        assert list(copied.state_dict()) == list(fast.state_dict())
+        assert get_records(copied) == get_records(fast)
+        for some in (inputs(1), inputs(5)):
+            oracle.assert_close(copied(**some), fast(**some), 0)
+            oracle.assert_close(copied(some["x"], some["more"], scale=some["scale"]), low(**some), 2e-6)
+        wrong = {**inputs(3), "x": torch.randn(3, 4, 9)}
+        with pytest.raises((AssertionError, RuntimeError)) as error:
+            copied(**wrong)
+        with pytest.raises(type(error.value)) as expected:
+            fast(**wrong)
+        assert str(error.value) == str(expected.value)
+        torch.nn.init.zeros_(copied.get_buffer("fc.weight_alpha"))
+        assert not torch.equal(copied(**some)["y"], fast(**some)["y"])  # they share no tensor
+        with pytest.raises(ValueError, match="input tree spec"):
+            copied(some["x"], some["more"], scale=[some["scale"]])

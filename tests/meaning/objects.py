@@ -329,6 +329,43 @@ class _Odd(nn.Linear):
         self.register_buffer("strength", torch.ones(4))
 
 
+class _SlottedLayer(nn.Linear):
+    __slots__ = ("history",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.history = (*getattr(self, "history", ()), len(x))
+        return super().forward(x)
+
+
+@case(
+    copies=False,
+    pickles=False,
+    reads=("w", "fc"),
+    observe=lambda model: [model.seen, model.fc.history, model.layer.note, model.child() is model.fc, model.doubles()],
+)
+class Slots(nn.Module):
+    """Attributes in slots, which PyTorch's own copies lose: of a model, of a layer, and of one with its own forward."""
+
+    __slots__ = ("__count", "child", "project", "seen", "unset")
+
+    class Noted(nn.Linear):
+        __slots__ = ("note",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.layer, self.w = _SlottedLayer(16, 16), self.Noted(16, 8), nn.Parameter(torch.randn(8, 8))
+        self.layer.note, self.seen, self.__count = ["kept"], [], 2
+        self.project, self.child = lambda x: self.layer(self.fc(x)), weakref.ref(self.fc)
+
+    def doubles(self) -> int:
+        return 2 * self.__count
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(x)
+        self.seen.append(y.detach().mean())
+        return y @ self.w
+
+
 @case
 class OddNames(nn.Module):
     def __init__(self) -> None:

@@ -188,13 +188,15 @@ class CountsSteps(nn.Module):
         return self.fc(x) / self.n
 
 
-@case
-class RunningMean(nn.Module):
+class _Centred(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc, self.out = nn.Linear(16, 8), nn.Linear(8, 4)
         self.register_buffer("mean", torch.zeros(8))
 
+
+@case
+class RunningMean(_Centred):
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc(x)
         if self.training:
@@ -204,13 +206,8 @@ class RunningMean(nn.Module):
 
 
 @case
-class ReboundBuffer(nn.Module):
+class ReboundBuffer(_Centred):
     """The buffer's name is bound to a new tensor in every call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.out = nn.Linear(16, 8), nn.Linear(8, 4)
-        self.register_buffer("mean", torch.zeros(8))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc(x)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from tbn_compiler import TilingConfig
+from tbn_compiler.graph.attention import attention_core, attention_layer
 from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.layer_graph import adopt
+from tbn_compiler.passes.base import GraphPass
+from tbn_compiler.passes.decompose_attention import DecomposeAttention
+from tbn_compiler.passes.expose_attention import ExposeAttention, attention_module
 from tests import oracle
 
 EMBED, HEADS, BATCH, LENGTH, SOURCE = 8, 2, 3, 4, 5
+CONFIG = TilingConfig(p=4, min_size=0)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -99,6 +106,61 @@ def assert_near(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * max(1.0, largest))
 
 
+def assert_same(actual: Any, expected: Any) -> None:
+    """Equal bit for bit, and laid out in memory alike."""
+    actual, expected = oracle.flatten(actual), oracle.flatten(expected)
+    assert len(actual) == len(expected) > 0
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+        assert a.stride() == e.stride()
+
+
+def parameter_gradients(module: nn.Module) -> dict[str, Tensor]:
+    found = {key: parameter.grad for key, parameter in module.named_parameters() if parameter.grad is not None}
+    module.zero_grad()
+    return found
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an attention is written in a graph.
+
+    Attributes:
+        passes: write a call of an attention so.
+        function: that each call of an attention becomes one of.
+        exact: the results are PyTorch's bit for bit.
+    """
+
+    passes: tuple[type[GraphPass], ...]
+    function: Callable[..., Any]
+    exact: bool
+
+    def module(self, reference: nn.MultiheadAttention) -> Any:
+        """The module that takes an attention's place, in this form."""
+        module = attention_module(reference)
+        assert all(graph_pass()(module).modified for graph_pass in self.passes[1:])
+        return module
+
+    def graph(self, model: nn.Module) -> fx.GraphModule:
+        """The graph of a model in this form."""
+        gm = traced(model)
+        assert all(graph_pass()(gm).modified for graph_pass in self.passes)
+        return gm
+
+    def assert_equal(self, actual: Any, expected: Any, tolerance: float | None = None) -> None:
+        """Equal bit for bit, or up to ``tolerance``; default: that of :func:`assert_near`."""
+        if self.exact:
+            assert_same(actual, expected)
+        elif tolerance is None:
+            assert_near(actual, expected)
+        else:
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+ONE_FUNCTION = Form((ExposeAttention,), attention_layer, exact=True)
+LINEARS = Form((ExposeAttention, DecomposeAttention), attention_core, exact=False)
+
+
 def pickled(module: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(module, file)
@@ -165,3 +227,8 @@ def traced(model: nn.Module) -> fx.GraphModule:
     found = fx.symbolic_trace(model)
     gm: fx.GraphModule = adopt(found, found.graph)
     return gm
+
+
+class Same(Holder):
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x, x, x)

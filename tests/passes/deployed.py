@@ -16,8 +16,7 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.compiler import optimize
-from tbn_compiler.graph.calls import inference_call
-from tbn_compiler.graph.layers import INFERENCE_OPS
+from tbn_compiler.graph.calls import tiled_call
 from tbn_compiler.graph.records import get_records
 from tbn_compiler.passes import GraphPass, deployment_pipeline, run_passes
 from tbn_compiler.passes.deployment import note_values
@@ -99,7 +98,7 @@ def called(gm: fx.GraphModule) -> list[str]:
     for node in gm.graph.nodes:
         if node.op == "call_method":
             names.append(str(node.target))
-        elif node.op == "call_function" and node.target not in INFERENCE_OPS.values():
+        elif node.op == "call_function" and tiled_call(node) is None:
             packet = getattr(node.target, "overloadpacket", node.target)
             names.append(packet.__name__)
         elif node.op == "call_module" and node.target != "_guards_fn":
@@ -109,5 +108,5 @@ def called(gm: fx.GraphModule) -> list[str]:
 
 def epilogues(gm: fx.GraphModule) -> list[str]:
     """The functions inside the tiled layers of a graph, in order."""
-    calls = [call for node in gm.graph.nodes if (call := inference_call(node))]
+    calls = [call for node in gm.graph.nodes if (call := tiled_call(node))]
     return [call.arguments["epilogue"] for call in calls]

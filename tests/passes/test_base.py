@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.errors import TBNError
-from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.calls import tiled_call
 from tbn_compiler.graph.records import attach_records, get_records
 from tbn_compiler.passes import (
     BlendWeights,
@@ -219,7 +219,7 @@ def _other_alphas(gm: fx.GraphModule) -> bool:
 
 
 def _other_size(gm: fx.GraphModule) -> bool:
-    call = next(call for node in gm.graph.nodes if (call := inference_call(node)))
+    call = next(call for node in gm.graph.nodes if (call := tiled_call(node)))
     call.update(out_features=32)
     return True
 

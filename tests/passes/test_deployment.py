@@ -16,6 +16,7 @@ from tbn_compiler.passes import (
     FuseEpilogue,
     FuseUnpack,
     QuantizeActivations,
+    RemoveDeadNodes,
     RemoveNoOps,
     deployment_pipeline,
 )
@@ -34,7 +35,7 @@ def network() -> nn.Sequential:
 
 
 def test_order_of_the_pipeline() -> None:
-    order = [RemoveNoOps, ExposeLinears, FuseUnpack, FoldBatchNorm, FlowReplicas, FuseEpilogue]
+    order = [RemoveDeadNodes, RemoveNoOps, ExposeLinears, FuseUnpack, FoldBatchNorm, FlowReplicas, FuseEpilogue]
     assert [type(graph_pass) for graph_pass in deployment_pipeline()] == order
     assert [type(graph_pass) for graph_pass in deployment_pipeline("int8")] == [*order, QuantizeActivations]
 

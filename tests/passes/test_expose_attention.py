@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,85 +9,40 @@ import torch
 from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
-from tbn_compiler import TilingConfig, TransformError
+from tbn_compiler import TransformError
 from tbn_compiler.graph.attention import attention_layer
-from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.layers import layer_calls
-from tbn_compiler.graph.records import get_records, graph_parts
 from tbn_compiler.passes.expose_attention import (
     ExposeAttention,
     attention_module,
-    disable_fast_paths,
     why_not_decomposed,
 )
 from tests import oracle
-from tests.oracle import both_forms
 from tests.passes.attention import (
     BATCH,
+    CONFIG,
     COPIES,
     EMBED,
     HEADS,
-    LAYOUTS,
     LENGTH,
-    MASKS,
+    ONE_FUNCTION,
     OPTIONS,
     SOURCE,
     WEIGHTS,
     Block,
     Holder,
+    Same,
     assert_near,
+    assert_same,
     attention,
     block_inputs,
-    causal,
     inputs,
     masks,
-    padding,
-    results,
+    parameter_gradients,
     sequences,
-    traced,
 )
 
-CONFIG = TilingConfig(p=4, min_size=0)
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    """Equal bit for bit, and laid out in memory alike."""
-    actual, expected = oracle.flatten(actual), oracle.flatten(expected)
-    assert len(actual) == len(expected) > 0
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)
-        assert a.stride() == e.stride()
-
-
-def parameter_gradients(module: nn.Module) -> dict[str, Tensor]:
-    found = {key: parameter.grad for key, parameter in module.named_parameters() if parameter.grad is not None}
-    module.zero_grad()
-    return found
-
-
-@contextmanager
-def no_fast_path() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 # The graph module that takes an attention's place.
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", OPTIONS)
-def test_is_pytorchs_own(options: str, layout: str, mask: str) -> None:
-    reference = attention(batch_first=layout == "batch first", **OPTIONS[options])
-    module, tensors = attention_module(reference), inputs(reference, layout)
-    for name, weights in WEIGHTS.items():
-        arguments = masks(mask, layout, LENGTH, SOURCE, reference.num_heads) | weights
-        assert_same(results(module, tensors, arguments), results(reference, tensors, arguments))
-        assert (module(*tensors, **arguments)[1] is None) == (name == "no weights")
 
 
 @pytest.mark.parametrize("same", ["query, key and value", "key and value", "query and key", "none"])
@@ -146,43 +100,10 @@ def test_self_attention_equals_the_fast_path(mask: str, weights: dict[str, Any])
         assert_near(module(x, x, x, **arguments), reference(x, x, x, **arguments))
 
 
-@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
-@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "add_zero_attn": True}])
-def test_dropout_follows_the_mode_and_the_generator(options: dict[str, Any], weights: dict[str, Any]) -> None:
-    reference = attention(dropout=0.4, **options)
-    module, tensors = attention_module(reference), inputs(reference, "sequence first")
-    for training in (True, False, True):
-        outputs = []
-        for call in (module, reference):
-            torch.manual_seed(7)
-            outputs.append(results(call.train(training), tensors, weights))
-        assert_same(*outputs)
-        again = module(*tensors, **weights)[0]
-        assert torch.equal(again, outputs[0][0]) != training
-
-
 def test_dropout_starts_in_the_mode_of_the_attention() -> None:
     assert not attention_module(attention(dropout=0.5).eval()).tbn_training_flag()
     assert attention_module(attention(dropout=0.5)).tbn_training_flag()
     assert not hasattr(attention_module(attention()), "tbn_training_flag")
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("mask", ["padding", "causal", "3-D and padding"])
-def test_other_dtypes(mask: str, dtype: torch.dtype) -> None:
-    reference = attention(dtype=dtype)
-    tensors = tuple(tensor.detach().to(dtype) for tensor in inputs(reference, "sequence first"))
-    arguments = masks(mask, "sequence first", LENGTH, SOURCE, HEADS)
-    assert_same(attention_module(reference)(*tensors, **arguments), reference(*tensors, **arguments))
-
-
-@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
-def test_autocast(weights: dict[str, Any]) -> None:
-    reference = attention(add_bias_kv=True)
-    tensors = inputs(reference, "sequence first")
-    arguments = masks("3-D and padding", "sequence first", LENGTH, SOURCE, HEADS) | weights
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_same(attention_module(reference)(*tensors, **arguments), reference(*tensors, **arguments))
 
 
 class Noted(Tensor):
@@ -299,124 +220,14 @@ def test_compiled_for_inference_it_is_linears() -> None:
     assert own in compiled_functions(module, x.requires_grad_(), x, x)
 
 
-# The layers of PyTorch that hold an attention.
-
-
-def replaced(model: nn.Module) -> nn.Module:
-    """A copy of a model on the same tensors with a graph in the place of every attention."""
-    model = share_tensors_copy(model)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.MultiheadAttention):
-                setattr(parent, name, attention_module(child))
-    disable_fast_paths(model)
-    return model
-
-
-def count_calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the attentions of a model as they are called. Hooks would do, but they turn the fast path off."""
-    calls: list[str] = []
-
-    def counted(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: calls.append(name) or forward(*args, **kwargs)
-
-    for name, module in model.named_modules():
-        if hasattr(module, "num_heads"):
-            monkeypatch.setattr(module, "forward", counted(name, module.forward))
-    return calls
-
-
-ENCODER_MASKS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "padding": {"src_key_padding_mask": padding(LENGTH)},
-    "causal": {"src_mask": causal(LENGTH), "is_causal": True},
-    "causal, no hint": {"src_mask": causal(LENGTH) == -torch.inf, "src_key_padding_mask": padding(LENGTH)},
-}
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("mask", ENCODER_MASKS)
-@pytest.mark.parametrize(
-    "options", [{"batch_first": True}, {"norm_first": True, "activation": "gelu"}, {"bias": False}]
-)
-def test_encoder_layer(options: dict[str, Any], mask: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = nn.TransformerEncoderLayer(EMBED, HEADS, 16, dropout=0.0, **options).train(training)
-    layer, x, arguments = replaced(reference), sequences(), ENCODER_MASKS[mask]
-    x = x if options.get("batch_first") else x.transpose(0, 1)
-    expected_calls, calls = (count_calls(model, monkeypatch) for model in (reference, layer))
-    with torch.no_grad():
-        assert_near(layer(x, **arguments), reference(x, **arguments))
-    assert calls == ["self_attn"]
-    # The first options let PyTorch's own layer take the fast path in evaluation mode: what must not happen to ours.
-    fast = not training and options.get("batch_first", False)
-    assert expected_calls == ([] if fast else ["self_attn"])
-
-
-def test_export_with_any_batch_and_length() -> None:
-    layer = replaced(nn.TransformerEncoderLayer(EMBED, HEADS, 16, batch_first=True)).eval()
-    sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("length", min=2)}
-    arguments = {"src_key_padding_mask": padding(LENGTH)}
-    shapes = {"src": sizes, "src_key_padding_mask": sizes}
-    exported = torch.export.export(layer, (sequences(),), arguments, dynamic_shapes=shapes).module()
-    x, arguments = torch.randn(5, 7, EMBED), {"src_key_padding_mask": torch.rand(5, 7) > 0.8}
-    assert_near(exported(x, **arguments), layer(x, **arguments))
-
-
-def test_decoder_layer() -> None:
-    reference = nn.TransformerDecoderLayer(EMBED, HEADS, 16, dropout=0.0, batch_first=True)
-    layer, x, memory = replaced(reference), sequences(), sequences(SOURCE)
-    arguments = {"tgt_mask": causal(LENGTH), "tgt_is_causal": True, "memory_key_padding_mask": padding(SOURCE)}
-    for training in (True, False):
-        with torch.no_grad():
-            actual = layer.train(training)(x, memory, **arguments)
-            assert_near(actual, reference.train(training)(x, memory, **arguments))
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
-def test_transformer(masked: bool, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = nn.Transformer(EMBED, HEADS, 2, 2, 16, dropout=0.0, batch_first=True).train(training)
-    model = copy.deepcopy(replaced(reference))  # the copy, too, reads batch_first
-    assert list(oracle.tensors(model)) == list(reference.state_dict())
-    source, target, arguments = sequences(SOURCE), sequences(), {}
-    if masked:
-        hidden = padding(SOURCE)
-        arguments = {"src_key_padding_mask": hidden, "memory_key_padding_mask": hidden}
-        arguments["tgt_mask"] = causal(LENGTH) == -torch.inf
-    calls = count_calls(model, monkeypatch)
-    with torch.no_grad(), no_fast_path():
-        expected = reference(source, target, **arguments)
-    with torch.no_grad():
-        assert_near(model(source, target, **arguments), expected)
-    assert len(calls) == 6
-    assert len(set(calls)) == 6
-
-
-def test_transformer_gradients() -> None:
-    reference = nn.Transformer(EMBED, HEADS, 1, 1, 16, dropout=0.0, batch_first=True)
-    source, target = sequences(SOURCE), sequences()
-    found = []
-    for model in (replaced(reference), reference):
-        model(source, target).square().sum().backward()
-        found.append(parameter_gradients(reference))
-    assert found[0].keys() == dict(reference.named_parameters()).keys()
-    assert_near(found[0], found[1])
-
-
 # The pass.
-
-
-def exposed(model: nn.Module) -> fx.GraphModule:
-    gm = traced(model)
-    assert ExposeAttention()(gm).modified
-    return gm
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("training", [True, False])
 def test_pass_keeps_results_gradients_and_keys(training: bool, dropout: float) -> None:
     model = Block(dropout).train(training)
-    gm, tensors = exposed(model), block_inputs()
+    gm, tensors = ONE_FUNCTION.graph(model), block_inputs()
     outputs, gradients = [], []
     for call in (gm, model):
         torch.manual_seed(3)
@@ -432,7 +243,7 @@ def test_pass_keeps_results_gradients_and_keys(training: bool, dropout: float) -
 
 
 def test_pass_emits_one_function_for_each_call() -> None:
-    gm = exposed(Block())
+    gm = ONE_FUNCTION.graph(Block())
     nodes = gm.graph.find_nodes(op="call_function", target=attention_layer)
     assert len(nodes) == 4
     # The weights are views of the packed parameter, in the order query, key, value.
@@ -442,7 +253,7 @@ def test_pass_emits_one_function_for_each_call() -> None:
 
 
 def test_each_weight_is_a_call_of_a_linear() -> None:
-    calls = [call for call in layer_calls(exposed(Block())) if call.node.op != "call_module"]
+    calls = [call for call in layer_calls(ONE_FUNCTION.graph(Block())) if call.node.op != "call_module"]
     assert len(calls) == 16
     assert {(call.kind, call.form) for call in calls} == {("linear", "float")}
     assert [call.argument for call in calls[:4]] == ["q_weight", "k_weight", "v_weight", "out_weight"]
@@ -451,32 +262,12 @@ def test_each_weight_is_a_call_of_a_linear() -> None:
     assert [call.view_text for call in calls[:4]] == [".chunk(3)[0]", ".chunk(3)[1]", ".chunk(3)[2]", ""]
 
 
-def test_training_flag_follows_the_mode() -> None:
-    gm, tensors = exposed(Block(dropout=0.5)), block_inputs()
-    assert not torch.equal(gm(*tensors)[0], gm(*tensors)[0])
-    gm.eval()
-    assert torch.equal(gm(*tensors)[0], gm(*tensors)[0])
-
-
 @pytest.mark.parametrize("copied", COPIES)
 def test_copies_of_the_result(copied: str) -> None:
-    gm, tensors = exposed(Block(dropout=0.2)), block_inputs()
+    gm, tensors = ONE_FUNCTION.graph(Block(dropout=0.2)), block_inputs()
     other = COPIES[copied](gm).eval()
     assert_near(other(*tensors), gm.eval()(*tensors))
     assert set(other.state_dict()) == set(gm.state_dict())
-
-
-def test_result_compiles_and_exports() -> None:
-    torch.compiler.reset()
-    gm, tensors = exposed(Block(dropout=0.2)).eval(), block_inputs()
-    expected = gm(*tensors)
-    assert_near(torch.compile(gm, backend="aot_eager", fullgraph=True)(*tensors), expected)
-    assert_near(torch.export.export(gm, tensors).module()(*tensors), expected)
-
-
-class Same(Holder):
-    def forward(self, x: Tensor) -> Any:
-        return self.inner(x, x, x)
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -582,162 +373,3 @@ def test_parametrized_output_projection_stays_parametrized() -> None:
     for other in (module, copy.deepcopy(module)):
         assert_near(other(x, x, x), reference(x, x, x))
         assert list(oracle.tensors(other)) == list(reference.state_dict())
-
-
-# Training on tiles.
-
-
-def check_all_tiled(module: nn.Module) -> None:
-    records = {record.name: record for record in get_records(module) or ()}
-    own = {f"own.in_proj_weight_{i}" for i in range(3)} | {"own.out_proj"}
-    cross = {f"cross.{x}_proj_weight" for x in "qkv"} | {"cross.out_proj"}
-    assert records.keys() == {"embed"} | own | cross
-    assert all(record.spec for record in records.values())
-
-
-def attention_nodes(module: nn.Module) -> list[fx.Node]:
-    parts = [part for _, part in graph_parts(module)]
-    return [node for part in parts for node in part.graph.nodes if node.target is attention_layer]
-
-
-@both_forms
-def test_transform_tiles_every_projection(transform: Any) -> None:
-    qat, tensors = transform(Block(), CONFIG).eval(), block_inputs()
-    check_all_tiled(qat)
-    assert attention_nodes(qat)
-    packed = tbn.lower(qat)
-    assert not attention_nodes(packed)
-    oracle.assert_close(packed(*tensors), qat(*tensors), rtol=1e-5)
-    assert not any(key.endswith("proj_weight") for key in packed.state_dict())
-
-
-@both_forms
-@pytest.mark.parametrize("training", [True, False])
-def test_at_strength_0_it_is_the_float_model(training: bool, transform: Any) -> None:
-    model = Block(dropout=0.3).train(training)
-    qat, tensors = transform(model, TilingConfig(p=4, min_size=0, gradual=True)), block_inputs()
-    found = []
-    for call in (qat, model):
-        torch.manual_seed(5)
-        outputs = oracle.flatten(call(*tensors))
-        sum(output.square().sum() for output in outputs).backward()
-        found.append((outputs, parameter_gradients(model)))
-    assert_same(*found)
-
-
-@both_forms
-def test_transformed_again_it_stays(transform: Any) -> None:
-    qat, tensors = transform(Block(), CONFIG), block_inputs()
-    again = tbn.transform(qat, CONFIG)
-    assert get_records(again) == get_records(qat)
-    assert [part.code for _, part in graph_parts(again)] == [part.code for _, part in graph_parts(qat)]
-    assert_same(again(*tensors), qat(*tensors))
-
-
-@both_forms
-def test_projections_that_were_left_are_tiled_later(transform: Any) -> None:
-    model, tensors = Block(), block_inputs()
-    some = transform(model, TilingConfig(p=4, min_size=0, float_layers=("own.in_proj*", "cross.k_proj*")))
-    assert sum(record.spec is None for record in get_records(some) or ()) == 4
-    qat = tbn.transform(some, CONFIG)
-    check_all_tiled(qat)
-    packed = tbn.lower(qat)
-    oracle.assert_close(packed(*tensors), qat.eval()(*tensors), rtol=1e-5)
-
-
-@both_forms
-def test_init_from_float_sets_the_alphas_of_every_projection(transform: Any) -> None:
-    model = Block()
-    parameters = dict(tbn.init_from_float(transform(model, CONFIG)).named_parameters())
-    for i, weight in enumerate(model.own.in_proj_weight.chunk(3)):
-        assert torch.equal(parameters[f"own.in_proj_weight_{i}_alpha_source"], weight)
-    assert torch.equal(parameters["own.out_proj.alpha_source"], model.own.out_proj.weight)
-    assert torch.equal(parameters["cross.k_proj_weight_alpha_source"], model.cross.k_proj_weight)
-
-
-@both_forms
-def test_summary_counts_the_projections(transform: Any) -> None:
-    qat, tensors = transform(Block(), CONFIG), block_inputs()
-    for example in (None, tensors):
-        rows, lowered = (tbn.summary(module, example).layers for module in (qat, tbn.lower(qat)))
-        assert [(row.name, row.macs, row.macs_tiled) for row in rows] == [
-            (row.name, row.macs, row.macs_tiled) for row in lowered
-        ]
-    rows = {row.name: row for row in rows}
-    assert rows["own.in_proj_weight_1"].macs == 2 * BATCH * LENGTH * EMBED * EMBED  # called twice
-    assert rows["own.out_proj"].macs == 2 * BATCH * LENGTH * EMBED * EMBED
-    assert rows["cross.k_proj_weight"].macs == 2 * BATCH * SOURCE * 6 * EMBED
-    assert rows["cross.out_proj"].macs_tiled * 4 == rows["cross.out_proj"].macs
-
-
-@pytest.mark.parametrize("name", ["own", "cross"])
-def test_weights_can_be_read(name: str) -> None:
-    """What other code asks of them, such as a dtype, is there in training and after lowering."""
-    model = Block()
-    qat = tbn.transform(model, CONFIG)
-    module, packed = qat.get_submodule(name), tbn.lower(qat).get_submodule(name)
-    float_module = model.get_submodule(name)
-    for key in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-        weight = getattr(float_module, key)
-        assert getattr(module, key) is weight
-        other = getattr(packed, key)
-        assert (other is None) == (weight is None)
-        if weight is not None:
-            assert (other.shape, other.dtype) == (weight.shape, weight.dtype)
-            assert other.unique().numel() > 1
-    assert module.out_proj.weight is float_module.out_proj.weight
-    assert packed.out_proj.weight.shape == float_module.out_proj.weight.shape
-    with pytest.raises(AttributeError, match="proj_bias_weight"):
-        _ = packed.proj_bias_weight
-
-
-def test_decoded_weights_are_those_in_use() -> None:
-    model = Block()
-    packed, tensors = tbn.lower(tbn.transform(model, CONFIG)), block_inputs()
-    reference = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            if name.endswith("weight"):
-                owner, _, key = name.rpartition(".")
-                parameter.copy_(getattr(packed.get_submodule(owner), key))
-    oracle.assert_close(packed(*tensors), reference(*tensors), rtol=1e-5)
-
-
-class Penalised(nn.Module):
-    """Code that multiplies with the weights of an attention, and one that calls its forward by another name."""
-
-    def __init__(self, packed: bool) -> None:
-        super().__init__()
-        sizes = {} if packed else {"kdim": 6, "vdim": 6}
-        self.attention = attention(batch_first=True, **sizes)
-        self.name = "in_proj_weight" if packed else "k_proj_weight"
-        self.read = packed
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        weight = self.attention.in_proj_weight if self.read else self.attention.k_proj_weight
-        return self.attention(x, memory, memory)[0] + nn.functional.linear(memory, weight).sum()
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_weights_that_other_code_reads_are_read_tiled(packed: bool) -> None:
-    model = Penalised(packed)
-    x, memory = sequences(), torch.randn(BATCH, SOURCE, EMBED if packed else 6)
-    qat = tbn.transform(model, CONFIG).eval()
-    assert type(qat.attention).forward is nn.MultiheadAttention.forward
-    assert all(record.spec for record in get_records(qat) or ())
-    assert qat.attention.in_proj_weight is None or qat.attention.in_proj_weight.unique().numel() == 2
-    lowered = tbn.lower(qat)
-    oracle.assert_close(lowered(x, memory), qat(x, memory), rtol=1e-5)
-    again = tbn.transform(qat, CONFIG)
-    assert get_records(again) == get_records(qat)
-    assert_same(again(x, memory), qat(x, memory))
-    part = tbn.transform(qat.attention, CONFIG)  # whose readers are not seen
-    assert_same(part(x, memory, memory), qat.attention(x, memory, memory))
-
-
-def test_a_kept_method_reads_tiled_weights() -> None:
-    model, x = Same(attention()), torch.randn(LENGTH, BATCH, EMBED)
-    model.attend = model.inner.forward
-    qat = tbn.transform(model, CONFIG)
-    assert_near(qat.attend(x, x, x), qat.inner(x, x, x))
-    assert not torch.allclose(qat.attend(x, x, x)[0], model.attend(x, x, x)[0])

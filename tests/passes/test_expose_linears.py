@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
-from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.calls import tiled_call
 from tbn_compiler.graph.capture import capture
 from tbn_compiler.graph.records import LayerRecord, attach_records, get_records
 from tbn_compiler.passes import ExposeLinears, FuseUnpack, GraphPass, LowerTiles, RemoveBlends, run_passes
@@ -204,7 +204,7 @@ def test_each_form_ends_in_the_inference_operator(name: str, form: str) -> None:
     attach_records(gm, [LayerRecord("weight", "linear", "weight", (12, 8), spec=TileSpec(TileLayout((12, 8), 4), 4))])
     passes: list[GraphPass] = [ExposeLinears(), FuseUnpack(), RemoveBlends(), LowerTiles()]
     run_passes(gm, passes)
-    assert any(inference_call(node) for node in gm.graph.nodes)
+    assert any(tiled_call(node) for node in gm.graph.nodes)
     assert not {"unpack", "tile", "scale", "lerp"} & set(called(gm))
     oracle.assert_close(gm(x), expected, rtol=1e-5)
 
@@ -234,6 +234,6 @@ def test_exported_products_of_a_module(lowered: bool) -> None:
     gm = capture(tbn.lower(qat) if lowered else qat, x)
     assert isinstance(gm, fx.GraphModule)
     run_passes(gm, [ExposeLinears(), FuseUnpack() if lowered else LowerTiles()])
-    assert sum(inference_call(node) is not None for node in gm.graph.nodes) == 4
+    assert sum(tiled_call(node) is not None for node in gm.graph.nodes) == 4
     assert called(gm) == ["add"]
     oracle.assert_close(gm(x), qat(x), rtol=1e-5)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 import tbn_compiler as tbn
 from tbn_compiler import TransformError
 from tbn_compiler.compiler import optimize
-from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.calls import tiled_call
 from tests import oracle
 from tests.oracle import both_forms
 from tests.passes.deployed import check, lowered, macs, note
@@ -25,7 +25,7 @@ def reads(gm: fx.GraphModule) -> dict[str, int]:
     """Weight -> number of copies that its layer sums (1: it reads its inputs as they are)."""
     found = {}
     for node in gm.graph.nodes:
-        call = inference_call(node)
+        call = tiled_call(node)
         if call is not None:
             factors = call.tensor(gm, "input_alpha")
             name = str(call.arguments["tile"].target).removesuffix(".weight_tile")
@@ -55,7 +55,7 @@ def test_second_layer_of_the_papers_mlp_reads_32_values(transform: Any, alpha: s
     packed = lowered(nn.Sequential(fc(784, 128), nn.ReLU(), fc(128, 10)), transform, alpha=alpha, min_size=64_000)
     x = torch.randn(5, 784)
     result = check(packed, x)
-    first, second = (inference_call(node) for node in result.graph.nodes if inference_call(node))
+    first, second = (tiled_call(node) for node in result.graph.nodes if tiled_call(node))
     assert first is not None
     assert second is not None
     assert (first.arguments["out_features"], first.arguments["p"]) == (32, 1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.calls import tiled_call
 from tbn_compiler.graph.capture import capture
 from tbn_compiler.passes import FuseEpilogue, deployment_pipeline, run_passes
 from tests import oracle
@@ -49,7 +49,7 @@ def fused(packed: nn.Module, *inputs: Tensor) -> fx.GraphModule:
 
 def call_of(gm: fx.GraphModule) -> dict[str, Any]:
     """Arguments of the only tiled layer."""
-    (call,) = filter(None, map(inference_call, gm.graph.nodes))
+    (call,) = filter(None, map(tiled_call, gm.graph.nodes))
     return call.arguments
 
 
@@ -79,7 +79,7 @@ def test_functions(index: int, transform: Any) -> None:
         gm = fused(packed, x)
         assert call_of(gm)["epilogue"] == name
         (output,) = (node for node in gm.graph.nodes if node.op == "output")
-        assert [inference_call(node) is not None for node in output.all_input_nodes] == [True]
+        assert [tiled_call(node) is not None for node in output.all_input_nodes] == [True]
 
 
 OTHERS: dict[str, Any] = {

@@ -9,7 +9,7 @@ from torch import nn
 
 from tbn_compiler.compiler import optimize
 from tbn_compiler.errors import ConfigError
-from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.calls import tiled_call
 from tbn_compiler.graph.records import graph_parts
 from tbn_compiler.ops.schemas import Activation
 from tbn_compiler.passes import QuantizeActivations
@@ -25,7 +25,7 @@ def test_every_tiled_layer_takes_the_format(activation: str) -> None:
     x = torch.randn(2, 4, 5, 5)
     expected = packed(x)
     assert modifies(QuantizeActivations(activation), packed)
-    calls = [call for node in packed.graph.nodes if (call := inference_call(node))]
+    calls = [call for node in packed.graph.nodes if (call := tiled_call(node))]
     assert [call.arguments["activation"] for call in calls] == [activation] * 2
     result = packed(x)
     assert not torch.equal(result, expected)
@@ -67,7 +67,7 @@ def test_optimize_takes_the_format(activation: Activation, transform: Any) -> No
     x = torch.randn(3, 16)
     for quantized in (optimize(model, x, activation=activation), optimize(model, activation=activation)):
         nodes = [node for _, part in graph_parts(quantized) for node in part.graph.nodes]
-        calls = [call for node in nodes if (call := inference_call(node))]
+        calls = [call for node in nodes if (call := tiled_call(node))]
         assert [call.arguments["activation"] for call in calls] == [activation] * 2
         assert not torch.equal(quantized(x), optimize(model, x)(x))
         oracle.assert_close(quantized(x), quantized_alone(model, activation)(x))

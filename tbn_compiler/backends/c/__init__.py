@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -73,6 +74,9 @@ def export_c(
         ExportError: an operator, dtype, shape, name or path that is not supported; the message says which are.
         LoweringError: a trained module cannot be lowered.
 
+    Warns:
+        UserWarning: a tiled weight is stored decoded, at 32 bits an element, because of what uses it (``einsum``).
+
     Example:
         >>> packed = tbn.lower(qat)                                 # doctest: +SKIP
         >>> plan = export_c(packed, torch.zeros(1, 784), "mlp.c")   # doctest: +SKIP
@@ -85,6 +89,9 @@ def export_c(
     if package is None:
         check_source_path(Path(path))
     plan = build_plan(import_graph(module, example_inputs), options)
+    for step in plan.steps:
+        for note in step.notes:
+            warnings.warn(f"{step.title}: {note}", stacklevel=3)  # the public function calls this one
     if package is None and not self_test:
         write_files(single_file(plan, Path(path), None))
         return plan

@@ -86,7 +86,7 @@ def _folded(layer: ir.Operation, affine: ir.ChannelAffine) -> ir.Operation | Non
     return replace(
         layer,
         output=affine.output,
-        weight=ir.Constant(weight.name, scaled),
+        weight=replace(weight, array=scaled),
         bias=ir.Constant(f"{layer.layer}.bias", bias),
     )
 

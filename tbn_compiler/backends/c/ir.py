@@ -46,10 +46,12 @@ class Constant:
         name: ``state_dict`` key, or a description of what was made from one.
         array: the contents, read-only: ``float32``, ``uint8`` for a packed tile, or any other integer type of C in a
             table that a kernel brings.
+        tile_bytes: size of the tile that the elements were decoded from, where no kernel reads that; else ``None``.
     """
 
     name: str
     array: np.ndarray
+    tile_bytes: int | None = None
 
     @property
     def packed(self) -> bool:

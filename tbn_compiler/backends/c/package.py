@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from tbn_compiler.backends.c.emit import emit_header, emit_package_file, emit_source
 from tbn_compiler.backends.c.plan import Plan
 from tbn_compiler.errors import ExportError
 from tbn_compiler.files import replacing
+from tbn_compiler.torch_private import tree_leaves
 
 # Share of the largest expected element by which an output may differ on another machine, whose math.h rounds otherwise.
 TOLERANCE = 1e-4
@@ -51,7 +51,7 @@ def compute_vectors(module: nn.Module, inputs: Sequence[Tensor]) -> Vectors:
     module.eval()
     try:
         with torch.no_grad():
-            outputs = _pytree.tree_leaves(module(*inputs))
+            outputs = tree_leaves(module(*inputs))
     finally:
         for part, mode in training.items():
             part.training = mode

@@ -101,12 +101,14 @@ class Implementation:
         cost: estimated number of executed instructions for layers on tiles of whole rows, whose kernels are chosen
             by it; else of multiply-adds, additions or element operations.
         choice: why these kernels, where there was a choice.
+        notes: what a user may not expect of it.
     """
 
     title: str
     calls: tuple[Call, ...]
     cost: int
     choice: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -152,8 +154,13 @@ class Step:
 
     @property
     def choice(self) -> str:
-        """Why this kernel."""
-        return self.implementation.choice
+        """Why this kernel, and what a user may not expect of it."""
+        return "; ".join(filter(None, (self.implementation.choice, *self.notes)))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user may not expect of it: a weight that is stored decoded."""
+        return self.implementation.notes
 
     @property
     def cost(self) -> int:

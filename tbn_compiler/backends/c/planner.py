@@ -55,7 +55,7 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
     parts = resolve_parts(simplified)
     operations = [operation for operation in simplified if not isinstance(operation, ir.Part)]
     context = Context(options)
-    implementations = [implement(operation, context) for operation in operations]
+    implementations = [_with_notes(operation, implement(operation, context)) for operation in operations]
     # Constants are named first, so that no buffer of the run function hides one.
     symbols = SymbolTable(template_names())
     stored = _name({c: c.name for implementation in implementations for c in constants(implementation)}, symbols)
@@ -101,6 +101,18 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
         live_bytes=tuple(live),
         peak_step=operations[peak].name if live[peak] else None,
     )
+
+
+def _with_notes(operation: ir.Operation, implementation: Implementation) -> Implementation:
+    """The implementation with a word on weights that are stored larger than their tiles."""
+    stored = [value for value in (*operation.inputs, *vars(operation).values()) if isinstance(value, ir.Constant)]
+    notes = tuple(
+        f"{value.name} is stored decoded, in {value.array.nbytes:,} bytes where its tile has {value.tile_bytes:,}: "
+        "this operation has no kernel on tiles"
+        for value in dict.fromkeys(stored)
+        if value.tile_bytes is not None
+    )
+    return replace(implementation, notes=notes)
 
 
 _Named = TypeVar("_Named", ir.Constant, Struct)

@@ -114,7 +114,8 @@ def precision(inputs: int) -> int:
 
     An input is at most ``2**precision`` in magnitude.
     """
-    return min((2**_INT32_BITS - 1) // inputs, 2**_MANTISSA_BITS).bit_length() - 1
+    largest: int = min((2**_INT32_BITS - 1) // inputs, 2**_MANTISSA_BITS)
+    return largest.bit_length() - 1
 
 
 def candidates(rows: int, inputs: int, options: Options) -> Iterator[RowsKernel]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tbn_compiler.backends.cpu import library
 from tbn_compiler.errors import TBNError
+from tbn_compiler.torch_private import version
 
 _ALIGNMENT = 64  # TBN_ALIGN
 
@@ -58,7 +59,7 @@ class Prepared:
         self.pointer = tile.data_ptr()
         # While the old memory is kept, no new tile can lie at its address.
         self.storage = tile.untyped_storage()
-        self.version = None if tile.is_inference() else tile._version
+        self.version = None if tile.is_inference() else version(tile)
         self.content = tile.clone() if tile.is_inference() else None
         self.plans: dict[Hashable, Plan] = {}
         self.parts: dict[Hashable, np.ndarray] = {}
@@ -75,7 +76,7 @@ class Prepared:
             return False
         if self.version is None:
             return tile.is_inference() and torch.equal(tile, self.content)  # type: ignore[arg-type]
-        return self.version == tile._version
+        return self.version == version(tile)
 
 
 _prepared: dict[int, Prepared] = {}

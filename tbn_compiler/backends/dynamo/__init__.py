@@ -26,7 +26,7 @@ from tbn_compiler.backends.dynamo.options import Options, parse_options
 from tbn_compiler.backends.dynamo.prepare import prepare
 from tbn_compiler.backends.dynamo.report import Explanation, GraphReport, LayerReport, add_report, explain, only_set
 from tbn_compiler.backends.dynamo.runner import Runner
-from tbn_compiler.graph.layers import FUNCTION_KINDS
+from tbn_compiler.graph.layers import function_kind
 from tbn_compiler.torch_private import compile_by_inductor, compiling_fake_mode, differentiated, static_fakes
 
 __all__ = ["Explanation", "GraphReport", "LayerReport", "compile_graph", "explain"]
@@ -58,7 +58,7 @@ def compile_graph(
     """
     parsed = parse_options(mode, options)
     tiled = _has_tiled_layer(gm)
-    if not tiled and any(node.target in FUNCTION_KINDS for node in gm.graph.nodes):
+    if not tiled and any(function_kind(node) for node in gm.graph.nodes):
         _warn_untiled(gm)
     if not tiled or _needs_gradients(gm):
         return _compile_unchanged(gm, example_inputs, parsed, "gradients" if tiled else "no tiled layer")

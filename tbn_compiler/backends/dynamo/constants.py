@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tbn_compiler.graph.layers import INFERENCE_OPS, is_view
+from tbn_compiler.graph.layers import is_view
+from tbn_compiler.graph.operations import bind
+from tbn_compiler.ops.calls import OPERATORS
 from tbn_compiler.passes.deployment import note_value
 from tbn_compiler.torch_private import (
     STATIC_MARK,
@@ -37,11 +38,12 @@ from tbn_compiler.torch_private import (
 
 _tbn = torch.ops.tbn
 _TRAINING = {_tbn.tile.default, _tbn.scale.default}
-_STORED = {*INFERENCE_OPS.values(), _tbn.unpack.default}
+_LAYERS = {layer.overload for layer in OPERATORS.values()}
+_STORED = {*_LAYERS, _tbn.unpack.default}
 # User code that calls torch.ops.tbn.tile and not .default gives nodes of these; the passes know overloads only.
 _OVERLOADS = {op.overloadpacket: op for op in (*_TRAINING, *_STORED)}
 # Everything that may read a weight for it to become an attribute: nothing here writes to it.
-_READERS = {*_TRAINING, *_STORED, torch.lerp, "type_as", F.batch_norm}
+_READERS = {*_TRAINING, *_STORED, torch.lerp, "type_as"}
 
 
 def is_tiled(node: fx.Node) -> bool:
@@ -182,8 +184,9 @@ def _copy(
 def _only_read_by_layers(node: fx.Node) -> bool:
     """Whether a weight is only read, and by operations that the passes know: directly, or through a view."""
     for user in node.users:
-        if user.target is F.batch_norm and (len(user.args) < 6 or user.args[5] is not False):
-            return False  # it may train, and then writes its statistics
+        call = bind(user)
+        if call is not None and call.name == "batch_norm" and call.arguments["training"] is False:
+            continue  # else it may train, and then writes its statistics
         if _target(user) not in _READERS and not (is_view(user) and _only_read_by_layers(user)):
             return False
     return bool(node.users)
@@ -192,7 +195,7 @@ def _only_read_by_layers(node: fx.Node) -> bool:
 def _is_tiled_weight(node: fx.Node) -> bool:
     """Whether an input is a stored tile, or the weight or alpha source of a layer in training form."""
     for user in node.users:
-        if _target(user) in INFERENCE_OPS.values():
+        if _target(user) in _LAYERS:
             found = user.args[1] is node
         elif _target(user) in _STORED:
             found = user.args[0] is node

@@ -9,7 +9,7 @@ from torch import fx
 
 from tbn_compiler.backends.dynamo.records import make_records
 from tbn_compiler.backends.dynamo.report import LayerReport
-from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.calls import tiled_call
 from tbn_compiler.graph.layers import LayerCall, find_record, layer_calls
 from tbn_compiler.graph.records import LayerRecord, get_records, layer_name, set_records
 from tbn_compiler.passes import ExposeLinears, FuseUnpack, LowerTiles, RemoveBlends, deployment_pipeline, run_passes
@@ -54,18 +54,19 @@ def _reports(gm: fx.GraphModule, trained: set[str | None], refusals: dict[fx.Nod
 
 def _rewrites(layer: LayerCall, record: LayerRecord | None) -> Iterator[str]:
     """What the passes did to a call, read from its arguments."""
-    call = inference_call(layer.node)
+    call = tiled_call(layer.node)
     if call is None or record is None:
         return
     if str(getattr(call.arguments["alpha"], "target", "")).startswith(f"{record.weight}_folded_alpha"):
         yield "batch-norm folded"
     if call.layout.rows < record.shape[0]:
         yield f"gives {call.layout.rows} unique rows of {record.shape[0]}"
-    if call.arguments["input_alpha"] is not None:
+    if call.arguments.get("input_alpha") is not None:
         yield "sums the copies in its input"
-    for name, usual in (("epilogue", "none"), ("activation", "float")):
-        if call.arguments[name] != usual:
-            yield f"{name} {call.arguments[name]}"
+    if call.epilogue != "none":
+        yield f"epilogue {call.epilogue}"
+    if call.activation != "float":
+        yield f"activation {call.activation}"
 
 
 def _nested_reports(gm: fx.GraphModule) -> Iterator[LayerReport]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from tbn_compiler.errors import TBNError
-from tbn_compiler.graph.calls import attribute, inference_call, named_arguments
+from tbn_compiler.graph.calls import attribute, named_arguments, tiled_call
 from tbn_compiler.graph.layers import (
     LayerCall,
     apply_view,
@@ -23,7 +23,7 @@ from tbn_compiler.graph.layers import (
 from tbn_compiler.graph.records import LayerRecord, alpha_source_key, layer_name, split_key
 from tbn_compiler.ops.schemas import make_layout
 from tbn_compiler.passes.blend_weights import strength_keys
-from tbn_compiler.tiling import TileLayout, TileSpec
+from tbn_compiler.tiling import TileSpec
 from tbn_compiler.torch_private import differentiated
 
 
@@ -88,20 +88,12 @@ def make_records(gm: fx.GraphModule) -> tuple[list[LayerRecord], dict[fx.Node, s
 
 
 def _lowered_record(gm: fx.GraphModule, call: LayerCall) -> LayerRecord:
-    arguments = named_arguments(call.node)
-    found = inference_call(call.node)
-    layout = _transposed_layout(call) if found is None else found.layout
-    alpha = attribute(gm, arguments["alpha"])
-    spec = TileSpec(layout, 1 if alpha is None else alpha.numel())
+    found = tiled_call(call.node)
+    assert found is not None
+    alpha = found.tensor(gm, "alpha")
+    spec = TileSpec(found.layout, 1 if alpha is None else alpha.numel())
     name = layer_name(str(call.weight))
-    return LayerRecord(name, call.kind, str(call.weight), layout.shape, arguments.get("groups", 1), spec=spec)
-
-
-def _transposed_layout(call: LayerCall) -> TileLayout:
-    arguments = named_arguments(call.node)
-    outputs = arguments["out_channels"] // arguments["groups"]
-    shape = (arguments["in_channels"], outputs, *arguments["kernel_size"])
-    return make_layout(shape, arguments["p"], 1, arguments["shift"])
+    return LayerRecord(name, call.kind, str(call.weight), found.layout.shape, found.groups, spec=spec)
 
 
 def _read_tiling(gm: fx.GraphModule, call: LayerCall) -> _Tiling:

@@ -8,25 +8,28 @@ metadata, checks. Nothing here is loaded before the first export.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import nn
 
 from tbn_compiler.backends.onnx import forms, model, program
-from tbn_compiler.backends.onnx.bits import tiled_calls, use_bits
+from tbn_compiler.backends.onnx.bits import tiled_calls, unpack_calls, use_bits
 from tbn_compiler.compiler import deploy, lower
 from tbn_compiler.errors import ExportError, TBNError
 from tbn_compiler.files import replacing
 from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.records import get_records, graph_parts, join_key
+from tbn_compiler.graph.tiled_parameters import read_forms
+from tbn_compiler.torch_private import original_module
 
 __all__ = ["ExportedFile", "WeightForm", "export_onnx"]
 
 WeightForm = Literal["bits", "nbits", "dense"]
+
+_READ = "its code reads the weight, which is decoded for it"
 
 
 @dataclass(frozen=True)
@@ -108,17 +111,15 @@ def export_onnx(
     _check_packages()
     inputs = program.named_inputs(module, example_inputs)
     batched = program.batched_names(inputs, dynamic_batch)
-    # A batch of 1 would be taken for a constant.
-    doubled = {
-        name: torch.cat([value, value]) if name in batched and value.shape[0] == 1 else value
-        for name, value in inputs.items()
-    }
-    prepared = _prepare(module, doubled, optimized)
+    inputs = program.doubled(inputs, batched)
+    prepared = _prepare(module, inputs, optimized)
     records = get_records(prepared) or ()
-    outcome: dict[str, str | None] = {}
+    outcome: dict[str, str | None] = dict(_read_by_code(prepared, weights))
     for part_path, part in graph_parts(prepared):
         found = _rewrite(part, weights, bits, accuracy_level)
         outcome |= {join_key(part_path, name): reason for name, reason in found.items()}
+    if weights == "dense":
+        forms.store_dense_parameters(prepared)
     traced = program.trace(prepared, inputs, batched)
     names = (input_names or list(inputs), output_names or program.output_names(traced))
     finished = program.translate(traced, inputs, batched, opset)
@@ -167,7 +168,7 @@ def _check_packages() -> None:
 
 def _prepare(module: nn.Module, inputs: program.Inputs, optimized: bool) -> nn.Module:
     """A copy of the module in evaluation mode that may be rewritten."""
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+    module = original_module(module)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         program.check_dtype(name, tensor)
     if get_records(module) is None:
@@ -183,12 +184,21 @@ def _prepare(module: nn.Module, inputs: program.Inputs, optimized: bool) -> nn.M
     return prepared
 
 
+def _read_by_code(module: nn.Module, weights: WeightForm) -> Iterator[tuple[str, str | None]]:
+    """The weights that code outside of graphs reads, each with the reason for its form if another one was asked for."""
+    for path, owner in module.named_modules():
+        for form in read_forms(owner):
+            yield join_key(path, form.record.weight), _READ if weights == "nbits" else None
+
+
 def _rewrite(part: Any, weights: WeightForm, bits: int, accuracy_level: int) -> dict[str, str | None]:
     """Bring the tiled layers of a graph into their form; for each why it has another one, or ``None``."""
     outcome: dict[str, str | None] = {forms.tile_name(call): None for call in tiled_calls(part)}
     if weights == "nbits":
         outcome |= forms.use_nbits(part, bits, accuracy_level)
-    elif weights == "dense":
+    for _, name, _ in unpack_calls(part):
+        outcome.setdefault(name, _READ if weights == "nbits" else None)
+    if weights == "dense":
         forms.use_dense(part)
     use_bits(part)  # what is left
     return outcome

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tbn_compiler.graph.calls import InferenceCall, tiled_call
+from tbn_compiler.graph.calls import InferenceCall, attribute, named_arguments, tiled_call
 from tbn_compiler.ops.calls import Operator, TensorCall, make_kernel
 from tbn_compiler.ops.reference import compute
 from tbn_compiler.ops.schemas import make_layout
@@ -29,13 +29,24 @@ def tiled_calls(gm: fx.GraphModule) -> Iterator[InferenceCall]:
             yield call
 
 
+def unpack_calls(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str, dict[str, Any]]]:
+    """The calls of ``tbn::unpack`` on stored tiles in a graph: node, name of the weight, arguments by name."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.tbn.unpack.default):
+        arguments = named_arguments(node)
+        if all(attribute(gm, arguments[name]) is not None for name in ("tile", "alpha")):
+            yield node, str(arguments["tile"].target).removesuffix("_tile"), arguments
+
+
 def use_bits(gm: fx.GraphModule) -> None:
     """Let the tiled layers of a graph decode their tile and then run the reference kernel, in place."""
     for call in tiled_calls(gm):
         call.node.target = _on_decoded_tile(call.operator)
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.tbn.unpack.default):
-        node.target = _decoded
     gm.recompile()
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The decompositions of operators that have no translation: weights that code reads are decoded in the graph."""
+    return {torch.ops.tbn.unpack.default: _decoded}
 
 
 def _decoded(

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from tbn_compiler.backends.onnx.bits import tiled_calls
+from tbn_compiler.backends.onnx.bits import tiled_calls, unpack_calls
 from tbn_compiler.errors import ExportError
-from tbn_compiler.graph.calls import InferenceCall
-from tbn_compiler.graph.records import join_key, split_key
+from tbn_compiler.graph.calls import InferenceCall, attribute
+from tbn_compiler.graph.records import alpha_key, join_key, split_key, tile_key
+from tbn_compiler.graph.tiled_parameters import read_forms, read_tiled
 from tbn_compiler.ops.formats import apply_epilogue, in_format
 from tbn_compiler.ops.reference import decode, dense_weight, fold_replicas, replicate_features
+from tbn_compiler.ops.schemas import make_layout
 
 # ONNX Runtime has fast kernels for these only; of others it decodes the whole weight at every call.
 _BLOCK_SIZES = (128, 64, 32)
@@ -205,7 +207,7 @@ def nbits_linear(
 
 
 def use_dense(gm: fx.GraphModule) -> None:
-    """Turn the tiled layers of a graph into ordinary ones on float weights, in place.
+    """Turn the tiled layers of a graph into ordinary ones on float weights, and store what is decoded, in place.
 
     Raises:
         ExportError: the graph computes a layer's tile or alphas.
@@ -225,7 +227,27 @@ def use_dense(gm: fx.GraphModule) -> None:
             operands = (call.arguments["input"], stored, call.arguments["bias"], call.kind, call.geometry)
             options: dict[str, Any] = {"activation": call.activation, "epilogue": call.epilogue}
             _replace(call.node, gm.graph.call_function(dense_layer, operands, options))
+    for node, name, arguments in unpack_calls(gm):
+        tile, alpha = (attribute(gm, arguments[key]) for key in ("tile", "alpha"))
+        assert tile is not None
+        assert alpha is not None
+        layout = make_layout(*(arguments[key] for key in ("shape", "p", "p_in", "shift", "batch")))
+        with gm.graph.inserting_before(node):
+            weight = dense_weight(tile, alpha, layout, torch.float32)
+            _replace(node, _stored(gm, f"{name}_decoded", weight.detach()))
     gm.recompile()
+
+
+def store_dense_parameters(module: nn.Module) -> None:
+    """Put float weights in place of the parameters that code outside of graphs reads decoded, in place."""
+    for owner in module.modules():
+        found = [form.record for form in read_forms(owner)]
+        weights = {record.parameter: getattr(owner, record.parameter).detach() for record in found}
+        read_tiled(owner, ())
+        for record in found:
+            owner.register_parameter(record.parameter, nn.Parameter(weights[record.parameter]))
+            for key in (tile_key(record.weight), alpha_key(record.weight)):
+                del owner._buffers[key]
 
 
 def dense_layer(

@@ -96,4 +96,5 @@ def serialize(model: ir.Model) -> bytes:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the exported model is not valid ONNX: {error}") from error
-    return proto.SerializeToString()
+    data: bytes = proto.SerializeToString()
+    return data

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from tbn_compiler.backends.onnx import bits
 from tbn_compiler.errors import ExportError
+from tbn_compiler.graph.capture import quiet_export
+from tbn_compiler.torch_private import tree_leaves, tree_unflatten
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -83,24 +81,35 @@ def batched_names(inputs: Inputs, dynamic_batch: bool | Sequence[str]) -> tuple[
     return tuple(dynamic_batch)
 
 
+def doubled(inputs: Inputs, batched: Sequence[str]) -> Inputs:
+    """The inputs with a batch of 2 where it is 1, which would be taken for a constant."""
+    return {
+        name: torch.cat([value, value]) if name in batched and value.shape[0] == 1 else value
+        for name, value in inputs.items()
+    }
+
+
 def trace(module: nn.Module, inputs: Inputs, batched: Sequence[str]) -> ExportedProgram:
     """``torch.export`` of a module.
+
+    Args:
+        module: the module.
+        inputs: by name, :func:`doubled`.
+        batched: the inputs whose first dimension is free.
 
     Raises:
         ExportError: the module cannot be traced, or not with any batch size; the cause is chained.
     """
     batch = torch.export.Dim(_BATCH)
     shapes = {name: {0: batch} if name in batched else None for name in inputs}
-    # A batch of 1 would be taken for a constant.
-    traced = {
-        name: torch.cat([value, value]) if name in batched and value.shape[0] == 1 else value
-        for name, value in inputs.items()
-    }
     try:
-        with torch.no_grad(), _quiet():
-            return torch.export.export(module, (), traced, dynamic_shapes=shapes, strict=False)
+        with torch.no_grad(), quiet_export():
+            return torch.export.export(module, (), inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        listed = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        listed = ", ".join(
+            f"{name} [{', '.join(map(str, ((_BATCH, *value.shape[1:]) if name in batched else value.shape)))}]"
+            for name, value in inputs.items()
+        )
         hint = ""
         if batched:
             hint = f" (with a dynamic batch in {', '.join(batched)}: try dynamic_batch=False, or name other inputs)"
@@ -119,9 +128,9 @@ def translate(program: ExportedProgram, inputs: Inputs, batched: Sequence[str], 
 
     try:
         # As in the trace: where gradients are wanted, attention has another memory layout.
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet_export():
             translated = torch.onnx.export(
-                program,
+                program.run_decompositions(bits.decompositions()),
                 dynamic_shapes={name: {0: _BATCH} if name in batched else None for name in inputs},  # gives the names
                 dynamo=True,
                 optimize=False,
@@ -168,12 +177,12 @@ def _remove_zero_biases(model: ir.Model) -> None:
 def output_names(program: ExportedProgram) -> list[str]:
     """Names for the outputs: the keys of a dictionary or dataclass, otherwise ``output`` or ``output_0``, ..."""
     spec = program.call_spec.out_spec
-    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    leaves = tree_unflatten(list(range(spec.num_leaves)), spec)
     if isinstance(leaves, Mapping):
         names = [
             key if isinstance(value, int) else f"{key}_{index}"
             for key, value in leaves.items()
-            for index, _ in enumerate(pytree.tree_leaves(value))
+            for index, _ in enumerate(tree_leaves(value))
         ]
     else:
         names = ["output"] if spec.num_leaves == 1 else [f"output_{index}" for index in range(spec.num_leaves)]
@@ -187,19 +196,3 @@ def _innermost(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what torch.export and the exporter say of their own internals; errors are raised all the same."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

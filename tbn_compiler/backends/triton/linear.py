@@ -98,7 +98,8 @@ def plan_call(call: TensorCall) -> WeightPlan:
 
 def tf32_allowed() -> bool:
     """Whether the user allows tf32 in float32 products; PyTorch's default does not."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision: str = torch.backends.cuda.matmul.fp32_precision
+    return precision == "tf32"
 
 
 def compute_capability(device: torch.device) -> int:

@@ -121,3 +121,23 @@ def test_an_unwritable_path_leaves_no_file_behind(tmp_path: Path) -> None:
         export_c(nn.ReLU(), torch.ones(1, 4), tmp_path / "net.c")
     assert (tmp_path / "net.c").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.c", "net.h"]
+
+
+class _Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 8, 6))
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,hij->bhj", self.fc(x), self.w)
+
+
+def test_a_weight_that_is_stored_decoded_is_named(tmp_path: Path) -> None:
+    packed = tbn.lower(tbn.transform(_Heads(), tbn.TilingConfig(p=4, min_size=0)))
+    with pytest.warns(UserWarning, match="w is stored decoded, in 768 bytes where its tile has 6") as caught:
+        plan = tbn.export_c(packed, torch.randn(2, 8), tmp_path / "net.c")
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert [bool(step.notes) for step in plan.steps] == [False, True]
+    assert "w is stored decoded" in plan.steps[1].choice

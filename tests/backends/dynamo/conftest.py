@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,17 +13,8 @@ from torch._dynamo.backends.debugging import aot_eager
 from tbn_compiler.backends import dynamo
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _load_inductor() -> None:
-    """Its modules use parts of torch that are deprecated, and say so when they are loaded."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("torch._inductor.compile_fx")
-        torch.compile(torch.sin)(torch.ones(2))
-
-
 @pytest.fixture(autouse=True)
-def _reset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _reset(inductor: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     monkeypatch.setattr(dynamo, "_warned", set())
     yield

@@ -18,7 +18,7 @@ import tbn_compiler as tbn
 from tbn_compiler.backends import dynamo
 from tbn_compiler.backends.dynamo import compile_graph
 from tbn_compiler.backends.dynamo.runner import Runner
-from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.calls import tiled_call
 from tests import oracle
 
 CONFIG = tbn.TilingConfig(p=4, alpha="tile", min_size=0)
@@ -520,7 +520,7 @@ def test_rewritten_graph(eager_graphs: list[fx.GraphModule]) -> None:
     equal(compiled(qat), qat, torch.randn(3, 16))
     (gm,) = eager_graphs
     assert targets(gm) == {torch.ops.tbn.linear.default}
-    calls = [call.arguments for node in gm.graph.nodes if (call := inference_call(node))]
+    calls = [call.arguments for node in gm.graph.nodes if (call := tiled_call(node))]
     assert [call["epilogue"] for call in calls] == ["relu", "relu", "none"]
     assert [call["out_features"] for call in calls] == [32, 8, 8]
     assert [call["input_alpha"] is not None for call in calls] == [False, False, True]

@@ -13,7 +13,7 @@ import tbn_compiler as tbn
 from tbn_compiler.backends import dynamo
 from tbn_compiler.backends.dynamo import compile_graph
 from tbn_compiler.backends.dynamo.options import Options, parse_options
-from tbn_compiler.graph.calls import inference_call
+from tbn_compiler.graph.calls import tiled_call
 from tbn_compiler.graph.records import graph_parts
 from tests import oracle
 
@@ -83,7 +83,7 @@ def test_int8_activations(eager_graphs: list[fx.GraphModule]) -> None:
         result = torch.compile(qat, backend=compile_graph, options={"activation": "int8"})(x)
         usual = torch.compile(qat, backend=compile_graph)(x)
         expected = qat(x)
-    calls = [[call for node in gm.graph.nodes if (call := inference_call(node))] for gm in eager_graphs]
+    calls = [[call for node in gm.graph.nodes if (call := tiled_call(node))] for gm in eager_graphs]
     assert [[call.arguments["activation"] for call in graph] for graph in calls] == [["int8"] * 2, ["float"] * 2]
     oracle.assert_close(usual, expected, rtol=1e-5)
     difference = float((result - expected).abs().max() / expected.abs().max())
@@ -92,7 +92,7 @@ def test_int8_activations(eager_graphs: list[fx.GraphModule]) -> None:
     packed = tbn.lower(qat)
     for _, part in graph_parts(packed):
         for node in part.graph.nodes:
-            if call := inference_call(node):
+            if call := tiled_call(node):
                 call.update(activation="int8")
         part.recompile()
     with torch.no_grad():

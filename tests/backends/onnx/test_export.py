@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tbn_compiler as tbn
 from benchmarks.onnx import CONFIG, MODELS, ViT
-from tests.backends.onnx.runtime import assert_same, expected, operators, packed_bytes, run
+from tests.backends.onnx.runtime import assert_same, expected, initializers, operators, packed_bytes, run
 
 
 def small(**options: Any) -> Any:
@@ -258,3 +258,66 @@ def test_missing_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_unwritable_path(tmp_path: Path) -> None:
     with pytest.raises(tbn.ExportError, match="cannot write"):
         tbn.export_onnx(small(), torch.zeros(1, 24), tmp_path / "absent" / "model.onnx")
+
+
+# Weights that code reads
+
+
+class ReadsDtype(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x.to(self.fc.weight.dtype))
+        return y
+
+
+class ReadsValues(ReadsDtype):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x) @ self.fc.weight.abs()
+        return y
+
+
+class Stack(ReadsDtype):
+    """Several weights in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 16, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bn,emn->bem", x, self.w) + self.fc(x)[:, None]
+
+
+@pytest.mark.parametrize("optimized", [True, False], ids=["optimized", "plain"])
+@pytest.mark.parametrize("form", ["bits", "nbits", "dense"])
+@pytest.mark.parametrize(("model", "decoded"), [(ReadsDtype, set()), (ReadsValues, {"fc.weight"}), (Stack, {"w"})])
+def test_weights_that_code_reads(model: Any, decoded: set[str], form: Any, optimized: bool, tmp_path: Path) -> None:
+    qat, path = tbn.transform(model(), tbn.TilingConfig(p=4, min_size=0)).eval(), tmp_path / "model.onnx"
+    packed = tbn.lower(qat)
+    state = {key: value.clone() for key, value in packed.state_dict().items()}
+    written = tbn.export_onnx(packed, torch.randn(1, 24), path, weights=form, optimized=optimized)
+    inputs = {"x": torch.randn(5, 24)}
+    assert_same(run(path, inputs), expected(qat, inputs))
+    other = decoded if form == "nbits" and not (optimized and model is ReadsValues) else set()
+    assert written.forms == {name: "bits" if name in other else form for name in {"fc.weight", *decoded}}
+    assert written.reasons == dict.fromkeys(other, "its code reads the weight, which is decoded for it")
+    has_tiles = any(name.endswith("_tile") for name in initializers(path))
+    assert has_tiles == (form == "bits" or (form == "nbits" and bool(decoded)))
+    assert all(torch.equal(value, state[key]) for key, value in packed.state_dict().items())
+
+
+def test_a_model_that_cannot_be_traced_says_on_what(tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(24, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(x if x.sum() > 0 else -x)
+            return y
+
+    qat = tbn.transform(Branches(), tbn.TilingConfig(p=4, min_size=0))
+    with pytest.raises(tbn.ExportError, match=r"cannot trace Branches on x \[batch, 24\] \(with a dynamic batch in x"):
+        tbn.export_onnx(qat, torch.randn(1, 24), tmp_path / "model.onnx")

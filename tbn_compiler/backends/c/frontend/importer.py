@@ -12,6 +12,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,11 @@ from tbn_compiler.backends.c.frontend.registry import (
     CONVERTERS,
     RESULT_CONVERTERS,
     SKIPPED,
-    Arguments,
     supported_operators,
 )
 from tbn_compiler.compiler import deploy, lower
 from tbn_compiler.errors import ExportError
+from tbn_compiler.graph.calls import named_arguments
 from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.records import get_records
 
@@ -105,6 +106,7 @@ class Importer:
         self._program = program
         self._values: dict[fx.Node, ir.Value] = {}
         self._tensors: dict[fx.Node, tuple[str, Any]] = {}  # stored, or computed from stored ones, by name
+        self._tile_bytes: dict[fx.Node, int] = {}  # of the tiles behind those that are decoded
         self._constants: dict[int, ir.Constant] = {}  # by tensor, so that tied weights are stored once
 
     def graph(self) -> ir.Graph:
@@ -130,11 +132,11 @@ class Importer:
             source, index = node.args
             assert isinstance(source, fx.Node)
             assert isinstance(index, int)
-            result = RESULT_CONVERTERS[source.target](self, node, _arguments(source), index)
+            result = RESULT_CONVERTERS[source.target](self, node, named_arguments(source), index)
         elif node.target in RESULT_CONVERTERS:
             return ()
         elif node.target in CONVERTERS:
-            result = CONVERTERS[node.target](self, node, _arguments(node))
+            result = CONVERTERS[node.target](self, node, named_arguments(node))
         else:
             raise self.unsupported(node)
         return (result,) if isinstance(result, ir.Operation) else tuple(result)
@@ -151,8 +153,14 @@ class Importer:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), tensor)
         with torch.no_grad():
             result = node.target(*args, **kwargs)  # type: ignore[operator]
+        tiles = node.all_input_nodes[:1] if node.target is _tbn.unpack.default else []
+        sizes = [self._tensors[tile][1].nbytes for tile in tiles]
+        sizes += [self._tile_bytes[value] for value in node.all_input_nodes if value in self._tile_bytes]
+        if sizes:
+            self._tile_bytes[node] = sum(sizes)
         names = [self._tensors[value][0] for value in node.all_input_nodes if value in self._tensors]
-        self._tensors[node] = (names[0] if len(names) == 1 else node.name, result)
+        name = names[0].removesuffix("_tile") if tiles else names[0] if len(names) == 1 else node.name
+        self._tensors[node] = (name, result)
         return True
 
     def _inputs(self, graph: fx.Graph) -> tuple[ir.Value, ...]:
@@ -253,7 +261,8 @@ class Importer:
             array = array if array.dtype == torch.uint8 else array.float()
             if not (array.isfinite() | (array.isinf() & infinite)).all():
                 raise ExportError(f"{name} {list(tensor.shape)} holds values that are not finite")
-            self._constants[id(tensor)] = self.new_constant(name, array.numpy())
+            constant = self.new_constant(name, array.numpy())
+            self._constants[id(tensor)] = replace(constant, tile_bytes=self._tile_bytes.get(value))
         return self._constants[id(tensor)]
 
     def additive_mask(self, node: fx.Node, value: Any) -> Any:
@@ -302,14 +311,6 @@ def _zeros_like(node: fx.Node) -> Tensor:
     """A real tensor with the shape and dtype of a traced one."""
     val = node.meta["val"]
     return torch.zeros(tuple(val.shape), dtype=val.dtype)
-
-
-def _arguments(node: fx.Node) -> Arguments:
-    """All arguments of an operator call by name, defaults included."""
-    assert isinstance(node.target, torch._ops.OpOverload), node.target
-    schema = node.target._schema.arguments
-    given = dict(zip((argument.name for argument in schema), node.args, strict=False))
-    return {a.name: a.default_value for a in schema} | given | node.kwargs
 
 
 def _module_of(node: fx.Node) -> str:

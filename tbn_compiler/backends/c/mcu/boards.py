@@ -7,7 +7,7 @@ from dataclasses import dataclass
 # Exponent of the nanoseconds that qemu's -icount counts for each instruction: every one takes 64 ns, so that a timer
 # of the board counts instructions.
 ICOUNT_SHIFT = 6
-_NANOSECONDS = 2**ICOUNT_SHIFT
+_NANOSECONDS: int = 2**ICOUNT_SHIFT
 
 
 @dataclass(frozen=True)
