@@ -25,7 +25,7 @@ from tbn_compiler.errors import (
 )
 from tbn_compiler.serialize import load, save
 from tbn_compiler.summary import Summary, summary
-from tbn_compiler.training import init_from_float, set_tiling_strength, tiling_strength
+from tbn_compiler.training import convert_latent, init_from_float, set_tiling_strength, tiling_strength
 from tbn_compiler.version import __version__
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ __all__ = [
     "TilingConfig",
     "TransformError",
     "__version__",
+    "convert_latent",
     "explain",
     "export_c",
     "export_onnx",

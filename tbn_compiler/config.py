@@ -17,11 +17,12 @@ AlphaSource = Literal["A", "W"]
 TileDType = Literal["binary", "float"]
 SmallLayers = Literal["binary", "float"]
 Replication = Literal["repeat", "roll"]
+Latent = Literal["weight", "tile"]
 
 Overrides = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 # The fields that `overrides` may set for the layers a pattern matches.
-_PER_LAYER = ("p", "alpha", "alpha_source", "tile_dtype", "min_size", "small", "replicate", "shift")
+_PER_LAYER = ("p", "alpha", "alpha_source", "tile_dtype", "min_size", "small", "replicate", "shift", "latent")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class LayerOptions:
     small: SmallLayers
     replicate: Replication
     shift: int
+    latent: Latent
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,10 @@ class TilingConfig:
         replicate: ``"repeat"``, copies are equal, or ``"roll"``, copy ``i`` is the tile rolled by ``i * shift``
             elements: no rows repeat, and the saving in arithmetic is given up. Not with a pair ``p``.
         shift: elements by which ``replicate="roll"`` rolls each further copy.
+        latent: what is trained: ``"weight"``, the weight ``W`` of full size and ``A`` (the paper's), or ``"tile"``, the
+            aggregated tile (Eq. 2, ``q`` elements) and one number for each alpha, so that parameters, gradients and
+            optimiser state are ``2 p`` times smaller, and the tile's gradient takes ``p`` times fewer operations. Under
+            stochastic gradient descent both give the same tiles. Needs ``alpha_source="A"``, and not ``gradual``.
         small: what becomes of layers under ``min_size``: ``"binary"`` (``p=1``, as in the paper) or ``"float"``.
         float_layers: name patterns (``fnmatch``) of layers to keep in full precision.
         tile_parameters: name patterns of parameters to tile although no product with them is seen in the model's code.
@@ -139,6 +145,7 @@ class TilingConfig:
     small: SmallLayers = "binary"
     replicate: Replication = "repeat"
     shift: int = 1
+    latent: Latent = "weight"
     float_layers: tuple[str, ...] = ()
     tile_parameters: tuple[str, ...] = ()
     overrides: Overrides = ()
@@ -170,6 +177,14 @@ class TilingConfig:
         _check_choice("alpha_source", self.alpha_source, get_args(AlphaSource))
         _check_choice("tile_dtype", self.tile_dtype, get_args(TileDType))
         _check_choice("small", self.small, get_args(SmallLayers))
+        _check_choice("latent", self.latent, get_args(Latent))
+        if self.latent == "tile" and self.alpha_source == "W":
+            raise ConfigError("latent='tile' keeps no weight to take alphas from: use alpha_source='A'")
+        if self.latent == "tile" and self.gradual:
+            raise ConfigError(
+                "gradual tiling starts from the float weights, which latent='tile' does not keep: train gradually with "
+                "latent='weight', then use convert_latent"
+            )
         for name in ("float_layers", "tile_parameters"):
             object.__setattr__(self, name, _check_patterns(name, getattr(self, name)))
         if not isinstance(self.gradual, bool):
@@ -237,17 +252,53 @@ class TilingConfig:
         patterns = [*self.float_layers, *self.tile_parameters, *(pattern for pattern, _ in self.overrides)]
         return [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
 
+    # Each preset is the options that it sets over the defaults, `changes` over both: it fixes nothing for good, and
+    # `p`, which the paper varies in every table, is the default's 4 in all of them.
+
     @classmethod
     def paper(cls, **changes: Any) -> TilingConfig:
-        """The paper's general setting: lambda = 64,000 and a separate alpha source ``A``."""
-        return cls(**{"min_size": 64_000, "alpha_source": "A"} | changes)
+        """The paper's general setting: ``min_size=64_000``, ``alpha_source="A"``, ``alpha="layer"``.
+
+        These are the defaults by name. ``p`` is not set: it is 4 unless given.
+
+        Args:
+            changes: any options, those that the preset sets included.
+        """
+        return cls(**{"min_size": 64_000, "alpha_source": "A", "alpha": "layer"} | changes)
+
+    @classmethod
+    def cifar(cls, **changes: Any) -> TilingConfig:
+        """The paper's setting for networks on CIFAR: as :meth:`paper`, with one alpha for each copy (Appendix A).
+
+        Sets ``min_size=64_000``, ``alpha_source="A"`` and ``alpha="tile"``. ``p`` is not set: it is 4 unless given.
+
+        Args:
+            changes: any options, those that the preset sets included.
+
+        Example:
+            >>> TilingConfig.cifar(p=8).alpha
+            'tile'
+        """
+        return cls(**{"min_size": 64_000, "alpha_source": "A", "alpha": "tile"} | changes)
 
     @classmethod
     def imagenet(cls, **changes: Any) -> TilingConfig:
-        """The paper's ImageNet setting: lambda = 150,000 and alphas from ``W``."""
-        return cls(**{"min_size": 150_000, "alpha_source": "W"} | changes)
+        """The paper's ImageNet setting: ``min_size=150_000``, ``alpha_source="W"``, ``alpha="layer"``.
+
+        ``p`` is not set: it is 4 unless given, and 2 in the paper's table.
+
+        Args:
+            changes: any options, those that the preset sets included.
+        """
+        return cls(**{"min_size": 150_000, "alpha_source": "W", "alpha": "layer"} | changes)
 
     @classmethod
     def time_series(cls, **changes: Any) -> TilingConfig:
-        """The paper's time-series setting: lambda = 32,000."""
-        return cls(**{"min_size": 32_000, "alpha_source": "A"} | changes)
+        """The paper's time-series setting: ``min_size=32_000``, ``alpha_source="A"``, ``alpha="layer"``.
+
+        ``p`` is not set: it is 4 unless given, as in the paper's table.
+
+        Args:
+            changes: any options, those that the preset sets included.
+        """
+        return cls(**{"min_size": 32_000, "alpha_source": "A", "alpha": "layer"} | changes)

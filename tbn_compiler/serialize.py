@@ -239,7 +239,7 @@ def _check_tilings(gm: nn.Module, header: PackedHeader, earlier: Mapping[str, Ti
             )
         if record.spec is None:
             raise SerializationError(f"weight {name!r} cannot be tiled in this model: {record.reason}{_hint(name, gm)}")
-        if earlier.get(name, layer.spec) != layer.spec:
+        if replace(earlier.get(name, layer.spec), latent="weight") != layer.spec:
             raise SerializationError(
                 f"weight {name!r} is tiled with {describe_spec(layer.spec)} in the file, with "
                 f"{describe_spec(earlier[name])} in the model: load into the float model, which has no tilings"

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tbn_compiler.config import AlphaSource, TileDType
+from tbn_compiler.config import AlphaSource, Latent, TileDType
 from tbn_compiler.errors import ConfigError
 
 LayoutKind = Literal["flat", "two-axis", "staggered"]
@@ -138,6 +138,16 @@ class TileLayout:
     def roll(self) -> int:
         """Elements, fewer than ``q``, by which each further copy is rolled."""
         return self.shift % self.tile_size if self.kind == "staggered" else 0
+
+    @cached_property
+    def tile_shape(self) -> tuple[int, ...]:
+        """Shape in which a tile is trained: that of the unique rows where it is these and no more, else ``[q]``."""
+        if self.p == 1:
+            return self.shape
+        if self.batch > 1 or self.kind == "staggered" or not self.aligned:
+            return (self.tile_size,)
+        inputs = self.shape[1:] if self.p_in == 1 else (self.shape[1] // self.p_in, *self.shape[2:])
+        return (self.unique_rows, *inputs)
 
     @cached_property
     def aligned(self) -> bool:
@@ -426,12 +436,14 @@ class TileSpec:
         num_alphas: 1 (one scale per layer), ``layout.p_out`` (one per output copy) or ``layout.p`` (one per copy).
         alpha_source: ``"A"``, a second trainable tensor, or ``"W"``, the weight itself.
         tile_dtype: ``"binary"`` (the sign, 1 bit) or ``"float"`` (the sum itself, 32 bits).
+        latent: what is trained, ``"weight"`` or ``"tile"``; ``"weight"`` once it is stored.
     """
 
     layout: TileLayout
     num_alphas: int
     alpha_source: AlphaSource = "A"
     tile_dtype: TileDType = "binary"
+    latent: Latent = "weight"
 
     @property
     def tile_bits(self) -> int:
@@ -451,7 +463,12 @@ def tile_vector(weight: Tensor, layout: TileLayout, *, binary: bool = True) -> T
         Tensor of shape ``[q]`` and the dtype of ``weight``. A sum of exactly 0 gives -1.
     """
     s = layout.aggregate(weight)
-    return torch.where(s > 0, 1.0, -1.0).to(weight.dtype) if binary else s
+    return tile_signs(s) if binary else s
+
+
+def tile_signs(s: Tensor) -> Tensor:
+    """``+1`` where ``s > 0``, else ``-1`` (Eq. 3), in its shape and dtype."""
+    return torch.where(s > 0, 1.0, -1.0).to(s.dtype)
 
 
 def tiled_weight(weight: Tensor, source: Tensor, spec: TileSpec) -> Tensor:

@@ -7,16 +7,30 @@ The training loop stays the user's own. What :func:`~tbn_compiler.transform` ret
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from tbn_compiler.config import Latent, TilingConfig
 from tbn_compiler.errors import ConfigError, SerializationError, TransformError
+from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.layers import apply_view, find_record, layer_calls
-from tbn_compiler.graph.records import alpha_source_key, get_records, graph_parts, is_tiling_record, join_key, split_key
-from tbn_compiler.graph.tiled_parameters import STRENGTH, read_forms
+from tbn_compiler.graph.records import (
+    LayerRecord,
+    alpha_source_key,
+    get_records,
+    graph_parts,
+    is_tiling_record,
+    join_key,
+    set_records,
+    split_key,
+)
+from tbn_compiler.graph.tiled_parameters import STRENGTH, read_forms, read_tiled
+from tbn_compiler.passes import Scope, run_passes
 from tbn_compiler.passes.blend_weights import strength_keys
+from tbn_compiler.passes.convert_latents import HoldTiles, HoldWeights, convert_parameters
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -38,7 +52,7 @@ def init_from_float(module: Module, source: nn.Module | Mapping[str, Any] | None
         ``module``.
 
     Raises:
-        TransformError: the module has no tiled layer in training form.
+        TransformError: the module has no tiled layer in training form, or one that trains its tile.
         SerializationError: the checkpoint does not fit; the module is then unchanged.
 
     Example:
@@ -46,6 +60,12 @@ def init_from_float(module: Module, source: nn.Module | Mapping[str, Any] | None
         >>> trained = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
         >>> qat = tbn.init_from_float(tbn.transform(trained, tbn.TilingConfig(p=4)))
     """
+    held = [record.name for record in _trained_records(module) if record.spec and record.spec.latent == "tile"]
+    if held:
+        raise TransformError(
+            f"layer {held[0]!r} trains its tile (latent='tile'), which float weights do not fit: transform with "
+            "latent='weight', call init_from_float, then convert_latent(module, 'tile')"
+        )
     pairs = dict(_alpha_sources(module))
     if source is not None:
         state_dict = source.state_dict() if isinstance(source, nn.Module) else source
@@ -61,30 +81,22 @@ def init_from_float(module: Module, source: nn.Module | Mapping[str, Any] | None
 
 def _alpha_sources(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The alpha sources of a module by key, each with the weight (as its layer sees it) that it belongs to."""
-    tiled = False
     for path, part in graph_parts(module):
         for call in layer_calls(part):
             record = find_record(get_records(part) or (), call) if call.form == "tiled" else None
             if record is None or record.spec is None:
                 continue
-            tiled = True
             if record.spec.alpha_source == "A":
                 weight = apply_view(part.get_parameter(record.parameter).detach(), call.view)
                 yield join_key(path, alpha_source_key(record.weight)), weight
     for path, owner in module.named_modules(remove_duplicate=False):
         for form in read_forms(owner):
             record = form.record
-            tiled |= not form.lowered
             if not form.lowered and record.spec is not None and record.spec.alpha_source == "A":
                 parameter = owner._parameters[record.parameter]
                 assert parameter is not None
                 weight = parameter.detach().t() if record.view else parameter.detach()
                 yield join_key(path, alpha_source_key(record.weight)), weight
-    if not tiled:
-        raise TransformError(
-            f"{type(module).__name__} has no tiled layer to train: pass the module that tbn_compiler.transform "
-            "returned, before it is lowered"
-        )
 
 
 def _load_float(module: nn.Module, state_dict: Mapping[str, Any], sources: set[str]) -> None:
@@ -109,6 +121,80 @@ def _load_float(module: nn.Module, state_dict: Mapping[str, Any], sources: set[s
             f"the state_dict is not one of the float model of {type(module).__name__}: {'; '.join(found)}"
         )
     module.load_state_dict(state_dict, strict=False)
+
+
+def convert_latent(module: Module, latent: Latent) -> Module:
+    """Let a module train its tiles instead of weights, or weights instead of tiles; the network computes the same.
+
+    To the tile, each weight becomes the sum of its copies (Eq. 2) and each alpha source ``A`` the alphas themselves
+    (Eq. 7, 9): parameters and optimiser state are ``2 p`` times smaller. To the weight, every copy takes its part of
+    the tile, ``W_i = s / p``, and every element of ``A`` the alpha that it gives.
+
+    Args:
+        module: the result of :func:`~tbn_compiler.transform`, before it is sharded. It is not changed.
+        latent: ``"tile"`` or ``"weight"``, as in :class:`~tbn_compiler.TilingConfig`.
+
+    Returns:
+        A copy that shares all other parameters. Build the optimiser anew from its parameters.
+
+    Raises:
+        ConfigError: ``latent`` is neither of both.
+        TransformError: the module has no tiled layer to train, or a layer takes its alphas from the weight
+            (``alpha_source="W"``) or is blended with it (``gradual``), so that no tile can stand for it.
+
+    Example:
+        >>> import tbn_compiler as tbn
+        >>> qat = tbn.transform(nn.Linear(512, 512), tbn.TilingConfig(p=4))
+        >>> small = tbn.convert_latent(qat, "tile")
+        >>> small.weight.shape
+        torch.Size([128, 512])
+    """
+    if latent not in get_args(Latent):
+        raise ConfigError(f"latent={latent!r} is not one of {', '.join(map(repr, get_args(Latent)))}")
+    for record in _trained_records(module):
+        assert record.spec is not None
+        if latent == "tile" and record.spec.alpha_source == "W":
+            raise TransformError(
+                f"layer {record.name!r} takes its alphas from its weight (alpha_source='W'): a tile has none"
+            )
+    if latent == "tile" and any(STRENGTH in part._buffers for part in module.modules()):
+        raise TransformError("gradual tiling blends tiled and float weights, and a tile has none of the latter")
+    result = share_tensors_copy(module)
+    scope = Scope(TilingConfig())
+    for _, part in graph_parts(result):
+        if latent == "tile":
+            set_records(part, map(_asking_for_tile, get_records(part) or ()))
+        run_passes(part, [HoldTiles(scope) if latent == "tile" else HoldWeights(scope)])
+    for owner in result.modules():
+        forms = read_forms(owner)
+        if latent == "tile" and any(not form.lowered for form in forms):
+            read_tiled(owner, [replace(form, record=_asking_for_tile(form.record)) for form in forms])
+        convert_parameters(owner, latent, scope)
+    return result
+
+
+def _asking_for_tile(record: LayerRecord) -> LayerRecord:
+    return record if record.spec is None else replace(record, spec=replace(record.spec, latent="tile"))
+
+
+def _trained_records(module: nn.Module) -> list[LayerRecord]:
+    """The records of the tiled layers in training form.
+
+    Raises:
+        TransformError: there are none.
+    """
+    found = []
+    for path, part in graph_parts(module):
+        records = [find_record(get_records(part) or (), call) for call in layer_calls(part) if call.form == "tiled"]
+        found += [record.inside(path) for record in records if record is not None and record.spec is not None]
+    for path, owner in module.named_modules():
+        found += [form.record.inside(path) for form in read_forms(owner) if not form.lowered]
+    if not found:
+        raise TransformError(
+            f"{type(module).__name__} has no tiled layer to train: pass the module that tbn_compiler.transform "
+            "returned, before it is lowered"
+        )
+    return found
 
 
 def set_tiling_strength(module: nn.Module, value: float) -> None:

@@ -22,17 +22,31 @@ def test_defaults_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "min_size", "alpha_source"),
+    ("preset", "min_size", "alpha_source", "alpha"),
     [
-        (TilingConfig.paper, 64_000, "A"),
-        (TilingConfig.imagenet, 150_000, "W"),
-        (TilingConfig.time_series, 32_000, "A"),
+        (TilingConfig.paper, 64_000, "A", "layer"),
+        (TilingConfig.cifar, 64_000, "A", "tile"),
+        (TilingConfig.imagenet, 150_000, "W", "layer"),
+        (TilingConfig.time_series, 32_000, "A", "layer"),
     ],
 )
-def test_presets(preset: Any, min_size: int, alpha_source: str) -> None:
+def test_presets(preset: Any, min_size: int, alpha_source: str, alpha: str) -> None:
     config = preset(p=8)
-    assert (config.p, config.min_size, config.alpha_source, config.alpha) == (8, min_size, alpha_source, "layer")
-    assert preset(min_size=7, alpha="tile").min_size == 7
+    assert (config.p, config.min_size, config.alpha_source, config.alpha) == (8, min_size, alpha_source, alpha)
+    assert config == TilingConfig(p=8, min_size=min_size, alpha_source=alpha_source, alpha=alpha)
+    assert preset().p == TilingConfig().p
+    changed = preset(min_size=7, alpha="output", alpha_source="W", p=(2, 2), float_layers=["head"])
+    assert changed == TilingConfig(min_size=7, alpha="output", alpha_source="W", p=(2, 2), float_layers=["head"])
+    written = " ".join(preset.__doc__.split())
+    for said in (f"min_size={min_size:_}", f'alpha="{alpha}"', f'alpha_source="{alpha_source}"'):
+        assert f"``{said}``" in written
+    assert "``p`` is not set" in written
+
+
+@pytest.mark.parametrize("preset", [TilingConfig.paper, TilingConfig.cifar])
+def test_presets_name_unknown_options(preset: Any) -> None:
+    with pytest.raises(ConfigError, match="has no field 'alhpa'; did you mean 'alpha'"):
+        preset(alhpa="tile")
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from typing import Any, cast
 
 from torch import Tensor, fx
 
-from tbn_compiler.ops.calls import OPERATORS, TiledCall
+from tbn_compiler.ops.calls import OPERATORS, TRAINING_OPERATORS, TiledCall
 from tbn_compiler.tiling import TiledProduct
 from tbn_compiler.torch_private import OpOverload, operator_schema
 
 _OPERATORS = {operator.overload: operator for operator in OPERATORS.values()}
+_TRAINING_OPERATORS = {operator.overload: operator for operator in TRAINING_OPERATORS.values()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,12 @@ def tiled_call(node: fx.Node) -> InferenceCall | None:
     """The call of an inference operator that ``node`` is, or ``None``."""
     operator = _OPERATORS.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
     return None if operator is None else InferenceCall(operator, named_arguments(node), node)
+
+
+def training_call(node: fx.Node) -> TiledCall | None:
+    """The call of an operator that trains a layer that ``node`` is, with nodes in place of tensors, or ``None``."""
+    operator = _TRAINING_OPERATORS.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
+    return None if operator is None else TiledCall(operator, named_arguments(node))
 
 
 def attribute(gm: fx.GraphModule, node: Any) -> Tensor | None:

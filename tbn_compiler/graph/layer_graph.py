@@ -23,8 +23,8 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
 from tbn_compiler.graph.copying import copy_graph_module, graph_class
-from tbn_compiler.graph.records import CarriesTilings, own_records
-from tbn_compiler.graph.tiled_parameters import TRANSPOSED, decoded_weight
+from tbn_compiler.graph.records import TRANSPOSED, CarriesTilings, own_records
+from tbn_compiler.graph.tiled_parameters import decoded_weight
 from tbn_compiler.torch_private import OpOverload, has_usual_code, input_structure
 
 TRAINING_FLAG = "tbn_training_flag"

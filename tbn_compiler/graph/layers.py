@@ -1,8 +1,9 @@
 """What counts as a layer, and where a graph calls one.
 
 A :class:`LayerCall` is one place in a graph where a linear or convolution runs, in any of its three forms: a
-module or function on a float weight, a function on a ``tile -> scale`` subgraph, or an inference operator on a
-stored tile. An attention is four calls of linears, one for each of its weights.
+module or function on a float weight; in training form, a function on a ``tile -> scale`` subgraph or the operator that
+stands for both; or an inference operator on a stored tile. An attention is four calls of linears, one for each of its
+weights.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tbn_compiler.graph.attention import ATTENTION_WEIGHTS, attention_layer
-from tbn_compiler.graph.calls import tiled_call
+from tbn_compiler.graph.calls import tiled_call, training_call
 from tbn_compiler.graph.operations import OPERATIONS, VIEWS, bind, module_operation, operation_of
 from tbn_compiler.graph.records import LayerRecord, join_key
 from tbn_compiler.ops.calls import OPERATORS
@@ -47,7 +48,7 @@ class LayerCall:
         kind: ``"linear"``, ``"conv2d"``, ...
         weight: ``state_dict`` key of the parameter, or the record's weight name in a lowered call; ``None`` if the
             weight is computed in the graph.
-        form: ``"float"``, ``"tiled"`` (on a ``tile -> scale`` subgraph) or ``"lowered"``.
+        form: ``"float"``, ``"tiled"`` (on a ``tile -> scale`` subgraph, or an operator that trains) or ``"lowered"``.
         view: the view nodes between parameter and layer, first to last.
         argument: name of the argument of a function that the weight is.
     """
@@ -62,7 +63,8 @@ class LayerCall:
     @property
     def weight_node(self) -> Any:
         """What the call of a function takes as its weight."""
-        return function_arguments(self.node).get(self.argument)
+        trained = training_call(self.node)
+        return (function_arguments(self.node) if trained is None else trained.arguments).get(self.argument)
 
     @property
     def view_text(self) -> str:
@@ -177,8 +179,13 @@ def blend_strength(node: Any) -> fx.Node | None:
 
 
 def weight_chain(weight: Any) -> tuple[fx.Node, fx.Node] | None:
-    """The ``tile`` and ``scale`` nodes that compute a weight, blended or not; ``None`` for any other weight."""
+    """The ``tile`` and ``scale`` nodes that compute a weight, blended or not; ``None`` for any other weight.
+
+    Both are the same node where one operator does it all.
+    """
     scale = weight
+    if _is_call(scale, _tbn.train_weight.default):
+        return scale, scale
     if blend_strength(scale) is not None:
         scale = scale.args[1]
     if not _is_call(scale, _tbn.scale.default):
@@ -201,6 +208,11 @@ def layer_calls(gm: fx.GraphModule) -> Iterator[LayerCall]:
             key, view = (str(found[0].target), found[1]) if found else (None, ())
             kind = function_kind(node) or "linear"
             yield LayerCall(node, kind, key, "tiled" if chain else "float", view, argument)
+        trained = training_call(node)
+        if trained is not None:
+            found = parameter_view(trained.arguments["weight"])
+            key, view = (str(found[0].target), found[1]) if found else (None, ())
+            yield LayerCall(node, trained.kind, key, "tiled", view)
         lowered = tiled_call(node)
         if lowered is not None:
             key = str(lowered.arguments["tile"].target).removesuffix("_tile")
@@ -215,6 +227,9 @@ def find_record(records: Iterable[LayerRecord], call: LayerCall) -> LayerRecord 
                 return record
         elif call.weight is None:
             if record.parameter == f"{call.node.name}.{call.argument}":
+                return record
+        elif record.spec is not None and record.spec.latent == "tile" and not call.view:
+            if call.weight in (record.trained, *record.tied):
                 return record
         elif record.view == call.view_text and call.weight in (record.parameter, *record.tied):
             return record

@@ -36,6 +36,7 @@ from tbn_compiler.graph.tiling_data import (
 )
 from tbn_compiler.tiling import TileSpec
 
+TRANSPOSED = ".t()"  # the view of a matrix whose rows are the inputs: it is tiled as the layer sees it
 EXTRA_STATE = "_extra_state"  # PyTorch's name for what get_extra_state gives
 
 _RECORDS = "tbn_layers"
@@ -121,6 +122,12 @@ class LayerRecord:
         suffix = self.weight.removeprefix(self.parameter)
         return tuple(key + suffix for key in self.tied)
 
+    @property
+    def trained(self) -> str:
+        """Name of the tensor that is trained: the parameter, or the tile of one of several views of it."""
+        own = self.spec is not None and self.spec.latent == "tile" and self.view not in ("", TRANSPOSED)
+        return self.weight if own else self.parameter
+
     def inside(self, path: str) -> LayerRecord:
         """The record as seen from a model that holds the layer's model as submodule ``path``."""
         # A model that is nothing but one layer names it after its weight.
@@ -187,7 +194,7 @@ def get_records(module: nn.Module) -> tuple[LayerRecord, ...] | None:
 
 def _identity(holder: nn.Module, record: LayerRecord) -> Any:
     """The same for two records of one weight; an embedding and a layer that share theirs are both listed."""
-    for key in (tile_key(record.weight), record.parameter):
+    for key in (tile_key(record.weight), record.trained):
         path, name = split_key(key)
         try:
             owner = holder.get_submodule(path)
@@ -270,7 +277,7 @@ def _read_tilings(data: Any) -> Iterator[tuple[str, TileSpec]]:
     if not isinstance(data["layers"], dict):
         raise SerializationError(f"its layers are {shorten(data['layers'])}, not an object")
     for name, entry in data["layers"].items():
-        check_fields(f"its entry {shorten(name)}", entry, SPEC_FIELDS, OPTIONS)
+        check_fields(f"its entry {shorten(name)}", entry, SPEC_FIELDS, (*OPTIONS, "latent"))
         yield name, spec_from_data(entry)
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tbn_compiler.graph.records import (
+    TRANSPOSED,
     CarriesTilings,
     LayerRecord,
     alpha_key,
@@ -34,7 +35,6 @@ from tbn_compiler.graph.records import (
 from tbn_compiler.tiling import TileLayout
 
 STRENGTH = "tiling_strength"
-TRANSPOSED = ".t()"  # the view of a matrix whose rows are the inputs: it is tiled as the layer sees it
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def _training_read(form: ReadForm) -> Any:
     source_name = alpha_source_key(record.weight) if spec.alpha_source == "A" else name
     layout, num_alphas, binary = spec.layout, spec.num_alphas, spec.tile_dtype == "binary"
     p, p_in, shift, batch = layout.p, layout.p_in, layout.shift, layout.batch
-    alphas_in = layout.alphas_in(num_alphas)
+    alphas_in, held = layout.alphas_in(num_alphas), spec.latent == "tile"
+    shape, options = list(layout.shape), {"p_in": p_in, "shift": shift, "batch": batch, "binary": binary}
 
     def read(self: nn.Module) -> Tensor | None:
         parameter = self._parameters.get(name)
@@ -130,11 +131,14 @@ def _training_read(form: ReadForm) -> Any:
             if name in self._parameters:
                 return None
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        weight = parameter.t() if transposed else parameter
+        weight = parameter.t() if transposed and not held else parameter
         source = weight if source_name == name else self._parameters.get(source_name)
         if source is None:  # a new module that was made by this one's class: nothing of it is tiled
             return parameter
-        bits = torch.ops.tbn.tile.default(weight, p, p_in=p_in, shift=shift, batch=batch, binary=binary)
+        if held:
+            whole: Tensor = torch.ops.tbn.train_weight.default(weight, source, shape, p, num_alphas, **options)
+            return whole.t() if transposed else whole
+        bits = torch.ops.tbn.tile.default(weight, p, **options)
         used: Tensor = torch.ops.tbn.scale.default(bits, source, num_alphas, p_in=alphas_in)
         strength = self._buffers.get(STRENGTH) if gradual else None
         if strength is not None:

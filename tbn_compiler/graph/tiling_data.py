@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, get_args
 
-from tbn_compiler.config import AlphaSource, TileDType
+from tbn_compiler.config import AlphaSource, Latent, TileDType
 from tbn_compiler.errors import SerializationError
 from tbn_compiler.tiling import TileLayout, TileSpec
 
@@ -24,7 +24,8 @@ def describe_spec(spec: TileSpec) -> str:
     parts = [p, *([f"replicate='roll' (shift {layout.shift})"] if layout.shift else [])]
     parts += [f"batch={layout.batch}"] if layout.batch > 1 else []
     alphas = f"{spec.num_alphas} alpha{'s' if spec.num_alphas > 1 else ''} from {spec.alpha_source}"
-    return ", ".join([*parts, alphas, *(["full-precision tile"] if spec.tile_dtype == "float" else [])])
+    parts += [alphas, *(["full-precision tile"] if spec.tile_dtype == "float" else [])]
+    return ", ".join([*parts, *(["latent='tile'"] if spec.latent == "tile" else [])])
 
 
 def spec_to_data(spec: TileSpec) -> dict[str, Any]:
@@ -33,7 +34,8 @@ def spec_to_data(spec: TileSpec) -> dict[str, Any]:
     data: dict[str, Any] = {"shape": list(layout.shape), "p": layout.p, "p_in": layout.p_in, "shift": layout.shift}
     if layout.batch != 1:
         data["batch"] = layout.batch
-    return data | {"alphas": spec.num_alphas, "alpha_source": spec.alpha_source, "tile_dtype": spec.tile_dtype}
+    data |= {"alphas": spec.num_alphas, "alpha_source": spec.alpha_source, "tile_dtype": spec.tile_dtype}
+    return data | ({} if spec.latent == "weight" else {"latent": spec.latent})
 
 
 def spec_from_data(data: Mapping[str, Any]) -> TileSpec:
@@ -59,16 +61,20 @@ def spec_from_data(data: Mapping[str, Any]) -> TileSpec:
             _check_integer(field, value, 0)
         elif type(value) is not type(OPTIONS[field]):
             raise SerializationError(f"{field} is {shorten(value)}, not a {type(OPTIONS[field]).__name__}")
-    for field, choices in (("alpha_source", get_args(AlphaSource)), ("tile_dtype", get_args(TileDType))):
-        if not isinstance(data[field], str) or data[field] not in choices:
-            raise SerializationError(f"{field} is {shorten(data[field])}, not one of {', '.join(map(repr, choices))}")
+    named = {"latent": "weight"} | {
+        field: data[field] for field in ("alpha_source", "tile_dtype", "latent") if field in data
+    }
+    for field, kind in (("alpha_source", AlphaSource), ("tile_dtype", TileDType), ("latent", Latent)):
+        value, choices = named[field], get_args(kind)
+        if not isinstance(value, str) or value not in choices:
+            raise SerializationError(f"{field} is {shorten(value)}, not one of {', '.join(map(repr, choices))}")
     for field, size in (("shape", math.prod(shape)), ("shift", options["shift"] * data["p"])):
         if size >= 2**63:
             raise SerializationError(f"{field} is {shorten(data[field])}, too large for any tensor")
     layout = TileLayout(tuple(shape), data["p"], **options)
     if not layout.allows_alphas(data["alphas"]):
         raise SerializationError(f"alphas={data['alphas']} is no number of alphas of {layout}")
-    return TileSpec(layout, data["alphas"], data["alpha_source"], data["tile_dtype"])
+    return TileSpec(layout, data["alphas"], **named)
 
 
 def _check_integer(field: str, value: Any, least: int) -> None:

@@ -27,6 +27,7 @@ from tbn_compiler.ops.schemas import (
     CONV_TRANSPOSE_OPS,
     EPILOGUES,
     LIBRARY,
+    TRAINING_PREFIX,
     check_stored,
     make_layout,
 )
@@ -104,9 +105,14 @@ class Operator:
         return tuple(name for name in given if name in self.names)
 
     @cached_property
+    def kind(self) -> str:
+        """Kind of layer: ``"linear"``, ``"conv2d"``, ..."""
+        return self.name.removeprefix(TRAINING_PREFIX)
+
+    @cached_property
     def function(self) -> Callable[..., Tensor]:
         """PyTorch's function for this kind of layer."""
-        function: Callable[..., Tensor] = getattr(F, self.name)
+        function: Callable[..., Tensor] = getattr(F, self.kind)
         return function
 
     @cached_property
@@ -149,6 +155,11 @@ OPERATORS: dict[str, Operator] = {
 }
 """The inference operators by name, which is also the kind of layer that each one computes."""
 
+TRAINING_OPERATORS: dict[str, Operator] = {
+    kind: Operator.of(getattr(torch.ops.tbn, TRAINING_PREFIX + kind).default) for kind in OPERATORS
+}
+"""The layers that train, by kind."""
+
 
 @dataclass(frozen=True, eq=False)
 class TiledCall:
@@ -165,7 +176,7 @@ class TiledCall:
     @property
     def kind(self) -> str:
         """Kind of layer: ``"linear"``, ``"conv2d"``, ``"conv_transpose2d"``, ..."""
-        return self.operator.name
+        return self.operator.kind
 
     @property
     def dims(self) -> int:

@@ -58,7 +58,24 @@ _CONV_TRANSPOSE_SCHEMA = (
     "int groups=1, int[{d}] dilation=1) -> Tensor"
 )
 
+# Layers that train; the arguments behind the bias are those of the inference operators.
+TRAINING_PREFIX = "train_"
+_TRAINING_HEAD = f"{TRAINING_PREFIX}{{name}}(Tensor input, Tensor weight, Tensor source, Tensor? bias, "
+_TRAIN_CONV_SCHEMA = (
+    _TRAINING_HEAD + "int in_channels, int out_channels, int[{d}] kernel_size, int p, int num_alphas, *, int p_in=1, "
+    "int shift=0, int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1, bool binary=True) -> Tensor"
+)
+_TRAIN_CONV_TRANSPOSE_SCHEMA = (
+    _TRAINING_HEAD + "int in_channels, int out_channels, int[{d}] kernel_size, int p, int num_alphas, *, "
+    "int shift=0, int[{d}] stride=1, int[{d}] padding=0, int[{d}] output_padding=0, int groups=1, "
+    "int[{d}] dilation=1, bool binary=True) -> Tensor"
+)
+
 LIBRARY.define("tile(Tensor weight, int p, *, int p_in=1, int shift=0, int batch=1, bool binary=True) -> Tensor")
+LIBRARY.define(
+    f"{TRAINING_PREFIX}weight(Tensor weight, Tensor source, int[] shape, int p, int num_alphas, *, int p_in=1, "
+    "int shift=0, int batch=1, bool binary=True) -> Tensor"
+)
 LIBRARY.define("scale(Tensor bits, Tensor source, int num_alphas, *, int p_in=1) -> Tensor")
 LIBRARY.define("unpack_bits(Tensor packed, int numel, *, ScalarType dtype) -> Tensor")
 LIBRARY.define(
@@ -69,9 +86,16 @@ LIBRARY.define(
     "Tensor? input_alpha=None, *, int p_in=1, int shift=0, "
     'str activation="float", str epilogue="none") -> Tensor'
 )
+LIBRARY.define(
+    _TRAINING_HEAD.format(name="linear")
+    + "int in_features, int out_features, int p, int num_alphas, *, int p_in=1, int shift=0, "
+    "bool binary=True) -> Tensor"
+)
 for _d, _name in CONV_OPS.items():
     LIBRARY.define(_CONV_SCHEMA.format(name=_name, d=_d))
     LIBRARY.define(_CONV_TRANSPOSE_SCHEMA.format(name=CONV_TRANSPOSE_OPS[_d], d=_d))
+    LIBRARY.define(_TRAIN_CONV_SCHEMA.format(name=_name, d=_d))
+    LIBRARY.define(_TRAIN_CONV_TRANSPOSE_SCHEMA.format(name=CONV_TRANSPOSE_OPS[_d], d=_d))
 
 
 # Layouts know sizes that take arithmetic to find: an operator that is called again finds its own again.

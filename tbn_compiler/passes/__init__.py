@@ -5,6 +5,7 @@ from __future__ import annotations
 from tbn_compiler.passes.base import GraphPass, run_passes
 from tbn_compiler.passes.blend_weights import BlendWeights, RemoveBlends
 from tbn_compiler.passes.choose_tiling import Scope
+from tbn_compiler.passes.convert_latents import HoldTiles
 from tbn_compiler.passes.decompose_attention import DecomposeAttention
 from tbn_compiler.passes.drop_absent_tensors import DropAbsentTensors
 from tbn_compiler.passes.expose_attention import ExposeAttention
@@ -17,6 +18,7 @@ from tbn_compiler.passes.lower_tiles import LowerTiles, Stored
 from tbn_compiler.passes.quantize_activations import QuantizeActivations
 from tbn_compiler.passes.remove_dead_nodes import RemoveDeadNodes
 from tbn_compiler.passes.remove_noops import RemoveNoOps
+from tbn_compiler.passes.share_rows import ShareRows
 from tbn_compiler.passes.tile_weights import TileWeights
 
 
@@ -26,7 +28,7 @@ def training_pipeline(scope: Scope) -> list[GraphPass]:
         ExposeAttention(),
         ExposeLinears(),
         TileWeights(scope),
-        *([BlendWeights()] if scope.config.gradual else []),
+        *([BlendWeights()] if scope.config.gradual else [ShareRows(), HoldTiles(scope)]),
     ]
 
 
@@ -65,12 +67,14 @@ __all__ = [
     "FuseEpilogue",
     "FuseUnpack",
     "GraphPass",
+    "HoldTiles",
     "LowerTiles",
     "QuantizeActivations",
     "RemoveBlends",
     "RemoveDeadNodes",
     "RemoveNoOps",
     "Scope",
+    "ShareRows",
     "Stored",
     "TileWeights",
     "deployment_pipeline",

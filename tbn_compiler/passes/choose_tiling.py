@@ -27,6 +27,7 @@ class Scope:
         keys: by id of a parameter, all its ``state_dict`` keys in the model, in order.
         held: by id of a parameter, why its other places need it in float.
         sources: by id of a parameter and view, the alpha source of its tiling, which all its places share.
+        latents: by id of a parameter and view, the tile and the alphas that are trained in its place.
     """
 
     config: TilingConfig
@@ -35,10 +36,11 @@ class Scope:
     keys: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     held: Mapping[int, str] = field(default_factory=dict)
     sources: dict[tuple[int, str], nn.Parameter] = field(default_factory=dict)
+    latents: dict[tuple[int, str], tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
 
     def at(self, path: str) -> Scope:
         """The same for another place in the model."""
-        return Scope(self.config, self.specs, path, self.keys, self.held, self.sources)
+        return Scope(self.config, self.specs, path, self.keys, self.held, self.sources, self.latents)
 
     def all_keys(self, parameter: nn.Parameter, weight: str, tied: tuple[str, ...] = ()) -> tuple[str, ...]:
         """All full keys of a weight; ``weight`` and ``tied`` are those seen from the path."""
@@ -100,7 +102,7 @@ def _choose(options: LayerOptions, kind: str, shape: tuple[int, ...], batch: int
     if layout.p > 1 and layout.tile_size // batch < _MIN_TILE:
         return None, f"p={layout.p} leaves a tile of {layout.tile_size // batch} weights, under {_MIN_TILE}"
     num_alphas = batch * {"layer": 1, "output": layout.p_out, "tile": layout.p}[options.alpha]
-    return TileSpec(layout, num_alphas, options.alpha_source, options.tile_dtype), note
+    return TileSpec(layout, num_alphas, options.alpha_source, options.tile_dtype, options.latent), note
 
 
 def _fit(kind: str, shape: tuple[int, ...], options: LayerOptions) -> tuple[TileLayout, str | None]:

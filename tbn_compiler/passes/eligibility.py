@@ -24,10 +24,13 @@ from tbn_compiler.graph.layers import (
 )
 from tbn_compiler.graph.operations import operation_of
 from tbn_compiler.graph.records import LayerRecord, alpha_source_key, join_key, layer_name, split_key
-from tbn_compiler.ops.calls import OPERATORS
+from tbn_compiler.ops.calls import OPERATORS, TRAINING_OPERATORS
 from tbn_compiler.passes.base import has_hooks
 
-_TILING_OPS = (torch.ops.tbn.tile.default, torch.ops.tbn.scale.default)
+_TILING_OPS = {
+    *(torch.ops.tbn.tile.default, torch.ops.tbn.scale.default),
+    *(operator.overload for operator in TRAINING_OPERATORS.values()),
+}
 
 
 def calls_by_weight(gm: fx.GraphModule, calls: list[LayerCall]) -> Iterator[list[LayerCall]]:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tbn_compiler.errors import LoweringError
+from tbn_compiler.graph.calls import training_call
 from tbn_compiler.graph.layers import (
     LayerCall,
     apply_view,
@@ -44,18 +45,22 @@ from tbn_compiler.graph.records import (
     LayerRecord,
     alpha_key,
     alpha_source_key,
+    attach_records,
     get_records,
     join_key,
+    own_records,
+    set_records,
     split_key,
     tile_key,
 )
-from tbn_compiler.graph.tiled_parameters import STRENGTH, decoded_weight, read_forms, read_tiled
+from tbn_compiler.graph.tiled_parameters import STRENGTH, ReadForm, decoded_weight, read_forms, read_tiled
 from tbn_compiler.ops.calls import OPERATORS
+from tbn_compiler.ops.training import alphas_of
 from tbn_compiler.packing import pack_bits
 from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, remove_dead_nodes
 from tbn_compiler.passes.blend_weights import check_strength
 from tbn_compiler.passes.facts import Fact
-from tbn_compiler.tiling import TileSpec, tile_vector
+from tbn_compiler.tiling import TileSpec, tile_signs
 
 
 class PackedLayer(nn.Module):
@@ -135,7 +140,7 @@ class LowerTiles(GraphPass):
         first = {record.weight: (call, record) for call, record in reversed(work)}
         tensors = {
             record.weight: self.stored.get(
-                record, gm.get_parameter(record.parameter), functools.partial(_compute, gm, call, record)
+                record, gm.get_parameter(record.trained), functools.partial(_compute, gm, call, record)
             )
             for call, record in first.values()
         }
@@ -144,7 +149,9 @@ class LowerTiles(GraphPass):
         for call, record in work:
             _lower_call(gm, call, record)
         remove_dead_nodes(gm.graph)
-        _remove_float_weights(gm, [record for _, record in first.values()])
+        done = [record for _, record in first.values()]
+        _remove_float_weights(gm, done)
+        set_records(gm, [_stored(record) if record in done else record for record in get_records(gm) or ()])
         return bool(work)
 
     def _checked_calls(self, gm: fx.GraphModule) -> list[tuple[LayerCall, LayerRecord]]:
@@ -177,20 +184,25 @@ def _check(call: LayerCall, records: Iterable[LayerRecord], path: str) -> LayerR
             f"node {call.node.name} uses tiled weight {weight!r}, of which there is no record; "
             "transform the model with tbn_compiler.transform"
         )
-    tile, scale = weight_chain(call.weight_node) or (None, None)
-    assert tile is not None
-    assert scale is not None
-    source = parameter_view(tile.args[0])
+    chain = weight_chain(call.weight_node)
+    source = parameter_view(chain[0].args[0] if chain else call.weight_node)
     assert source is not None
-    for node in (source[0], *source[1], tile):
+    bits = [chain[0]] if chain is not None and chain[0] is not chain[1] else []
+    for node in (source[0], *source[1], *bits):
         for user in node.users:
-            if user is scale or user.target is torch.ops.tbn.tile.default or parameter_view(user) is not None:
-                continue
-            raise _other_reader(user, node, record.inside(path))
-    for user in scale.users:
-        if [name for name, value in function_arguments(user).items() if value is scale] != ["weight"]:
-            raise _other_reader(user, scale, record.inside(path))
+            if not (_trains(user) or parameter_view(user) is not None):
+                raise _other_reader(user, node, record.inside(path))
+    if chain is not None:
+        scale = chain[1]
+        for user in scale.users:
+            if [name for name, value in function_arguments(user).items() if value is scale] != ["weight"]:
+                raise _other_reader(user, scale, record.inside(path))
     return record
+
+
+def _trains(user: fx.Node) -> bool:
+    operators = (torch.ops.tbn.tile.default, torch.ops.tbn.scale.default, torch.ops.tbn.train_weight.default)
+    return user.target in operators or training_call(user) is not None
 
 
 def _other_reader(user: fx.Node, node: fx.Node, record: LayerRecord) -> LoweringError:
@@ -203,7 +215,7 @@ def _other_reader(user: fx.Node, node: fx.Node, record: LayerRecord) -> Lowering
 def _check_finite(gm: nn.Module, record: LayerRecord, path: str) -> None:
     """Refuse values that no tile stands for; ``path`` is where the module stands in the model."""
     parameters = dict(gm.named_parameters(remove_duplicate=False))
-    for key in (record.parameter, _source_key(record)):
+    for key in (record.trained, _source_key(record)):
         tensor = parameters[key]
         # NaN and infinity survive minimum and maximum, which take no mask of the weight's size.
         if not tensor.is_meta and not all(value.isfinite() for value in torch.aminmax(tensor.detach())):
@@ -222,7 +234,7 @@ def _source_key(record: LayerRecord) -> str:
 def _compute(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> tuple[Tensor, Tensor]:
     """The stored tile and the alphas of a trained weight."""
     assert record.spec is not None
-    weight = apply_view(gm.get_parameter(record.parameter).detach(), call.view)
+    weight = apply_view(gm.get_parameter(record.trained).detach(), call.view)
     source = weight
     if record.spec.alpha_source == "A":
         source = gm.get_parameter(_source_key(record)).detach()
@@ -230,9 +242,9 @@ def _compute(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> tuple[
 
 
 def _pack(weight: Tensor, source: Tensor, spec: TileSpec) -> tuple[Tensor, Tensor]:
-    binary = spec.tile_dtype == "binary"
-    tile = tile_vector(weight, spec.layout, binary=binary)
-    return pack_bits(tile) if binary else tile, spec.layout.alphas(source, spec.num_alphas)
+    binary, layout = spec.tile_dtype == "binary", spec.layout
+    s = weight.reshape(-1) if spec.latent == "tile" else layout.aggregate(weight)
+    return pack_bits(tile_signs(s)) if binary else s, alphas_of(source, layout, spec.num_alphas)
 
 
 def lower_parameters(module: nn.Module, stored: Stored) -> None:
@@ -254,7 +266,9 @@ def lower_parameters(module: nn.Module, stored: Stored) -> None:
         assert parameter is not None
         if stored.tensors is None:
             _check_finite(module, record, stored.path)
-        weight = parameter.detach().t() if record.view else parameter.detach()
+        weight = parameter.detach()
+        if record.view and record.spec.latent == "weight":
+            weight = weight.t()
         source = weight
         if record.spec.alpha_source == "A":
             source = module._parameters[_source_key(record)]  # type: ignore[assignment]
@@ -264,7 +278,13 @@ def lower_parameters(module: nn.Module, stored: Stored) -> None:
         for key in {record.parameter, alpha_source_key(record.weight)}:
             module._parameters.pop(key, None)
     module._buffers.pop(STRENGTH, None)
-    read_tiled(module, [replace(form, lowered=True, gradual=False) for form in forms])
+    attach_records(module, [_stored(record) for record in own_records(module) or ()])
+    read_tiled(module, [ReadForm(_stored(form.record), lowered=True) for form in forms])
+
+
+def _stored(record: LayerRecord) -> LayerRecord:
+    """The record once its tile is stored, whatever was trained."""
+    return record if record.spec is None else replace(record, spec=replace(record.spec, latent="weight"))
 
 
 def _read(stored: Mapping[str, Tensor], record: LayerRecord) -> tuple[Tensor, Tensor]:
@@ -307,7 +327,8 @@ def _replace_by_holder(gm: fx.GraphModule, module: nn.Module, record: LayerRecor
 def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> None:
     graph, node, spec = gm.graph, call.node, record.spec
     assert spec is not None
-    arguments = function_arguments(node)
+    trained = training_call(node)
+    arguments = function_arguments(node) if trained is None else trained.arguments
     with graph.inserting_before(node):
         tile, alpha = graph.get_attr(tile_key(record.weight)), graph.get_attr(alpha_key(record.weight))
         sizes = (record.shape[1] * record.groups, record.shape[0])
@@ -327,6 +348,6 @@ def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> Non
 
 def _remove_float_weights(gm: fx.GraphModule, records: list[LayerRecord]) -> None:
     for record in records:
-        for key in (record.parameter, *record.tied, alpha_source_key(record.weight)):
+        for key in {record.parameter, record.trained, *record.tied, alpha_source_key(record.weight)}:
             for owner in _owners(gm, (key,)):
                 owner._parameters.pop(split_key(key)[1], None)

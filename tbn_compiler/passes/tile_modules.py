@@ -38,6 +38,7 @@ from tbn_compiler.graph.layer_graph import TiledGraph, adopt, become, layer_grap
 from tbn_compiler.graph.layer_modules import float_graph, float_kind, is_huggingface_conv1d
 from tbn_compiler.graph.layers import derived_kind
 from tbn_compiler.graph.records import (
+    TRANSPOSED,
     LayerRecord,
     alpha_source_key,
     attach_records,
@@ -48,9 +49,10 @@ from tbn_compiler.graph.records import (
     layer_name,
     own_records,
 )
-from tbn_compiler.graph.tiled_parameters import STRENGTH, TRANSPOSED, ReadForm, read_forms, read_tiled
+from tbn_compiler.graph.tiled_parameters import STRENGTH, ReadForm, read_forms, read_tiled
 from tbn_compiler.passes import run_passes, training_pipeline
 from tbn_compiler.passes.choose_tiling import Scope, decide
+from tbn_compiler.passes.convert_latents import convert_parameters
 from tbn_compiler.passes.eligibility import module_kind_or_name, unsupported_reason, why_no_weight
 from tbn_compiler.passes.expose_attention import attention_module, why_not_decomposed
 from tbn_compiler.passes.tile_weights import alpha_source
@@ -73,7 +75,9 @@ def tile_modules(root: nn.Module, scope: Scope) -> None:
     plans = {
         module: _asked_for(module, plan, scope.at(modules[module])) for module, plan in _plans(root, modules, parts)
     }
-    scope = Scope(scope.config, scope.specs, "", _keys(root), _held(modules, plans, parts), scope.sources)
+    scope = Scope(
+        scope.config, scope.specs, "", _keys(root), _held(modules, plans, parts), scope.sources, scope.latents
+    )
     for module, path in modules.items():
         if isinstance(module, fx.GraphModule):
             if module in outermost:
@@ -323,6 +327,7 @@ def _tile_parameters(module: nn.Module, weights: tuple[_Weight, ...], scope: Sco
         attach_records(module, records)
     if len(forms) > len(read_forms(module)):
         read_tiled(module, tuple(forms.values()))
+        convert_parameters(module, "tile", scope)
 
 
 def _record(module: nn.Module, weight: _Weight, scope: Scope) -> LayerRecord:

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from tbn_compiler.graph.layers import is_view
 from tbn_compiler.graph.operations import bind
-from tbn_compiler.ops.calls import OPERATORS
+from tbn_compiler.ops.calls import OPERATORS, TRAINING_OPERATORS
 from tbn_compiler.passes.deployment import note_value
 from tbn_compiler.torch_private import (
     STATIC_MARK,
@@ -37,7 +37,8 @@ from tbn_compiler.torch_private import (
 )
 
 _tbn = torch.ops.tbn
-_TRAINING = {_tbn.tile.default, _tbn.scale.default}
+_TRAINED_LAYERS = {layer.overload for layer in TRAINING_OPERATORS.values()}
+_TRAINING = {_tbn.tile.default, _tbn.scale.default, *_TRAINED_LAYERS}
 _LAYERS = {layer.overload for layer in OPERATORS.values()}
 _STORED = {*_LAYERS, _tbn.unpack.default}
 # User code that calls torch.ops.tbn.tile and not .default gives nodes of these; the passes know overloads only.
@@ -199,6 +200,8 @@ def _is_tiled_weight(node: fx.Node) -> bool:
             found = user.args[1] is node
         elif _target(user) in _STORED:
             found = user.args[0] is node
+        elif _target(user) in _TRAINED_LAYERS:
+            found = node in user.args[1:3]
         else:
             found = _target(user) in _TRAINING or (is_view(user) and _is_tiled_weight(user))
         if found:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from tbn_compiler.errors import TBNError
-from tbn_compiler.graph.calls import attribute, named_arguments, tiled_call
+from tbn_compiler.graph.calls import attribute, named_arguments, tiled_call, training_call
 from tbn_compiler.graph.layers import (
     LayerCall,
     apply_view,
@@ -99,12 +99,15 @@ def _lowered_record(gm: fx.GraphModule, call: LayerCall) -> LayerRecord:
 def _read_tiling(gm: fx.GraphModule, call: LayerCall) -> _Tiling:
     """The tiling of a call from its ``tile`` and ``scale`` nodes."""
     _check_strength(gm, call)
-    chain = weight_chain(call.weight_node)
-    assert chain is not None
-    tile, scale = (named_arguments(node) for node in chain)
+    trained, chain = training_call(call.node), weight_chain(call.weight_node)
+    if trained is not None:
+        tile = scale = dict(trained.arguments)
+    else:
+        assert chain is not None
+        tile, scale = (named_arguments(node) for node in chain)
     weight = _parameter(gm, tile["weight"], "weight")
     shape = tuple(apply_view(weight.detach(), call.view).shape)
-    layout = make_layout(shape, tile["p"], tile["p_in"], tile["shift"])
+    layout = make_layout(shape, tile["p"], tile.get("p_in", 1), tile["shift"])
     _parameter(gm, scale["source"], "alpha source")
     found = parameter_view(scale["source"])
     assert found is not None
@@ -113,7 +116,8 @@ def _read_tiling(gm: fx.GraphModule, call: LayerCall) -> _Tiling:
     if view and not own:
         raise _RefusedError(f"its alpha source is a view, {source}{view}")
     spec = TileSpec(layout, scale["num_alphas"], "W" if own else "A", "binary" if tile["binary"] else "float")
-    groups = 1 if call.kind == "linear" else function_arguments(call.node).get("groups", 1)
+    arguments = function_arguments(call.node) if trained is None else trained.arguments
+    groups = 1 if call.kind == "linear" else arguments.get("groups", 1)
     return _Tiling(spec, source, shape, groups)
 
 

@@ -143,7 +143,7 @@ def test_changed_weights_are_seen(build: Callable[[], nn.Module], eager_graphs: 
             assert not torch.equal(qat(x), before)
         equal(fast, qat, x)
     assert len(eager_graphs) == 1
-    assert torch.ops.tbn.tile.default not in targets(eager_graphs[0])
+    assert torch.ops.tbn.train_linear.default not in targets(eager_graphs[0])
     assert F.batch_norm not in targets(eager_graphs[0])
 
 
@@ -258,7 +258,7 @@ def test_layers_compiled_one_by_one(eager_graphs: list[fx.GraphModule]) -> None:
     for fast, block in zip(blocks, expected, strict=True):
         equal(fast, block, x)
     assert len(eager_graphs) == 1
-    assert torch.ops.tbn.tile.default not in targets(eager_graphs[0])
+    assert torch.ops.tbn.train_linear.default not in targets(eager_graphs[0])
     assert len(tbn.explain(blocks).graphs) == len(tbn.explain(blocks[2]).graphs) == 1
 
 
@@ -455,7 +455,7 @@ def test_training_equals_eager(graphs: list[fx.GraphModule]) -> None:
     for key, value in model.state_dict().items():
         torch.testing.assert_close(fast_model.state_dict()[key], value, msg=lambda text, key=key: f"{key}: {text}")
     assert len(graphs) == 2
-    assert torch.ops.tbn.tile.default in targets(graphs[0])
+    assert torch.ops.tbn.train_linear.default in targets(graphs[0])
     assert [report.form for report in tbn.explain(fast).graphs] == ["gradients", "inference"]
 
 
@@ -481,7 +481,7 @@ def test_no_grad_inside_the_function(eager_graphs: list[fx.GraphModule]) -> None
 
     x = torch.randn(3, 16)
     torch.testing.assert_close(predict(x), qat(x).detach())
-    assert torch.ops.tbn.tile.default not in targets(eager_graphs[0])
+    assert torch.ops.tbn.train_linear.default not in targets(eager_graphs[0])
 
 
 def test_a_model_without_a_tiled_layer_warns_once(eager_graphs: list[fx.GraphModule]) -> None:

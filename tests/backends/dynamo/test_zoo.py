@@ -10,6 +10,7 @@ from torch import fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.backends.dynamo import compile_graph
+from tbn_compiler.graph.layers import layer_calls
 from tests.models.test_models import Case
 from tests.models.zoo import EXAMPLES
 
@@ -46,7 +47,7 @@ def test_models(name: str, eager_graphs: list[fx.GraphModule]) -> None:
     eager_graphs.clear()
     check(case, case.qat.eval(), eager_graphs)
     for gm in eager_graphs:
-        assert not [node for node in gm.graph.nodes if node.target is torch.ops.tbn.tile.default]
+        assert not [call for call in layer_calls(gm) if call.form == "tiled"]
 
 
 @pytest.mark.usefixtures("quiet")

@@ -1,0 +1,109 @@
+"""Train layers on the rows that differ: multiply them once for all copies.
+
+Before::
+
+    bits = tbn.tile(weight, p)
+    used = tbn.scale(bits, alpha_source, k)         # alpha * B, every row
+    y = linear(x, used, bias)
+
+After::
+
+    y = tbn.train_linear(x, weight, alpha_source, bias, in_features, out_features, p, k)
+
+The result and all gradients are equal up to rounding; :mod:`tbn_compiler.ops.training` has the algebra. With ``p``
+copies that hold whole rows, the products of the forward and of the input's gradient are ``p`` times smaller.
+
+Left alone: weights of which no row repeats (rolled copies, misaligned ones with an alpha each, ``p = 1``), alphas that
+change along the input, weights that are blended with their float form (gradual tiling), or that an attention reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from tbn_compiler.graph.calls import named_arguments
+from tbn_compiler.graph.layers import (
+    LayerCall,
+    blend_strength,
+    find_record,
+    function_arguments,
+    layer_calls,
+    weight_chain,
+)
+from tbn_compiler.graph.records import LayerRecord, get_records
+from tbn_compiler.ops.calls import TRAINING_OPERATORS, TiledCall
+from tbn_compiler.ops.training import multiplied_rows
+from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, normalize_sizes
+from tbn_compiler.passes.tile_weights import TileWeights
+
+
+class ShareRows(GraphPass):
+    """Turn ``tile -> scale -> layer`` into one operator wherever rows repeat."""
+
+    after = (TileWeights,)
+
+    def run(self, gm: fx.GraphModule) -> bool:
+        """Match, check, rewrite."""
+        records = get_records(gm) or ()
+        modified = False
+        for call in list(layer_calls(gm)):
+            record = find_record(records, call) if call.form == "tiled" else None
+            if record is not None and _shares(call, record):
+                _rewrite(gm, call, record)
+                modified = True
+        return modified
+
+
+def _shares(call: LayerCall, record: LayerRecord) -> bool:
+    if record.spec is None or call.kind not in TRAINING_OPERATORS or blend_strength(call.weight_node) is not None:
+        return False
+    if weight_chain(call.weight_node) is None or "weight" not in function_arguments(call.node):
+        return False
+    return multiplied_rows(_described(call, record)) is not None
+
+
+def _described(call: LayerCall, record: LayerRecord) -> TiledCall:
+    """The call of the operator that trains the layer, without its operands."""
+    spec, arguments = record.spec, function_arguments(call.node)
+    assert spec is not None
+    operator = TRAINING_OPERATORS[call.kind]
+    sizes = (record.shape[1] * record.groups, record.shape[0])
+    if operator.transposed:
+        sizes = (record.shape[0], record.shape[1] * record.groups)
+    options: dict[str, Any] = {
+        operator.inputs_argument: sizes[0],
+        operator.outputs_argument: sizes[1],
+        "p": spec.layout.p,
+        "num_alphas": spec.num_alphas,
+        "binary": spec.tile_dtype == "binary",
+        **layout_options(spec.layout),
+    }
+    if operator.dims:
+        options["kernel_size"] = record.shape[2:]
+        for name in operator.geometry:
+            value = arguments[name]
+            single = name == "groups" or isinstance(value, fx.Node)
+            options[name] = value if single else normalize_sizes(value, operator.dims)
+    return TiledCall(operator, {**operator.defaults, **options})
+
+
+def _rewrite(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> None:
+    chain = weight_chain(call.weight_node)
+    assert chain is not None
+    tile, scale = (named_arguments(node) for node in chain)
+    described, arguments = _described(call, record), function_arguments(call.node)
+    operator = described.operator
+    operands = (arguments["input"], tile["weight"], scale["source"], arguments["bias"])
+    positional = [described.arguments[name] for name in operator.positional[len(operands) :]]
+    options = {
+        name: described.arguments[name]
+        for name in operator.names[len(operator.positional) :]
+        if described.arguments[name] != operator.defaults[name]
+    }
+    with gm.graph.inserting_before(call.node):
+        new = gm.graph.call_function(operator.overload, (*operands, *positional), options)
+    copy_meta(call.node, new)
+    call.node.replace_all_uses_with(new)
+    gm.graph.erase_node(call.node)
