@@ -16,13 +16,19 @@ AlphaMode = Literal["layer", "output", "tile"]
 AlphaSource = Literal["A", "W"]
 TileDType = Literal["binary", "float"]
 SmallLayers = Literal["binary", "float"]
-Replication = Literal["repeat", "roll"]
+Replication = Literal["repeat", "roll", "hadamard"]
 Latent = Literal["weight", "tile"]
+Activation = Literal["float", "int8", "binary"]
+AlphaStart = Literal["uniform", "weight"]
+AttentionSize = Literal["separate", "packed"]
 
 Overrides = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 # The fields that `overrides` may set for the layers a pattern matches.
-_PER_LAYER = ("p", "alpha", "alpha_source", "tile_dtype", "min_size", "small", "replicate", "shift", "latent")
+_PER_LAYER = (
+    *("p", "alpha", "alpha_source", "tile_dtype", "min_size", "small", "replicate", "shift"),
+    *("latent", "activation", "attention"),
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,8 @@ class LayerOptions:
     replicate: Replication
     shift: int
     latent: Latent
+    activation: Activation
+    attention: AttentionSize
 
 
 @dataclass(frozen=True)
@@ -110,13 +118,20 @@ class TilingConfig:
         tile_dtype: ``"binary"`` (1 bit per tile element) or ``"float"`` (no sign is taken: the tile keeps the
             full-precision sums of Eq. 2).
         min_size: the paper's lambda, in weight elements: smaller layers are not tiled.
-        replicate: ``"repeat"``, copies are equal, or ``"roll"``, copy ``i`` is the tile rolled by ``i * shift``
-            elements: no rows repeat, and the saving in arithmetic is given up. Not with a pair ``p``.
+        replicate: ``"repeat"``, copies are equal; ``"roll"``, copy ``i`` is the tile rolled by ``i * shift``
+            elements: no rows repeat, and the saving in arithmetic is given up; or ``"hadamard"``, copies have the signs
+            of a Hadamard matrix on groups of columns: no rows repeat, and the saving is kept, but for ``log2(p)``
+            additions for each output. There ``p`` is a power of two that divides the first two axes of the weight; a
+            layer takes the largest one not above ``p``. Neither with a pair ``p``.
         shift: elements by which ``replicate="roll"`` rolls each further copy.
         latent: what is trained: ``"weight"``, the weight ``W`` of full size and ``A`` (the paper's), or ``"tile"``, the
             aggregated tile (Eq. 2, ``q`` elements) and one number for each alpha, so that parameters, gradients and
             optimiser state are ``2 p`` times smaller, and the tile's gradient takes ``p`` times fewer operations. Under
-            stochastic gradient descent both give the same tiles. Needs ``alpha_source="A"``, and not ``gradual``.
+            stochastic gradient descent both give the same binary tiles. Needs ``alpha_source="A"``, and no
+            ``gradual``.
+        activation: number format of the inputs of tiled layers, ``"float"``, ``"int8"`` or ``"binary"`` (one scale for
+            each token, as in inference): they train with it, straight through, and are lowered with it. Transpose
+            convolutions, attentions and weights that functions use take floating point only.
         small: what becomes of layers under ``min_size``: ``"binary"`` (``p=1``, as in the paper) or ``"float"``.
         float_layers: name patterns (``fnmatch``) of layers to keep in full precision.
         tile_parameters: name patterns of parameters to tile although no product with them is seen in the model's code.
@@ -126,6 +141,13 @@ class TilingConfig:
         gradual: start from the float weights instead of the tiled ones, and blend from one to the other as
             :func:`~tbn_compiler.set_tiling_strength` says. The ``state_dict`` gains the blend's strength,
             ``tiling_strength`` (one for each tiled layer).
+        attention: what ``min_size`` is compared with for the packed ``in_proj_weight`` of ``nn.MultiheadAttention``:
+            ``"separate"``, the size of each of the projections of queries, keys and values, or ``"packed"``, that of
+            all three, as the paper counts. Each has a tile of its own either way.
+        alpha_start: how large ``A`` starts: ``"uniform"``, drawn as PyTorch initialises a layer's weight, up to
+            ``1 / sqrt(n)`` for ``n`` inputs, or ``"weight"``, drawn alike and scaled to the mean magnitude of the
+            weight, so that alphas start where the network's own initialiser puts its weights (2.3 times larger for
+            Kaiming's normal one).
         filter: called with a :class:`LayerInfo` for every layer; ``False`` keeps the layer in full precision.
 
     Raises:
@@ -146,10 +168,13 @@ class TilingConfig:
     replicate: Replication = "repeat"
     shift: int = 1
     latent: Latent = "weight"
+    activation: Activation = "float"
+    attention: AttentionSize = "separate"
     float_layers: tuple[str, ...] = ()
     tile_parameters: tuple[str, ...] = ()
     overrides: Overrides = ()
     gradual: bool = False
+    alpha_start: AlphaStart = "uniform"
     filter: Callable[[LayerInfo], bool] | None = None
 
     def __init__(self, **options: Any) -> None:
@@ -166,8 +191,8 @@ class TilingConfig:
                 raise ConfigError(f"p must be an integer or a pair (p_out, p_in), got {self.p!r}")
             pair = tuple(_check_int(name, value, 1) for name, value in zip(("p_out", "p_in"), self.p, strict=True))
             object.__setattr__(self, "p", pair)
-            if self.replicate == "roll":
-                raise ConfigError(f"replicate='roll' takes an integer p, got the pair {self.p!r}")
+            if self.replicate != "repeat":
+                raise ConfigError(f"replicate={self.replicate!r} takes an integer p, got the pair {self.p!r}")
         else:
             object.__setattr__(self, "p", _check_int("p", self.p, 1))
         object.__setattr__(self, "min_size", _check_int("min_size", self.min_size, 0))
@@ -177,7 +202,10 @@ class TilingConfig:
         _check_choice("alpha_source", self.alpha_source, get_args(AlphaSource))
         _check_choice("tile_dtype", self.tile_dtype, get_args(TileDType))
         _check_choice("small", self.small, get_args(SmallLayers))
+        _check_choice("alpha_start", self.alpha_start, get_args(AlphaStart))
         _check_choice("latent", self.latent, get_args(Latent))
+        _check_choice("activation", self.activation, get_args(Activation))
+        _check_choice("attention", self.attention, get_args(AttentionSize))
         if self.latent == "tile" and self.alpha_source == "W":
             raise ConfigError("latent='tile' keeps no weight to take alphas from: use alpha_source='A'")
         if self.latent == "tile" and self.gradual:
@@ -257,20 +285,22 @@ class TilingConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> TilingConfig:
-        """The paper's general setting: ``min_size=64_000``, ``alpha_source="A"``, ``alpha="layer"``.
+        """The paper's general setting.
 
-        These are the defaults by name. ``p`` is not set: it is 4 unless given.
+        Sets ``min_size=64_000``, ``alpha_source="A"``, ``alpha="layer"`` and ``attention="packed"``: the defaults by
+        name, but for the last. ``p`` is not set: it is 4 unless given.
 
         Args:
             changes: any options, those that the preset sets included.
         """
-        return cls(**{"min_size": 64_000, "alpha_source": "A", "alpha": "layer"} | changes)
+        return cls(**{"min_size": 64_000, "alpha_source": "A", "alpha": "layer", "attention": "packed"} | changes)
 
     @classmethod
     def cifar(cls, **changes: Any) -> TilingConfig:
         """The paper's setting for networks on CIFAR: as :meth:`paper`, with one alpha for each copy (Appendix A).
 
-        Sets ``min_size=64_000``, ``alpha_source="A"`` and ``alpha="tile"``. ``p`` is not set: it is 4 unless given.
+        Sets ``min_size=64_000``, ``alpha_source="A"``, ``alpha="tile"`` and ``attention="packed"``.
+        ``p`` is not set: it is 4 unless given.
 
         Args:
             changes: any options, those that the preset sets included.
@@ -279,26 +309,28 @@ class TilingConfig:
             >>> TilingConfig.cifar(p=8).alpha
             'tile'
         """
-        return cls(**{"min_size": 64_000, "alpha_source": "A", "alpha": "tile"} | changes)
+        return cls(**{"min_size": 64_000, "alpha_source": "A", "alpha": "tile", "attention": "packed"} | changes)
 
     @classmethod
     def imagenet(cls, **changes: Any) -> TilingConfig:
-        """The paper's ImageNet setting: ``min_size=150_000``, ``alpha_source="W"``, ``alpha="layer"``.
+        """The paper's ImageNet setting.
 
+        Sets ``min_size=150_000``, ``alpha_source="W"``, ``alpha="layer"`` and ``attention="packed"``.
         ``p`` is not set: it is 4 unless given, and 2 in the paper's table.
 
         Args:
             changes: any options, those that the preset sets included.
         """
-        return cls(**{"min_size": 150_000, "alpha_source": "W", "alpha": "layer"} | changes)
+        return cls(**{"min_size": 150_000, "alpha_source": "W", "alpha": "layer", "attention": "packed"} | changes)
 
     @classmethod
     def time_series(cls, **changes: Any) -> TilingConfig:
-        """The paper's time-series setting: ``min_size=32_000``, ``alpha_source="A"``, ``alpha="layer"``.
+        """The paper's time-series setting.
 
+        Sets ``min_size=32_000``, ``alpha_source="A"``, ``alpha="layer"`` and ``attention="packed"``.
         ``p`` is not set: it is 4 unless given, as in the paper's table.
 
         Args:
             changes: any options, those that the preset sets included.
         """
-        return cls(**{"min_size": 32_000, "alpha_source": "A", "alpha": "layer"} | changes)
+        return cls(**{"min_size": 32_000, "alpha_source": "A", "alpha": "layer", "attention": "packed"} | changes)

@@ -7,7 +7,7 @@ The header entry ``tbn`` is an object with these fields, all required:
 ``layers``
     By weight name, each stored tile: ``shape`` of the weight, ``p``, ``p_in``, ``shift``, ``alphas`` (their number),
     ``alpha_source``, ``tile_dtype`` as in :class:`~tbn_compiler.tiling.TileSpec`, and ``note``; further options of its
-    :class:`~tbn_compiler.tiling.TileLayout` (``batch``) only where they are not the usual ones.
+    :class:`~tbn_compiler.tiling.TileLayout` (``batch``, ``hadamard``) only where they are not the usual ones.
 ``left_alone``
     By weight name, why each other layer is in float.
 ``aliases``
@@ -191,7 +191,7 @@ def write_file(path: Any, contents: PackedHeader, tensors: Mapping[str, Tensor])
 def _read_layer(name: str, layer: Any, version: int, tensors: Mapping[str, Tensor]) -> StoredLayer:
     """Check one layer's header entry, alone and against its tensors."""
     try:
-        check_fields("its entry", layer, _LAYER_FIELDS, () if version == 1 else OPTIONS)
+        check_fields("its entry", layer, _LAYER_FIELDS, () if version == 1 else (*OPTIONS, "activation"))
         spec = spec_from_data(layer)
         if layer["note"] is not None and not isinstance(layer["note"], str):
             raise SerializationError(f"note is {shorten(layer['note'])}, not a text")

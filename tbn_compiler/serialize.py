@@ -192,7 +192,8 @@ def _difference(node: fx.Node, arguments: Mapping[str, Any], record: LayerRecord
     if shape != layout.shape:
         return f"its weight is computed as {shape}, not {layout.shape}"
     options: dict[str, Any] = {"p": layout.p, "p_in": layout.p_in, "shift": layout.shift, "batch": layout.batch}
-    options |= {"input_alpha": None, "activation": "float", "epilogue": "none"}
+    options |= {"hadamard": layout.hadamard, "activation": record.spec.activation}
+    options |= {"input_alpha": None, "epilogue": "none"}
     for name, usual in options.items():
         if arguments.get(name, usual) != usual:
             return f"{name}={arguments[name]}, not {usual}"

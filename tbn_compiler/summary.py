@@ -259,7 +259,11 @@ def _summarize(record: LayerRecord, calls: list[_Call], sizes: Counter[fx.Node] 
     notes = [record.note] if record.note else []
     if record.tied:
         notes.append(f"shared with {', '.join(record.tied)}")
-    if layout.shift:
+    if layout.kind == "hadamard":
+        additions = TiledProduct(layout, num_alphas, record.groups).additions
+        mixed = f", {additions:,} additions mix their results" if additions else ""
+        notes.append(f"copies with Hadamard signs: no rows repeat{mixed}")
+    elif layout.shift:
         notes.append(f"copies rolled by {layout.shift}: no rows repeat")
     elif layout.p > 1 and not layout.aligned:
         notes.append(f"misaligned: p does not divide {layout.rows} rows")

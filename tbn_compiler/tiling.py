@@ -13,6 +13,7 @@ the kinds that they know, and decline others.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +22,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tbn_compiler.config import AlphaSource, Latent, TileDType
+from tbn_compiler.config import Activation, AlphaSource, Latent, TileDType
 from tbn_compiler.errors import ConfigError
 
-LayoutKind = Literal["flat", "two-axis", "staggered"]
+LayoutKind = Literal["flat", "two-axis", "staggered", "hadamard"]
 """How the copies of a tile lie in a weight, see :class:`TileLayout`."""
 
 AlphaPlace = Literal["layer", "copy", "row", "input", "mixed"]
@@ -43,12 +44,54 @@ def largest_divisor(numel: int, at_most: int) -> int:
     return next(d for d in range(min(at_most, numel), 0, -1) if numel % d == 0)
 
 
+def hadamard_order(rows: int, inputs: int, at_most: int) -> int:
+    """Return the largest power of two that divides both axes of a weight and is not above ``at_most``.
+
+    This is the rule for ``p`` in a Hadamard layout: Sylvester's matrices have these orders.
+
+    Example:
+        >>> hadamard_order(64, 24, at_most=16)
+        8
+    """
+    common = math.gcd(rows, inputs)
+    return min(common & -common, 1 << (at_most.bit_length() - 1))
+
+
+@functools.cache
+def _hadamard_signs(order: int) -> list[list[int]]:
+    """The rows of Sylvester's matrix, ``(-1) ** popcount(i & j)``. Nobody changes the lists."""
+    return [[1 - 2 * ((i & j).bit_count() % 2) for j in range(order)] for i in range(order)]
+
+
+def hadamard_matrix(order: int, like: Tensor) -> Tensor:
+    """The Hadamard matrix ``H [order, order]`` of +1 and -1 in Sylvester's order; symmetric, and ``H H = order I``.
+
+    It is made anew each time: a kept tensor would be a fake one where a graph is traced first.
+
+    Args:
+        order: a power of two.
+        like: gives dtype and device.
+    """
+    if like.device.type == "cpu":
+        return torch.tensor(_hadamard_signs(order), dtype=like.dtype)
+    return _computed_hadamard_matrix(order, like)
+
+
+def _computed_hadamard_matrix(order: int, like: Tensor) -> Tensor:
+    """The same, made on the device: copying to a GPU waits for it, and cannot be recorded in a CUDA graph."""
+    index = torch.arange(order, device=like.device)
+    bits = index[:, None] & index
+    for half in range(order.bit_length() - 1):
+        bits = bits ^ (bits >> 2**half)  # the lowest bit becomes the parity of 2, 4, ... bits
+    return (1 - 2 * (bits & 1)).to(like.dtype)
+
+
 @dataclass(frozen=True)
 class TileLayout:
     """How ``p`` copies of one tile fill a weight.
 
     A weight is seen as a matrix of ``rows x row_size`` (``m x n``; for a convolution ``m`` is the number of output
-    channels and ``n`` is ``in_channels / groups * kernel elements``). Three layouts exist:
+    channels and ``n`` is ``in_channels / groups * kernel elements``). Four layouts exist:
 
     * **flat**, the paper's (Eq. 1, 4, 5): copies follow one another in row-major order. Row ``r`` starts at tile
       offset ``(r * n) mod q``, so rows ``r`` and ``r + unique_rows`` have the same sign pattern.
@@ -56,6 +99,10 @@ class TileLayout:
       as blocks along the output; along the input (the input channels of a convolution) copies are interleaved, so
       that ``p_in`` neighbouring inputs share a weight: they can be summed first.
     * **staggered** (``shift > 0``): flat, with copy ``i`` rolled by ``i * shift`` elements, so that rows differ.
+    * **hadamard**: aligned flat copies with signs. Input ``c`` (an input channel of a convolution, whose kernel
+      positions follow it) belongs to column group ``c mod p``, and copy ``i`` takes group ``j`` times ``H[i, j]``,
+      Sylvester's Hadamard matrix ``(-1) ** popcount(i & j)``. Rows differ; the ``p`` group sums of a tile row serve all
+      its copies.
 
     A parameter that holds a ``batch`` of weights along its first axes (the experts of a mixture) has a flat tile for
     each of them, one behind the other.
@@ -66,6 +113,7 @@ class TileLayout:
         p_in: copies along the input axis; divides ``p`` and the size of the second axis.
         shift: elements by which each further copy is rolled.
         batch: number of weights that the tensor holds, each with a tile of its own.
+        hadamard: copies have the signs of a Hadamard matrix; ``p`` is a power of two and divides the first two axes.
 
     Raises:
         ConfigError: the copies do not fill the weight exactly.
@@ -81,6 +129,7 @@ class TileLayout:
     p_in: int = 1
     shift: int = 0
     batch: int = 1
+    hadamard: bool = False
 
     def __post_init__(self) -> None:
         """Check that the copies fill the weight exactly."""
@@ -90,8 +139,8 @@ class TileLayout:
         if self.p_in < 1 or self.shift < 0:
             raise ConfigError(f"p_in={self.p_in} must be at least 1 and shift={self.shift} at least 0")
         if self.batch != 1:
-            if self.p_in > 1 or self.shift:
-                raise ConfigError("a batch of weights takes flat tiles: neither p_in nor shift")
+            if self.p_in > 1 or self.shift or self.hadamard:
+                raise ConfigError("a batch of weights takes flat tiles: neither p_in, shift nor hadamard")
             if self.batch < 1 or self.numel % (self.batch * self.p):
                 raise ConfigError(f"batch={self.batch} times p={self.p} does not divide {where}")
         if self.p_in > 1:
@@ -100,6 +149,13 @@ class TileLayout:
             if len(self.shape) < 2 or self.p % self.p_in or self.rows % self.p_out or self.shape[1] % self.p_in:
                 raise ConfigError(
                     f"p_out={self.p // self.p_in} and p_in={self.p_in} must divide the first two axes of {where}"
+                )
+        if self.hadamard:
+            if self.p_in > 1 or self.shift:
+                raise ConfigError("a Hadamard layout is neither two-axis (p_in > 1) nor staggered (shift > 0)")
+            if self.p > 1 and (len(self.shape) < 2 or hadamard_order(self.shape[0], self.shape[1], self.p) != self.p):
+                raise ConfigError(
+                    f"p={self.p} with Hadamard signs must be a power of two that divides the first two axes of {where}"
                 )
 
     @cached_property
@@ -129,10 +185,12 @@ class TileLayout:
 
     @property
     def kind(self) -> LayoutKind:
-        """Which layout this is; one copy alone is flat, whatever the shift."""
+        """Which layout this is; one copy alone is flat, whatever the shift or the signs."""
         if self.p_in > 1:
             return "two-axis"
-        return "staggered" if self.shift and self.p > 1 else "flat"
+        if self.p == 1:
+            return "flat"
+        return "hadamard" if self.hadamard else "staggered" if self.shift else "flat"
 
     @cached_property
     def roll(self) -> int:
@@ -141,13 +199,13 @@ class TileLayout:
 
     @cached_property
     def tile_shape(self) -> tuple[int, ...]:
-        """Shape in which a tile is trained: that of the unique rows where it is these and no more, else ``[q]``."""
+        """Shape in which a tile is trained: that of its whole rows where it holds these and no more, else ``[q]``."""
         if self.p == 1:
             return self.shape
         if self.batch > 1 or self.kind == "staggered" or not self.aligned:
             return (self.tile_size,)
         inputs = self.shape[1:] if self.p_in == 1 else (self.shape[1] // self.p_in, *self.shape[2:])
-        return (self.unique_rows, *inputs)
+        return (self.rows // self.p_out, *inputs)
 
     @cached_property
     def aligned(self) -> bool:
@@ -158,16 +216,26 @@ class TileLayout:
     def unique_rows(self) -> int:
         """``R``, the number of rows (of each weight of a batch) with different sign patterns; it divides ``m``.
 
-        ``q / gcd(q, n)`` in the flat layout, which is ``m / p`` when aligned; ``m / p_out`` in the two-axis one.
+        ``q / gcd(q, n)`` in the flat layout, which is ``m / p`` when aligned; ``m / p_out`` in the two-axis one; ``m``
+        in the staggered and the Hadamard one.
         """
         if self.batch > 1:
             tile_size = self.tile_size // self.batch
             return tile_size // math.gcd(tile_size, self.shape[-1])
-        if self.kind == "staggered":
+        if self.kind in ("staggered", "hadamard"):
             return self.rows
         if self.kind == "two-axis":
             return self.rows // self.p_out
         return self.tile_size // math.gcd(self.tile_size, self.row_size)
+
+    def distinct_blocks(self, count: int) -> int:
+        """How many of ``count`` blocks of rows, one behind the other, differ in their signs: the heads of an attention.
+
+        Example:
+            >>> TileLayout((512, 512), p=4).distinct_blocks(8)
+            2
+        """
+        return min(count, self.unique_rows // math.gcd(self.unique_rows, self.rows // count))
 
     def alphas_in(self, num_alphas: int) -> int:
         """How many of the alphas lie along the input axis: ``p_in`` with one alpha per copy on both axes, else 1."""
@@ -187,14 +255,22 @@ class TileLayout:
         """View of a weight as ``[p_out, m / p_out, inputs / p_in, p_in, kernel]`` (two-axis layout)."""
         return weight.reshape(self.p_out, -1, self.shape[1] // self.p_in, self.p_in, math.prod(self.shape[2:]))
 
+    def _signed(self, copies: Tensor) -> Tensor:
+        """Copies, one or ``p`` of them, as ``[p, m / p, inputs / p, p, kernel]``, each with its signs."""
+        kernel = math.prod(self.shape[2:])
+        columns = copies.reshape(-1, self.rows // self.p, self.shape[1] // self.p, self.p, kernel)
+        return columns * hadamard_matrix(self.p, copies).view(self.p, 1, 1, self.p, 1)
+
     def aggregate(self, weight: Tensor) -> Tensor:
-        """``s[j]``, the sum of the ``p`` weight elements that use tile element ``j`` (Eq. 2).
+        """``s[j]``, the sum of the ``p`` weight elements that use tile element ``j``, with their signs (Eq. 2).
 
         Returns:
             Tensor of shape ``[q]`` and the dtype of ``weight``.
         """
         if self.p_in > 1:
             return self._axes(weight).sum((0, 3)).reshape(-1)
+        if self.kind == "hadamard":
+            return self._signed(weight).sum(0).reshape(-1)
         if self.batch > 1:
             return weight.reshape(self.batch, self.p, -1).sum(1).reshape(-1)
         copies = weight.reshape(self.p, self.tile_size)
@@ -208,6 +284,8 @@ class TileLayout:
             kernel = math.prod(self.shape[2:])
             once = tile.reshape(1, -1, self.shape[1] // self.p_in, 1, kernel)
             return once.repeat(self.p_out, 1, 1, self.p_in, 1).reshape(self.shape)
+        if self.kind == "hadamard":
+            return self._signed(tile).reshape(self.shape)
         if self.shift:
             return torch.cat([tile.roll(i * self.shift) for i in range(self.p)]).reshape(self.shape)
         if self.batch > 1:
@@ -220,7 +298,7 @@ class TileLayout:
         Returns:
             Tensor of shape ``[unique_rows, n / p_in]``: in the two-axis layout it applies to summed inputs.
         """
-        if self.shift:
+        if self.shift or self.kind == "hadamard":
             return self.replicate(tile).reshape(self.rows, -1)
         row_size = self.row_size // self.p_in
         copies = self.unique_rows * row_size // self.tile_size  # 1 when aligned
@@ -232,6 +310,11 @@ class TileLayout:
             return input
         neighbours: Tensor = input.unflatten(dim, (-1, self.p_in))
         return neighbours.sum(dim % input.dim() + 1)
+
+    def column_groups(self, tile: Tensor) -> Tensor:
+        """A tile ``[q]`` of a Hadamard layout by column groups: ``[p, m / p, inputs / p, *kernel]``."""
+        rows = tile.reshape(self.rows // self.p, self.shape[1] // self.p, self.p, *self.shape[2:])
+        return rows.movedim(2, 0)
 
     def alpha_groups(self, weight: Tensor, num_alphas: int) -> Tensor:
         """View of a weight as ``[a_out, x, a_in, y]`` where one alpha holds for each pair of the ``a`` axes."""
@@ -262,7 +345,7 @@ class TileLayout:
 class TiledProduct:
     """What a layer on a tiled weight has to multiply, where its alphas come in, and how the rows lie in the tile.
 
-    Five words, each with one meaning here and in every backend:
+    Six words, each with one meaning here and in every backend:
 
     * **copies**: how often the tile occurs in the weight, ``p``; ``p_out`` times along the outputs, ``p_in`` along the
       inputs.
@@ -273,10 +356,14 @@ class TiledProduct:
     * **repeats**: how often the result of a computed row occurs among the outputs, scaled each time. The groups of a
       convolution read different inputs, so that only rows of one group share a result.
     * **replicas**: the ``k`` scaled copies, one behind the other, that the *input* stands for (``input_alpha``).
+    * **mixes**: the ``p`` column groups of a Hadamard layout, where the results of one row for each group can be
+      **mixed** into the results of its ``p`` copies: that takes ``p`` times fewer multiply-adds. Whoever does not mix
+      multiplies with all ``rows``.
 
-    The whole is: sum neighbours, multiply with ``rows`` rows of ``columns`` weights, repeat the results, scale. A
-    transpose convolution has a row for each *input* channel; there, inputs whose rows repeat are scaled and summed, and
-    then multiplied.
+    The whole is: sum neighbours, multiply with ``rows`` rows of ``columns`` weights, repeat the results, scale. With
+    signs it is: multiply each of ``rows / mixes`` rows with each of ``mixes`` groups of columns apart, mix, scale. A
+    transpose convolution has a row for each *input* channel; there, inputs whose rows repeat are scaled and summed (or
+    mixed), and then multiplied.
 
     Attributes:
         layout: layout of the weight, not of a batch of them.
@@ -391,10 +478,26 @@ class TiledProduct:
         """Weights of a computed row, those of all replicas: ``n``, or ``n / p_in`` after neighbours are summed."""
         return self.layout.row_size // self.summed
 
+    @cached_property
+    def mixes(self) -> int:
+        """Column groups whose results are mixed into those of the copies; 1 where all rows have to be multiplied.
+
+        That is in other layouts, where the groups of a convolution read different inputs, and where column groups do
+        not lie alike in all replicas of the input.
+        """
+        layout = self.layout
+        mixed = layout.kind == "hadamard" and self.groups == 1 and layout.shape[1] // self.replicas % layout.p == 0
+        return layout.p if mixed else 1
+
     @property
     def macs(self) -> int:
         """Multiply-adds for one output vector or position, with the columns of replicas added up before."""
-        return self.groups * self.rows * self.columns // self.replicas
+        return self.groups * self.rows * self.columns // self.replicas // self.mixes
+
+    @property
+    def additions(self) -> int:
+        """Further additions for it, of a butterfly that mixes the results: ``log2(p)`` for each row."""
+        return self.rows * (self.mixes.bit_length() - 1)
 
     @cached_property
     def bare(self) -> bool:
@@ -412,10 +515,12 @@ class TiledProduct:
     def contiguous(self) -> bool:
         """Whether the tile is the distinct rows one behind the other, and nothing else.
 
-        Otherwise rows begin inside the tile, go round its end, or belong to copies that are rolled.
+        Otherwise rows begin inside the tile, go round its end, or belong to copies that are rolled or have signs.
         """
         layout = self.layout
-        return layout.kind != "staggered" and self.distinct_rows * self.row_elements == layout.tile_size
+        return (
+            layout.kind not in ("staggered", "hadamard") and self.distinct_rows * self.row_elements == layout.tile_size
+        )
 
     @cached_property
     def alignment(self) -> int:
@@ -437,6 +542,7 @@ class TileSpec:
         alpha_source: ``"A"``, a second trainable tensor, or ``"W"``, the weight itself.
         tile_dtype: ``"binary"`` (the sign, 1 bit) or ``"float"`` (the sum itself, 32 bits).
         latent: what is trained, ``"weight"`` or ``"tile"``; ``"weight"`` once it is stored.
+        activation: number format of the layer's input.
     """
 
     layout: TileLayout
@@ -444,6 +550,7 @@ class TileSpec:
     alpha_source: AlphaSource = "A"
     tile_dtype: TileDType = "binary"
     latent: Latent = "weight"
+    activation: Activation = "float"
 
     @property
     def tile_bits(self) -> int:
@@ -468,7 +575,7 @@ def tile_vector(weight: Tensor, layout: TileLayout, *, binary: bool = True) -> T
 
 def tile_signs(s: Tensor) -> Tensor:
     """``+1`` where ``s > 0``, else ``-1`` (Eq. 3), in its shape and dtype."""
-    return torch.where(s > 0, 1.0, -1.0).to(s.dtype)
+    return s.clone().gt_(0).mul_(2).sub_(1)  # torch.where takes ten times as long
 
 
 def tiled_weight(weight: Tensor, source: Tensor, spec: TileSpec) -> Tensor:

@@ -88,6 +88,41 @@ def tile_places(shape: tuple[int, ...], p: int, p_in: int = 1, shift: int = 0) -
     return places
 
 
+def sylvester(p: int) -> list[list[int]]:
+    """A Hadamard matrix by Sylvester's construction: twice as large is ``[[H, H], [H, -H]]``."""
+    if p == 1:
+        return [[1]]
+    half = sylvester(p // 2)
+    return [row + row for row in half] + [row + [-value for value in row] for row in half]
+
+
+def hadamard_signs(shape: tuple[int, ...], p: int) -> np.ndarray:
+    """What copy ``i`` multiplies its tile elements by, at input channel ``c``: ``H[i, c mod p]``."""
+    matrix, rows_of_tile = sylvester(p), shape[0] // p
+    signs = np.empty(shape, dtype=np.int64)
+    for index in np.ndindex(shape):
+        signs[index] = matrix[index[0] // rows_of_tile][index[1] % p]
+    return signs
+
+
+def hadamard_sums(weight: np.ndarray, p: int) -> np.ndarray:
+    """``s[j]``: element ``j`` of every copy, each times its sign, summed."""
+    return sums(weight * hadamard_signs(weight.shape, p), p)
+
+
+def hadamard_weight(w: np.ndarray, source: np.ndarray, p: int, num_alphas: int, *, binary: bool = True) -> np.ndarray:
+    """The weight that a layer uses whose copies have the signs of a Hadamard matrix."""
+    s = hadamard_sums(w, p)
+    t = np.array([1.0 if value > 0 else -1.0 for value in s]) if binary else s
+    return hadamard_fill(w.shape, t, alphas(source, num_alphas))
+
+
+def hadamard_fill(shape: tuple[int, ...], t: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """The same from the tile and the alphas."""
+    scales = alpha[alpha_places(shape, p := math.prod(shape) // len(t), len(alpha))]
+    return scales * hadamard_signs(shape, p) * t[tile_places(shape, p)]
+
+
 def alpha_places(shape: tuple[int, ...], p: int, count: int, p_in: int = 1) -> np.ndarray:
     """Which of ``count`` alphas scales each weight element: one, one per copy, per output copy or per row."""
     q = math.prod(shape) // p
@@ -131,18 +166,21 @@ def tilings(draw: st.DrawFn, min_dims: int = 1, max_dims: int = 5) -> tuple[tupl
 
 
 @st.composite
-def layouts(draw: st.DrawFn, max_dims: int = 4) -> tuple[tuple[int, ...], int, int, int]:
-    """``(shape, p, p_in, shift)`` of every kind of layout, aligned or not."""
+def layouts(draw: st.DrawFn, max_dims: int = 4) -> tuple[tuple[int, ...], int, int, int, bool]:
+    """``(shape, p, p_in, shift, hadamard)`` of every kind of layout, aligned or not."""
     dims = draw(st.integers(2, max_dims))
     # Sizes with divisors, and some without.
     sizes = st.sampled_from([1, 2, 3, 4, 6, 7, 8, 12])
     shape = (draw(sizes), draw(sizes), *draw(st.lists(st.integers(1, 3), min_size=dims - 2, max_size=dims - 2)))
-    kind = draw(st.sampled_from(["flat", "two-axis", "rolled"]))
+    kind = draw(st.sampled_from(["flat", "two-axis", "rolled", "hadamard"]))
     if kind == "two-axis":
         p_out, p_in = (draw(st.sampled_from(divisors(size))) for size in shape[:2])
-        return shape, p_out * p_in, p_in, 0
+        return shape, p_out * p_in, p_in, 0, False
+    if kind == "hadamard":
+        orders = [p for p in (1, 2, 4, 8) if shape[0] % p == shape[1] % p == 0]
+        return shape, draw(st.sampled_from(orders)), 1, 0, True
     p = draw(st.sampled_from(divisors(math.prod(shape))))
-    return shape, p, 1, draw(st.integers(1, 20)) if kind == "rolled" else 0
+    return shape, p, 1, draw(st.integers(1, 20)) if kind == "rolled" else 0, False
 
 
 # Modules
@@ -170,7 +208,8 @@ def with_oracle_weights(model: nn.Module, qat: nn.Module) -> nn.Module:
         if record.spec.alpha_source == "A":
             stem = "alpha_source" if name == "weight" else f"{name}_alpha_source"
             source = parameters[f"{path}.{stem}" if path else stem]
-        used = weight(
+        weight_of = hadamard_weight if record.spec.layout.hadamard else weight
+        used = weight_of(
             array(parameters[record.weight]),
             array(source),
             record.spec.layout.p,

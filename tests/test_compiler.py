@@ -221,6 +221,7 @@ def deterministic() -> nn.Module:
 @quiet
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_training_equals_eager(backend: str) -> None:
+    torch.compiler.reset()  # another test's networks count towards Dynamo's limit of recompilations
     losses = []
     for compiled in (False, True):
         qat = tbn.transform(deterministic(), ALL.replace(alpha="tile", alpha_source="W"))

@@ -33,12 +33,13 @@ def test_defaults_are_the_papers() -> None:
 def test_presets(preset: Any, min_size: int, alpha_source: str, alpha: str) -> None:
     config = preset(p=8)
     assert (config.p, config.min_size, config.alpha_source, config.alpha) == (8, min_size, alpha_source, alpha)
-    assert config == TilingConfig(p=8, min_size=min_size, alpha_source=alpha_source, alpha=alpha)
+    given = {"min_size": min_size, "alpha_source": alpha_source, "alpha": alpha, "attention": "packed"}
+    assert config == TilingConfig(p=8, **given)
     assert preset().p == TilingConfig().p
-    changed = preset(min_size=7, alpha="output", alpha_source="W", p=(2, 2), float_layers=["head"])
-    assert changed == TilingConfig(min_size=7, alpha="output", alpha_source="W", p=(2, 2), float_layers=["head"])
+    others = {"min_size": 7, "alpha": "output", "alpha_source": "W", "p": (2, 2), "float_layers": ["head"]}
+    assert preset(**others) == TilingConfig(**others, attention="packed")
     written = " ".join(preset.__doc__.split())
-    for said in (f"min_size={min_size:_}", f'alpha="{alpha}"', f'alpha_source="{alpha_source}"'):
+    for said in (f"min_size={min_size:_}", f'alpha="{alpha}"', f'alpha_source="{alpha_source}"', 'attention="packed"'):
         assert f"``{said}``" in written
     assert "``p`` is not set" in written
 
@@ -63,6 +64,9 @@ def test_presets_name_unknown_options(preset: Any) -> None:
         ({"alpha": "layers"}, "alpha='layers' is not one of 'layer', 'output', 'tile'"),
         ({"alpha_source": "B"}, "alpha_source='B' is not one of 'A', 'W'"),
         ({"tile_dtype": "fp32"}, "tile_dtype='fp32' is not one of 'binary', 'float'"),
+        ({"replicate": "sign"}, "replicate='sign' is not one of 'repeat', 'roll', 'hadamard'"),
+        ({"replicate": "roll", "p": (2, 2)}, r"replicate='roll' takes an integer p, got the pair \(2, 2\)"),
+        ({"replicate": "hadamard", "p": (2, 2)}, r"replicate='hadamard' takes an integer p, got the pair \(2, 2\)"),
         ({"small": None}, "small=None is not one of 'binary', 'float'"),
         ({"float_layers": "head"}, "float_layers must be a sequence of patterns, got the string 'head'"),
         ({"filter": 3}, "filter must be callable, got 3"),

@@ -46,9 +46,9 @@ class Blocks(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
-def whole(gradual: bool = False) -> Any:
+def whole(**options: Any) -> Any:
     torch.manual_seed(5)
-    return tbn.transform(Blocks(), CONFIG.replace(gradual=gradual))
+    return tbn.transform(Blocks(), CONFIG.replace(**options))
 
 
 def block_by_block() -> Any:
@@ -86,6 +86,11 @@ def gradual() -> Any:
     return whole(gradual=True)
 
 
+def held() -> Any:
+    """What is trained are the tiles."""
+    return whole(latent="tile")
+
+
 # Each case: how the module is made, and how a process wraps it.
 def _ddp(module: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module)
@@ -108,13 +113,23 @@ def _fsdp(module: nn.Module) -> nn.Module:
     return module
 
 
+def shard_elements(parameter: Tensor) -> int:
+    """Elements that this process holds, of which the optimiser holds as many twice."""
+    from torch.distributed.tensor import DTensor
+
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+
+
 CASES: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], nn.Module]]] = {
     "ddp": (whole, _ddp),
     "ddp_gradual": (gradual, _ddp),
     "ddp_compiled": (whole, _compiled_ddp),
+    "ddp_tile": (held, _ddp),
+    "ddp_compiled_tile": (held, _compiled_ddp),
     "fsdp": (whole, _fsdp),
     "fsdp_gradual": (gradual, _fsdp),
     "fsdp_blocks": (block_by_block, _fsdp),
+    "fsdp_tile": (held, _fsdp),
 }
 
 
@@ -130,7 +145,8 @@ def _process(rank: int, folder: str) -> None:
         wrapped = wrap(module)
         losses = train(wrapped, wrapped.parameters(), rank, PROCESSES)
         state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
-        results[name] = {"losses": losses, "state": state}
+        elements = sum(shard_elements(parameter) for parameter in wrapped.parameters())
+        results[name] = {"losses": losses, "state": state, "elements": elements}
         if name == "fsdp":
             results[name]["summary"] = str(tbn.summary(module))
             try:
@@ -159,9 +175,21 @@ def test_same_training_as_one_process(results: Any, case: str) -> None:
     torch.testing.assert_close(dict(results[case]["state"]), dict(state), rtol=1e-4, atol=1e-5)
 
 
-def test_gathered_state_lowers_as_that_of_one_process(results: Any) -> None:
-    fresh, alone = tbn.transform(Blocks(), CONFIG), whole()
-    fresh.load_state_dict(results["fsdp"]["state"])
+def test_state_of_tiles_is_shared_out(results: Any) -> None:
+    """A process holds half of the parameters; those of a tile are ``2 p`` times fewer, but for its alphas."""
+    plain, tiles = (dict(build().named_parameters()) for build in (whole, held))
+    biases = sum(value.numel() for key, value in plain.items() if "bias" in key)
+    weights = sum(value.numel() for key, value in plain.items() if "weight" in key)
+    alphas = sum(value.numel() for key, value in tiles.items() if "alpha" in key)
+    assert results["ddp_tile"]["elements"] == weights // 4 + alphas + biases
+    assert results["fsdp_tile"]["elements"] == results["ddp_tile"]["elements"] // PROCESSES
+    assert results["fsdp"]["elements"] == (2 * weights + biases) // PROCESSES
+
+
+@pytest.mark.parametrize(("case", "build"), [("fsdp", whole), ("fsdp_tile", held)])
+def test_gathered_state_lowers_as_that_of_one_process(results: Any, case: str, build: Any) -> None:
+    fresh, alone = build(), build()
+    fresh.load_state_dict(results[case]["state"])
     train(alone, alone.parameters())
     x = torch.randn(5, 16)
     with torch.no_grad():

@@ -94,7 +94,7 @@ def test_the_header_has_a_place_for_every_field_of_a_tiling(monkeypatch):
     """A field that :func:`spec_to_data` forgets would be lost in every file."""
     full = fileformat.spec_to_data
     layouts = {
-        field.name: TileSpec(TileLayout((8, 12), 2, **{field.name: 2}), 2)
+        field.name: TileSpec(TileLayout((8, 12), 2, **{field.name: True if field.default is False else 2}), 2)
         for field in fields(TileLayout)
         if field.name not in ("shape", "p")
     }
@@ -141,7 +141,8 @@ HEADER_DAMAGES = [
 ]
 # Fields of layer a.
 FIELD_DAMAGES = [
-    ({"hadamard": True}, "its entry has the unknown field 'hadamard'"),
+    ({"spiral": True}, "its entry has the unknown field 'spiral'"),
+    ({"hadamard": 1}, "hadamard is 1, not a bool|unknown field 'hadamard'"),  # version 1 has no such field
     ({"p": 4.0}, r"p holds 4\.0, not an integer of at least 1"),
     ({"p": True}, "p holds True"),
     ({"p": "4"}, "p holds '4'"),

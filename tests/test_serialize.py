@@ -339,6 +339,7 @@ OTHER_TILINGS = {
     "pair": {"p": (2, 2)},
     "roll": {"replicate": "roll"},
     "shift": {"replicate": "roll", "shift": 3},
+    "signs": {"replicate": "hadamard"},
     "alphas": {"alpha": "layer"},
     "alpha_source": {"alpha_source": "W"},
     "tile_dtype": {"tile_dtype": "float"},

@@ -24,29 +24,27 @@ class Case:
         product: what is tested.
         places: the tile element that each weight element uses, ``[m, inputs, kernel]``.
         alphas: the alpha that scales it, likewise.
+        signs: +1 or -1, which it is multiplied by, likewise.
     """
 
     product: TiledProduct
     places: np.ndarray
     alphas: np.ndarray
-
-    @property
-    def rows(self) -> np.ndarray:
-        """Tile element and alpha of each weight element, a row of the weight in each row."""
-        return np.stack([self.places, self.alphas], -1).reshape(len(self.places), -1, 2)
+    signs: np.ndarray
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    shape, p, p_in, shift = draw(oracle.layouts())
-    layout = TileLayout(shape, p, p_in, shift)
+    shape, p, p_in, shift, hadamard = draw(oracle.layouts())
+    layout = TileLayout(shape, p, p_in, shift, hadamard=hadamard)
     num_alphas = draw(st.sampled_from(sorted({1, layout.p_out, p, shape[0]})))
     groups = draw(st.sampled_from(oracle.divisors(shape[0])))
     replicas = draw(st.sampled_from(oracle.divisors(shape[1]))) if groups == 1 else 1
     places = oracle.tile_places(shape, p, p_in, shift)
     alphas = oracle.alpha_places(shape, p, num_alphas, p_in)
-    three = (*shape[:2], -1)
-    return Case(TiledProduct(layout, num_alphas, groups, replicas), places.reshape(three), alphas.reshape(three))
+    signs = oracle.hadamard_signs(shape, p) if hadamard else np.ones(shape, np.int64)
+    product, three = TiledProduct(layout, num_alphas, groups, replicas), (*shape[:2], -1)
+    return Case(product, *(values.reshape(three) for values in (places, alphas, signs)))
 
 
 @given(cases())
@@ -54,7 +52,7 @@ def test_the_layout_is_the_oracles(case: Case) -> None:
     layout, num_alphas = case.product.layout, case.product.num_alphas
     tile, alpha = torch.rand(layout.tile_size), torch.rand(num_alphas)
     used = layout.scale(layout.replicate(tile), alpha)
-    expected = tile[torch.from_numpy(case.places)] * alpha[torch.from_numpy(case.alphas)]
+    expected = tile[torch.from_numpy(case.places)] * alpha[torch.from_numpy(case.alphas)] * torch.from_numpy(case.signs)
     assert torch.equal(used, expected.reshape(layout.shape))
 
 
@@ -76,7 +74,7 @@ def test_alphas_lie_where_they_are_said_to(case: Case) -> None:
 
 @given(cases())
 def test_rows_are_those_that_differ_and_repeat_the_others(case: Case) -> None:
-    product, signs = case.product, case.places.reshape(len(case.places), -1)
+    product, signs = case.product, ((case.places + 1) * case.signs).reshape(len(case.places), -1)
     assert 1 <= product.rows <= product.group_rows
     if not product.scales_results:
         assert product.distinct_rows == len(signs)
@@ -95,7 +93,7 @@ def test_rows_are_those_that_differ_and_repeat_the_others(case: Case) -> None:
 @given(cases())
 def test_neighbours_are_summed_where_they_share_weight_and_replica(case: Case) -> None:
     product, inputs = case.product, case.places.shape[1]
-    weight = np.stack([case.places, case.alphas], -1)
+    weight = np.stack([case.places, case.alphas, case.signs], -1)
     replica = np.arange(inputs) // (inputs // product.replicas)
 
     def shared(count: int) -> bool:
@@ -109,7 +107,7 @@ def test_neighbours_are_summed_where_they_share_weight_and_replica(case: Case) -
         assert not shared(product.neighbours)
     # A row is so many different weights, each replica's counted.
     assert product.columns * product.summed == case.places[0].size
-    assert product.macs * product.replicas == product.groups * product.rows * product.columns
+    assert product.macs * product.replicas * product.mixes == product.groups * product.rows * product.columns
 
 
 @given(cases())
@@ -135,7 +133,7 @@ def test_the_recipe_gives_the_product(case: Case, seed: int) -> None:
     k, groups, (m, inputs, kernel) = product.replicas, product.groups, case.places.shape
     tile, alpha, input_alpha = (random.integers(1, 9, size) / 8 for size in (layout.tile_size, product.num_alphas, k))
     x = random.integers(-8, 9, (groups, inputs // k, kernel)) / 8
-    weight = (tile[case.places] * alpha[case.alphas]).reshape(groups, -1, inputs, kernel)
+    weight = (tile[case.places] * alpha[case.alphas] * case.signs).reshape(groups, -1, inputs, kernel)
     replicated = np.concatenate([factor * x for factor in input_alpha], 1)
     expected = np.einsum("gric,gic->gr", weight, replicated).reshape(m)
 
@@ -145,12 +143,41 @@ def test_the_recipe_gives_the_product(case: Case, seed: int) -> None:
     summed = x.reshape(groups, -1, product.summed, kernel).sum(2)
     bits = layout.unique_weight(torch.from_numpy(tile)).numpy()
     folded = (bits.reshape(len(bits), k, -1, kernel) * input_alpha[:, None, None]).sum(1)
-    assert folded[0].size * groups * product.rows == product.macs
+    assert folded[0].size * groups * product.rows == product.macs * product.mixes
     results = []
     for g, rows in enumerate(product.computed_rows().tolist()):
         computed = folded[rows]
         results.append(np.tile(np.einsum("ric,ic->r", computed, summed[g]), product.repeats)[: product.group_rows])
     assert np.array_equal(np.concatenate(results) * np.repeat(alpha, product.rows_per_alpha), expected)
+
+
+@given(cases(), st.integers(0, 2**16))
+def test_column_groups_are_multiplied_apart_and_mixed(case: Case, seed: int) -> None:
+    """Rows of the tile meet each group of columns, replicas added up, and the results are mixed and scaled."""
+    product, layout, random = case.product, case.product.layout, np.random.default_rng(seed)
+    k, p, (m, inputs, kernel) = product.replicas, layout.p, case.places.shape
+    assert product.mixes in (1, p)
+    assert (product.mixes > 1) == (layout.kind == "hadamard" and product.groups == 1 and inputs // k % p == 0)
+    if product.mixes == 1:
+        assert product.additions == 0
+        return
+    tile, alpha, input_alpha = (random.integers(1, 9, size) / 8 for size in (layout.tile_size, product.num_alphas, k))
+    x = random.integers(-8, 9, (inputs // k, kernel)) / 8
+    weight = tile[case.places] * alpha[case.alphas] * case.signs
+    expected = np.einsum("ric,ic->r", weight, np.concatenate([factor * x for factor in input_alpha]))
+    groups = layout.column_groups(torch.from_numpy(tile)).numpy().reshape(p, m // p, k, -1, kernel)
+    groups = (groups * input_alpha[:, None, None]).sum(2)
+    assert groups.size == product.macs
+    z = np.einsum("jric,ijc->jr", groups, x.reshape(-1, p, kernel))
+    additions, half = 0, 1
+    while half < p:  # a butterfly: a sum and a difference for each pair
+        for i in range(p):
+            if not i & half:
+                z[i], z[i | half] = z[i] + z[i | half], z[i] - z[i | half]
+                additions += 2 * z.shape[1]
+        half *= 2
+    assert additions == product.additions
+    assert np.array_equal(z.reshape(m) * np.repeat(alpha, product.rows_per_alpha), expected)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +197,12 @@ def test_the_recipe_gives_the_product(case: Case, seed: int) -> None:
         (TiledProduct(TileLayout((8, 6), 4, 2), 2, replicas=3), {"summed": 2, "columns": 3, "macs": 4}),
         (TiledProduct(TileLayout((8, 6), 4, 2), 2, replicas=2), {"summed": 1, "bare": False}),
         (TiledProduct(TileLayout((8, 6), 4, shift=2), 4), {"alphas": "copy", "rows": 8, "contiguous": False}),
+        (TiledProduct(TileLayout((8, 12), 4, hadamard=True), 4), {"alphas": "copy", "rows": 8, "mixes": 4, "macs": 24}),
+        (TiledProduct(TileLayout((8, 12), 4, hadamard=True), 4), {"repeats": 1, "contiguous": False, "additions": 16}),
+        (TiledProduct(TileLayout((8, 12), 4, hadamard=True), 8, replicas=3), {"mixes": 4, "macs": 8}),
+        (TiledProduct(TileLayout((8, 12), 4, hadamard=True), 1, replicas=2), {"mixes": 1, "macs": 48, "additions": 0}),
+        (TiledProduct(TileLayout((8, 4, 3, 3), 4, hadamard=True), 4, groups=2), {"mixes": 1, "macs": 288}),
+        (TiledProduct(TileLayout((8, 12), 1, hadamard=True), 1), {"mixes": 1, "contiguous": True, "rows": 8}),
         (TiledProduct(TileLayout((8, 6), 1, shift=2), 1), {"rows": 8, "contiguous": True, "alignment": 6}),
     ],
     ids=repr,

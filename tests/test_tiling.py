@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tbn_compiler import ConfigError
-from tbn_compiler.tiling import TiledProduct, TileLayout, TileSpec, largest_divisor, tile_vector, tiled_weight
+from tbn_compiler.tiling import (
+    TiledProduct,
+    TileLayout,
+    TileSpec,
+    _computed_hadamard_matrix,
+    hadamard_matrix,
+    hadamard_order,
+    largest_divisor,
+    tile_vector,
+    tiled_weight,
+)
 from tests import oracle
 
 Tiling = tuple[tuple[int, ...], int, torch.Tensor, torch.Tensor]
@@ -106,6 +116,98 @@ def test_computed_rows_are_enough(tiling: Tiling, per_tile: bool, data: st.DataO
     for k in range(groups):
         for j in range(per_group):
             torch.testing.assert_close(unscaled[k * per_group + j], unscaled[k * per_group + j % computed])
+
+
+@st.composite
+def hadamard_tilings(draw: st.DrawFn) -> Tiling:
+    """``(shape, p, W, A)`` that a Hadamard layout takes."""
+    p = draw(st.sampled_from([1, 2, 4, 8]))
+    kernel = draw(st.lists(st.integers(1, 3), max_size=2))
+    shape = (p * draw(st.integers(1, 3)), p * draw(st.integers(1, 3)), *kernel)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    w, a = (oracle.exact(*shape, dtype=draw(st.sampled_from(oracle.FLOATS)), generator=generator) for _ in range(2))
+    return shape, p, w, a
+
+
+@given(hadamard_tilings(), st.booleans(), st.booleans())
+def test_hadamard_weight_matches_oracle(tiling: Tiling, per_tile: bool, binary: bool) -> None:
+    shape, p, w, a = tiling
+    layout = TileLayout(shape, p, hadamard=True)
+    spec = TileSpec(layout, p if per_tile else 1, tile_dtype="binary" if binary else "float")
+    np.testing.assert_array_equal(oracle.array(layout.aggregate(w)), oracle.hadamard_sums(oracle.array(w), p))
+    got = tiled_weight(w, a.to(w.dtype), spec)
+    expected = oracle.hadamard_weight(oracle.array(w), oracle.array(a), p, spec.num_alphas, binary=binary)
+    assert got.shape == w.shape
+    assert got.dtype == w.dtype
+    np.testing.assert_allclose(oracle.array(got), expected, rtol=2 * rounding(w), atol=0)
+
+
+@given(hadamard_tilings())
+def test_hadamard_copies_are_adjoint_and_inverse(tiling: Tiling) -> None:
+    """``aggregate`` sums with the signs that ``replicate`` gives: it is the adjoint, and ``p`` times the inverse."""
+    shape, p, w, _ = tiling
+    layout = TileLayout(shape, p, hadamard=True)
+    w = w.double()
+    tile = oracle.exact(layout.tile_size, dtype=torch.float64)
+    copies = layout.replicate(tile)
+    assert torch.equal(layout.aggregate(copies), p * tile)
+    assert (copies * w).sum() == (tile * layout.aggregate(w)).sum()
+    assert torch.equal(layout.column_groups(tile).movedim(0, 2).reshape(-1), tile)
+    assert torch.equal(layout.unique_weight(tile).reshape(shape), copies)
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 64), (64, 16), (32, 8, 3, 3)])
+@pytest.mark.parametrize("p", [2, 4, 8])
+def test_hadamard_copies_have_full_rank(shape: tuple[int, ...], p: int) -> None:
+    """Where plain copies leave the rank of the tile's rows. Few signs may be dependent by chance, numbers are not."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    tile = torch.randn(math.prod(shape) // p, dtype=torch.float64, generator=torch.Generator().manual_seed(p))
+    ranks = [
+        int(torch.linalg.matrix_rank(TileLayout(shape, p, hadamard=hadamard).replicate(tile).reshape(rows, columns)))
+        for hadamard in (False, True)
+    ]
+    assert ranks == [min(rows // p, columns), min(rows, columns)]
+
+
+def test_signs_in_hadamard_copies_have_full_rank() -> None:
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.where(torch.rand(64 * 256 // 8, generator=generator) > 0.5, 1.0, -1.0)
+    for hadamard, rank in ((False, 8), (True, 64)):
+        assert torch.linalg.matrix_rank(TileLayout((64, 256), 8, hadamard=hadamard).replicate(signs)) == rank
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, 8, 16, 32])
+def test_hadamard_matrices(p: int) -> None:
+    matrix = hadamard_matrix(p, torch.ones(1, dtype=torch.int64))
+    assert matrix.tolist() == oracle.sylvester(p)
+    assert torch.equal(matrix @ matrix, p * torch.eye(p, dtype=torch.int64))
+    assert torch.equal(_computed_hadamard_matrix(p, matrix), matrix)
+    assert hadamard_matrix(p, torch.ones(1, device="meta")).shape == (p, p)
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 100))
+def test_hadamard_order(rows: int, inputs: int, at_most: int) -> None:
+    fitting = [2**k for k in range(8) if rows % 2**k == inputs % 2**k == 0 and 2**k <= at_most]
+    assert hadamard_order(rows, inputs, at_most) == max(fitting)
+
+
+@pytest.mark.parametrize(
+    ("shape", "p", "options", "message"),
+    [
+        ((8, 6), 4, {}, r"p=4 with Hadamard signs must be a power of two .* of a weight of shape \(8, 6\)"),
+        ((6, 8), 4, {}, "p=4 with Hadamard signs"),
+        ((12, 12), 3, {}, "p=3 with Hadamard signs"),
+        ((8,), 2, {}, "p=2 with Hadamard signs"),
+        ((8, 8), 4, {"p_in": 2}, "neither two-axis"),
+        ((8, 8), 4, {"shift": 2}, "nor staggered"),
+        ((8, 8), 4, {"batch": 2}, "a batch of weights takes flat tiles"),
+    ],
+)
+def test_hadamard_layouts_that_do_not_fit(
+    shape: tuple[int, ...], p: int, options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TileLayout(shape, p, **options, hadamard=True)
 
 
 def test_zero_sum_gives_minus_one() -> None:

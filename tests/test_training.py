@@ -348,3 +348,17 @@ def test_strength_needs_gradual_tiling() -> None:
     for call in (tbn.tiling_strength, lambda module: tbn.set_tiling_strength(module, 1)):
         with pytest.raises(TransformError, match=r"transform the model with TilingConfig\(gradual=True\)"):
             call(tbn.transform(network(), CONFIG))
+
+
+def test_norms_are_estimated_again_by_pytorchs_own_function() -> None:
+    """After a start from float weights the statistics are those of another network."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8))
+    batches = [torch.randn(64, 16) for _ in range(8)]
+    torch.optim.swa_utils.update_bn(batches, model)
+    qat = tbn.init_from_float(tbn.transform(model, CONFIG))
+    weights = {key: value.clone() for key, value in qat.named_parameters()}
+    torch.optim.swa_utils.update_bn(batches, qat)
+    results = torch.cat([qat[0](batch) for batch in batches])
+    torch.testing.assert_close(qat[1].running_mean, results.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(qat[1].running_var, results.var(0), rtol=5e-2, atol=1e-3)
+    assert all(torch.equal(weights[key], value) for key, value in qat.named_parameters())

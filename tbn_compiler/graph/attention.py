@@ -22,6 +22,7 @@ ATTENTION_ARGUMENTS = (
     *("out_weight", "out_bias"),
 )
 # Its weights, each with an input that has as many positions as the weight is multiplied with.
+ATTENTION_HEADS = ("q_weight", "k_weight", "v_weight")  # their rows are those of the heads, one behind the other
 ATTENTION_WEIGHTS = {"q_weight": "query", "k_weight": "key", "v_weight": "value", "out_weight": "query"}
 
 

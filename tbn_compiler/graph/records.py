@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 
 from tbn_compiler.errors import ConfigError, SerializationError
 from tbn_compiler.graph.tiling_data import (
+    FURTHER,
     OPTIONS,
     SPEC_FIELDS,
     check_fields,
@@ -277,7 +278,7 @@ def _read_tilings(data: Any) -> Iterator[tuple[str, TileSpec]]:
     if not isinstance(data["layers"], dict):
         raise SerializationError(f"its layers are {shorten(data['layers'])}, not an object")
     for name, entry in data["layers"].items():
-        check_fields(f"its entry {shorten(name)}", entry, SPEC_FIELDS, (*OPTIONS, "latent"))
+        check_fields(f"its entry {shorten(name)}", entry, SPEC_FIELDS, (*OPTIONS, *FURTHER))
         yield name, spec_from_data(entry)
 
 
@@ -395,6 +396,7 @@ def _tiling_problems(module: nn.Module, state_dict: Mapping[str, Any], prefix: s
             yield (
                 f"layer {layer_name(prefix + weight)!r} is tiled with {describe_spec(spec)}, "
                 f"in the checkpoint with {describe_spec(other)}"
+                + (f": load it into convert_latent(model, {other.latent!r})" if other.latent != spec.latent else "")
             )
     reasons = {record.parameter: record.reason for record in own_records(module) or () if record.reason}
     for weight in sorted(tilings.keys() - own.keys()):

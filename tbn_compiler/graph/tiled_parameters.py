@@ -123,7 +123,8 @@ def _training_read(form: ReadForm) -> Any:
     layout, num_alphas, binary = spec.layout, spec.num_alphas, spec.tile_dtype == "binary"
     p, p_in, shift, batch = layout.p, layout.p_in, layout.shift, layout.batch
     alphas_in, held = layout.alphas_in(num_alphas), spec.latent == "tile"
-    shape, options = list(layout.shape), {"p_in": p_in, "shift": shift, "batch": batch, "binary": binary}
+    shape = list(layout.shape)
+    options = {"p_in": p_in, "shift": shift, "batch": batch, "hadamard": layout.hadamard, "binary": binary}
 
     def read(self: nn.Module) -> Tensor | None:
         parameter = self._parameters.get(name)
@@ -175,7 +176,6 @@ def decoded_weight(module: nn.Module, record: LayerRecord) -> Tensor:
 
 def _unpack(tile: Tensor, alpha: Tensor, layout: TileLayout) -> Tensor:
     """By one operator: a graph then shows what is decoded, and drops it where code reads no more than its dtype."""
-    p_in, shift, batch = layout.p_in, layout.shift, layout.batch
-    shape = list(layout.shape)
-    weight: Tensor = torch.ops.tbn.unpack.default(tile, alpha, shape, layout.p, p_in=p_in, shift=shift, batch=batch)
+    options = {"p_in": layout.p_in, "shift": layout.shift, "batch": layout.batch, "hadamard": layout.hadamard}
+    weight: Tensor = torch.ops.tbn.unpack.default(tile, alpha, list(layout.shape), layout.p, **options)
     return weight

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, get_args
 
-from tbn_compiler.config import AlphaSource, Latent, TileDType
+from tbn_compiler.config import Activation, AlphaSource, Latent, TileDType
 from tbn_compiler.errors import SerializationError
 from tbn_compiler.tiling import TileLayout, TileSpec
 
@@ -16,16 +16,27 @@ SPEC_FIELDS = ("shape", "p", "p_in", "shift", "alphas", "alpha_source", "tile_dt
 # Options of a layout with their usual values.
 OPTIONS: dict[str, Any] = {field.name: field.default for field in fields(TileLayout) if field.default is not MISSING}
 
+# Fields that are written where they have another value.
+FURTHER: dict[str, Any] = {"latent": "weight", "activation": "float"}
+_CHOICES = {
+    "alpha_source": get_args(AlphaSource),
+    "tile_dtype": get_args(TileDType),
+    "latent": get_args(Latent),
+    "activation": get_args(Activation),
+}
+
 
 def describe_spec(spec: TileSpec) -> str:
     """A tiling in words, for messages."""
     layout = spec.layout
     p = f"p=({layout.p_out}, {layout.p_in})" if layout.p_in > 1 else f"p={layout.p}"
     parts = [p, *([f"replicate='roll' (shift {layout.shift})"] if layout.shift else [])]
+    parts += ["replicate='hadamard'"] if layout.hadamard else []
     parts += [f"batch={layout.batch}"] if layout.batch > 1 else []
     alphas = f"{spec.num_alphas} alpha{'s' if spec.num_alphas > 1 else ''} from {spec.alpha_source}"
     parts += [alphas, *(["full-precision tile"] if spec.tile_dtype == "float" else [])]
-    return ", ".join([*parts, *(["latent='tile'"] if spec.latent == "tile" else [])])
+    parts += ["latent='tile'"] if spec.latent == "tile" else []
+    return ", ".join([*parts, *([f"{spec.activation} inputs"] if spec.activation != "float" else [])])
 
 
 def spec_to_data(spec: TileSpec) -> dict[str, Any]:
@@ -34,8 +45,10 @@ def spec_to_data(spec: TileSpec) -> dict[str, Any]:
     data: dict[str, Any] = {"shape": list(layout.shape), "p": layout.p, "p_in": layout.p_in, "shift": layout.shift}
     if layout.batch != 1:
         data["batch"] = layout.batch
+    if layout.hadamard:
+        data["hadamard"] = True
     data |= {"alphas": spec.num_alphas, "alpha_source": spec.alpha_source, "tile_dtype": spec.tile_dtype}
-    return data | ({} if spec.latent == "weight" else {"latent": spec.latent})
+    return data | {name: getattr(spec, name) for name, usual in FURTHER.items() if getattr(spec, name) != usual}
 
 
 def spec_from_data(data: Mapping[str, Any]) -> TileSpec:
@@ -57,15 +70,13 @@ def spec_from_data(data: Mapping[str, Any]) -> TileSpec:
         _check_integer(field, data[field], 1)
     options = {name: data.get(name, usual) for name, usual in OPTIONS.items()}
     for field, value in options.items():
-        if isinstance(OPTIONS[field], int):
+        if type(OPTIONS[field]) is int:
             _check_integer(field, value, 0)
         elif type(value) is not type(OPTIONS[field]):
             raise SerializationError(f"{field} is {shorten(value)}, not a {type(OPTIONS[field]).__name__}")
-    named = {"latent": "weight"} | {
-        field: data[field] for field in ("alpha_source", "tile_dtype", "latent") if field in data
-    }
-    for field, kind in (("alpha_source", AlphaSource), ("tile_dtype", TileDType), ("latent", Latent)):
-        value, choices = named[field], get_args(kind)
+    named = FURTHER | {field: data[field] for field in _CHOICES if field in data}
+    for field, choices in _CHOICES.items():
+        value = named[field]
         if not isinstance(value, str) or value not in choices:
             raise SerializationError(f"{field} is {shorten(value)}, not one of {', '.join(map(repr, choices))}")
     for field, size in (("shape", math.prod(shape)), ("shift", options["shift"] * data["p"])):

@@ -5,6 +5,7 @@
 ``tbn::scale``            ``B`` and the alpha source -> the weight that the layer uses (Eq. 7, 9)
 ``tbn::train_linear``     linear layer on a latent weight or tile, with gradients, on the rows that differ
 ``tbn::train_conv*``      convolutions likewise, ``train_conv1d`` to ``train_conv_transpose3d``
+``tbn::quantize_input``   an input in int8 or binary, as inference takes it, straight-through gradient
 ``tbn::unpack``           stored tile and alphas -> the weight ``alpha * B``
 ``tbn::unpack_bits``      packed bits -> +1 / -1
 ``tbn::linear``           inference: linear layer on a stored tile
@@ -20,7 +21,7 @@ registers a faster kernel for its device with :func:`calls.register_kernel`.
 
 from __future__ import annotations
 
-from tbn_compiler.ops import autocast, autograd, calls, reference, training
+from tbn_compiler.ops import activations, autocast, autograd, calls, reference, training
 from tbn_compiler.ops.schemas import LIBRARY
 
 calls.register_fakes()
@@ -28,5 +29,6 @@ autograd.register()
 reference.register()
 autocast.register()
 training.register()
+activations.register()
 
 __all__ = ["LIBRARY"]

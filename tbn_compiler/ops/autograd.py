@@ -29,19 +29,19 @@ class _Tile(torch.autograd.Function):
     """The gradient of ``tbn::tile``."""
 
     @staticmethod
-    def forward(weight: Tensor, p: int, p_in: int, shift: int, batch: int, binary: bool) -> Tensor:
-        return _below_autograd("tile", weight, p, p_in=p_in, shift=shift, batch=batch, binary=binary)
+    def forward(weight: Tensor, p: int, p_in: int, shift: int, batch: int, hadamard: bool, binary: bool) -> Tensor:
+        return _below_autograd("tile", weight, p, p_in=p_in, shift=shift, batch=batch, hadamard=hadamard, binary=binary)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, p, p_in, shift, batch, ctx.binary = inputs
-        ctx.layout = make_layout(weight.shape, p, p_in, shift, batch)
+        weight, p, p_in, shift, batch, hadamard, ctx.binary = inputs
+        ctx.layout = make_layout(weight.shape, p, p_in, shift, batch, hadamard)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
         if not ctx.binary:
             grad = ctx.layout.replicate(ctx.layout.aggregate(grad))
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
 
 
 class _Scale(torch.autograd.Function):
@@ -77,18 +77,27 @@ def _below_autograd(name: str, *args: Any, **options: Any) -> Tensor:
     return result
 
 
-def _tile(weight: Tensor, p: int, *, p_in: int = 1, shift: int = 0, batch: int = 1, binary: bool = True) -> Tensor:
+def _tile(
+    weight: Tensor,
+    p: int,
+    *,
+    p_in: int = 1,
+    shift: int = 0,
+    batch: int = 1,
+    hadamard: bool = False,
+    binary: bool = True,
+) -> Tensor:
     if functorch_is_active():
         # torch.func differentiates PyTorch's own operators only. The first two terms are 0, and carry the gradient.
-        layout = make_layout(weight.shape, p, p_in, shift, batch)
+        layout = make_layout(weight.shape, p, p_in, shift, batch, hadamard)
         if not binary:
             return layout.replicate(layout.aggregate(weight))
         fixed = weight.detach()
         return weight - fixed + layout.replicate(tile_vector(fixed, layout))
     if torch.is_grad_enabled() and weight.requires_grad:
-        result: Tensor = _Tile.apply(weight, p, p_in, shift, batch, binary)  # type: ignore[no-untyped-call]
+        result: Tensor = _Tile.apply(weight, p, p_in, shift, batch, hadamard, binary)  # type: ignore[no-untyped-call]
         return result
-    return _below_autograd("tile", weight, p, p_in=p_in, shift=shift, batch=batch, binary=binary)
+    return _below_autograd("tile", weight, p, p_in=p_in, shift=shift, batch=batch, hadamard=hadamard, binary=binary)
 
 
 def _scale(bits: Tensor, source: Tensor, num_alphas: int, *, p_in: int = 1) -> Tensor:
@@ -118,7 +127,7 @@ def _each(name: str) -> Callable[..., tuple[Tensor, int]]:
 def _unpack_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     tile, alpha, shape, p = inputs
     options = keyword_only_inputs
-    ctx.layout = make_layout(shape, p, options["p_in"], options["shift"], options["batch"])
+    ctx.layout = make_layout(shape, p, **options)
     ctx.save_for_backward(tile, alpha)
 
 

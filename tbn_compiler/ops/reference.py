@@ -1,7 +1,8 @@
 """Kernels of the ``tbn::`` operators in PyTorch: they run on every device and define what the others must equal.
 
 The inference kernels unpack the different rows only, multiply with those, and replicate the results with the
-alphas; where no rows repeat (a misaligned tile with one alpha per copy) they use the whole weight.
+alphas. Copies with Hadamard signs have their column groups multiplied apart, and the results mixed. Where there is
+neither (a misaligned tile with one alpha per copy, say) they use the whole weight.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from tbn_compiler import tiling
 from tbn_compiler.ops.calls import OPERATORS, TensorCall, make_kernel, register_kernel
 from tbn_compiler.ops.formats import apply_epilogue, in_format
+from tbn_compiler.ops.mixing import mixed_conv, mixed_conv_transpose, mixed_linear
 from tbn_compiler.ops.schemas import LIBRARY, check_unpack_bits, scale_layout, tile_layout, unpack_layout
 from tbn_compiler.packing import unpack_bits
 from tbn_compiler.tiling import TiledProduct, TileLayout
@@ -34,9 +36,18 @@ def dense_weight(tile: Tensor, alpha: Tensor, layout: TileLayout, dtype: torch.d
     return layout.scale(layout.replicate(decode(tile, layout, dtype)), alpha.to(dtype))
 
 
-def tile(weight: Tensor, p: int, *, p_in: int = 1, shift: int = 0, batch: int = 1, binary: bool = True) -> Tensor:
+def tile(
+    weight: Tensor,
+    p: int,
+    *,
+    p_in: int = 1,
+    shift: int = 0,
+    batch: int = 1,
+    hadamard: bool = False,
+    binary: bool = True,
+) -> Tensor:
     """``B``: the tile of ``weight`` replicated to its shape (Eq. 2-5)."""
-    layout = tile_layout(weight, p, p_in, shift, batch)
+    layout = tile_layout(weight, p, p_in, shift, batch, hadamard)
     return layout.replicate(tiling.tile_vector(weight, layout, binary=binary))
 
 
@@ -50,10 +61,18 @@ def scale(bits: Tensor, source: Tensor, num_alphas: int, *, p_in: int = 1) -> Te
 
 
 def unpack(
-    tile: Tensor, alpha: Tensor, shape: Sequence[int], p: int, *, p_in: int = 1, shift: int = 0, batch: int = 1
+    tile: Tensor,
+    alpha: Tensor,
+    shape: Sequence[int],
+    p: int,
+    *,
+    p_in: int = 1,
+    shift: int = 0,
+    batch: int = 1,
+    hadamard: bool = False,
 ) -> Tensor:
     """The weight ``alpha * B`` that a stored tile stands for, in the dtype of ``alpha``."""
-    layout = unpack_layout(tile, alpha, shape, p, p_in, shift, batch)
+    layout = unpack_layout(tile, alpha, shape, p, p_in, shift, batch, hadamard)
     return dense_weight(tile, alpha, layout, alpha.dtype)
 
 
@@ -111,9 +130,28 @@ def _result_alphas(product: TiledProduct, alpha: Tensor) -> Tensor:
     return alpha if product.alphas != "copy" or product.alpha_per_repeat else product.layout.row_alphas(alpha)
 
 
+def _mixed_linear(call: TensorCall, input: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer whose copies have Hadamard signs."""
+    groups = _column_groups(call, input.dtype)
+    out = mixed_linear(input, groups, call.alpha.to(input.dtype))
+    return out if bias is None else out + bias
+
+
+def _column_groups(call: TensorCall, dtype: torch.dtype) -> Tensor:
+    """The tile by column groups, ``[p, R, inputs / p, *kernel]``, with the blocks of replicas summed."""
+    layout = call.layout
+    groups = layout.column_groups(decode(call.tile, layout, dtype))
+    if call.input_alpha is None:
+        return groups
+    folded = fold_replicas(groups.flatten(0, 1), call.input_alpha)
+    return folded.reshape(*groups.shape[:2], *folded.shape[1:])
+
+
 def _linear(call: TensorCall, input: Tensor, bias: Tensor | None) -> Tensor:
     dtype, product = input.dtype, call.product
     bias = None if bias is None else bias.to(dtype)
+    if call.product.mixes > 1:
+        return _mixed_linear(call, input, bias)
     if not _shares(call):
         return F.linear(input, whole_weight(call, dtype), bias)
     unique = F.linear(call.layout.sum_inputs(input, -1), _unique_weight(call, dtype))
@@ -124,6 +162,9 @@ def _linear(call: TensorCall, input: Tensor, bias: Tensor | None) -> Tensor:
 def _conv(call: TensorCall, input: Tensor, bias: Tensor | None) -> Tensor:
     dtype, layout, product, d = input.dtype, call.layout, call.product, call.dims
     bias = None if bias is None else bias.to(dtype)
+    if product.mixes > 1:
+        out = mixed_conv(call, input, _column_groups(call, dtype), call.alpha.to(dtype))
+        return (out if bias is None else out + bias.view(-1, *[1] * d)).contiguous()
     if not _shares(call):
         return call.function(input, whole_weight(call, dtype), bias, *call.geometry).contiguous()
     unique = _unique_weight(call, dtype)
@@ -152,6 +193,10 @@ def _conv_transpose(call: TensorCall, input: Tensor, bias: Tensor | None) -> Ten
     """
     dtype, product = input.dtype, call.product
     bias = None if bias is None else bias.to(dtype)
+    if product.mixes > 1:
+        groups = _column_groups(call, dtype)
+        out = mixed_conv_transpose(call, input, groups, call.alpha.to(dtype))
+        return (out if bias is None else out + bias.view(-1, *[1] * call.dims)).contiguous()
     if call.groups > 1 or not _shares(call):
         return call.function(input, whole_weight(call, dtype), bias, *call.geometry).contiguous()
     channel = input.dim() - call.dims - 1
@@ -163,8 +208,8 @@ def _conv_transpose(call: TensorCall, input: Tensor, bias: Tensor | None) -> Ten
 def compute(call: TensorCall) -> Tensor:
     """The result of a call that has been checked.
 
-    The different rows (filters) are multiplied and their results replicated; of a transpose convolution, input channels
-    with equal rows are summed first.
+    The different rows (filters) are multiplied and their results replicated (or mixed); of a transpose convolution,
+    input channels with equal rows are summed (or mixed) first.
     """
     layer = _conv_transpose if call.transposed else _conv if call.dims else _linear
     out = in_format(

@@ -47,15 +47,15 @@ INT8_TINY = 2.0**-100  # 127 divided by anything smaller would come near the end
 
 _CONV_SCHEMA = (
     "{name}(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int in_channels, int out_channels, "
-    "int[{d}] kernel_size, int p, Tensor? input_alpha=None, *, int p_in=1, int shift=0, "
+    "int[{d}] kernel_size, int p, Tensor? input_alpha=None, *, int p_in=1, int shift=0, bool hadamard=False, "
     "int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1, "
     'str activation="float", str epilogue="none") -> Tensor'
 )
 
 _CONV_TRANSPOSE_SCHEMA = (
     "{name}(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int in_channels, int out_channels, "
-    "int[{d}] kernel_size, int p, *, int shift=0, int[{d}] stride=1, int[{d}] padding=0, int[{d}] output_padding=0, "
-    "int groups=1, int[{d}] dilation=1) -> Tensor"
+    "int[{d}] kernel_size, int p, *, int shift=0, bool hadamard=False, int[{d}] stride=1, int[{d}] padding=0, "
+    "int[{d}] output_padding=0, int groups=1, int[{d}] dilation=1) -> Tensor"
 )
 
 # Layers that train; the arguments behind the bias are those of the inference operators.
@@ -63,32 +63,37 @@ TRAINING_PREFIX = "train_"
 _TRAINING_HEAD = f"{TRAINING_PREFIX}{{name}}(Tensor input, Tensor weight, Tensor source, Tensor? bias, "
 _TRAIN_CONV_SCHEMA = (
     _TRAINING_HEAD + "int in_channels, int out_channels, int[{d}] kernel_size, int p, int num_alphas, *, int p_in=1, "
-    "int shift=0, int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1, bool binary=True) -> Tensor"
+    "int shift=0, bool hadamard=False, int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1, "
+    "bool binary=True) -> Tensor"
 )
 _TRAIN_CONV_TRANSPOSE_SCHEMA = (
     _TRAINING_HEAD + "int in_channels, int out_channels, int[{d}] kernel_size, int p, int num_alphas, *, "
-    "int shift=0, int[{d}] stride=1, int[{d}] padding=0, int[{d}] output_padding=0, int groups=1, "
+    "int shift=0, bool hadamard=False, int[{d}] stride=1, int[{d}] padding=0, int[{d}] output_padding=0, int groups=1, "
     "int[{d}] dilation=1, bool binary=True) -> Tensor"
 )
 
-LIBRARY.define("tile(Tensor weight, int p, *, int p_in=1, int shift=0, int batch=1, bool binary=True) -> Tensor")
+LIBRARY.define(
+    "tile(Tensor weight, int p, *, int p_in=1, int shift=0, int batch=1, bool hadamard=False, "
+    "bool binary=True) -> Tensor"
+)
 LIBRARY.define(
     f"{TRAINING_PREFIX}weight(Tensor weight, Tensor source, int[] shape, int p, int num_alphas, *, int p_in=1, "
-    "int shift=0, int batch=1, bool binary=True) -> Tensor"
+    "int shift=0, int batch=1, bool hadamard=False, bool binary=True) -> Tensor"
 )
 LIBRARY.define("scale(Tensor bits, Tensor source, int num_alphas, *, int p_in=1) -> Tensor")
 LIBRARY.define("unpack_bits(Tensor packed, int numel, *, ScalarType dtype) -> Tensor")
 LIBRARY.define(
-    "unpack(Tensor tile, Tensor alpha, int[] shape, int p, *, int p_in=1, int shift=0, int batch=1) -> Tensor"
+    "unpack(Tensor tile, Tensor alpha, int[] shape, int p, *, int p_in=1, int shift=0, int batch=1, "
+    "bool hadamard=False) -> Tensor"
 )
 LIBRARY.define(
     "linear(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int in_features, int out_features, int p, "
-    "Tensor? input_alpha=None, *, int p_in=1, int shift=0, "
+    "Tensor? input_alpha=None, *, int p_in=1, int shift=0, bool hadamard=False, "
     'str activation="float", str epilogue="none") -> Tensor'
 )
 LIBRARY.define(
     _TRAINING_HEAD.format(name="linear")
-    + "int in_features, int out_features, int p, int num_alphas, *, int p_in=1, int shift=0, "
+    + "int in_features, int out_features, int p, int num_alphas, *, int p_in=1, int shift=0, bool hadamard=False, "
     "bool binary=True) -> Tensor"
 )
 for _d, _name in CONV_OPS.items():
@@ -102,9 +107,11 @@ for _d, _name in CONV_OPS.items():
 _layout = functools.lru_cache(maxsize=1024)(TileLayout)
 
 
-def make_layout(shape: Sequence[int], p: int, p_in: int = 1, shift: int = 0, batch: int = 1) -> TileLayout:
+def make_layout(
+    shape: Sequence[int], p: int, p_in: int = 1, shift: int = 0, batch: int = 1, hadamard: bool = False
+) -> TileLayout:
     """The layout of a weight. Weight shapes are static: dynamic shapes specialise on them, never on the batch."""
-    return _layout(tuple(int(size) for size in shape), int(p), int(p_in), int(shift), int(batch))
+    return _layout(tuple(int(size) for size in shape), int(p), int(p_in), int(shift), int(batch), bool(hadamard))
 
 
 def check_stored(op: str, tile: Tensor, alpha: Tensor, layout: TileLayout) -> None:
@@ -131,10 +138,10 @@ def _floating(op: str, name: str, tensor: Tensor) -> None:
     )
 
 
-def tile_layout(weight: Tensor, p: int, p_in: int, shift: int, batch: int) -> TileLayout:
+def tile_layout(weight: Tensor, p: int, p_in: int, shift: int, batch: int, hadamard: bool) -> TileLayout:
     """Check the operands of ``tbn::tile`` and return the layout."""
     _floating("tile", "weight", weight)
-    return make_layout(weight.shape, p, p_in, shift, batch)
+    return make_layout(weight.shape, p, p_in, shift, batch, hadamard)
 
 
 def scale_layout(bits: Tensor, source: Tensor, num_alphas: int, p_in: int) -> TileLayout:
@@ -163,18 +170,27 @@ def check_unpack_bits(packed: Tensor, numel: int) -> None:
 
 
 def unpack_layout(
-    tile: Tensor, alpha: Tensor, shape: Sequence[int], p: int, p_in: int, shift: int, batch: int
+    tile: Tensor, alpha: Tensor, shape: Sequence[int], p: int, p_in: int, shift: int, batch: int, hadamard: bool
 ) -> TileLayout:
     """Check the operands of ``tbn::unpack`` and return the layout of the weight."""
-    layout = make_layout(shape, p, p_in, shift, batch)
+    layout = make_layout(shape, p, p_in, shift, batch, hadamard)
     _floating("unpack", "alpha", alpha)
     check_stored("unpack", tile, alpha, layout)
     return layout
 
 
 @torch.library.register_fake("tbn::tile", lib=LIBRARY)
-def _tile(weight: Tensor, p: int, *, p_in: int = 1, shift: int = 0, batch: int = 1, binary: bool = True) -> Tensor:
-    tile_layout(weight, p, p_in, shift, batch)
+def _tile(
+    weight: Tensor,
+    p: int,
+    *,
+    p_in: int = 1,
+    shift: int = 0,
+    batch: int = 1,
+    hadamard: bool = False,
+    binary: bool = True,
+) -> Tensor:
+    tile_layout(weight, p, p_in, shift, batch, hadamard)
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
@@ -192,7 +208,15 @@ def _unpack_bits(packed: Tensor, numel: int, *, dtype: torch.dtype) -> Tensor:
 
 @torch.library.register_fake("tbn::unpack", lib=LIBRARY)
 def _unpack(
-    tile: Tensor, alpha: Tensor, shape: Sequence[int], p: int, *, p_in: int = 1, shift: int = 0, batch: int = 1
+    tile: Tensor,
+    alpha: Tensor,
+    shape: Sequence[int],
+    p: int,
+    *,
+    p_in: int = 1,
+    shift: int = 0,
+    batch: int = 1,
+    hadamard: bool = False,
 ) -> Tensor:
-    unpack_layout(tile, alpha, shape, p, p_in, shift, batch)
+    unpack_layout(tile, alpha, shape, p, p_in, shift, batch, hadamard)
     return alpha.new_empty(tuple(shape))

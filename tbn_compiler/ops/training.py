@@ -19,20 +19,25 @@ mean magnitudes are the alphas (Eq. 7, 9), or one element for each alpha: then t
 gradient is divided by the ``N / k`` weights that each alpha scales. That is what one element of ``A`` gets, so that
 gradient descent moves the alpha as it moves the mean of ``A`` (until an element of ``A`` changes its sign).
 
-Where no rows repeat, alphas change within a row, or groups of a convolution read different inputs, the whole weight is
+Rows with Hadamard signs differ, and share their products all the same (:mod:`tbn_compiler.ops.mixing`). Where no other
+rows repeat, alphas change within a row, or groups of a convolution read different inputs, the whole weight is
 multiplied.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tbn_compiler.ops.calls import TRAINING_OPERATORS, Operator, TiledCall
+from tbn_compiler.ops.mixing import mixed_layer
 from tbn_compiler.ops.schemas import LIBRARY, TRAINING_PREFIX, make_layout
 from tbn_compiler.tiling import TiledProduct, TileLayout, tile_signs
 from tbn_compiler.torch_private import functorch_is_active, untraced
@@ -57,8 +62,8 @@ def alphas_of(source: Tensor, layout: TileLayout, num_alphas: int) -> Tensor:
 def used_weight(weight: Tensor, source: Tensor, layout: TileLayout, k: int, binary: bool) -> Tensor:
     """The whole weight ``alpha * B`` of ``layout.shape``, differentiable as ``tbn::tile`` and ``tbn::scale`` are."""
     if takes_latent_weight(weight, layout):
-        options = {"p_in": layout.p_in, "shift": layout.shift, "batch": layout.batch, "binary": binary}
-        bits = torch.ops.tbn.tile.default(weight, layout.p, **options)
+        options = {"p_in": layout.p_in, "shift": layout.shift, "batch": layout.batch, "hadamard": layout.hadamard}
+        bits = torch.ops.tbn.tile.default(weight, layout.p, **options, binary=binary)
     else:
         tile = torch.ops.tbn.tile.default(weight.reshape(-1), 1, binary=binary)
         bits = layout.replicate(tile)
@@ -72,13 +77,39 @@ def _whole_weight(call: TiledCall, weight: Tensor, source: Tensor) -> Tensor:
     return used_weight(weight, source, call.layout, call.arguments["num_alphas"], call.arguments["binary"])
 
 
+def _product(call: TiledCall) -> TiledProduct:
+    return TiledProduct(call.layout, call.arguments["num_alphas"], call.groups)
+
+
+def _mixed(call: TiledCall, input: Tensor, weight: Tensor, source: Tensor, bias: Tensor | None) -> Tensor:
+    """A layer whose copies have Hadamard signs."""
+    layout, k, binary = call.layout, call.arguments["num_alphas"], call.arguments["binary"]
+    # In half precision the gradient of an alpha may overflow before it is divided by the weights that it scales.
+    alpha = alphas_of(source.to(torch.promote_types(source.dtype, torch.float32)), layout, k)
+    if not takes_latent_weight(weight, layout):
+        return mixed_layer(call, input, torch.ops.tbn.tile.default(weight.reshape(-1), 1, binary=binary), alpha, bias)
+    if not binary:
+        return mixed_layer(call, input, layout.aggregate(weight), alpha, bias)
+    return mixed_layer(call, input, tile_signs(layout.aggregate(weight.detach())), alpha, bias, weight)
+
+
 def multiplied_rows(call: TiledCall) -> TiledProduct | None:
     """The product of a call that multiplies fewer rows than the weight has, or shorter ones; else ``None``."""
-    product = TiledProduct(call.layout, call.arguments["num_alphas"], call.groups)
-    if call.transposed and call.groups > 1:
+    return _saving_product(call.layout, call.arguments["num_alphas"], call.groups, call.transposed)
+
+
+@functools.lru_cache(maxsize=1024)
+def _saving_product(layout: TileLayout, num_alphas: int, groups: int, transposed: bool) -> TiledProduct | None:
+    product = TiledProduct(layout, num_alphas, groups)
+    if transposed and groups > 1:
         return None  # the rows of a group meet the other groups' outputs
     saves = product.rows < product.group_rows or product.summed > 1
     return product if saves and product.bare and product.group_rows % product.rows == 0 else None
+
+
+def shares_products(call: TiledCall) -> bool:
+    """Whether a call multiplies less than the whole weight: rows repeat, or copies have Hadamard signs."""
+    return multiplied_rows(call) is not None or _product(call).mixes > 1
 
 
 def _rows(tile: Tensor, product: TiledProduct) -> Tensor:
@@ -95,41 +126,123 @@ def _tile_gradient(grad_rows: Tensor, product: TiledProduct) -> Tensor:
         index = product.computed_rows(grad_rows.device).reshape(-1)
         zeros = grad_rows.new_zeros((layout.unique_rows, *grad_rows.shape[1:]))
         grad_rows = zeros.index_add_(0, index, grad_rows)
-    return grad_rows.reshape(-1, layout.tile_size).sum(0)
+    tiles = grad_rows.reshape(-1, layout.tile_size)
+    return tiles[0] if len(tiles) == 1 else tiles.sum(0)
 
 
-def _factors(alpha: Tensor, product: TiledProduct, dims: int) -> Tensor:
-    """The alphas as they meet values that :func:`_split` has split, ``[groups, repeats, rows, *positions]``."""
-    if alpha.numel() == 1:
-        shape = [1, 1, 1]
-    elif product.groups == 1 and product.alpha_per_repeat:
-        shape = [1, -1, 1]
-    else:
-        alpha, shape = product.layout.row_alphas(alpha), [product.groups, product.repeats, product.rows]
-    return alpha.reshape(*shape, *[1] * dims)
+def _scaled_tile(s: Tensor, scale: Tensor, binary: bool) -> Tensor:
+    """The tile of aggregated values (Eq. 3) times a number, in the dtype of that."""
+    if not binary:
+        return s.to(scale.dtype) * scale
+    # torch.where would take ten times as long as all of this.
+    above = torch.gt(s, 0, out=torch.empty(s.shape, dtype=scale.dtype, device=s.device))
+    above.mul_(2 * scale).sub_(scale)
+    return above
 
 
-def _split(value: Tensor, product: TiledProduct, dims: int) -> Tensor:
-    """``[*batch, channels, *positions]`` as ``[*batch, groups, repeats (or 1), rows, *positions]``."""
-    split: Tensor = value.unflatten(-1 - dims, (product.groups, -1, product.rows))
-    return split
+@dataclass(frozen=True)
+class _Repeats:
+    """How the results of rows repeat: values ``[*batch, channels, *positions]``, and views of them by their repeats.
+
+    Everything works in the order that the values have in memory, so that results and gradients keep it.
+
+    Attributes:
+        product: what is multiplied.
+        dims: positions' dimensions.
+        last: whether the channels lie behind the positions in memory.
+    """
+
+    product: TiledProduct
+    dims: int
+    last: bool
+
+    @classmethod
+    def of(cls, value: Tensor, product: TiledProduct, dims: int) -> _Repeats:
+        """As ``value`` lies in memory."""
+        form = _CHANNELS_LAST.get(dims) if value.dim() == dims + 2 else None
+        last = form is not None and not value.is_contiguous() and value.is_contiguous(memory_format=form)
+        return cls(product, dims, last)
+
+    @property
+    def form(self) -> torch.memory_format:
+        """The order in memory."""
+        return _CHANNELS_LAST[self.dims] if self.last else torch.contiguous_format
+
+    def split(self, value: Tensor) -> Tensor:
+        """``[tokens, groups, repeats (or 1), rows, positions]``, a view of a value that is dense."""
+        value = value.contiguous(memory_format=self.form)
+        if self.last:
+            value = value.movedim(1, -1)
+        axis = value.dim() - 1 - (0 if self.last else self.dims)
+        tokens, positions = math.prod(value.shape[:axis]), math.prod(value.shape[axis + 1 :])
+        repeats = value.shape[axis] // (self.product.groups * self.product.rows)
+        return value.view(tokens, self.product.groups, repeats, self.product.rows, positions)
+
+    def join(self, parts: Tensor, like: Tensor) -> Tensor:
+        """The value, with the other sizes of ``like``, that was split into parts."""
+        channels, axis = math.prod(parts.shape[1:4]), like.dim() - 1 - self.dims
+        batch, positions = like.shape[:axis], like.shape[axis + 1 :]
+        if self.last:
+            return parts.reshape(*batch, *positions, channels).movedim(-1, 1)
+        return parts.reshape(*batch, channels, *positions)
+
+    def factors(self, alpha: Tensor) -> Tensor:
+        """Alphas as they meet parts."""
+        product = self.product
+        if product.groups == 1 and product.alpha_per_repeat:
+            return alpha.view(1, -1, 1, 1)
+        return product.layout.row_alphas(alpha).view(product.groups, product.repeats, product.rows, 1)
+
+    def write(self, value: Tensor, alpha: Tensor | None, bias: Tensor | None) -> Tensor:
+        """All repeats of a value, with a scale for each, and the bias."""
+        product, once, axis = self.product, self.split(value), value.dim() - 1 - self.dims
+        shape = (product.groups, product.repeats, product.rows, 1)
+        sizes = (*value.shape[:axis], math.prod(shape), *value.shape[axis + 1 :])
+        # Memory of its own: autograd lets nobody write to the result of a function if it is a view.
+        out = torch.empty(sizes, dtype=value.dtype, device=value.device, memory_format=self.form)
+        parts = self.split(out)
+        if bias is None:
+            parts.copy_(once) if alpha is None else torch.mul(once, self.factors(alpha), out=parts)
+        elif alpha is None:
+            torch.add(once, bias.view(shape), out=parts)
+        else:
+            torch.addcmul(bias.view(shape), once, self.factors(alpha).expand(shape), out=parts)
+        return out
+
+    def sum(self, value: Tensor, alpha: Tensor | None) -> Tensor:
+        """The sum of all repeats, with a scale for each."""
+        parts, product = self.split(value), self.product
+        size = product.rows * parts.shape[-1]
+        if alpha is None:
+            total = parts.sum(2, keepdim=True)
+        elif product.groups == 1 and product.alpha_per_repeat and isinstance(size, int) and size >= _LONG:
+            total = torch.matmul(alpha.view(1, 1, -1), parts.view(parts.shape[0], product.repeats, size))
+            total = total.view(parts.shape[0], 1, 1, product.rows, parts.shape[-1])
+        else:
+            total = (parts * self.factors(alpha)).sum(2, keepdim=True)
+        return self.join(total, value)
+
+    def dot(self, values: Tensor, once: Tensor) -> Tensor:
+        """For each alpha, the sum over what it scales of values times those of one repeat; at least in float32."""
+        once = self.split(once)
+        if once.dtype in (torch.float16, torch.bfloat16):
+            once = once.float()
+        sums: Tensor = (self.split(values) * once).sum((0, 4))
+        return sums.reshape(self.product.num_alphas, -1).sum(1)
 
 
-def _join(value: Tensor, dims: int) -> Tensor:
-    """What :func:`_split` has split, with its channels one behind the other."""
-    return value.flatten(-3 - dims, -1 - dims)
+# A product with the alphas reads repeats once and writes no scaled ones; it is slow for many short ones.
+_LONG = 128
 
-
-def _alpha_gradient(products: Tensor, product: TiledProduct, dims: int) -> Tensor:
-    """The gradient of the alphas from split products of scaled values and their gradients."""
-    axis = products.dim() - dims - 3
-    others = [*range(axis), *range(axis + 3, products.dim())]
-    sums = products.sum(others) if others else products
-    return sums.reshape(product.num_alphas, -1).sum(1)
+_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 class _Layer(torch.autograd.Function):
-    """A layer on the rows that differ, and its gradients."""
+    """A layer on the rows that differ, and its gradients.
+
+    The rows are multiplied with the largest alpha, and what comes of them with the alphas relative to that: results
+    stay in the range of a low-precision dtype, and nothing is left to multiply where there is one alpha.
+    """
 
     @staticmethod
     def forward(
@@ -142,103 +255,97 @@ class _Layer(torch.autograd.Function):
         product: TiledProduct,
         dtype: torch.dtype,
     ) -> Tensor:
-        layout, d, binary = call.layout, call.dims, call.arguments["binary"]
+        layout, d = call.layout, call.dims
         ctx.call, ctx.product, ctx.dtype = call, product, dtype
         ctx.latent_weight = takes_latent_weight(weight, layout)
         s = layout.aggregate(weight) if ctx.latent_weight else weight.reshape(-1)
-        rows = _rows((tile_signs(s) if binary else s).to(dtype), product)
-        alpha = alphas_of(source, layout, product.num_alphas).to(dtype)
-        factors = _factors(alpha, product, d)
+        alpha = alphas_of(source, layout, product.num_alphas)
+        scale, relative = alpha.reshape(()) if len(alpha) == 1 else alpha.amax(), None
+        if len(alpha) > 1:
+            scale = torch.where(scale > 0, scale, 1)
+            relative = (alpha / scale).to(dtype)
+        scale = scale.to(dtype)
+        rows = _rows(_scaled_tile(s, scale, call.arguments["binary"]), product)
         added = None if bias is None else bias.to(dtype)
         if call.transposed:  # inputs with equal rows are scaled and summed
-            scaled = _join((_split(input, product, d) * factors).sum(-2 - d, keepdim=True), d)
-            out = call.function(scaled, rows, added, *call.geometry)
+            repeats = _Repeats.of(input, product, d)
+            once = repeats.sum(input, relative)
+            out = call.function(once, rows, added, *call.geometry)
         else:
-            scaled = call.function(layout.sum_inputs(input, -1 - d), rows, None, *call.geometry)
-            unique = _split(scaled, product, d)
-            shape = (product.groups, product.repeats, product.rows, *[1] * d)
-            scales = factors.expand(shape)
-            out = _join(unique * scales if added is None else torch.addcmul(added.view(shape), unique, scales), d)
-        ctx.save_for_backward(input, weight, source, bias, rows, alpha, scaled)
+            once = call.function(_sum_neighbours(input, layout, -1 - d), rows, None, *call.geometry)
+            repeats = _Repeats.of(once, product, d)
+            out = repeats.write(once, relative, added)
+        ctx.repeats = repeats
+        keeps = call.transposed or ctx.needs_input_grad[2]
+        ctx.save_for_backward(input, weight, source, bias, rows, alpha, scale, relative, once if keeps else None)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
-        input, weight, source, bias, rows, alpha, scaled = ctx.saved_tensors
+        input, weight, source, bias, rows, alpha, scale, relative, once = ctx.saved_tensors
         call, product, layout, needs = ctx.call, ctx.product, ctx.call.layout, ctx.needs_input_grad
         if torch.is_grad_enabled():  # the gradients will be differentiated, too
             return (*_differentiable_gradients(ctx, grad, (input, weight, source, bias)), None, None, None)
-        wants_rows = needs[1] and not (ctx.latent_weight and call.arguments["binary"])
-        gradients = _transposed_gradients if call.transposed else _plain_gradients
-        grad_input, grad_rows, products = gradients(
-            call, product, grad, input, rows, alpha, scaled, (needs[0], wants_rows, needs[2])
-        )
-        grad_weight = grad_source = grad_bias = None
+        repeats: _Repeats = ctx.repeats
+        dense = needs[1] and ctx.latent_weight and call.arguments["binary"]  # Eq. 6: of all rows
+        wants_rows = needs[1] and not dense
+        grad_input = grad_rows = grad_alpha = grad_weight = None
+        if call.transposed:
+            wanted = (needs[0] or needs[2], wants_rows)
+            grad_once, grad_rows = _multiply_backward(call, grad, once, rows, wanted, scale)
+            if grad_once is not None and needs[0]:
+                grad_input = repeats.write(grad_once, relative, None)
+            if grad_once is not None and needs[2]:
+                grad_alpha = repeats.dot(once if relative is None else input, grad_once)
+        elif needs[0] or wants_rows or needs[2]:
+            grad_once = repeats.sum(grad, relative)
+            if needs[2]:
+                grad_alpha = repeats.dot(grad_once if relative is None else grad, once)
+            met = _sum_neighbours(input, layout, -1 - call.dims) if wants_rows or call.dims else input
+            grad_input, grad_rows = _multiply_backward(call, grad_once, met, rows, (needs[0], wants_rows), scale)
+            if grad_input is not None and product.neighbours > 1:
+                grad_input = _spread(grad_input, input, -1 - call.dims)
         if grad_rows is not None:
             grad_tile = _tile_gradient(grad_rows, product)
             grad_weight = layout.replicate(grad_tile) if ctx.latent_weight else grad_tile.reshape(weight.shape)
-        elif needs[1]:
-            _, grad_dense = _multiply_backward(call, grad, input, weight, (False, True))
-            assert grad_dense is not None
-            grad_weight = layout.scale(grad_dense, alpha)
-        if products is not None:
-            grad_source = _source_gradient(source, layout, _alpha_gradient(products, product, call.dims))
-        if needs[3]:
-            grad_bias = _bias_gradient(grad, call.dims).to(bias.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_input, grad_weight, grad_source, grad_bias, None, None, None
+        elif dense:
+            row_alphas = layout.row_alphas(alpha.to(ctx.dtype))
+            grad_weight = _multiply_backward(call, grad, input, weight, (False, True), row_alphas)[1]
+        return (
+            grad_input,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_alpha is None else _source_gradient(source, layout, grad_alpha / _nonzero(scale)),
+            _bias_gradient(grad, call.dims).to(bias.dtype) if needs[3] else None,
+            None,
+            None,
+            None,
+        )
 
 
-_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+def _sum_neighbours(input: Tensor, layout: TileLayout, dim: int) -> Tensor:
+    """:meth:`TileLayout.sum_inputs`, in the input's order in memory; for few neighbours several times as fast."""
+    if layout.p_in == 1:
+        return input
+    if layout.p_in > 8:
+        return layout.sum_inputs(input, dim)
+    first, second, *rest = input.unflatten(dim, (-1, layout.p_in)).unbind(dim % input.dim() + 1)
+    total: Tensor = first + second
+    for neighbour in rest:
+        total += neighbour
+    return total
 
 
-def _plain_gradients(
-    call: TiledCall,
-    product: TiledProduct,
-    grad: Tensor,
-    input: Tensor,
-    rows: Tensor,
-    alpha: Tensor,
-    unique: Tensor,
-    wanted: tuple[bool, bool, bool],
-) -> _Gradients:
-    """Those of the gradients of input, rows and alphas (before they are summed up) that are wanted.
-
-    ``unique`` are the results of the rows, without scale.
-    """
-    d, factors = call.dims, _factors(alpha, product, call.dims)
-    repeats = _split(grad, product, d)
-    if alpha.numel() == 1:
-        repeats = repeats.sum(-2 - d, keepdim=True)
-        grad_unique = repeats * factors
-    else:
-        grad_unique = (repeats * factors).sum(-2 - d, keepdim=True)
-    met = call.layout.sum_inputs(input, -1 - d)
-    grad_met, grad_rows = _multiply_backward(call, _join(grad_unique, d), met, rows, wanted[:2])
-    if grad_met is not None and product.neighbours > 1:
-        grad_met = grad_met.repeat_interleave(product.neighbours, -1 - d)
-    return grad_met, grad_rows, _split(unique, product, d) * repeats if wanted[2] else None
+def _spread(grad: Tensor, input: Tensor, dim: int) -> Tensor:
+    """The gradient of an input whose neighbours were summed."""
+    out = torch.empty_like(input)
+    axis = dim % input.dim()
+    out.unflatten(axis, (grad.shape[axis], -1)).copy_(grad.unsqueeze(axis + 1))
+    return out
 
 
-def _transposed_gradients(
-    call: TiledCall,
-    product: TiledProduct,
-    grad: Tensor,
-    input: Tensor,
-    rows: Tensor,
-    alpha: Tensor,
-    summed: Tensor,
-    wanted: tuple[bool, bool, bool],
-) -> _Gradients:
-    """The same for a transpose convolution; ``summed`` are its inputs with equal rows, scaled and summed."""
-    d, factors = call.dims, _factors(alpha, product, call.dims)
-    grad_summed, grad_rows = _multiply_backward(call, grad, summed, rows, (wanted[0] or wanted[2], wanted[1]))
-    if grad_summed is None:
-        return None, grad_rows, None
-    values, repeats = _split(input, product, d), _split(grad_summed, product, d)
-    grad_input = _join((repeats * factors).expand_as(values), d) if wanted[0] else None
-    return grad_input, grad_rows, values * repeats if wanted[2] else None
+def _nonzero(scale: Tensor) -> Tensor:
+    """A scale to divide by. One that is 0 is the mean of magnitudes that are all 0, and have no gradient."""
+    return torch.where(scale == 0, 1, scale)
 
 
 def _bias_gradient(grad: Tensor, dims: int) -> Tensor:
@@ -249,19 +356,27 @@ def _bias_gradient(grad: Tensor, dims: int) -> Tensor:
 def _source_gradient(source: Tensor, layout: TileLayout, grad_alpha: Tensor) -> Tensor:
     """The gradient of ``A``, or of one element for each alpha, from that of the alphas."""
     k = grad_alpha.numel()
-    grad_alpha = grad_alpha.to(source.dtype) / (layout.numel // k)
+    grad_alpha = (grad_alpha / (layout.numel // k)).to(source.dtype)
     if source.numel() == k:
         return (source.reshape(-1).sign() * grad_alpha).reshape(source.shape)
-    return layout.scale(source.sign(), grad_alpha)
+    signs = source.sign().contiguous()
+    groups = layout.alpha_groups(signs, k)
+    groups.mul_(grad_alpha.view(groups.shape[0], 1, groups.shape[2], 1))  # in place: the source can be large
+    return signs
 
 
 def _differentiable_gradients(
     ctx: Any, grad: Tensor, operands: tuple[Tensor, Tensor, Tensor, Tensor | None]
 ) -> list[Tensor | None]:
     """The gradients by PyTorch's own operators on the whole weight, so that they can be differentiated again."""
-    input, weight, source, bias = operands
-    needs = ctx.needs_input_grad[: len(operands)]
-    wanted = [value for value, needed in zip(operands, needs, strict=True) if needed and value is not None]
+    # Views, so that each is differentiated by itself: one may be another, as the weight its source, or depend on it.
+    values = [None if value is None else value.view_as(value) for value in operands]
+    input, weight, source, bias = values
+    assert input is not None
+    assert weight is not None
+    assert source is not None
+    needs = ctx.needs_input_grad[: len(values)]
+    wanted = [value for value, needed in zip(values, needs, strict=True) if needed and value is not None]
     with torch.autocast(input.device.type, enabled=False):
         used = _whole_weight(ctx.call, weight, source).to(ctx.dtype)
         out = ctx.call.function(input, used, None if bias is None else bias.to(ctx.dtype), *ctx.call.geometry)
@@ -270,16 +385,26 @@ def _differentiable_gradients(
 
 
 def _multiply_backward(
-    call: TiledCall, grad: Tensor, input: Tensor, weight: Tensor, wanted: Sequence[bool]
+    call: TiledCall, grad: Tensor, input: Tensor, weight: Tensor, wanted: Sequence[bool], factor: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of input and weight of a linear layer or convolution, those that are wanted."""
+    """Gradients of input and weight of a linear layer or convolution, those that are wanted.
+
+    ``factor``, a number or one for each row, multiplies the gradient of the weight.
+    """
     if not any(wanted):
         return None, None
     if not call.dims:
-        return (
-            grad @ weight if wanted[0] else None,
-            grad.reshape(-1, grad.shape[-1]).t() @ input.reshape(-1, input.shape[-1]) if wanted[1] else None,
-        )
+        grad_input = grad @ weight if wanted[0] else None
+        if not wanted[1]:
+            return grad_input, None
+        grad = grad.reshape(-1, grad.shape[-1])
+        tokens = grad.shape[0]
+        # Fewer values than the weight has: these are multiplied. Not asked of a symbol: graphs serve every batch.
+        few = isinstance(tokens, int) and tokens < input.shape[-1]
+        if few:
+            grad = grad * factor
+        grad_weight = grad.t() @ input.reshape(-1, input.shape[-1])
+        return grad_input, grad_weight if few else grad_weight.mul_(factor.view(-1, 1))
     if unbatched := input.dim() == call.dims + 1:
         input, grad = input.unsqueeze(0), grad.unsqueeze(0)
     grad_input, grad_weight, _ = torch.ops.aten.convolution_backward.default(
@@ -293,20 +418,28 @@ def _multiply_backward(
         call.groups,
         [*wanted, False],
     )
+    if grad_weight is not None:
+        grad_weight.mul_(factor.view(-1, *[1] * (weight.dim() - 1)))
     return (grad_input.squeeze(0) if unbatched and grad_input is not None else grad_input), grad_weight
 
 
 def train(call: TiledCall, input: Tensor, weight: Tensor, source: Tensor, bias: Tensor | None) -> Tensor:
     """The result of a training layer, differentiable."""
-    _check(call, input, weight, source)
+    _check(call, input, weight, source, bias)
     product = None if functorch_is_active() else multiplied_rows(call)
+    if product is None and not functorch_is_active() and _product(call).mixes > 1:
+        return _mixed(call, input, weight, source, bias)
     if product is None:
         return call.function(input, _whole_weight(call, weight, source), bias, *call.geometry)
     device, dtype = input.device.type, weight.dtype
     autocast = torch.amp.is_autocast_available(device)  # not on the meta device
-    if autocast and torch.is_autocast_enabled(device) and dtype != torch.float64 != input.dtype:
+    if autocast and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        input = input.to(dtype)
+        if input.is_floating_point() and input.dtype != torch.float64:
+            input = input.to(dtype)
+    elif bias is not None and bias.dtype != dtype:
+        dtypes = f"{weight.dtype} and {bias.dtype}"
+        raise RuntimeError(f"tbn::{call.operator.name}: weight and bias must have the same dtype, got {dtypes}")
     if input.dtype != dtype:
         dtypes = f"{input.dtype} and {weight.dtype}"
         raise RuntimeError(f"tbn::{call.operator.name}: input and weight must have the same dtype, got {dtypes}")
@@ -316,19 +449,23 @@ def train(call: TiledCall, input: Tensor, weight: Tensor, source: Tensor, bias: 
     return result
 
 
-def _check(call: TiledCall, input: Tensor, weight: Tensor, source: Tensor) -> None:
+def _check(call: TiledCall, input: Tensor, weight: Tensor, source: Tensor, bias: Tensor | None) -> None:
     op = f"tbn::{call.operator.name}"
     _check_weight(op, call.layout, call.arguments["num_alphas"], weight, source)
-    size, d = input.shape[-1 - call.dims], call.dims
-    if size != call.inputs:
+    d, dims, shape = call.dims, input.dim(), tuple(input.shape)
+    if dims < d + 1 or (d and dims > d + 2):
+        raise RuntimeError(f"{op}: an input of shape {shape} has too {'few' if dims <= d else 'many'} dimensions")
+    if shape[-1 - d] != call.inputs:
         what = "input channels" if d else "input features"
-        raise RuntimeError(f"{op}: expected {call.inputs} {what}, got an input of shape {tuple(input.shape)}")
+        raise RuntimeError(f"{op}: expected {call.inputs} {what}, got an input of shape {shape}")
+    if bias is not None and bias.numel() != call.outputs:
+        raise ValueError(f"{op}: bias must have shape ({call.outputs},), got {tuple(bias.shape)}")
 
 
 def _check_weight(op: str, layout: TileLayout, k: int, weight: Tensor, source: Tensor) -> None:
-    if weight.numel() not in (layout.numel, layout.tile_size):
+    if not takes_latent_weight(weight, layout) and weight.numel() != layout.tile_size:
         raise ValueError(
-            f"{op}: weight must have {layout.numel} elements, or the {layout.tile_size} of the tile, got shape "
+            f"{op}: weight must have shape {layout.shape}, or the {layout.tile_size} elements of the tile, got shape "
             f"{tuple(weight.shape)}"
         )
     if not layout.allows_alphas(k) or source.numel() not in (layout.numel, k):
@@ -345,10 +482,11 @@ def train_weight(
     p_in: int = 1,
     shift: int = 0,
     batch: int = 1,
+    hadamard: bool = False,
     binary: bool = True,
 ) -> Tensor:
     """The whole weight ``alpha * B`` of a latent weight or tile, for what multiplies it in its own way."""
-    layout = make_layout(shape, p, p_in, shift, batch)
+    layout = make_layout(shape, p, p_in, shift, batch, hadamard)
     _check_weight(f"tbn::{TRAINING_PREFIX}weight", layout, num_alphas, weight, source)
     return used_weight(weight, source, layout, num_alphas, binary)
 

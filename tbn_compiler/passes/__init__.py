@@ -16,9 +16,10 @@ from tbn_compiler.passes.fuse_epilogue import FuseEpilogue
 from tbn_compiler.passes.fuse_unpack import FuseUnpack
 from tbn_compiler.passes.lower_tiles import LowerTiles, Stored
 from tbn_compiler.passes.quantize_activations import QuantizeActivations
+from tbn_compiler.passes.quantize_inputs import QuantizeInputs
 from tbn_compiler.passes.remove_dead_nodes import RemoveDeadNodes
 from tbn_compiler.passes.remove_noops import RemoveNoOps
-from tbn_compiler.passes.share_rows import ShareRows
+from tbn_compiler.passes.share_rows import ShareRows, attention_shares_rows
 from tbn_compiler.passes.tile_weights import TileWeights
 
 
@@ -28,7 +29,12 @@ def training_pipeline(scope: Scope) -> list[GraphPass]:
         ExposeAttention(),
         ExposeLinears(),
         TileWeights(scope),
-        *([BlendWeights()] if scope.config.gradual else [ShareRows(), HoldTiles(scope)]),
+        *(
+            [BlendWeights()]
+            if scope.config.gradual
+            else [DecomposeAttention(attention_shares_rows), ShareRows(), HoldTiles(scope)]
+        ),
+        QuantizeInputs(),
     ]
 
 
@@ -70,6 +76,7 @@ __all__ = [
     "HoldTiles",
     "LowerTiles",
     "QuantizeActivations",
+    "QuantizeInputs",
     "RemoveBlends",
     "RemoveDeadNodes",
     "RemoveNoOps",

@@ -216,6 +216,5 @@ def pad_input(graph: fx.Graph, x: Any, before: tuple[int, ...], after: tuple[int
 
 def layout_options(layout: TileLayout) -> dict[str, Any]:
     """The operator options that a layout needs beyond ``p``; none for the paper's."""
-    return {
-        name: value for name, value, usual in (("p_in", layout.p_in, 1), ("shift", layout.shift, 0)) if value != usual
-    }
+    options = (("p_in", layout.p_in, 1), ("shift", layout.shift, 0), ("hadamard", layout.hadamard, False))
+    return {name: value for name, value, usual in options if value != usual}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from tbn_compiler.config import LayerInfo, LayerOptions, TilingConfig
 from tbn_compiler.graph.layers import is_transposed
 from tbn_compiler.graph.records import join_key, layer_name
-from tbn_compiler.tiling import TileLayout, TileSpec, largest_divisor
+from tbn_compiler.tiling import TileLayout, TileSpec, hadamard_order, largest_divisor
 
 _MIN_TILE = 8  # a tile under one byte stores nothing worth sharing
 
@@ -60,6 +60,7 @@ def decide(
     groups: int = 1,
     batch: int = 1,
     tied: tuple[str, ...] = (),
+    packed: int | None = None,
 ) -> Decision:
     """The tiling of a weight with a note, or ``None`` with the reason for leaving it alone.
 
@@ -72,6 +73,7 @@ def decide(
         groups: convolution groups.
         batch: number of weights that the parameter holds along its first axes.
         tied: further names of the parameter, as seen from the scope's path.
+        packed: size of the packed parameter of an attention of which the weight is a part.
     """
     if id(parameter) in scope.held:
         return None, scope.held[id(parameter)]
@@ -83,15 +85,17 @@ def decide(
     reason = scope.config.keeps_float(LayerInfo(names[0], kind, shape, groups), *names[1:])
     if reason:
         return None, reason
-    return _choose(scope.config.for_layer(*names), kind, shape, batch)
+    return _choose(scope.config.for_layer(*names), kind, shape, batch, packed)
 
 
-def _choose(options: LayerOptions, kind: str, shape: tuple[int, ...], batch: int) -> Decision:
-    numel = math.prod(shape)
+def _choose(
+    options: LayerOptions, kind: str, shape: tuple[int, ...], batch: int, packed: int | None = None
+) -> Decision:
+    size = packed if packed is not None and options.attention == "packed" else math.prod(shape)
     note = None
-    if numel < options.min_size:
+    if size < options.min_size:
         if options.small == "float":
-            return None, f"{numel} weights, under min_size={options.min_size}, kept in float by small='float'"
+            return None, f"{size} weights, under min_size={options.min_size}, kept in float by small='float'"
         if options.p not in (1, (1, 1)):
             note = f"under min_size={options.min_size}: binary, p=1"
         layout = TileLayout(shape, 1, batch=batch)
@@ -102,7 +106,27 @@ def _choose(options: LayerOptions, kind: str, shape: tuple[int, ...], batch: int
     if layout.p > 1 and layout.tile_size // batch < _MIN_TILE:
         return None, f"p={layout.p} leaves a tile of {layout.tile_size // batch} weights, under {_MIN_TILE}"
     num_alphas = batch * {"layer": 1, "output": layout.p_out, "tile": layout.p}[options.alpha]
-    return TileSpec(layout, num_alphas, options.alpha_source, options.tile_dtype, options.latent), note
+    spec = TileSpec(layout, num_alphas, options.alpha_source, options.tile_dtype, options.latent, options.activation)
+    if spec.activation != "float" and is_transposed(kind):
+        return with_float_input(spec, note, "a transpose convolution")
+    return spec, note
+
+
+def with_float_input(spec: TileSpec, note: str | None, place: str) -> tuple[TileSpec, str | None]:
+    """A tiling whose input stays in floating point, where the layer takes nothing else, with a note that says so."""
+    if spec.activation == "float":
+        return spec, note
+    told = f"its input stays in float: {place} has no {spec.activation} form"
+    return replace(spec, activation="float"), "; ".join(filter(None, (note, told)))
+
+
+def with_heads(spec: TileSpec, note: str | None, heads: int) -> str | None:
+    """The note of an attention's projection, with a word where copies make its heads equal."""
+    distinct = spec.layout.distinct_blocks(heads)
+    if distinct == heads:
+        return note
+    told = f"{distinct} distinct of {heads} heads, up to scale and bias: replicate='hadamard' keeps all apart"
+    return "; ".join(filter(None, (note, told)))
 
 
 def _fit(kind: str, shape: tuple[int, ...], options: LayerOptions) -> tuple[TileLayout, str | None]:
@@ -113,13 +137,32 @@ def _fit(kind: str, shape: tuple[int, ...], options: LayerOptions) -> tuple[Tile
         return TileLayout(shape, p), f"p={options.p} on a transpose convolution: flat, p={p}"
     if isinstance(options.p, tuple):
         p_out, p_in = (largest_divisor(size, p) for size, p in zip(shape, options.p, strict=False))
-        note = f"p={options.p} does not divide the axes {shape[:2]}: p={(p_out, p_in)}"
-        return TileLayout(shape, p_out * p_in, p_in), None if (p_out, p_in) == options.p else note
+        notes = []
+        if (p_out, p_in) != options.p:
+            notes.append(f"p={options.p} does not divide the axes {shape[:2]}: p={(p_out, p_in)}")
+        if options.replicate != "repeat":  # where an override gives one of the two
+            notes.append(f"copies along both axes are equal: no replicate={options.replicate!r}")
+        return TileLayout(shape, p_out * p_in, p_in), "; ".join(notes) or None
+    if options.replicate == "hadamard":
+        return _fit_hadamard(shape, options.p)
     numel = math.prod(shape)
     p = largest_divisor(numel, options.p)
     note = f"p={options.p} does not divide {numel}: p={p}"
     shift = options.shift if options.replicate == "roll" and p > 1 else 0
     return TileLayout(shape, p, shift=shift), None if p == options.p else note
+
+
+def _fit_hadamard(shape: tuple[int, ...], wanted: int) -> tuple[TileLayout, str | None]:
+    """The layout with Hadamard signs, of the largest order that the axes have.
+
+    The second axis is what a row lists: input features, the input channels of one group, or of a transpose convolution
+    the output channels of one group.
+    """
+    if wanted == 1:
+        return TileLayout(shape, 1), None
+    p = hadamard_order(shape[0], shape[1], wanted) if len(shape) > 1 else 1
+    note = f"p={wanted} is no power of two that divides the axes {shape[:2]}: {'' if p > 1 else 'binary, '}p={p}"
+    return TileLayout(shape, p, hadamard=p > 1), None if p == wanted else note
 
 
 def _fit_batch(shape: tuple[int, ...], options: LayerOptions, batch: int) -> tuple[TileLayout, str | None]:
@@ -130,6 +173,6 @@ def _fit_batch(shape: tuple[int, ...], options: LayerOptions, batch: int) -> tup
     notes = [f"{batch} weights with a tile each"]
     if p != wanted:
         notes.append(f"p={wanted} does not divide {numel}: p={p}")
-    if isinstance(options.p, tuple) or options.replicate == "roll":
+    if isinstance(options.p, tuple) or options.replicate != "repeat":
         notes.append("flat copies")
     return TileLayout(shape, p, batch=batch), "; ".join(notes)

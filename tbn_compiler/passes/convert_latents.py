@@ -14,7 +14,7 @@ repeat, becomes one ``tbn.train_weight``. Each view of a packed parameter (the p
 parameter of its own, named after its record.
 
 :class:`HoldWeights` is the way back, as far as there is one: every copy of the weight gets its part of ``s``,
-``W_i = s / p``, and every element of ``A`` the alpha that it gives. The network computes the same.
+``W_i = s / p`` (with its signs), and every element of ``A`` the alpha that it gives. The network computes the same.
 
 Left alone: weights that are blended with their float form, or take their alphas from themselves.
 """
@@ -206,8 +206,9 @@ def _replace_chain(gm: fx.GraphModule, scale: fx.Node, record: LayerRecord, weig
     assert record.spec is not None
     layout, k = record.spec.layout, record.spec.num_alphas
     options: dict[str, Any] = {"p_in": layout.p_in, "shift": layout.shift, "batch": layout.batch}
+    options["hadamard"] = layout.hadamard
     options["binary"] = record.spec.tile_dtype == "binary"
-    usual = {"p_in": 1, "shift": 0, "batch": 1, "binary": True}
+    usual = {"p_in": 1, "shift": 0, "batch": 1, "hadamard": False, "binary": True}
     options = {name: value for name, value in options.items() if value != usual[name]}
     operands = (weight, source, layout.shape, layout.p, k)
     with gm.graph.inserting_before(scale):

@@ -16,12 +16,14 @@ batch dimension of an unbatched input: all layouts are dealt with in
 :func:`~tbn_compiler.graph.attention.attention_core`, and so are ``bias_k`` and ``bias_v``, which join the sequence
 behind the projections.
 
-Results are equal up to rounding, so this is for inference, where each linear is lowered. Nothing is left alone.
+Results are equal up to rounding, so this is for inference, where each linear is lowered, and for attentions that train
+on weights whose rows repeat. Nothing else is left alone.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,13 +37,21 @@ from tbn_compiler.passes.facts import Fact
 
 
 class DecomposeAttention(GraphPass):
-    """Rewrite every call of ``attention_layer`` to linears and ``attention_core``."""
+    """Rewrite calls of ``attention_layer`` to linears and ``attention_core``.
 
-    establishes = (Fact.DECOMPOSED,)
+    Args:
+        where: which calls; default: all.
+    """
+
+    def __init__(self, where: Callable[[fx.GraphModule, fx.Node], bool] | None = None) -> None:
+        self.where = where
+        if where is None:
+            self.establishes = (Fact.DECOMPOSED,)
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Match and rewrite."""
         nodes = gm.graph.find_nodes(op="call_function", target=attention_layer)
+        nodes = [node for node in nodes if self.where is None or self.where(gm, node)]
         for node in nodes:
             _decompose(gm.graph, node)
         return bool(nodes)

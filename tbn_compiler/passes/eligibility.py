@@ -28,7 +28,7 @@ from tbn_compiler.ops.calls import OPERATORS, TRAINING_OPERATORS
 from tbn_compiler.passes.base import has_hooks
 
 _TILING_OPS = {
-    *(torch.ops.tbn.tile.default, torch.ops.tbn.scale.default),
+    *(torch.ops.tbn.tile.default, torch.ops.tbn.scale.default, torch.ops.tbn.train_weight.default),
     *(operator.overload for operator in TRAINING_OPERATORS.values()),
 }
 

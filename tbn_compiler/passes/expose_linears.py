@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from tbn_compiler.graph.calls import attribute, named_arguments
-from tbn_compiler.graph.layers import apply_view, blend_strength, is_view
+from tbn_compiler.graph.layers import apply_view, is_view, weight_chain
 from tbn_compiler.graph.operations import bind
 from tbn_compiler.graph.records import split_key
 from tbn_compiler.passes.base import GraphPass, copy_meta
@@ -117,10 +117,11 @@ def _is_parameter_matrix(gm: fx.GraphModule, matrix: Any) -> bool:
         source = source.args[0]
     if not isinstance(source, fx.Node):
         return False
-    if source.target is torch.ops.tbn.unpack.default:
+    if source.target in (torch.ops.tbn.unpack.default, torch.ops.tbn.train_weight.default):
         return not view and len(named_arguments(source)["shape"]) == 2
-    if source.target is torch.ops.tbn.scale.default or blend_strength(source) is not None:
-        return not view
+    chain = weight_chain(source)
+    if chain is not None:
+        return not view and _is_parameter_matrix(gm, chain[0].args[0])
     if source.op != "get_attr":
         return False
     path, name = split_key(str(source.target))

@@ -27,8 +27,9 @@ likewise or is a tiled layer that sums its blocks. Left alone otherwise, with th
 record: a layer with bias (batch-norm folded into it, too), with groups (the rows of different groups read different
 inputs), with an alpha per row, with a negative alpha, with an alpha along the input, or with a function fused behind
 it; a reader that is none of the above, or that brings its input into another number format; a two-axis layer whose
-neighbours that share a weight lie in different copies. :class:`RemoveNoOps` and :class:`FoldBatchNorm` run before; they
-leave less in the way.
+neighbours that share a weight lie in different copies, or one whose copies have Hadamard signs and whose column groups
+do not lie alike in all of them. The rows of rolled copies, and of copies with signs, differ: such layers have nothing
+to carry. :class:`RemoveNoOps` and :class:`FoldBatchNorm` run before; they leave less in the way.
 """
 
 from __future__ import annotations
@@ -174,6 +175,8 @@ def _cannot_sum(gm: fx.GraphModule, call: InferenceCall, node: fx.Node, replicas
     # Summing the blocks would still be exact, but cost more than summing the neighbours saves.
     if call.product(gm).summed > 1 and (inputs // copies) % layout.p_in:
         return f"neighbouring inputs that share a weight of layer {name!r} lie in different copies"
+    if call.product(gm).mixes > 1 and (inputs // copies) % layout.p:  # then no results could be mixed
+        return f"the column groups of layer {name!r} do not lie alike in all copies"
     return None
 
 

@@ -90,8 +90,8 @@ def _replace(gm: fx.GraphModule, node: fx.Node, kind: str, stored: dict[str, Any
             before = (0,) * len(before)
         arguments["padding"] = before
     operands: list[Any] = [x, stored["tile"], stored["alpha"], arguments["bias"], *sizes]
-    names: tuple[str, ...] = ("shift",) if is_transposed(kind) else ("p_in", "shift")
-    options = {name: stored[name] for name in names if stored[name] != {"p_in": 1, "shift": 0}[name]}
+    names = OPERATORS[kind].layout_options
+    options = {name: stored[name] for name in names if stored[name] != OPERATORS[kind].defaults[name]}
     if kind != "linear":
         operands.append(shape[2:])
         for name in ("stride", "padding", "output_padding", "dilation"):

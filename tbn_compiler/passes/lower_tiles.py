@@ -60,6 +60,7 @@ from tbn_compiler.packing import pack_bits
 from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, remove_dead_nodes
 from tbn_compiler.passes.blend_weights import check_strength
 from tbn_compiler.passes.facts import Fact
+from tbn_compiler.passes.quantize_inputs import quantized_input
 from tbn_compiler.tiling import TileSpec, tile_signs
 
 
@@ -334,12 +335,16 @@ def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> Non
         sizes = (record.shape[1] * record.groups, record.shape[0])
         if is_transposed(call.kind):
             sizes = (record.shape[0], record.shape[1] * record.groups)
-        operands: tuple[Any, ...] = (arguments["input"], tile, alpha, arguments.get("bias"), *sizes)
+        found = quantized_input(arguments["input"])
+        x, activation = found or (arguments["input"], "float")
+        operands: tuple[Any, ...] = (x, tile, alpha, arguments.get("bias"), *sizes)
         options = layout_options(spec.layout)
         if call.kind != "linear":
             operands += (record.shape[2:],)
             names = ("stride", "padding", "output_padding", "dilation", "groups")
             options |= {name: arguments[name] for name in names if name in arguments}
+        if activation != "float":
+            options["activation"] = activation
         new = graph.call_function(OPERATORS[call.kind].overload, (*operands, spec.layout.p), options)
     copy_meta(node, new)
     node.replace_all_uses_with(new)

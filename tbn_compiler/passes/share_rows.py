@@ -11,7 +11,8 @@ After::
     y = tbn.train_linear(x, weight, alpha_source, bias, in_features, out_features, p, k)
 
 The result and all gradients are equal up to rounding; :mod:`tbn_compiler.ops.training` has the algebra. With ``p``
-copies that hold whole rows, the products of the forward and of the input's gradient are ``p`` times smaller.
+copies that hold whole rows, the products of the forward and of the input's gradient are ``p`` times smaller. So they
+are where copies have Hadamard signs, whose rows differ.
 
 Left alone: weights of which no row repeats (rolled copies, misaligned ones with an alpha each, ``p = 1``), alphas that
 change along the input, weights that are blended with their float form (gradual tiling), or that an attention reads.
@@ -34,7 +35,7 @@ from tbn_compiler.graph.layers import (
 )
 from tbn_compiler.graph.records import LayerRecord, get_records
 from tbn_compiler.ops.calls import TRAINING_OPERATORS, TiledCall
-from tbn_compiler.ops.training import multiplied_rows
+from tbn_compiler.ops.training import shares_products
 from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, normalize_sizes
 from tbn_compiler.passes.tile_weights import TileWeights
 
@@ -61,7 +62,7 @@ def _shares(call: LayerCall, record: LayerRecord) -> bool:
         return False
     if weight_chain(call.weight_node) is None or "weight" not in function_arguments(call.node):
         return False
-    return multiplied_rows(_described(call, record)) is not None
+    return shares_products(_described(call, record))
 
 
 def _described(call: LayerCall, record: LayerRecord) -> TiledCall:
@@ -107,3 +108,18 @@ def _rewrite(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> None:
     copy_meta(call.node, new)
     call.node.replace_all_uses_with(new)
     gm.graph.erase_node(call.node)
+
+
+def attention_shares_rows(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether rows repeat in a weight of an attention, so that its linears are worth to be called by themselves."""
+    records = get_records(gm) or ()
+    for call in layer_calls(gm):
+        record = find_record(records, call) if call.node is node and call.form == "tiled" else None
+        if record is None or record.spec is None or blend_strength(call.weight_node) is not None:
+            continue
+        layout, operator = record.spec.layout, TRAINING_OPERATORS["linear"]
+        options: dict[str, Any] = {"num_alphas": record.spec.num_alphas, "p": layout.p, **layout_options(layout)}
+        options |= {"out_features": record.shape[0], "in_features": record.shape[1]}
+        if shares_products(TiledCall(operator, {**operator.defaults, **options})):
+            return True
+    return False

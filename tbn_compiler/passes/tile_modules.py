@@ -51,7 +51,7 @@ from tbn_compiler.graph.records import (
 )
 from tbn_compiler.graph.tiled_parameters import STRENGTH, ReadForm, read_forms, read_tiled
 from tbn_compiler.passes import run_passes, training_pipeline
-from tbn_compiler.passes.choose_tiling import Scope, decide
+from tbn_compiler.passes.choose_tiling import Scope, decide, with_float_input
 from tbn_compiler.passes.convert_latents import convert_parameters
 from tbn_compiler.passes.eligibility import module_kind_or_name, unsupported_reason, why_no_weight
 from tbn_compiler.passes.expose_attention import attention_module, why_not_decomposed
@@ -348,6 +348,7 @@ def _record(module: nn.Module, weight: _Weight, scope: Scope) -> LayerRecord:
     spec, text = decide(scope, parameter, name, weight.kind, shape, groups, weight.batch)
     if spec is None:
         return replace(record, reason=text)
+    spec, text = with_float_input(spec, text, "code that reads a weight")
     return replace(record, spec=spec, reason=None, note=text)
 
 

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tbn_compiler.graph.attention import attention_layer
+from tbn_compiler.graph.attention import ATTENTION_HEADS, attention_layer
 from tbn_compiler.graph.layers import (
     LayerCall,
     apply_view,
@@ -56,7 +56,7 @@ from tbn_compiler.passes.base import (
     padding_sizes,
     remove_dead_nodes,
 )
-from tbn_compiler.passes.choose_tiling import Scope, decide
+from tbn_compiler.passes.choose_tiling import Scope, decide, with_float_input, with_heads
 from tbn_compiler.passes.eligibility import calls_by_weight, describe_layer, names_of, uncovered_layers, why_unusable
 from tbn_compiler.passes.facts import Fact
 
@@ -105,9 +105,16 @@ class TileWeights(GraphPass):
             return replace(record, reason=reason)
         tensor = _parameter(gm, parameter)
         tied = tuple(key for key in names_of(gm, tensor) if key != parameter)
-        spec, text = decide(self.scope, tensor, weight, first.kind, shape, groups, tied=tied)
+        attended = any(call.node.target is attention_layer for call in calls)
+        packed = tensor.numel() if attended and first.view else None
+        spec, text = decide(self.scope, tensor, weight, first.kind, shape, groups, tied=tied, packed=packed)
         if spec is None:
             return replace(record, reason=text)
+        if attended:
+            spec, text = with_float_input(spec, text, "an attention")
+            heads = [call.node.kwargs["num_heads"] for call in calls if call.argument in ATTENTION_HEADS]
+            if heads and isinstance(heads[0], int) and self.scope.specs is None:  # a file has notes of its own
+                text = with_heads(spec, text, heads[0])
         return replace(record, spec=spec, reason=None, note=text, tied=tied)
 
 
@@ -160,12 +167,15 @@ def _tile_and_scale(gm: fx.GraphModule, record: LayerRecord, call: LayerCall, sc
 
 
 def alpha_source(scope: Scope, parameter: nn.Parameter, shape: tuple[int, ...], view: str) -> nn.Parameter:
-    """The trainable tensor ``A`` of a weight, drawn independently of ``W`` as PyTorch initialises a layer's weight."""
+    """The trainable tensor ``A`` of a weight, drawn independently of ``W`` as the options say."""
     key = (id(parameter), view)
     if key not in scope.sources:
         source = parameter.new_empty(shape)
         bound = 1 / math.sqrt(math.prod(shape[1:]))
         nn.init.uniform_(source, -bound, bound)
+        if scope.config.alpha_start == "weight" and not source.is_meta:
+            with torch.no_grad():
+                source *= parameter.abs().mean() / source.abs().mean()
         scope.sources[key] = nn.Parameter(source, requires_grad=parameter.requires_grad)
     return scope.sources[key]
 

@@ -205,6 +205,7 @@ OTHERS: dict[str, tuple[tbn.TilingConfig, str]] = {
     "p": (CONFIG.replace(p=8), "p=8, 1 alpha from A"),
     "pair": (CONFIG.replace(p=(2, 2)), r"p=\(2, 2\), 1 alpha from A"),
     "roll": (CONFIG.replace(replicate="roll", shift=3), r"p=4, replicate='roll' \(shift 3\), 1 alpha from A"),
+    "signs": (CONFIG.replace(replicate="hadamard"), "p=4, replicate='hadamard', 1 alpha from A"),
     "alphas": (CONFIG.replace(alpha="tile"), "p=4, 4 alphas from A"),
     "source": (CONFIG.replace(alpha_source="W"), "p=4, 1 alpha from W"),
     "tile": (CONFIG.replace(tile_dtype="float"), "p=4, 1 alpha from A, full-precision tile"),
@@ -403,6 +404,7 @@ SPECS = {
     "weight": TileSpec(TileLayout((8, 12), 4), 4),
     "pair": TileSpec(TileLayout((10, 6), 4, p_in=2), 2, "W"),
     "rolled": TileSpec(TileLayout((6, 8), 4, shift=5), 1, "A", "float"),
+    "signs": TileSpec(TileLayout((8, 12), 4, hadamard=True), 4),
     "experts": TileSpec(TileLayout((3, 8, 8), 4, batch=3), 3),
 }
 
@@ -458,7 +460,9 @@ DAMAGES: list[tuple[Any, str]] = [
     ({"version": 1, "layers": {"weight": 3}}, "its entry 'weight' is 3, not an object"),
 ]
 FIELDS: list[tuple[dict[str, Any], str]] = [
-    ({"hadamard": True}, "has the unknown field 'hadamard'"),
+    ({"spiral": True}, "has the unknown field 'spiral'"),
+    ({"hadamard": 1}, "hadamard is 1, not a bool"),
+    ({"hadamard": True, "shift": 3}, "neither two-axis"),
     ({"p": True}, "p holds True, not an integer of at least 1"),
     ({"p": 4.0}, r"p holds 4\.0"),
     ({"p": "4"}, "p holds '4'"),

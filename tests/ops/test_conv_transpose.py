@@ -46,7 +46,9 @@ def test_multiply_adds_are_counted_by_input_position(p: int, alpha: str, saving:
         assert row.macs_tiled == row.macs // saving
 
 
-@pytest.mark.parametrize("options", [{"replicate": "roll"}, {"tile_dtype": "float"}, {"alpha_source": "W"}])
+@pytest.mark.parametrize(
+    "options", [{"replicate": "roll"}, {"replicate": "hadamard"}, {"tile_dtype": "float"}, {"alpha_source": "W"}]
+)
 def test_options(options: Any) -> None:
     _, qat, x = build(2, 4, "tile", **options)
     oracle.assert_close(tbn.lower(qat)(x), qat(x))

@@ -127,7 +127,7 @@ def with_attention() -> fx.GraphModule:
             y: Tensor = self.attention(x, x, x, need_weights=False)[0]
             return y
 
-    return oracle.whole_graph(Net(), CONFIG)
+    return oracle.whole_graph(Net(), CONFIG.replace(p=1))  # no rows repeat: the attention stays whole
 
 
 FACTS: dict[Fact, tuple[Callable[[], fx.GraphModule], Callable[[], fx.GraphModule], str]] = {
@@ -135,9 +135,13 @@ FACTS: dict[Fact, tuple[Callable[[], fx.GraphModule], Callable[[], fx.GraphModul
     Fact.STORED: (
         lambda: oracle.whole_graph(model(), CONFIG),
         lambda: lowered(model()),
-        r"node linear uses weight '0\.weight' in training form",
+        r"node train_linear_default uses weight '0\.weight' in training form",
     ),
-    Fact.RECORDED: (without_records, blended, r"node linear_1 uses weight '2\.weight', which has no record"),
+    Fact.RECORDED: (
+        without_records,
+        blended,
+        r"node train_linear_default_1 uses weight '2\.weight', which has no record",
+    ),
     Fact.DECOMPOSED: (with_attention, lambda: tbn.lower(with_attention()), r"node attention_layer is not"),
 }
 
@@ -177,7 +181,7 @@ def test_lowering_a_blended_graph() -> None:
 
 
 def test_an_error_names_the_passes_that_ran() -> None:
-    gm = oracle.whole_graph(model(), CONFIG)
+    gm = oracle.whole_graph(model(), CONFIG.replace(p=1))
     with pytest.raises(TBNError, match="pass LowerTiles requires") as caught:
         run_passes(gm, [RemoveNoOps(), BlendWeights(), LowerTiles()])
     if sys.version_info >= (3, 11):
@@ -258,7 +262,8 @@ def test_malformed_graphs(name: str) -> None:
 def test_every_optimised_graph_is_well_formed() -> None:
     """Unique rows, folded alphas and layouts with further options are still tiles of the size that they say."""
     layers = [nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16)]
-    for options in ({}, {"p": (2, 2), "alpha": "tile"}, {"replicate": "roll"}, {"tile_dtype": "float"}):
+    replications = ({"replicate": "roll"}, {"replicate": "hadamard"})
+    for options in ({}, {"p": (2, 2), "alpha": "tile"}, *replications, {"tile_dtype": "float"}):
         gm = run_passes(lowered(nn.Sequential(*layers), **options), deployment_pipeline())
         assert list(malformed(gm)) == []
 
@@ -354,10 +359,10 @@ def test_graphs_are_written_for_debugging(tmp_path: Path, monkeypatch: pytest.Mo
     gm = run_passes(packed, deployment_pipeline())
     files = sorted(folder.iterdir())
     names = [path.stem.split("_", 1) for path in files]
-    passes = ["TileWeights", "LowerTiles", "RemoveNoOps", "FuseEpilogue"]
+    passes = ["TileWeights", "ShareRows", "LowerTiles", "RemoveNoOps", "FuseEpilogue"]
     assert [name for _, name in names] == [f"Sequential_{name}" for name in passes]
     numbers = [int(number) for number, _ in names]
-    assert numbers == list(range(numbers[0], numbers[0] + 4))
+    assert numbers == list(range(numbers[0], numbers[0] + 5))
     assert files[-1].read_text() == gm.code
     assert "dropout" not in files[-1].read_text()
-    assert len({path.read_text() for path in files}) == 4
+    assert len({path.read_text() for path in files}) == 5

@@ -333,10 +333,25 @@ def test_negative_alpha_stops_copies(transform: Any) -> None:
 
 
 @both_forms
-def test_rolled_copies_have_no_equal_rows(transform: Any) -> None:
-    result = check(lowered(nn.Sequential(fc(8, 8), fc(8, 8)), transform, replicate="roll"), torch.randn(3, 8))
+@pytest.mark.parametrize("replicate", ["roll", "hadamard"])
+def test_copies_that_differ_have_no_equal_rows(transform: Any, replicate: str) -> None:
+    result = check(lowered(nn.Sequential(fc(8, 8), fc(8, 8)), transform, replicate=replicate), torch.randn(3, 8))
     assert reads(result) == {"0": 1, "1": 1}
     assert "not carried on" not in note(result, "0")
+
+
+@pytest.mark.parametrize(("copies", "summed"), [(2, True), (4, False)])
+@both_forms
+def test_a_layer_with_signs_sums_copies_that_hold_whole_column_groups(
+    transform: Any, copies: int, summed: bool
+) -> None:
+    """8 inputs in 4 column groups: each of 2 copies has all of them, of 4 only half."""
+    layers = {"0": {"p": copies}, "1": {"p": 4, "replicate": "hadamard"}}
+    packed = lowered(nn.Sequential(fc(8, 8), fc(8, 8)), transform, overrides=layers)
+    result = check(packed, torch.randn(3, 8))
+    assert reads(result) == {"0": 1, "1": copies if summed else 1}
+    if not summed:
+        assert "the column groups of layer '1.weight' do not lie alike in all copies" in note(result, "0")
 
 
 @both_forms
@@ -450,8 +465,9 @@ OPTIONS = st.fixed_dictionaries(
         "p": st.sampled_from([1, 2, 3, 4, 8, (2, 2), (4, 2), (2, 4)]),
         "alpha": st.sampled_from(["layer", "output", "tile"]),
         "tile_dtype": st.sampled_from(["binary", "float"]),
+        "replicate": st.sampled_from(["repeat", "repeat", "hadamard"]),
     }
-)
+).filter(lambda options: isinstance(options["p"], int) or options["replicate"] == "repeat")
 
 
 @given(networks(), OPTIONS)

@@ -56,7 +56,7 @@ def test_norm_goes_into_alphas_and_bias(transform: Any, dims: int, alpha: str, a
     st.sampled_from([(8, 8), (8, 12), (6, 8), (10, 4), (5, 16)]),
     st.sampled_from([1, 2, 4, 8, (2, 2), (4, 2)]),
     st.sampled_from(["layer", "output", "tile"]),
-    st.sampled_from(["repeat", "roll"]),
+    st.sampled_from(["repeat", "roll", "hadamard"]),
     st.sampled_from([1, 2]),
     st.booleans(),
 )

@@ -84,6 +84,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tile": {"alpha": "tile"},
     "misaligned": {"p": 3, "alpha": "tile"},
     "roll": {"replicate": "roll", "alpha": "tile"},
+    "signs": {"replicate": "hadamard", "alpha": "tile"},
     "two axes": {"p": (2, 2), "alpha": "tile"},
     "float tile": {"tile_dtype": "float"},
 }

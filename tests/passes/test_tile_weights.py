@@ -503,3 +503,38 @@ def test_nothing_to_tile(transform: Any) -> None:
         transform(Pair(), ALL.replace(float_layers=["*"]))
     for name in "ab":
         assert f"\n  {name} (linear): kept in float by name (float_layers pattern '*')" in str(caught.value)
+
+
+# Where the alphas start
+
+
+@pytest.mark.parametrize("latent", ["weight", "tile"])
+def test_alphas_start_at_the_magnitude_of_the_weight(latent: Any) -> None:
+    layer = nn.Linear(64, 32)
+    nn.init.normal_(layer.weight, std=3.0)
+    magnitude = layer.weight.abs().mean()
+    uniform, scaled = (
+        tbn.lower(tbn.transform(layer, ALL.replace(latent=latent, alpha_start=start))).get_buffer("weight_alpha")
+        for start in ("uniform", "weight")
+    )
+    assert uniform.item() == pytest.approx(1 / (2 * 8), rel=0.1)  # the mean of |x| up to 1 / sqrt(64)
+    torch.testing.assert_close(scaled, magnitude.reshape(1))
+
+
+def test_alphas_of_views_start_at_the_magnitude_of_their_parameter() -> None:
+    attention = nn.MultiheadAttention(16, 2)
+    qat = tbn.transform(attention, ALL.replace(alpha_start="weight", alpha="tile"))
+    source = qat.get_parameter("in_proj_weight_0_alpha_source")
+    torch.testing.assert_close(source.abs().mean(), attention.in_proj_weight.abs().mean())
+
+
+@pytest.mark.parametrize(("attention", "p"), [("separate", 1), ("packed", 4)])
+def test_packed_projections_are_compared_with_the_threshold(attention: Any, p: int) -> None:
+    """Three projections of 256 weights each, and the output's: the threshold lies between."""
+    config = tbn.TilingConfig(p=4, min_size=700, attention=attention)
+    model = nn.ModuleList([nn.MultiheadAttention(16, 2), nn.MultiheadAttention(16, 2, kdim=8)])
+    records = {record.name: record for record in get_records(tbn.transform(model, config)) or ()}
+    found = {name: record.spec.layout.p for name, record in records.items() if record.spec is not None}
+    projections = {name: copies for name, copies in found.items() if name.startswith("0.in_proj")}
+    assert projections == dict.fromkeys([f"0.in_proj_weight_{i}" for i in range(3)], p)
+    assert {copies for name, copies in found.items() if name not in projections} == {1}  # not packed

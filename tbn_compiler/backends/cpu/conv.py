@@ -16,9 +16,10 @@ from tbn_compiler.backends.cpu.operands import as_vector, expand_replicas, is_ve
 from tbn_compiler.ops import reference
 from tbn_compiler.ops.calls import OPERATORS, TensorCall, conv_sizes
 from tbn_compiler.ops.formats import apply_epilogue
+from tbn_compiler.ops.mixing import finish_mixed, mix_channels, split_channels
 from tbn_compiler.ops.schemas import CONV_OPS
 from tbn_compiler.packing import unpack_bits
-from tbn_compiler.tiling import TiledProduct
+from tbn_compiler.tiling import TiledProduct, TileLayout
 
 _float32, _get_num_threads = torch.float32, torch.get_num_threads
 
@@ -26,6 +27,9 @@ MIN_FILTERS = {"avx512": 32, "avx2": 64}
 """Fewest different filters of a group for which looking up beats PyTorch's convolution with these filters, measured on
 3x3 kernels of 64 to 512 channels. Tables serve all filters, and with fewer they cost too much; levels that are not
 named have none."""
+
+MIXED_FILTERS = 2
+"""How many times as many it takes where copies have Hadamard signs: PyTorch convolves column groups at once."""
 
 MIN_CHANNELS = 4
 """Fewest input channels of a group: tables are made of several channels."""
@@ -52,6 +56,7 @@ def make_conv(d: int) -> Callable[..., Tensor]:
         *,
         p_in: int = 1,
         shift: int = 0,
+        hadamard: bool = False,
         stride: Sequence[int] = (1,) * d,
         padding: Sequence[int] = (0,) * d,
         dilation: Sequence[int] = (1,) * d,
@@ -62,8 +67,8 @@ def make_conv(d: int) -> Callable[..., Tensor]:
         # The short way is for operands that the kernels take as they are. It repeats no check that finding a plan, or
         # the sizes of the output, imply.
         use = (
-            library.level(), op, in_channels, out_channels, *kernel_size, p, p_in, shift, *stride, *padding,
-            *dilation, groups, alpha.shape[0] if alpha.dim() == 1 else None, activation, epilogue,
+            library.level(), op, in_channels, out_channels, *kernel_size, p, p_in, shift, hadamard, *stride,
+            *padding, *dilation, groups, alpha.shape[0] if alpha.dim() == 1 else None, activation, epilogue,
         )  # fmt: skip
         if (
             p_in == 1
@@ -83,8 +88,8 @@ def make_conv(d: int) -> Callable[..., Tensor]:
         call = operator.bind(
             (input, tile, alpha, bias, in_channels, out_channels, kernel_size, p, input_alpha),
             {
-                "p_in": p_in, "shift": shift, "stride": stride, "padding": padding, "dilation": dilation,
-                "groups": groups, "activation": activation, "epilogue": epilogue,
+                "p_in": p_in, "shift": shift, "hadamard": hadamard, "stride": stride, "padding": padding,
+                "dilation": dilation, "groups": groups, "activation": activation, "epilogue": epilogue,
             },
         )  # fmt: skip
         return _compute(call.checked(), use)
@@ -94,7 +99,7 @@ def make_conv(d: int) -> Callable[..., Tensor]:
     return conv
 
 
-def _compute(call: TensorCall, use: Hashable) -> Tensor:
+def _compute(call: TensorCall, use: tuple[Hashable, ...]) -> Tensor:
     """The long way: convert what the kernels do not take as it is, and prepare the tile if it is not."""
     sizes = call.output_sizes()
     reason = reason_against(call) or _reason_against(call, sizes)
@@ -102,11 +107,24 @@ def _compute(call: TensorCall, use: Hashable) -> Tensor:
         decline(call.kind, reason)
         return reference.compute(call)
     x = expand_replicas(call.input.to(_float32), call.input_alpha, call.channel_axis)
+    if call.product.mixes > 1:
+        return _mixed(call, x, sizes, (*use, "mixed"))
     x = call.layout.sum_inputs(x, call.channel_axis).contiguous()
-    plan = prepare.find_or_make(call.tile, use, lambda entry: _plan(entry, call))
+    plan = prepare.find_or_make(call.tile, use, lambda entry: _plan(entry, call, call.product))
     bias = None if call.bias is None else as_vector(call.bias)
     out = _run(call.kind, plan, x, as_vector(call.alpha), bias, sizes, call.outputs, call.epilogue)
     return out.to(call.input.dtype)
+
+
+def _mixed(call: TensorCall, x: Tensor, sizes: Sequence[int], use: Hashable) -> Tensor:
+    """A layer whose copies have Hadamard signs: its column groups are convolved apart, as groups of their own."""
+    layout, p, d = call.layout, call.layout.p, call.dims
+    apart = split_channels(x, p, call.channel_axis).contiguous()
+    groups = TiledProduct(TileLayout((layout.rows, layout.shape[1] // p, *layout.shape[2:]), 1), 1, groups=p)
+    plan = prepare.find_or_make(call.tile, use, lambda entry: _plan(entry, call, groups))
+    z = _run(call.kind, plan, apart, x.new_ones(1), None, sizes, call.outputs, "none")
+    out = finish_mixed(mix_channels(z, p, d), call.alpha, call.bias, d)
+    return apply_epilogue(out, call.epilogue).to(call.input.dtype)
 
 
 def _reason_against(call: TensorCall, sizes: Sequence[int]) -> str | None:
@@ -115,13 +133,16 @@ def _reason_against(call: TensorCall, sizes: Sequence[int]) -> str | None:
         return "the kernel does not fit the input"  # PyTorch raises the error
     if call.input.shape[-1] + 2 * call.arguments["padding"][-1] > MAX_WIDTH:
         return f"rows wider than {MAX_WIDTH}"
-    if call.layout.shape[1] // call.product.neighbours < MIN_CHANNELS:
+    if call.layout.shape[1] // call.product.neighbours // call.product.mixes < MIN_CHANNELS:
         return f"fewer than {MIN_CHANNELS} input channels in a group"
     filters = MIN_FILTERS.get(library.level() or "")
     if filters is None:
         return "PyTorch convolves with the different filters faster than this level"
-    if call.product.rows < filters:
-        return f"fewer than {filters} different filters in a group"
+    mixes = call.product.mixes
+    if mixes > 1:  # tables serve the filters of one column group only
+        filters *= MIXED_FILTERS
+    if call.product.rows // mixes < filters:
+        return f"fewer than {filters} different filters in a {'column ' if mixes > 1 else ''}group"
     return None
 
 
@@ -153,29 +174,32 @@ def _run(
     return out if epilogue in ("none", "relu") else apply_epilogue(out, epilogue)
 
 
-def _filters(tile: Tensor, product: TiledProduct) -> Tensor:
+def _filters(call: TensorCall, product: TiledProduct) -> Tensor:
     """Signs of the filters to compute in each group, ``[groups, filters, channels, taps]``."""
     layout = product.layout
-    unique = layout.unique_weight(unpack_bits(tile, layout.tile_size, torch.int8))
+    signs = unpack_bits(call.tile, call.layout.tile_size, torch.int8)
+    if layout != call.layout:  # that of the column groups
+        signs = call.layout.column_groups(signs).reshape(-1)
+    unique = layout.unique_weight(signs)
     filters = unique[product.computed_rows().reshape(-1)]
     return filters.reshape(product.groups, product.rows, layout.shape[1] // product.neighbours, -1)
 
 
-def _pack(tile: Tensor, product: TiledProduct, *, integer: bool) -> np.ndarray:
+def _pack(call: TensorCall, product: TiledProduct, *, integer: bool) -> np.ndarray:
     """Prepare the filters of each group with columns in the order ``[channel group][tap][channel]``."""
     lib, _, kernels = prepare.native()
     size = lib.tbn_group(kernels, integer)
-    filters = _filters(tile, product)
+    filters = _filters(call, product)
     padded = F.pad(filters, (0, 0, 0, -filters.shape[2] % size))
     columns = padded.unflatten(2, (-1, size)).transpose(3, 4).flatten(2).contiguous()
     return prepare.pack(columns, integer=integer)
 
 
-def _plan(entry: prepare.Prepared, call: TensorCall) -> prepare.Plan:
+def _plan(entry: prepare.Prepared, call: TensorCall, product: TiledProduct) -> prepare.Plan:
     lib, level, kernels = prepare.native()
-    layout, product, integer = call.layout, call.product, call.activation != "float"
-    key = (level, layout, product.groups, product.rows, integer)
-    index = entry.part(key, lambda: _pack(call.tile, product, integer=integer))
+    layout, integer = product.layout, call.activation != "float"
+    key = (level, call.layout, layout, product.groups, product.rows, integer)
+    index = entry.part(key, lambda: _pack(call, product, integer=integer))
 
     def axes(values: Sequence[int], fill: int) -> Any:
         """Height and width; a convolution of one dimension has a height of 1."""
@@ -194,6 +218,6 @@ def _plan(entry: prepare.Prepared, call: TensorCall) -> prepare.Plan:
         padding=axes(call.arguments["padding"], 0),
         dilation=axes(call.arguments["dilation"], 1),
         activation=prepare.ACTIVATIONS[call.activation],
-        relu=call.epilogue == "relu",
+        relu=call.epilogue == "relu" and layout == call.layout,  # not before results are mixed
     )
     return prepare.Plan(lib.tbn_conv, struct, [index])

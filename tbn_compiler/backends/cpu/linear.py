@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from tbn_compiler.backends.cpu.operands import as_vector, expand_replicas, is_ve
 from tbn_compiler.ops import reference
 from tbn_compiler.ops.calls import OPERATORS, TensorCall
 from tbn_compiler.ops.formats import apply_epilogue
+from tbn_compiler.ops.mixing import finish_mixed, mix_rows
 from tbn_compiler.packing import unpack_bits
 from tbn_compiler.tiling import TiledProduct
 
@@ -35,6 +38,7 @@ def linear(
     *,
     p_in: int = 1,
     shift: int = 0,
+    hadamard: bool = False,
     activation: str = "float",
     epilogue: str = "none",
 ) -> Tensor:
@@ -52,15 +56,15 @@ def linear(
     ):
         tokens = input.numel() // in_features
         use = (
-            library.level(), "linear", in_features, out_features, p, 1, shift, alpha.shape[0], activation, epilogue,
-            tokens >= MIN_BATCH,
+            library.level(), "linear", in_features, out_features, p, 1, shift, hadamard, alpha.shape[0],
+            activation, epilogue, tokens >= MIN_BATCH,
         )  # fmt: skip
         plan = prepare.find(tile, use)
         if plan is not None:
             return _run(plan, input, alpha, bias, tokens, out_features, epilogue)
     call = OPERATORS["linear"].bind(
         (input, tile, alpha, bias, in_features, out_features, p, input_alpha),
-        {"p_in": p_in, "shift": shift, "activation": activation, "epilogue": epilogue},
+        {"p_in": p_in, "shift": shift, "hadamard": hadamard, "activation": activation, "epilogue": epilogue},
     )
     return _compute(call.checked())
 
@@ -95,6 +99,8 @@ def _compute(call: TensorCall) -> Tensor:
     if reason is not None:
         decline("linear", reason)
         return reference.compute(call)
+    if call.product.mixes > 1:
+        return _mixed(call)
     layout, input_alpha = call.layout, call.input_alpha
     x = layout.sum_inputs(expand_replicas(call.input.to(_float32), input_alpha, -1), -1).contiguous()
     alpha = call.alpha
@@ -103,8 +109,8 @@ def _compute(call: TensorCall) -> Tensor:
     tokens = x.numel() // x.shape[-1]
     batch = tokens >= MIN_BATCH
     use = (
-        library.level(), "linear", call.inputs, call.outputs, layout.p, layout.p_in, layout.shift, alpha.shape[0],
-        call.activation, call.epilogue, batch,
+        library.level(), "linear", call.inputs, call.outputs, layout.p, layout.p_in, layout.shift,
+        layout.hadamard, alpha.shape[0], call.activation, call.epilogue, batch,
     )  # fmt: skip
     # The input that the kernels get has its replicas side by side, and its neighbours summed.
     plan = prepare.find_or_make(
@@ -112,6 +118,52 @@ def _compute(call: TensorCall) -> Tensor:
     )
     bias = None if call.bias is None else as_vector(call.bias)
     return _run(plan, x, as_vector(alpha), bias, tokens, call.outputs, call.epilogue).to(call.input.dtype)
+
+
+def _mixed(call: TensorCall) -> Tensor:
+    """A layer whose copies have Hadamard signs: the kernels compute its column groups apart."""
+    layout, p = call.layout, call.layout.p
+    x = expand_replicas(call.input.to(_float32), call.input_alpha, -1)
+    tokens, rows = x.numel() // x.shape[-1], layout.rows // p
+    apart = x.reshape(tokens, x.shape[-1] // p, p).permute(2, 0, 1).contiguous()
+    z, one = x.new_empty((p, tokens, rows)), x.new_ones(1)
+    batch = tokens >= MIN_BATCH
+    for group in range(p):
+        use = (library.level(), "linear", layout, "group", group, batch)
+        plan = prepare.find_or_make(call.tile, use, functools.partial(_group_plan, call, group, batch))
+        pointers = (apart[group].data_ptr(), z[group].data_ptr())
+        if plan.call(plan.address, *pointers, tokens, one.data_ptr(), None, _get_num_threads()):
+            raise MemoryError(f"tbn::linear: no memory to work in for an input of shape {tuple(x.shape)}")
+    out = apply_epilogue(finish_mixed(mix_rows(z), call.alpha, call.bias), call.epilogue)
+    return out.reshape(*x.shape[:-1], layout.rows).to(call.input.dtype)
+
+
+def _group_plan(call: TensorCall, group: int, batch: bool, entry: prepare.Prepared) -> prepare.Plan:
+    """The tile's rows for one column group."""
+    lib, level, kernels = prepare.native()
+    layout = call.layout
+    rows, columns = layout.rows // layout.p, layout.shape[1] // layout.p
+
+    def signs() -> Tensor:
+        groups = layout.column_groups(unpack_bits(call.tile, layout.tile_size, torch.int8))
+        return groups[group].reshape(rows, columns).contiguous()
+
+    memory = [entry.part((level, layout, "group", group), lambda: prepare.pack(signs(), integer=False))]
+    if batch:
+        memory.append(entry.part(("sums", layout, "group", group), lambda: prepare.pack_sums(signs())))
+    struct = library.LinearPlan(
+        kernels=kernels,
+        index=memory[0].ctypes.data,
+        sums_index=memory[1].ctypes.data if batch else None,
+        inputs=columns,
+        rows=rows,
+        copies=1,
+        alpha_copy_stride=0,
+        alpha_row_stride=0,
+        activation=prepare.ACTIVATIONS["float"],
+        relu=False,
+    )
+    return prepare.Plan(lib.tbn_linear, struct, memory)
 
 
 def _plan(entry: prepare.Prepared, call: TensorCall, product: TiledProduct, batch: bool) -> prepare.Plan:

@@ -38,7 +38,7 @@ from tbn_compiler.torch_private import (
 
 _tbn = torch.ops.tbn
 _TRAINED_LAYERS = {layer.overload for layer in TRAINING_OPERATORS.values()}
-_TRAINING = {_tbn.tile.default, _tbn.scale.default, *_TRAINED_LAYERS}
+_TRAINING = {_tbn.tile.default, _tbn.scale.default, _tbn.train_weight.default, *_TRAINED_LAYERS}
 _LAYERS = {layer.overload for layer in OPERATORS.values()}
 _STORED = {*_LAYERS, _tbn.unpack.default}
 # User code that calls torch.ops.tbn.tile and not .default gives nodes of these; the passes know overloads only.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from tbn_compiler.config import Latent
 from tbn_compiler.errors import TBNError
 from tbn_compiler.graph.calls import attribute, named_arguments, tiled_call, training_call
 from tbn_compiler.graph.layers import (
@@ -106,8 +107,12 @@ def _read_tiling(gm: fx.GraphModule, call: LayerCall) -> _Tiling:
         assert chain is not None
         tile, scale = (named_arguments(node) for node in chain)
     weight = _parameter(gm, tile["weight"], "weight")
-    shape = tuple(apply_view(weight.detach(), call.view).shape)
-    layout = make_layout(shape, tile["p"], tile.get("p_in", 1), tile["shift"])
+    held = tuple(apply_view(weight.detach(), call.view).shape)
+    if trained is not None:
+        layout = trained.layout
+    else:  # an operator that may read a tile says which weight it stands for
+        shape = tile.get("shape", held)
+        layout = make_layout(shape, tile["p"], tile["p_in"], tile["shift"], tile["batch"], tile["hadamard"])
     _parameter(gm, scale["source"], "alpha source")
     found = parameter_view(scale["source"])
     assert found is not None
@@ -115,10 +120,11 @@ def _read_tiling(gm: fx.GraphModule, call: LayerCall) -> _Tiling:
     own = (source, view) == (call.weight, call.view_text)
     if view and not own:
         raise _RefusedError(f"its alpha source is a view, {source}{view}")
-    spec = TileSpec(layout, scale["num_alphas"], "W" if own else "A", "binary" if tile["binary"] else "float")
+    latent: Latent = "weight" if held == layout.shape else "tile"
+    spec = TileSpec(layout, scale["num_alphas"], "W" if own else "A", "binary" if tile["binary"] else "float", latent)
     arguments = function_arguments(call.node) if trained is None else trained.arguments
     groups = 1 if call.kind == "linear" else arguments.get("groups", 1)
-    return _Tiling(spec, source, shape, groups)
+    return _Tiling(spec, source, layout.shape, groups)
 
 
 def _check_strength(gm: fx.GraphModule, call: LayerCall) -> None:

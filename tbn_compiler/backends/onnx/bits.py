@@ -50,10 +50,18 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _decoded(
-    tile: Tensor, alpha: Tensor, shape: Sequence[int], p: int, *, p_in: int = 1, shift: int = 0, batch: int = 1
+    tile: Tensor,
+    alpha: Tensor,
+    shape: Sequence[int],
+    p: int,
+    *,
+    p_in: int = 1,
+    shift: int = 0,
+    batch: int = 1,
+    hadamard: bool = False,
 ) -> Tensor:
     """``tbn::unpack`` on bits that are decoded in the graph."""
-    layout = make_layout(shape, p, p_in, shift, batch)
+    layout = make_layout(shape, p, p_in, shift, batch, hadamard)
     if tile.dtype == torch.uint8:
         tile = _unpack_op(tile, layout.tile_size, dtype=alpha.dtype)
     return layout.scale(layout.replicate(tile), alpha)

@@ -68,6 +68,8 @@ def _why_not_nbits(gm: fx.GraphModule, call: InferenceCall) -> str | None:
         return "its tile is in full precision"
     if not call.product(gm).scales_results:
         return "its alphas change inside a row"
+    if call.layout.kind == "hadamard":
+        return "its copies have Hadamard signs: whole rows would take p times the bytes and the arithmetic"
     return None
 
 
@@ -231,7 +233,7 @@ def use_dense(gm: fx.GraphModule) -> None:
         tile, alpha = (attribute(gm, arguments[key]) for key in ("tile", "alpha"))
         assert tile is not None
         assert alpha is not None
-        layout = make_layout(*(arguments[key] for key in ("shape", "p", "p_in", "shift", "batch")))
+        layout = make_layout(*(arguments[key] for key in ("shape", "p", "p_in", "shift", "batch", "hadamard")))
         with gm.graph.inserting_before(node):
             weight = dense_weight(tile, alpha, layout, torch.float32)
             _replace(node, _stored(gm, f"{name}_decoded", weight.detach()))

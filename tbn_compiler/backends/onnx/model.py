@@ -40,6 +40,8 @@ def description(
             "tile": record.spec.tile_dtype,
             "form": forms.get(record.weight, weights),
         }
+        if layout.hadamard:
+            layers[record.weight]["hadamard"] = True
         if record.weight in reasons:
             layers[record.weight]["reason"] = reasons[record.weight]
     return {"version": FORMAT_VERSION, "weights": weights, "layers": layers, "left_alone": left_alone}

@@ -199,9 +199,22 @@ def test_short_rows_take_lookups_and_small_tiles_little_padding() -> None:
 
 def test_a_layout_that_the_kernels_do_not_know_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = tbn.lower(tbn.transform(nn.Sequential(nn.Linear(8, 8)), tbn.TilingConfig(p=2, min_size=0)))
-    monkeypatch.setattr(TileLayout, "kind", "hadamard")
-    with pytest.raises(tbn.ExportError, match="its tile has the layout 'hadamard'"):
+    monkeypatch.setattr(TileLayout, "kind", "spiral")
+    with pytest.raises(tbn.ExportError, match="its tile has the layout 'spiral'"):
         export_c(module, torch.zeros(1, 8), tmp_path / "net.c")
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [(nn.Linear(8, 8), (8,)), (nn.Conv2d(4, 8, 3), (4, 5, 5)), (nn.ConvTranspose2d(8, 4, 2), (8, 3, 3))],
+    ids=["linear", "conv", "transpose"],
+)
+def test_copies_with_signs_are_refused(layer: nn.Module, size: tuple[int, ...], tmp_path: Path) -> None:
+    config = tbn.TilingConfig(p=4, min_size=0, replicate="hadamard")
+    module = tbn.lower(tbn.transform(nn.Sequential(layer), config))
+    with pytest.raises(tbn.ExportError, match="its tile has the layout 'hadamard'"):
+        export_c(module, torch.zeros(1, *size), tmp_path / "net.c")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_plan_says_why_a_layer_has_a_slower_kernel(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ LINEAR = {
     "axes_tile": {"p": (3, 4), "alpha": "tile"},
     "rolled": {"p": 6, "replicate": "roll", "shift": 3},
     "rolled_tile": {"p": 6, "replicate": "roll", "shift": 3, "alpha": "tile"},
+    "signs": {"p": 4, "replicate": "hadamard"},
+    "signs_tile": {"p": 4, "replicate": "hadamard", "alpha": "tile"},
     "full": {"p": 6, "tile_dtype": "float", "alpha": "tile"},
 }
 
@@ -61,11 +63,14 @@ CONV: dict[str, tuple[nn.Module, dict[str, Any]]] = {
     "conv2d_axes": (nn.Conv2d(6, 12, 3), {"p": (4, 2)}),
     "conv2d_axes_tile": (nn.Conv2d(6, 12, 3, stride=2), {"p": (4, 2), "alpha": "tile"}),
     "conv2d_rolled": (nn.Conv2d(6, 12, 3), {"p": 4, "replicate": "roll"}),
+    "conv2d_signs": (nn.Conv2d(6, 12, 3), {"p": 2, "replicate": "hadamard", "alpha": "tile"}),
+    "conv2d_signs_groups": (nn.Conv2d(6, 12, 3, groups=3), {"p": 2, "replicate": "hadamard"}),
     "conv2d_full": (nn.Conv2d(6, 12, 1), {"p": 4, "tile_dtype": "float"}),
     "conv3d": (nn.Conv3d(6, 8, 2, padding=1), {"p": 8, "alpha": "tile"}),
     "transpose1d": (nn.ConvTranspose1d(6, 4, 3, stride=2, output_padding=1), {"p": 3, "alpha": "tile"}),
     "transpose2d": (nn.ConvTranspose2d(6, 4, 3, dilation=2, padding=1), {"p": 3}),
     "transpose2d_groups": (nn.ConvTranspose2d(6, 4, 3, groups=2), {"p": 3, "alpha": "tile"}),
+    "transpose2d_signs": (nn.ConvTranspose2d(6, 4, 3, stride=2), {"p": 2, "replicate": "hadamard", "alpha": "tile"}),
     "transpose3d": (nn.ConvTranspose3d(6, 4, 2), {"p": 4}),
 }
 
@@ -100,7 +105,7 @@ def test_linear_layouts(form: str, tmp_path: Path) -> None:
     qat = transform(Linears(), LINEAR)
     inputs = {"narrow": torch.randn(5, 8), "wide": torch.randn(5, 3, 44)}
     written = check(qat, inputs, tmp_path / "net.onnx", weights=form)
-    kept = {"misaligned_tile", "axes_tile", "full"} if form == "nbits" else set()
+    kept = {"misaligned_tile", "axes_tile", "signs", "signs_tile", "full"} if form == "nbits" else set()
     assert {name.split(".")[1] for name in written.reasons} == kept
     assert {form_ for name, form_ in written.forms.items() if name not in written.reasons} == {form}
     assert (("com.microsoft", "MatMulNBits") in operators(tmp_path / "net.onnx")) == (form == "nbits")

@@ -63,9 +63,20 @@ def test_a_single_copy_is_read_as_it_lies_whatever_its_shift() -> None:
 
 
 def test_a_layout_that_the_kernels_do_not_know_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TileLayout, "kind", "hadamard")
-    with pytest.raises(UnsupportedError, match="a hadamard layout"):
+    monkeypatch.setattr(TileLayout, "kind", "spiral")
+    with pytest.raises(UnsupportedError, match="a spiral layout"):
         plan((64, 96), 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"packed": False}, {"integer": True}])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_copies_with_signs_are_declined(groups: int, options: dict[str, bool]) -> None:
+    """Rows of 4 copies, each of them of whole words, would be read without their signs."""
+    product = TiledProduct(TileLayout((64, 128), 4, hadamard=True), 4, groups)
+    with pytest.raises(UnsupportedError, match="a hadamard layout"):
+        plan_weight(product, **{"packed": True, "word_aligned": True} | options)
+    one = TiledProduct(TileLayout((64, 128), 1, hadamard=True), 1)
+    assert plan_weight(one, packed=True, word_aligned=True).kind == "words"
 
 
 def test_sizes_beyond_the_index() -> None:

@@ -1,0 +1,114 @@
+"""Inputs in a number format while training: values of inference, gradients straight through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tbn_compiler.ops.formats import binarize, quantize_int8
+
+quantize = torch.ops.tbn.quantize_input.default
+FORMATS = ["int8", "binary"]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("activation", FORMATS)
+def test_values_are_those_of_inference(activation: str, dims: int) -> None:
+    x = torch.randn(3, 4, 5, 6) * 3
+    values, scale = (quantize_int8 if activation == "int8" else binarize)(x, tuple(range(-dims, 0)))
+    assert torch.equal(quantize(x, activation, dims), values * scale)
+    assert scale.shape == (*x.shape[:-dims], *[1] * dims)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", FORMATS)
+def test_dtype_is_that_of_the_input(activation: str, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 8).to(dtype).requires_grad_()
+    y = quantize(x, activation, 1)
+    y.sum().backward()
+    assert x.grad is not None
+    assert y.dtype == x.grad.dtype == dtype
+
+
+def test_int8_passes_the_gradient_unchanged() -> None:
+    x, g = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+    (grad,) = torch.autograd.grad(quantize(x, "int8", 1), x, g)
+    assert torch.equal(grad, g)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_binary_gradient_is_that_of_scale_and_clipped_sign(dims: int) -> None:
+    """Against the definition: a sign whose derivative is 1 between -1 and 1, times the differentiated mean."""
+
+    class Sign(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            return grad * (x.abs() <= 1)
+
+    x, g = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 4, 5, dtype=torch.float64)
+    expected = Sign.apply(x) * x.abs().mean(tuple(range(-dims, 0)), keepdim=True)
+    (found,) = torch.autograd.grad(quantize(x, "binary", dims), x, g)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, x, g)[0])
+
+
+@pytest.mark.parametrize("activation", FORMATS)
+def test_torch_func_differentiates_it_alike(activation: str) -> None:
+    x, weight = torch.randn(4, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return (quantize(x, activation, 1) * weight).sum()
+
+    plain = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(plain), plain)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    torch.testing.assert_close(torch.func.vmap(lambda row: quantize(row, activation, 1))(x), quantize(x, activation, 1))
+
+
+@pytest.mark.parametrize("activation", FORMATS)
+def test_compiles_without_a_break(activation: str) -> None:
+    def step(x: Tensor) -> Tensor:
+        return F.relu(quantize(x, activation, 1)).sum()
+
+    x = torch.randn(4, 8)
+    grads = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        value = x.clone().requires_grad_()
+        function(value).backward()
+        grads.append(value.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("activation", FORMATS)
+def test_zeros_and_nothing(activation: str) -> None:
+    x = torch.zeros(2, 3, requires_grad=True)
+    y = quantize(x, activation, 1)
+    y.sum().backward()
+    assert y.abs().max() == 0
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert quantize(torch.zeros(0, 3), activation, 1).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((torch.ones(2), "float", 1), ValueError),
+        ((torch.ones(2), "int4", 1), ValueError),
+        ((torch.ones(2), "int8", 2), ValueError),
+        ((torch.ones(2), "int8", 0), ValueError),
+        ((torch.ones(2, dtype=torch.int64), "int8", 1), TypeError),
+    ],
+)
+def test_other_arguments_are_refused(arguments: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="tbn::quantize_input"):
+        quantize(*arguments)
