@@ -195,10 +195,7 @@ def _model(build: Build) -> nn.Module:
 @functools.lru_cache
 def _weight_bits(build: Build, p: int, min_size: int, whole_in_proj: bool) -> tuple[tuple[str, int], ...]:
     """Name and stored bits of each linear layer and convolution."""
-    config = tbn.TilingConfig.paper(p=p, min_size=min_size)
-    if whole_in_proj:
-        # A third of the packed weight is compared with a third of lambda.
-        config = config.replace(overrides={"*in_proj_weight*": {"min_size": -(-min_size // 3)}})
+    config = tbn.TilingConfig.paper(p=p, min_size=min_size, attention="packed" if whole_in_proj else "separate")
     rows = tbn.summary(tbn.transform(_model(build), config)).layers
     return tuple((row.name, row.stored_bits) for row in rows if row.kind.startswith(("linear", "conv")))
 
