@@ -1,1 +1,1 @@
-"""The networks of the TBN paper, what of them is counted, and the data they are trained on."""
+"""The networks of the TBN paper, what of them is counted, the data and recipes they are trained with, and peers."""
