@@ -49,7 +49,6 @@ class Recipe:
         eval_batch_size: examples measured at once.
         preset: of :class:`tbn_compiler.TilingConfig`.
         min_size: the paper's lambda; 0 or more in place of the preset's, -1 for the preset's.
-        whole_in_proj: compare lambda with the packed ``in_proj`` of ``nn.MultiheadAttention`` instead of with a third.
         stated: fields with the values of the paper's appendix.
         note: where the other values come from, and what differs from the paper.
     """
@@ -72,7 +71,6 @@ class Recipe:
     eval_batch_size: int = 250
     preset: Preset = "paper"
     min_size: int = -1
-    whole_in_proj: bool = False
     stated: tuple[str, ...] = ()
     note: str = ""
 
@@ -145,10 +143,7 @@ class Recipe:
             options.setdefault("alpha", "output")
         if options.get("latent") == "tile":
             options.setdefault("alpha_source", "A")  # a tile keeps no weight to take alphas from
-        config = preset(**options)
-        if self.whole_in_proj:
-            config = config.replace(overrides={"*in_proj_weight*": {"min_size": config.min_size // 3}})
-        return config
+        return preset(**options)
 
 
 _CHOICES = {"optimizer": Optimizer, "schedule": Schedule, "augment": Augmentation, "preset": Preset}
@@ -309,7 +304,7 @@ RECIPES: dict[str, Recipe] = {
         note="Adam and decay as in classification; rooms are not rotated",
     ),
     "series-etth1": dataclasses.replace(_SERIES, data="ETTh1", note=f"{_SERIES.note}; the network is that of Weather"),
-    "series-weather": dataclasses.replace(_SERIES, whole_in_proj=True),
+    "series-weather": _SERIES,
     "series-electricity": dataclasses.replace(_SERIES, network="series-512", data="electricity", batch_size=64),
     "mnist-mlp": Recipe(
         network="mlp",
