@@ -159,10 +159,8 @@ SETTABLE = tuple(
 
 def _parse(name: str, text: str, kind: Any) -> Any:
     try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
         return kind(text) if kind in (int, float) else text
-    except (ValueError, KeyError):
+    except ValueError:
         raise RecipeError(f"{name}={text!r} is no {kind.__name__}") from None
 
 

@@ -476,7 +476,7 @@ def test_committed_results_are_results():
         (["--set", "lr=nan"], "lr=nan is less than 0 or not finite"),
         (["--set", "lr=0"], "lr=0 trains nothing"),
         (["--set", "epochs=0"], "epochs=0 is less than 1"),
-        (["--set", "whole_in_proj=maybe"], "whole_in_proj='maybe' is no bool"),
+        (["--set", "length=long"], "length='long' is no int"),
         (["--set", "optimizer=lion"], "optimizer='lion' is not one of 'sgd', 'adam', 'adamw'"),
         (["--set", "network=vit"], "a recipe has no setting 'network'"),
         (["--epochs", "0"], "0 is less than 1"),
