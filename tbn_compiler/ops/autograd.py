@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbn_compiler.ops.calls import OPERATORS, Operator, TiledCall
+from tbn_compiler.ops.calls import OPERATORS, Operator, TiledCall, convolution_gradients
 from tbn_compiler.ops.reference import decode, dense_weight, fold_replicas
 from tbn_compiler.ops.schemas import LIBRARY, make_layout
 from tbn_compiler.tiling import TileLayout, tile_vector
@@ -164,7 +164,7 @@ def _inference_backward(ctx: Any, grad: Tensor) -> Grads:
     dense = dense_weight(tile, alpha, call.layout, grad.dtype)
     used = dense if input_alpha is None else fold_replicas(dense, input_alpha)  # the weight that the input sees
     wanted = (needs["input"], needs["alpha"] or needs.get("input_alpha", False), needs["bias"])
-    layer = _convolution_backward if call.dims else _linear_backward
+    layer = convolution_gradients if call.dims else _linear_backward
     grad_input, grad_used, grad_bias = layer(call, grad, input, used, wanted)
     grads = {"input": grad_input, "bias": None if grad_bias is None else grad_bias.to(ctx.bias_dtype)}
     if grad_used is not None:
@@ -188,31 +188,6 @@ def _linear_backward(
         rows.t() @ input.reshape(-1, input.shape[-1]) if wanted[1] else None,
         rows.sum(0) if wanted[2] else None,
     )
-
-
-def _convolution_backward(
-    call: TiledCall, grad: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Those of the gradients of input, weight and bias that are wanted."""
-    if unbatched := input.dim() == call.dims + 1:
-        input, grad = input.unsqueeze(0), grad.unsqueeze(0)
-    stride, padding, dilation = (list(call.arguments[name]) for name in ("stride", "padding", "dilation"))
-    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
-        grad,
-        input,
-        weight,
-        [call.outputs],
-        stride,
-        padding,
-        dilation,
-        call.transposed,
-        list(call.arguments.get("output_padding", [0] * call.dims)),
-        call.groups,
-        list(wanted),
-    )
-    if unbatched and grad_input is not None:
-        grad_input = grad_input.squeeze(0)
-    return grad_input, grad_weight, grad_bias
 
 
 def register() -> None:

@@ -93,6 +93,11 @@ class Operator:
         sizes = (self.outputs_argument, self.inputs_argument)
         return sizes[::-1] if self.transposed else sizes
 
+    def channels(self, shape: Sequence[int], groups: int) -> tuple[int, int]:
+        """Input and output features or channels of a layer whose weight has this shape."""
+        rows, columns = shape[0], shape[1] * groups
+        return (rows, columns) if self.transposed else (columns, rows)
+
     @cached_property
     def layout_options(self) -> tuple[str, ...]:
         """Arguments of :class:`~tbn_compiler.tiling.TileLayout` that the operator takes, beside shape and ``p``."""
@@ -456,6 +461,34 @@ def check_signature(operator: Operator, kernel: Callable[..., Tensor]) -> None:
             f"a kernel of tbn::{operator.name} takes {found.replace(return_annotation=inspect.Signature.empty)}, "
             f"its schema has {operator.signature}"
         )
+
+
+def convolution_gradients(
+    call: TiledCall, grad: Tensor, input: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of the gradients of input, weight and bias of a convolution that are wanted.
+
+    Args:
+        call: the convolution, of which only the geometry is read.
+        grad: the gradient of its result.
+        input: its input, batched or not.
+        weight: its weight; only its shape matters where no gradient of the input is wanted.
+        wanted: whether input, weight and bias need one.
+    """
+    if unbatched := input.dim() == call.dims + 1:
+        input, grad = input.unsqueeze(0), grad.unsqueeze(0)
+    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
+        grad,
+        input,
+        weight,
+        [call.outputs] if wanted[2] else None,
+        *(list(call.arguments[name]) for name in ("stride", "padding", "dilation")),
+        call.transposed,
+        list(call.arguments.get("output_padding", [0] * call.dims)),
+        call.groups,
+        list(wanted),
+    )
+    return (grad_input.squeeze(0) if unbatched and wanted[0] else grad_input), grad_weight, grad_bias
 
 
 def _fake(call: TensorCall) -> Tensor:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbn_compiler.ops.calls import TiledCall
+from tbn_compiler.ops.calls import TiledCall, convolution_gradients
 from tbn_compiler.tiling import hadamard_matrix
 
 Through = Callable[[Tensor, Tensor], Tensor]
@@ -204,18 +204,7 @@ def _weight_gradient(call: TiledCall, grad: Tensor, input: Tensor) -> Tensor:
     """The gradient of the unscaled weight of a layer."""
     if not call.dims:
         return grad.t() @ input
-    if input.dim() == call.dims + 1:
-        input, grad = input.unsqueeze(0), grad.unsqueeze(0)
-    whole: Tensor
-    _, whole, _ = torch.ops.aten.convolution_backward.default(
-        grad,
-        input,
-        input.new_empty(call.layout.shape),  # only its shape matters
-        None,
-        *(list(call.arguments[name]) for name in ("stride", "padding", "dilation")),
-        call.transposed,
-        list(call.arguments.get("output_padding", [0] * call.dims)),
-        call.groups,
-        [False, True, False],
-    )
+    shaped = input.new_empty(call.layout.shape)
+    _, whole, _ = convolution_gradients(call, grad, input, shaped, [False, True, False])
+    assert whole is not None
     return whole

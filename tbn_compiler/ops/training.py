@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbn_compiler.ops.calls import TRAINING_OPERATORS, Operator, TiledCall
+from tbn_compiler.ops.calls import TRAINING_OPERATORS, Operator, TiledCall, convolution_gradients
 from tbn_compiler.ops.mixing import mixed_layer
 from tbn_compiler.ops.schemas import LIBRARY, TRAINING_PREFIX, make_layout
 from tbn_compiler.tiling import TiledProduct, TileLayout, tile_signs
@@ -403,24 +403,12 @@ def _multiply_backward(
         few = isinstance(tokens, int) and tokens < input.shape[-1]
         if few:
             grad = grad * factor
-        grad_weight = grad.t() @ input.reshape(-1, input.shape[-1])
-        return grad_input, grad_weight if few else grad_weight.mul_(factor.view(-1, 1))
-    if unbatched := input.dim() == call.dims + 1:
-        input, grad = input.unsqueeze(0), grad.unsqueeze(0)
-    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward.default(
-        grad,
-        input,
-        weight,
-        None,
-        *(list(call.arguments[name]) for name in ("stride", "padding", "dilation")),
-        call.transposed,
-        list(call.arguments.get("output_padding", [0] * call.dims)),
-        call.groups,
-        [*wanted, False],
-    )
+        product = grad.t() @ input.reshape(-1, input.shape[-1])
+        return grad_input, product if few else product.mul_(factor.view(-1, 1))
+    grad_input, grad_weight, _ = convolution_gradients(call, grad, input, weight, [*wanted, False])
     if grad_weight is not None:
         grad_weight.mul_(factor.view(-1, *[1] * (weight.dim() - 1)))
-    return (grad_input.squeeze(0) if unbatched and grad_input is not None else grad_input), grad_weight
+    return grad_input, grad_weight
 
 
 def train(call: TiledCall, input: Tensor, weight: Tensor, source: Tensor, bias: Tensor | None) -> Tensor:

@@ -79,7 +79,7 @@ def _stored(node: fx.Node, kind: str) -> dict[str, Any] | None:
 def _replace(gm: fx.GraphModule, node: fx.Node, kind: str, stored: dict[str, Any]) -> None:
     arguments, shape = function_arguments(node), list(stored["shape"])
     groups = arguments.get("groups", 1)  # a linear layer has none
-    sizes = (shape[1] * groups, shape[0]) if not is_transposed(kind) else (shape[0], shape[1] * groups)
+    sizes = OPERATORS[kind].channels(shape, groups)
     x = arguments["input"]
     if isinstance(arguments.get("padding"), str):
         dilation = normalize_sizes(arguments["dilation"], len(shape) - 2)

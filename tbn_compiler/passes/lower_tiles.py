@@ -35,7 +35,6 @@ from tbn_compiler.graph.layers import (
     apply_view,
     find_record,
     function_arguments,
-    is_transposed,
     layer_calls,
     module_kind,
     parameter_view,
@@ -332,9 +331,7 @@ def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> Non
     arguments = function_arguments(node) if trained is None else trained.arguments
     with graph.inserting_before(node):
         tile, alpha = graph.get_attr(tile_key(record.weight)), graph.get_attr(alpha_key(record.weight))
-        sizes = (record.shape[1] * record.groups, record.shape[0])
-        if is_transposed(call.kind):
-            sizes = (record.shape[0], record.shape[1] * record.groups)
+        sizes = OPERATORS[call.kind].channels(record.shape, record.groups)
         found = quantized_input(arguments["input"])
         x, activation = found or (arguments["input"], "float")
         operands: tuple[Any, ...] = (x, tile, alpha, arguments.get("bias"), *sizes)

@@ -20,6 +20,7 @@ change along the input, weights that are blended with their float form (gradual 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -62,20 +63,17 @@ def _shares(call: LayerCall, record: LayerRecord) -> bool:
         return False
     if weight_chain(call.weight_node) is None or "weight" not in function_arguments(call.node):
         return False
-    return shares_products(_described(call, record))
+    return shares_products(_described(call.kind, record, function_arguments(call.node)))
 
 
-def _described(call: LayerCall, record: LayerRecord) -> TiledCall:
-    """The call of the operator that trains the layer, without its operands."""
-    spec, arguments = record.spec, function_arguments(call.node)
+def _described(kind: str, record: LayerRecord, arguments: Mapping[str, Any]) -> TiledCall:
+    """The call of the operator that trains a layer of this kind, without its operands."""
+    spec, operator = record.spec, TRAINING_OPERATORS[kind]
     assert spec is not None
-    operator = TRAINING_OPERATORS[call.kind]
-    sizes = (record.shape[1] * record.groups, record.shape[0])
-    if operator.transposed:
-        sizes = (record.shape[0], record.shape[1] * record.groups)
+    inputs, outputs = operator.channels(record.shape, record.groups)
     options: dict[str, Any] = {
-        operator.inputs_argument: sizes[0],
-        operator.outputs_argument: sizes[1],
+        operator.inputs_argument: inputs,
+        operator.outputs_argument: outputs,
         "p": spec.layout.p,
         "num_alphas": spec.num_alphas,
         "binary": spec.tile_dtype == "binary",
@@ -94,7 +92,8 @@ def _rewrite(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> None:
     chain = weight_chain(call.weight_node)
     assert chain is not None
     tile, scale = (named_arguments(node) for node in chain)
-    described, arguments = _described(call, record), function_arguments(call.node)
+    arguments = function_arguments(call.node)
+    described = _described(call.kind, record, arguments)
     operator = described.operator
     operands = (arguments["input"], tile["weight"], scale["source"], arguments["bias"])
     positional = [described.arguments[name] for name in operator.positional[len(operands) :]]
@@ -117,9 +116,6 @@ def attention_shares_rows(gm: fx.GraphModule, node: fx.Node) -> bool:
         record = find_record(records, call) if call.node is node and call.form == "tiled" else None
         if record is None or record.spec is None or blend_strength(call.weight_node) is not None:
             continue
-        layout, operator = record.spec.layout, TRAINING_OPERATORS["linear"]
-        options: dict[str, Any] = {"num_alphas": record.spec.num_alphas, "p": layout.p, **layout_options(layout)}
-        options |= {"out_features": record.shape[0], "in_features": record.shape[1]}
-        if shares_products(TiledCall(operator, {**operator.defaults, **options})):
+        if shares_products(_described("linear", record, {})):
             return True
     return False

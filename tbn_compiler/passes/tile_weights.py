@@ -198,16 +198,16 @@ def _functional_call(gm: fx.GraphModule, call: LayerCall, weight: fx.Node) -> fx
     x, bias = arguments["input"], arguments.get("bias")
     if call.kind == "linear":
         return graph.call_function(F.linear, (x, weight, bias))
-    dims = int(call.kind[-2])
+    dims = OPERATORS[call.kind].dims
     shape = apply_view(gm.get_parameter(str(call.weight)), call.view).shape
-    stride, dilation = (normalize_sizes(arguments.get(name, 1), dims) for name in ("stride", "dilation"))
-    groups = arguments.get("groups", 1)
+    stride, dilation = (normalize_sizes(arguments[name], dims) for name in ("stride", "dilation"))
+    groups = arguments["groups"]
     if is_transposed(call.kind):
-        padding, extra = normalize_sizes(arguments.get("padding", 0), dims), arguments.get("output_padding", 0)
+        padding, extra = normalize_sizes(arguments["padding"], dims), arguments["output_padding"]
         extra = extra if isinstance(extra, fx.Node) else normalize_sizes(extra, dims)
         geometry = (stride, padding, extra, groups, dilation)
         return graph.call_function(OPERATORS[call.kind].function, (x, weight, bias, *geometry))
-    before, after = padding_sizes(arguments.get("padding", 0), tuple(shape[2:]), dilation)
+    before, after = padding_sizes(arguments["padding"], tuple(shape[2:]), dilation)
     if padding_mode != "zeros" or before != after:
         x = pad_input(graph, x, before, after, "constant" if padding_mode == "zeros" else padding_mode)
         before = (0,) * dims
