@@ -426,8 +426,13 @@ def make_kernel(operator: Operator, function: Callable[[TensorCall], Tensor], do
     def kernel(*args: Any, **kwargs: Any) -> Tensor:
         return function(operator.bind(args, kwargs).checked())
 
+    return with_signature(operator, kernel, doc or function.__doc__)
+
+
+def with_signature(operator: Operator, kernel: Callable[..., Tensor], doc: str | None = None) -> Callable[..., Tensor]:
+    """``kernel``, which takes anything, as one with the name and the arguments of an operator."""
     kernel.__name__ = kernel.__qualname__ = operator.name
-    kernel.__doc__ = doc or function.__doc__
+    kernel.__doc__ = doc
     kernel.__signature__ = operator.signature  # type: ignore[attr-defined]
     return kernel
 

@@ -7,7 +7,8 @@ once at level INFO (logger ``tbn_compiler.backends.triton``). :func:`info` tells
 ============  ==========================================================================================
 ``plan``      how kernels read a tiled weight, from its layout
 ``kernels``   the kernels
-``linear``    ``tbn::linear``: operands, grids, launches
+``linear``    ``tbn::linear``: what calls have in common, and the operands of each
+``launches``  grids, arguments and workspaces of its kernels; what is kept from one call to the next
 ``conv``      ``tbn::conv1d/2d/3d``
 ``search``    the configurations that a shape may be run with
 ``tuning``    choosing among them by measurement, and the file that keeps the choice
@@ -20,7 +21,9 @@ import functools
 import importlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +31,7 @@ from torch import Tensor
 from tbn_compiler.backends.triton.plan import plan_weight
 from tbn_compiler.backends.triton.search import Gpu, linear_candidates
 from tbn_compiler.ops import reference
-from tbn_compiler.ops.calls import OPERATORS, TensorCall, make_kernel, register_kernel
+from tbn_compiler.ops.calls import OPERATORS, register_kernel, with_signature
 from tbn_compiler.ops.schemas import CONV_OPS, make_layout
 from tbn_compiler.tiling import TiledProduct
 
@@ -116,26 +119,38 @@ def linear_workspace(
         gpu: the GPU; an H200 if not given.
 
     Returns:
-        Size of the partial sums of a product whose columns several programs share, else 0.
+        Size of the partial sums of a product whose columns several programs share, or of weights that are expanded
+        before and the products with them.
     """
     product = TiledProduct(make_layout((out_features, in_features), p), num_alphas)
     plan = plan_weight(product, packed=packed, word_aligned=True)
     config = linear_candidates(plan, tokens, dtype, gpu or Gpu())[0]
-    return config.split_k * tokens * plan.rows * 4 if config.split_k > 1 else 0
+    if config.kernel in ("unpack", "gemm", "library"):
+        products = tokens * plan.rows * 4 if config.kernel == "library" else 0
+        return plan.rows * plan.columns * dtype.itemsize + products
+    if config.split_k == 1:
+        return 0
+    blocks = -(-tokens // config.block_tokens) * -(-plan.rows // config.block_rows)
+    return config.split_k * blocks * config.block_tokens * config.block_rows * 4
 
 
-def _compute(call: TensorCall) -> Tensor:
-    """Leave a call to the module that launches its kernels; triton is imported at the first one."""
-    reason = unavailable()
-    if reason is not None:
-        decline(reason)
-        return reference.compute(call)
-    module = importlib.import_module(f"{__name__}.{'conv' if call.dims else 'linear'}")
-    result: Tensor = module.compute(call)
-    return result
+def kernel(name: str) -> Callable[..., Tensor]:
+    """The kernel of an operator, in the module that launches it; triton is imported at the first call."""
+    operator = OPERATORS[name]
+    module = f"{__name__}.{'conv' if operator.dims else 'linear'}"
+
+    def compute(*args: Any, **kwargs: Any) -> Tensor:
+        reason = unavailable()
+        if reason is not None:
+            decline(reason)
+            return reference.compute(operator.bind(args, kwargs).checked())
+        result: Tensor = getattr(importlib.import_module(module), name)(*args, **kwargs)
+        return result
+
+    return with_signature(operator, compute)
 
 
 def register() -> None:
     """Register the kernels for CUDA devices (ROCm's too)."""
     for name in ("linear", *CONV_OPS.values()):
-        register_kernel(OPERATORS[name], make_kernel(OPERATORS[name], _compute), "CUDA")
+        register_kernel(OPERATORS[name], kernel(name), "CUDA")

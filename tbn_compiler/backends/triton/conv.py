@@ -21,15 +21,8 @@ from torch import Tensor
 from tbn_compiler.backends.triton import decline, tuning
 from tbn_compiler.backends.triton.kernels import conv as kernels
 from tbn_compiler.backends.triton.kernels import convert
-from tbn_compiler.backends.triton.linear import (
-    gpu_of,
-    on_device,
-    plan_call,
-    precision,
-    quantize,
-    tf32_allowed,
-    unpack,
-)
+from tbn_compiler.backends.triton.launches import on_device, quantize, unpack
+from tbn_compiler.backends.triton.linear import gpu_of, plan_call, precision, tf32_allowed
 from tbn_compiler.backends.triton.plan import INDEX_LIMIT, UnsupportedError, WeightPlan
 from tbn_compiler.backends.triton.search import Config, conv_candidates, power_of_two
 from tbn_compiler.ops import reference

@@ -62,6 +62,11 @@ class WeightPlan:
         return self.packed and self.replicas == 1 and not (self.mixed or self.inner_alphas)
 
     @property
+    def whole_words(self) -> bool:
+        """Whether each row is whole 32-bit words of +1 and -1, and each of its weights meets an input of its own."""
+        return self.kind == "words" and self.signs and self.interleaved == 1
+
+    @property
     def direct(self) -> bool:
         """Whether blocks of the weight are read as they lie: no position goes round, no weight is computed."""
         return self.kind in ("words", "bytes", "float") and self.replicas == 1 and not (self.mixed or self.inner_alphas)

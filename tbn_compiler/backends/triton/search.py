@@ -12,8 +12,12 @@ import torch
 
 from tbn_compiler.backends.triton.plan import WeightPlan
 
-SUM_TOKENS = 8  # beyond this many tokens a product per weight and token costs more than filling up a tensor core's 16
-UNPACK_TOKENS = 512  # from here on each weight is expanded for so many blocks of tokens that doing it once may pay
+POPCOUNT_TOKENS = 8  # up to here, comparing 32 signs at a time beats filling up a tensor core's block of 16 tokens
+LIMBS_TOKENS = 4  # beyond, a product for each weight and token costs more than filling up a tensor core's 16 tokens
+SUM_TOKENS = 8  # the same where limbs do not serve
+LEFT_TOKENS = 32  # up to here the weight is a tensor core's left operand, which has more rows than there are tokens
+UNPACK_TOKENS = 256  # from here on each weight is expanded for so many blocks of tokens that doing it once may pay
+GEMM_TOKENS = 2048  # from here on writing the copies in the product's own kernel beats the library's product
 LIBRARY_PRODUCTS = 2**26  # multiply-adds: about 1 us of a large GPU's tensor cores at a tenth of their rate
 
 
@@ -24,10 +28,12 @@ class Gpu:
     Attributes:
         processors: multiprocessors.
         shared: bytes of shared memory that one program can have.
+        capability: 90 for an H200; 0 for AMD.
     """
 
     processors: int = 132
     shared: int = 227 * 1024
+    capability: int = 90
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,18 @@ class Config:
     """One way to run a layer.
 
     Attributes:
-        kernel: ``sum`` (one pass over the bits, no tensor cores), ``dot`` (tensor cores, weights expanded in
-            registers), ``unpack`` (weights expanded once into memory, then ``dot`` on them), ``popcount``; for
-            convolutions ``implicit`` (as ``dot``) or ``library`` (expanded once, then the library's convolution).
+        kernel: without tensor cores, one pass over the bits: ``limbs`` (integer instructions of four weights), ``sum``
+            (float32), ``popcount``. On tensor cores: ``left`` and ``right`` (whole words, expanded as that operand),
+            ``dot`` (any weight, as the left operand). With weights expanded once into memory: ``unpack`` (then
+            ``dot``), ``gemm`` (then bulk copies into and out of a product that writes the copies), ``library`` (then
+            the library's product or convolution). For convolutions ``implicit`` (as ``dot``), too.
         block_tokens: tokens (output positions) of a program.
         block_rows: rows of a program.
         block_k: columns of a step.
         split_k: programs that share the columns of a block.
         num_warps: warps of a program.
         num_stages: steps that are loaded ahead.
+        programs: programs of ``gemm``, which share all blocks.
     """
 
     kernel: str
@@ -53,6 +62,7 @@ class Config:
     split_k: int = 1
     num_warps: int = 4
     num_stages: int = 3
+    programs: int = 0
 
 
 def power_of_two(number: int) -> int:
@@ -64,10 +74,10 @@ def _divide_up(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def _split(blocks: int, steps: int, processors: int) -> int:
-    """How many programs share one block's columns, so that every processor has work: at least four steps each."""
+def _split(blocks: int, steps: int, processors: int, least: int = 4) -> int:
+    """How many programs share one block's columns, so that every processor has work: at least so many steps each."""
     split = 1
-    while split < 8 and blocks * split * 2 <= processors and steps // (split * 2) >= 4:
+    while split < 8 and blocks * split * 2 <= processors and steps // (split * 2) >= least:
         split *= 2
     return split
 
@@ -86,18 +96,40 @@ def _dot(plan: WeightPlan, tokens: int, itemsize: int, gpu: Gpu) -> Iterator[Con
         shapes = [(32, 128, 2 * wide_k, 8, 3), (32, 64, 4 * wide_k, 4, 2)]
     else:
         shapes = [(128, 128, 2 * wide_k, 8, 3), (64, 128, 2 * wide_k, 8, 3), (128, 128, wide_k, 8, 3)]
-    seen = set()
-    for block_tokens, block_rows, block_k, num_warps, num_stages in shapes:
-        block_tokens = min(block_tokens, max(16, power_of_two(tokens)))
-        # The input's blocks of all stages, and one of the expanded weight.
-        if (num_stages * block_tokens + block_rows) * block_k * itemsize > gpu.shared:
-            continue
-        blocks = _divide_up(tokens, block_tokens) * _divide_up(plan.rows, block_rows)
-        split = _split(blocks, _divide_up(plan.columns, block_k), gpu.processors)
-        config = Config("dot", block_tokens, block_rows, block_k, split, num_warps, num_stages)
-        if config not in seen:
-            seen.add(config)
-            yield config
+    for shape in shapes:
+        yield from _blocked("dot", plan, tokens, itemsize, gpu, shape)
+
+
+def _words(plan: WeightPlan, tokens: int, gpu: Gpu) -> Iterator[Config]:
+    """Blocks of whole words: those that were fastest on an H100, for few and for more tokens."""
+    if tokens <= LEFT_TOKENS:
+        for shape in ((16, 64, 256, 4, 3), (16, 128, 256, 8, 3), (16, 64, 128, 4, 4)):
+            size = max(16, power_of_two(tokens))
+            yield from _blocked("left", plan, tokens, 2, gpu, (size, *shape[1:]), programs=2 * gpu.processors, least=2)
+    else:
+        for shape in ((64, 64, 128, 4, 3), (64, 64, 256, 4, 2), (128, 64, 128, 4, 3), (128, 128, 64, 8, 4)):
+            yield from _blocked("right", plan, tokens, 2, gpu, shape, programs=2 * gpu.processors)
+
+
+def _blocked(
+    kernel: str,
+    plan: WeightPlan,
+    tokens: int,
+    itemsize: int,
+    gpu: Gpu,
+    shape: tuple[int, int, int, int, int],
+    programs: int = 0,
+    least: int = 4,
+) -> Iterator[Config]:
+    """One shape of block with as many programs as fill the GPU, if its shared memory holds it."""
+    block_tokens, block_rows, block_k, num_warps, num_stages = shape
+    block_tokens = min(block_tokens, max(16, power_of_two(tokens)))
+    # The input's blocks of all stages, and one of the expanded weight.
+    if (num_stages * block_tokens + block_rows) * block_k * itemsize > gpu.shared:
+        return
+    blocks = _divide_up(tokens, block_tokens) * _divide_up(plan.rows, block_rows)
+    split = _split(blocks, _divide_up(plan.columns, block_k), programs or gpu.processors, least)
+    yield Config(kernel, block_tokens, block_rows, block_k, split, num_warps, num_stages)
 
 
 def _fill(configs: list[Config], plan: WeightPlan, tokens: int, processors: int) -> list[Config]:
@@ -108,10 +140,27 @@ def _fill(configs: list[Config], plan: WeightPlan, tokens: int, processors: int)
         steps = _divide_up(_divide_up(plan.columns, config.block_k), config.split_k)
         return _divide_up(blocks, processors) * steps * config.block_k * config.block_tokens * config.block_rows
 
-    return sorted(configs, key=cost)
+    return sorted(dict.fromkeys(configs), key=cost)
 
 
-def linear_candidates(plan: WeightPlan, tokens: int, dtype: torch.dtype, gpu: Gpu) -> list[Config]:
+def _few(plan: WeightPlan, tokens: int, dtype: torch.dtype, gpu: Gpu, aligned: bool) -> Iterator[Config]:
+    """Without tensor cores: 8 rows a program, more where there are so many that every processor has several."""
+    rows = (16, 8) if plan.rows >= 16 * 2 * gpu.processors else (8, 4)
+    limbs = plan.whole_words and dtype.itemsize == 2 and aligned and gpu.capability > 0
+    if limbs and tokens <= LIMBS_TOKENS:
+        size = power_of_two(tokens)
+        for count in rows:
+            if size * count <= 32:  # sums of a thread
+                yield Config("limbs", size, count, 4096, 1, 4, 1)
+    if tokens <= (1 if limbs else SUM_TOKENS):
+        loads = {"words": 64 * 32, "float": 256, "indexed": 256}.get(plan.kind, 128 * 8)
+        for count in (8, 4):
+            yield Config("sum", 1, count, loads, 1, 4, 1)
+
+
+def linear_candidates(
+    plan: WeightPlan, tokens: int, dtype: torch.dtype, gpu: Gpu, function: str = "none", *, aligned: bool = True
+) -> list[Config]:
     """Configurations for a linear layer; the first is used where nothing is measured.
 
     Args:
@@ -119,19 +168,54 @@ def linear_candidates(plan: WeightPlan, tokens: int, dtype: torch.dtype, gpu: Gp
         tokens: rows of the input, at least 1.
         dtype: dtype of the input, ``int8`` included.
         gpu: what bounds them.
+        function: behind the layer.
+        aligned: rows of the input begin at multiples of 16 bytes.
     """
-    found = _fill(list(_dot(plan, tokens, dtype.itemsize, gpu)), plan, tokens, gpu.processors)
+    dots = _fill(list(_dot(plan, tokens, dtype.itemsize, gpu)), plan, tokens, gpu.processors)
     plain = not (plan.mixed or plan.inner_alphas) and plan.replicas == plan.interleaved == 1
-    if plain and dtype != torch.int8 and tokens <= SUM_TOKENS:
-        block_tokens = min(4, power_of_two(tokens))
-        # Sums in registers: 32 to 64 a thread.
-        few, many = (4, 8) if block_tokens > 1 else (8, 16)
-        sums = [Config("sum", block_tokens, rows, 256, 1, 4, 3) for rows in (few, many)]
-        sums.append(Config("sum", block_tokens, few, 512, 1, 8, 3))
-        found = sums + found
-    if plain and plan.packed and dtype.itemsize == 2 and tokens >= UNPACK_TOKENS:
-        found += [replace(config, kernel="unpack") for config in found if config.block_k * dtype.itemsize == 128]
-    return found
+    if not plain or dtype == torch.int8:
+        return dots
+    half = dtype.itemsize == 2
+    few = list(_few(plan, tokens, dtype, gpu, aligned))
+    words = list(_words(plan, tokens, gpu)) if plan.whole_words and half else []
+    many = list(_many(plan, tokens, dtype, gpu, function, aligned)) if tokens >= UNPACK_TOKENS else []
+    if tokens > 2 * UNPACK_TOKENS:
+        # The words are expanded too often: one form of each of the others is left, for memory that is short.
+        return [*many, *words[:1], *dots[:1]]
+    return [*few, *words, *many, *dots[: 1 if words else None]][:8]
+
+
+def _many(
+    plan: WeightPlan, tokens: int, dtype: torch.dtype, gpu: Gpu, function: str, aligned: bool
+) -> Iterator[Config]:
+    """With weights that are expanded once: for all packed ones, since a full-precision tile lies in memory already."""
+    if not plan.packed:
+        return
+    library = Config("library", 8, min(256, max(16, power_of_two(plan.rows))), 0, 1, 4, 1)
+    bulk = dtype.itemsize == 2 and gpu.capability >= 90 and aligned and plan.rows % 8 == plan.columns % 8 == 0
+    gemms = []
+    if bulk and tokens > 2 * UNPACK_TOKENS:
+        # Functions of many registers leave none for the larger block's sums.
+        for rows, stages in ((256, 3), (128, 4)) if function in ("none", "relu") else ((128, 4),):
+            shared = stages * (128 + rows) * 64 * 2
+            if shared <= gpu.shared:
+                gemms.append(Config("gemm", 128, rows, 64, 1, 8, stages, gpu.processors))
+        gemms = _fill_gemm(gemms, plan, tokens)
+    yield from [*gemms, library] if tokens >= GEMM_TOKENS else [library, *gemms]
+    if dtype.itemsize == 2 and not bulk:
+        for config in _dot(plan, tokens, dtype.itemsize, gpu):
+            if config.block_k * dtype.itemsize == 128:
+                yield replace(config, kernel="unpack")
+
+
+def _fill_gemm(configs: list[Config], plan: WeightPlan, tokens: int) -> list[Config]:
+    """Order by rounds of the programs times work of a block."""
+
+    def cost(config: Config) -> int:
+        blocks = _divide_up(tokens, config.block_tokens) * _divide_up(plan.rows, config.block_rows)
+        return _divide_up(blocks, config.programs) * config.block_rows
+
+    return sorted(configs, key=cost)
 
 
 def conv_candidates(

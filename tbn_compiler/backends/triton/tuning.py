@@ -79,6 +79,10 @@ class Tuner:
         found = self._choices.get(key)
         return found if found in candidates else None
 
+    def has(self, key: str) -> bool:
+        """Whether there is a choice for a key."""
+        return key in self._choices
+
     def choose(
         self, key: str, candidates: Sequence[Config], run: Callable[[Config], object], *, save: bool = True
     ) -> Config:
@@ -165,3 +169,11 @@ def choose(device: torch.device, key: str, candidates: Sequence[Config], run: Ca
     if tuning_allowed():
         return tuner.choose(key, candidates, run)
     return tuner.known(key, candidates) or candidates[0]
+
+
+def settled(device: torch.device, key: str) -> bool:
+    """Whether :func:`choose` will give the same answer from now on: it was measured or kept, or is not measured."""
+    if device.type != "cuda":
+        return False
+    tuner = tuner_for(torch.cuda.current_device() if device.index is None else device.index)
+    return tuner.has(key) or os.environ.get("TBN_TRITON_TUNE", "1") == "0"

@@ -98,18 +98,50 @@ def test_candidates(tokens: int, dtype: torch.dtype) -> None:
         for config in found:
             assert config.block_tokens <= max(16, power_of_two(tokens))
             # Sums of a program fit the registers: at most 128 for each thread.
-            sums = config.block_tokens * config.block_rows * (config.block_k if config.kernel == "sum" else 1)
+            sums = config.block_tokens * config.block_rows * (32 * config.num_warps if config.kernel == "limbs" else 1)
             assert sums <= 128 * 32 * config.num_warps
         kernels = {config.kernel for config in found}
-        assert ("sum" in kernels) == (tokens <= 8 and dtype != torch.int8 and weight.signs)
-        assert ("unpack" in kernels) == (tokens >= 512 and dtype == torch.bfloat16 and weight.signs)
+        half = dtype == torch.bfloat16 and weight.signs
+        assert ("limbs" in kernels) == (tokens <= 4 and half)
+        assert ("left" in kernels) == (tokens <= 32 and half)
+        assert ("sum" in kernels) == (tokens <= (1 if half else 8) and dtype != torch.int8 and weight.signs)
+        assert ("library" in kernels) == (tokens >= 256 and dtype != torch.int8 and weight.signs)
+        assert ("gemm" in kernels) == (tokens > 512 and half)
+
+
+def test_candidates_of_other_gpus() -> None:
+    """Without bulk copies (sm_80) and without integer products of bytes (AMD)."""
+    weight = plan((4096, 4096), 4, 4)
+    for capability in (0, 80):
+        many = {c.kernel for c in linear_candidates(weight, 4096, torch.bfloat16, Gpu(capability=capability))}
+        assert many == {"library", "unpack", "right", "dot"}
+    few = {c.kernel for c in linear_candidates(weight, 1, torch.bfloat16, Gpu(shared=64 * 1024, capability=0))}
+    assert "limbs" not in few
+    assert {"sum", "left", "dot"} <= few
+
+
+def test_candidates_of_inputs_at_odd_addresses() -> None:
+    weight = plan((4096, 4096), 4, 4)
+    for tokens in (1, 4096):
+        found = {c.kernel for c in linear_candidates(weight, tokens, torch.bfloat16, Gpu(), aligned=False)}
+        assert not found & {"limbs", "gemm"}
+
+
+def test_candidates_depend_on_the_function_behind() -> None:
+    """A function of many registers leaves none for the larger block's sums."""
+    weight = plan((4096, 4096), 4, 4)
+    found = {
+        name: [c.block_rows for c in linear_candidates(weight, 4096, torch.bfloat16, Gpu(), name) if c.kernel == "gemm"]
+        for name in ("none", "gelu")
+    }
+    assert {name: max(rows) for name, rows in found.items()} == {"none": 256, "gelu": 128}
 
 
 def test_few_blocks_share_their_columns() -> None:
     """256 tokens and 1,024 different rows make 16 blocks: too few for a large GPU."""
     first = linear_candidates(plan((4096, 4096), 4), 256, torch.bfloat16, Gpu())[0]
     blocks = -(-256 // first.block_tokens) * -(-1024 // first.block_rows) * first.split_k
-    assert 64 <= blocks <= 132
+    assert 64 <= blocks <= 2 * 132
     assert all(c.split_k == 1 for c in linear_candidates(plan((4096, 4096), 4), 4096, torch.bfloat16, Gpu()))
 
 

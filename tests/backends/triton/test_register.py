@@ -13,7 +13,7 @@ import torch
 import tbn_compiler  # noqa: F401  (registers the operators)
 from tbn_compiler.backends import triton as backend
 from tbn_compiler.ops import reference
-from tbn_compiler.ops.calls import OPERATORS, make_kernel
+from tbn_compiler.ops.calls import OPERATORS
 from tbn_compiler.packing import pack_bits
 
 
@@ -51,7 +51,7 @@ def test_without_triton(caplog: pytest.LogCaptureFixture) -> None:
     found = backend.info()
     assert found.kernels == "reference"
     assert "pip install" in found.reason
-    kernel = make_kernel(OPERATORS["linear"], backend._compute)
+    kernel = backend.kernel("linear")
     args = (torch.randn(3, 64), pack_bits(torch.randn(16 * 64)), torch.ones(1), None, 64, 64, 4)
     with caplog.at_level(logging.INFO, logger="tbn_compiler.backends.triton"):
         assert torch.equal(kernel(*args), reference.linear(*args))

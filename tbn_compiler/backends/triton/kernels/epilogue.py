@@ -1,4 +1,4 @@
-"""What follows the products: scales, bias, function, and the repeats of each row."""
+"""What follows the products: sums of several programs, scales, bias, function, and the repeats of each row."""
 
 from __future__ import annotations
 
@@ -59,3 +59,26 @@ def store_repeats(
             value = value + tl.load(bias + row, mask=rows < num_rows, other=0).to(tl.float32)[None, :]
         value = activate(value, FUNCTION)
         tl.store(place + repeat * num_rows, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_splits(sums, partial, arrived, block, SPLIT_K: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Add what the ``SPLIT_K`` programs of a block have summed, ``[HEIGHT, WIDTH]`` each, in their order.
+
+    The program that comes last does so, and leaves the count as it found it. ``partial`` has room for ``SPLIT_K``
+    blocks of each ``block``, ``arrived`` a zero for each.
+
+    Returns:
+        The sums, and whether this program has them: the others have nothing to store.
+    """
+    place = tl.arange(0, HEIGHT)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    begin = partial + block.to(tl.int64) * (SPLIT_K * HEIGHT * WIDTH)
+    tl.store(begin + tl.program_id(1) * (HEIGHT * WIDTH) + place, sums)
+    tl.debug_barrier()  # all threads have stored before one of them counts
+    last = tl.atomic_add(arrived + block, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+    if last:
+        sums = tl.load(begin + place, cache_modifier=".cg")
+        for split in range(1, SPLIT_K):
+            sums += tl.load(begin + split * (HEIGHT * WIDTH) + place, cache_modifier=".cg")
+        tl.store(arrived + block, 0)
+    return sums, last

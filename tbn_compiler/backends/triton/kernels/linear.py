@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tbn_compiler.backends.triton.kernels.epilogue import store_repeats
+from tbn_compiler.backends.triton.kernels.epilogue import add_splits, store_repeats
 from tbn_compiler.backends.triton.kernels.products import multiply
-from tbn_compiler.backends.triton.kernels.weights import load_operand, load_weight
+from tbn_compiler.backends.triton.kernels.weights import expand_pairs, load_operand
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -19,6 +19,8 @@ def linear_dot(
     bias,
     token_scale,
     out,
+    partial,
+    arrived,
     num_tokens,
     num_rows,
     columns,
@@ -48,8 +50,8 @@ def linear_dot(
     The weight is the left operand, so that the expanded bits can stay in registers. ``x`` holds ``columns *
     INTERLEAVED`` values a token; ``REPLICAS`` runs of ``columns`` weights of a row share the input, each with its own
     ``input_alpha``. With ``INTERLEAVED``, that many neighbouring inputs share a weight; ``INNER_ALPHA`` gives each of
-    them its alpha. Grid: (row blocks * token blocks, SPLIT_K). With ``SPLIT_K > 1``, ``out`` is the workspace
-    ``[SPLIT_K, num_tokens, num_rows]`` of unscaled sums (float32 or int32).
+    them its alpha. Grid: (row blocks * token blocks, SPLIT_K); ``partial`` (float32, or int32 for int8) and ``arrived``
+    are those of :func:`add_splits`.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     WEIGHT: tl.constexpr = tl.bfloat16 if PRECISION == "split" else DTYPE
@@ -78,151 +80,87 @@ def linear_dot(
                 at = (tl.minimum(rows, num_rows - 1) // rows_per_alpha) * INTERLEAVED + inner
                 used = (weight * tl.load(alpha + at).to(tl.float32)[:, None]).to(DTYPE)
             accumulator = multiply(used, tl.trans(value), accumulator, PRECISION)
-    products = tl.trans(accumulator)
-    if SPLIT_K == 1:
+    mine = True
+    if SPLIT_K > 1:
+        accumulator, mine = add_splits(
+            accumulator, partial, arrived, tl.program_id(0), SPLIT_K, BLOCK_ROWS, BLOCK_TOKENS
+        )
+    if mine:
         store_repeats(
-            out, products.to(tl.float32), token_scale, alpha, bias, tokens, rows, num_tokens, num_rows, repeats,
-            rows_per_alpha, HAS_TOKEN_SCALE, MIXED or INNER_ALPHA, HAS_BIAS, FUNCTION,
+            out, tl.trans(accumulator).to(tl.float32), token_scale, alpha, bias, tokens, rows, num_tokens, num_rows,
+            repeats, rows_per_alpha, HAS_TOKEN_SCALE, MIXED or INNER_ALPHA, HAS_BIAS, FUNCTION,
         )  # fmt: skip
-    else:
-        place = out + (split * num_tokens + tokens).to(tl.int64)[:, None] * num_rows + rows[None, :]
-        tl.store(place, products, mask=(tokens < num_tokens)[:, None] & (rows < num_rows)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def linear_sum(
+def linear_words(
     x,
     tile,
     alpha,
     bias,
     out,
-    num_tokens,
-    num_rows,
-    columns,
-    repeats,
-    x_stride,
-    row_size,
-    q,
-    shift,
-    rows_per_alpha,
-    KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    FUNCTION: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Product for a few tokens, where reading the tile is what takes time: no tensor cores, one pass over the bits.
-
-    Grid: (row blocks * token blocks,). Sums stay apart for each column of a block until the end, so that the loop
-    holds no reduction.
-    """
-    row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
-    rows = (tl.program_id(0) % row_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    tokens = (tl.program_id(0) // row_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    token_begin = x + tl.minimum(tokens, num_tokens - 1).to(tl.int64)[:, None] * x_stride
-    sums = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS, BLOCK_K], dtype=tl.float32)
-    for step in range(tl.cdiv(columns, BLOCK_K)):
-        first_k = step * BLOCK_K
-        k = first_k + tl.arange(0, BLOCK_K)
-        weight = load_weight(
-            tile, alpha, rows, first_k, num_rows, columns, row_size, q, shift,
-            KIND, False, tl.float32, BLOCK_ROWS, BLOCK_K,
-        )  # fmt: skip
-        place = token_begin + k[None, :]
-        if EVEN_K:  # noqa: SIM108 (Triton compiles only the branch that a constant chooses)
-            value = tl.load(place)
-        else:
-            value = tl.load(place, mask=(k < columns)[None, :], other=0)
-        sums += value.to(tl.float32)[:, None, :] * weight[None, :, :]
-    store_repeats(
-        out, tl.sum(sums, 2), None, alpha, bias, tokens, rows, num_tokens, num_rows, repeats,
-        rows_per_alpha, False, False, HAS_BIAS, FUNCTION,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def linear_finish(
     partial,
-    alpha,
-    bias,
-    token_scale,
-    out,
-    num_tokens,
-    num_rows,
-    repeats,
-    rows_per_alpha,
-    splits,
-    MIXED: tl.constexpr,
-    HAS_TOKEN_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    FUNCTION: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
-    """Add the partial sums ``[splits, num_tokens, num_rows]`` in a fixed order, and write the results."""
-    row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
-    rows = (tl.program_id(0) % row_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    tokens = (tl.program_id(0) // row_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    inside = (tokens < num_tokens)[:, None] & (rows < num_rows)[None, :]
-    products = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], dtype=partial.dtype.element_ty)
-    for split in range(splits):
-        place = partial + (split * num_tokens + tokens).to(tl.int64)[:, None] * num_rows + rows[None, :]
-        products += tl.load(place, mask=inside, other=0)
-    store_repeats(
-        out, products.to(tl.float32), token_scale, alpha, bias, tokens, rows, num_tokens, num_rows, repeats,
-        rows_per_alpha, HAS_TOKEN_SCALE, MIXED, HAS_BIAS, FUNCTION,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def linear_popcount(
-    x,
-    tile,
-    alpha,
-    bias,
-    token_scale,
-    out,
+    arrived,
     num_tokens,
     num_rows,
     words,
-    columns,
     repeats,
+    x_stride,
     rows_per_alpha,
+    LEFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FUNCTION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    """Binary activations: ``x`` ``[tokens, words]`` and ``tile`` ``[rows, words]`` are ``int32`` words of 32 signs.
+    """16-bit floats times rows of whole words: each program takes a run of the columns.
 
-    Signs that differ give -1, so a product is ``columns - 2 popcount(x xor w)``.
+    ``LEFT``: the weight is the left operand, for fewer tokens than a tensor core's left operand has rows. Otherwise the
+    right one, which is expanded into shared memory once for all tokens of the block. Blocks of eight token blocks are
+    worked through row block by row block, so that their inputs stay in the cache. Grid and workspace as for
+    :func:`linear_dot`.
     """
-    row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
-    rows = (tl.program_id(0) % row_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    tokens = (tl.program_id(0) // row_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    row_begin = tile + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * words
-    token_begin = x + tl.minimum(tokens, num_tokens - 1).to(tl.int64)[:, None] * words
-    differ = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS, BLOCK_WORDS], dtype=tl.int32)
-    for first in range(0, words, BLOCK_WORDS):
-        word = first + tl.arange(0, BLOCK_WORDS)
-        inside = (word < words)[None, :]
-        left = tl.load(token_begin + word[None, :], mask=inside, other=0)
-        right = tl.load(row_begin + word[None, :], mask=inside, other=0)
-        differ += _popcount((left[:, None, :] ^ right[None, :, :]).to(tl.uint32, bitcast=True)).to(tl.int32)
-    products = (columns - 2 * tl.sum(differ, 2)).to(tl.float32)
-    store_repeats(
-        out, products, token_scale, alpha, bias, tokens, rows, num_tokens, num_rows, repeats,
-        rows_per_alpha, True, False, HAS_BIAS, FUNCTION,
-    )  # fmt: skip
-
-
-@triton.jit
-def _popcount(v):
-    """Set bits of ``uint32``, in the form that LLVM turns into one instruction."""
-    v = v - ((v >> 1) & 0x55555555)
-    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
-    v = (v + (v >> 4)) & 0x0F0F0F0F
-    return (v * 0x01010101) >> 24
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    BLOCK_K: tl.constexpr = BLOCK_WORDS * 32
+    block = tl.program_id(0)
+    token_blocks, row_blocks = tl.cdiv(num_tokens, BLOCK_TOKENS), tl.cdiv(num_rows, BLOCK_ROWS)
+    first = block // (8 * row_blocks) * 8
+    height = tl.minimum(token_blocks - first, 8)
+    inside = block % (8 * row_blocks)
+    tokens = (first + inside % height) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    rows = inside // height * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    k = tl.arange(0, BLOCK_K)
+    word = tl.arange(0, BLOCK_WORDS)
+    token_begin = x + tl.minimum(tokens, num_tokens - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
+    row_begin = tile + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * words + word[None, :]
+    steps = tl.cdiv(words, BLOCK_WORDS)
+    share = tl.cdiv(steps, SPLIT_K)
+    begin = tl.program_id(1) * share
+    if LEFT:
+        sums = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], dtype=tl.float32)
+    else:
+        sums = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], dtype=tl.float32)
+    for step in range(begin, tl.minimum(begin + share, steps)):
+        if EVEN_K:
+            packed = tl.load(row_begin + step * BLOCK_WORDS)
+            value = tl.load(token_begin + step * BLOCK_K)
+        else:
+            left = words - step * BLOCK_WORDS
+            packed = tl.load(row_begin + step * BLOCK_WORDS, mask=(word < left)[None, :], other=0)
+            value = tl.load(token_begin + step * BLOCK_K, mask=(k < left * 32)[None, :], other=0)
+        weight = expand_pairs(packed, DTYPE, BLOCK_ROWS, BLOCK_WORDS)
+        if LEFT:  # noqa: SIM108 (Triton compiles only the branch that a constant chooses)
+            sums = tl.dot(weight, tl.trans(value), sums)
+        else:
+            sums = tl.dot(value, tl.trans(weight), sums)
+    mine = True
+    if SPLIT_K > 1:
+        sums, mine = add_splits(sums, partial, arrived, block, SPLIT_K, sums.shape[0], sums.shape[1])
+    if mine:
+        store_repeats(
+            out, tl.trans(sums) if LEFT else sums, None, alpha, bias, tokens, rows, num_tokens, num_rows, repeats,
+            rows_per_alpha, False, False, HAS_BIAS, FUNCTION,
+        )  # fmt: skip

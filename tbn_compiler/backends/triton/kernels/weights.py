@@ -39,7 +39,7 @@ def _roll(column, copy, q, shift):
 
 
 @triton.jit
-def _load_packed(tile, rows, k, row_limit, k_limit, row_size, q, shift, KIND: tl.constexpr):
+def load_packed(tile, rows, k, row_limit, k_limit, row_size, q, shift, KIND: tl.constexpr):
     """Packed weights at columns ``k``, the first ones of each word (``words``) or byte, as ``int32 [rows, k]``.
 
     Bits beyond the limits are arbitrary: the input is zero there, or the result is not stored.
@@ -94,6 +94,37 @@ def _expand(packed, DTYPE: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr
 
 
 @triton.jit
+def _even_and_odd(word):
+    """The even bits of each word in its lower half, the odd ones in its upper half, both in order."""
+    moved = (word ^ (word >> 1)) & 0x22222222
+    word = word ^ moved ^ (moved << 1)
+    moved = (word ^ (word >> 2)) & 0x0C0C0C0C
+    word = word ^ moved ^ (moved << 2)
+    moved = (word ^ (word >> 4)) & 0x00F000F0
+    word = word ^ moved ^ (moved << 4)
+    moved = (word ^ (word >> 8)) & 0x0000FF00
+    return word ^ moved ^ (moved << 8)
+
+
+@triton.jit
+def expand_pairs(words, DTYPE: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """+1 and -1 ``[ROWS, COUNT * 32]`` in a 16-bit float from ``int32 [ROWS, COUNT]``.
+
+    Neighbours lie in the two halves of a register, and a shift and a mask make both of them.
+    """
+    bits = _even_and_odd(words)
+    bits = tl.join(bits, bits >> 8).reshape(ROWS, COUNT * 2)
+    bits = tl.join(bits, bits >> 4).reshape(ROWS, COUNT * 4)
+    bits = tl.join(bits, bits >> 2).reshape(ROWS, COUNT * 8)
+    bits = tl.join(bits, bits >> 1).reshape(ROWS, COUNT * 16)
+    MINUS_ONES: tl.constexpr = 0x3F803F80 if tl.bfloat16 == DTYPE else 0x3C003C00
+    # A set bit leaves no sign.
+    pairs = (((bits << 15) & -0x7FFF8000) ^ -0x7FFF8000) | MINUS_ONES
+    low, high = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
+    return tl.join(low, high).reshape(ROWS, COUNT * 32).to(DTYPE, bitcast=True)
+
+
+@triton.jit
 def load_weight(
     tile,
     alpha,
@@ -125,7 +156,7 @@ def load_weight(
     else:
         BITS: tl.constexpr = 32 if KIND == "words" else 8
         first = first_k + BITS * tl.arange(0, COLUMNS // BITS)
-        packed = _load_packed(tile, rows, first, row_limit, k_limit, row_size, q, shift, KIND)
+        packed = load_packed(tile, rows, first, row_limit, k_limit, row_size, q, shift, KIND)
         weight = _expand(packed, VALUE, ROWS, COLUMNS // BITS, BITS)
     if MIXED:
         flat = tl.minimum(rows, row_limit - 1).to(tl.int64)[:, None] * row_size + tl.minimum(k, k_limit - 1)[None, :]

@@ -12,14 +12,15 @@ import torch
 import tbn_compiler  # noqa: F401  (registers the operators)
 from tbn_compiler.backends import triton as backend
 from tbn_compiler.backends.triton import linear as wrapper
-from tbn_compiler.backends.triton import search, tuning
+from tbn_compiler.backends.triton import launches, search, tuning
 from tbn_compiler.backends.triton.linear import linear
+from tbn_compiler.backends.triton.search import Gpu
 from tbn_compiler.ops import reference
 from tbn_compiler.packing import pack_bits
 from tests.backends.triton.calls import Call
 
 # The interpreter computes in NumPy, which says so where infinity and NaN come up as they should.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered in:RuntimeWarning")
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -31,7 +32,7 @@ def _no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(reason: str) -> None:
         raise AssertionError(f"left to the reference: {reason}")
 
-    monkeypatch.setattr(wrapper, "decline", refuse)
+    monkeypatch.setattr(launches, "decline", refuse)
 
 
 @pytest.fixture
@@ -118,28 +119,75 @@ def test_epilogues(epilogue: str, batch: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_split_columns(chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
-    """Sums in several programs, added by a second kernel, with everything that follows."""
-    sizes: list[tuple[int, ...]] = []
-    finish = wrapper._finish
-    monkeypatch.setattr(wrapper, "_finish", lambda *args: (sizes.append(tuple(args[3].shape)), finish(*args))[1])
+@pytest.mark.parametrize("kernel", ["dot", "left", "right"])
+def test_split_columns(chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, bias: bool, kernel: str) -> None:
+    """Sums in several programs, added by the last of them, with everything that follows."""
     monkeypatch.setattr(search, "_split", lambda *sizes: 4)
-    chosen["kernel"] = "dot"
+    chosen["kernel"] = kernel
+    tokens = {"dot": 17, "left": 5, "right": 70}[kernel]
     for shape, p, num_alphas, options in (
-        ((64, 320), 4, 4, {"epilogue": "gelu"}),
-        ((10, 300), 4, 4, {}),
-        ((64, 544), 4, 4, {"activation": "int8"}),
+        ((64, 1088), 4, 4, {"epilogue": "gelu"}),
+        ((48, 320), 4, 4, {}),
         ((64, 32), 4, 4, {}),  # more programs than steps
     ):
-        call = Call(shape, p, num_alphas, bias=bias)
-        call.check(linear, call.input(17), **options)
-    assert [size[0] for size in sizes] == [4] * 4
+        call = Call(shape, p, num_alphas, torch.bfloat16, bias=bias)
+        call.check(linear, call.input(tokens), **options)
+    if kernel == "dot":
+        for shape, options in (((10, 300), {}), ((64, 544), {"activation": "int8"})):
+            call = Call(shape, 4, 4, bias=bias)
+            call.check(linear, call.input(17), **options)
 
 
-@pytest.mark.parametrize("kernel", ["dot", "unpack"])
-def test_many_tokens(chosen: dict[str, Any], kernel: str) -> None:
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("m", "n", "p", "tokens"), [(64, 96, 4, 1), (20, 32, 4, 3), (8, 4160, 4, 2)])
+def test_limbs(chosen: dict[str, Any], dtype: torch.dtype, m: int, n: int, p: int, tokens: int) -> None:
+    """Integers of 16 bits, a scale for each word: as exact as one rounding of the result."""
+    chosen["kernel"] = "limbs"
+    call = Call((m, n), p, p, dtype)
+    x = call.input(tokens)
+    x *= torch.logspace(-3, 3, n).to(dtype)
+    call.check(linear, x, epilogue="relu")
+
+
+def test_limbs_of_small_and_large_inputs(chosen: dict[str, Any]) -> None:
+    chosen["kernel"] = "limbs"
+    call = Call((16, 64), 4, 4, torch.bfloat16, bias=False)
+    for scale in (0.0, 1e-36, 1e30):
+        x = (call.input(2).float() * scale).bfloat16()
+        torch.testing.assert_close(call(linear, x), call(reference.linear, x), rtol=2.0**-7, atol=scale * 2.0**-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_limbs_that_are_not_finite(chosen: dict[str, Any], value: float) -> None:
+    """Rows with such inputs are computed again as floats; the others of the block keep their sums."""
+    chosen["kernel"] = "limbs"
+    call = Call((16, 64), 4, 4, torch.bfloat16)
+    x = call.input(2)
+    x[1, 3] = value
+    got, expected = call(linear, x), call(reference.linear, x)
+    torch.testing.assert_close(got, expected, equal_nan=True, rtol=2.0**-7, atol=2.0**-5)
+    assert not got[1].isfinite().any()
+    assert got[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", ["dot", "gemm", "library", "right"])
+@pytest.mark.parametrize("shape", [(64, 96), (160, 96)])
+def test_many_tokens(chosen: dict[str, Any], kernel: str, shape: tuple[int, int]) -> None:
     chosen["kernel"] = kernel
+    call = Call(shape, 4, 4, torch.bfloat16)
+    call.check(linear, call.input(513), epilogue="relu")
+
+
+def test_many_tokens_before_hopper(chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wrapper, "gpu_of", lambda device: Gpu(capability=80))
+    chosen["kernel"] = "unpack"
     call = Call((64, 96), 4, 4, torch.bfloat16)
+    call.check(linear, call.input(513), epilogue="relu")
+
+
+def test_many_float32_tokens(chosen: dict[str, Any]) -> None:
+    chosen["kernel"] = "library"
+    call = Call((64, 96), 4, 4)
     call.check(linear, call.input(513), epilogue="relu")
 
 
@@ -208,7 +256,7 @@ def test_quantised_values(activation: str) -> None:
     x[1] = 0
     x[2] = 2.0**-101
     for dtype in (torch.float32, torch.bfloat16):
-        values, scale = wrapper.quantize(x.to(dtype), activation)
+        values, scale = launches.quantize(x.to(dtype), activation)
         function = formats.quantize_int8 if activation == "int8" else formats.binarize
         wanted, wanted_scale = function(x.to(dtype).float(), (-1,))
         assert torch.equal(values.float(), wanted)
@@ -218,7 +266,7 @@ def test_quantised_values(activation: str) -> None:
 def test_packed_signs() -> None:
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     x[0, 5] = 0
-    values, _ = wrapper.quantize(x, "signs")
+    values, _ = launches.quantize(x, "signs")
     assert torch.equal(values, torch.stack([pack_bits(row) for row in x]))
 
 
@@ -251,7 +299,7 @@ def test_tile_at_an_odd_address() -> None:
     assert shifted.data_ptr() % 4
     x = torch.randn(3, 64)
     args = (torch.ones(1), None, 64, 64, 4)
-    assert torch.equal(linear(x, shifted, *args), linear(x, tile, *args))
+    torch.testing.assert_close(linear(x, shifted, *args), linear(x, tile, *args), rtol=0, atol=1e-5)
 
 
 def test_alpha_and_bias_of_other_dtypes() -> None:
@@ -280,7 +328,7 @@ def test_left_to_the_reference(
     options: dict[str, Any],
     reason: str,
 ) -> None:
-    monkeypatch.setattr(wrapper, "decline", backend.decline)
+    monkeypatch.setattr(launches, "decline", backend.decline)
     monkeypatch.setattr(backend, "_declined", {})
     x = call.input(3).to(dtype)
     with caplog.at_level(logging.INFO, logger="tbn_compiler.backends.triton"):
