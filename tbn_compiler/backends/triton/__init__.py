@@ -9,6 +9,7 @@ once at level INFO (logger ``tbn_compiler.backends.triton``). :func:`info` tells
 ``kernels``   the kernels
 ``linear``    ``tbn::linear``: operands, grids, launches
 ``conv``      ``tbn::conv1d/2d/3d``
+``quantize``  inputs as integers
 ``search``    the configurations that a shape may be run with
 ``tuning``    choosing among them by measurement, and the file that keeps the choice
 ============  ==========================================================================================
@@ -129,7 +130,7 @@ def _compute(call: TensorCall) -> Tensor:
     reason = unavailable()
     if reason is not None:
         decline(reason)
-        return reference.compute(call)
+        return reference.compute(call).contiguous(memory_format=call.output_format())
     module = importlib.import_module(f"{__name__}.{'conv' if call.dims else 'linear'}")
     result: Tensor = module.compute(call)
     return result
