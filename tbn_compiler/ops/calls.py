@@ -405,6 +405,32 @@ class TensorCall(TiledCall):
         """Shape of the result."""
         return (*self.input.shape[: self.channel_axis], self.outputs, *self.output_sizes())
 
+    @property
+    def keeps_format(self) -> bool:
+        """Whether the result has the memory format of the input: that of a convolution on a GPU has."""
+        return self.dims > 1 and not self.transposed and self.input.device.type == "cuda"
+
+    def output_format(self) -> torch.memory_format:
+        """The memory format of the result: ``channels_last`` for an input in it, where a kernel keeps it."""
+        input = self.input
+        if self.keeps_format and input.dim() == self.dims + 2 and not input.is_contiguous():
+            last = channels_last(self.dims)
+            if last is not None and input.is_contiguous(memory_format=last):
+                return last
+        return torch.contiguous_format
+
+    def new_output(self) -> Tensor:
+        """An empty result, in its memory format."""
+        shape, memory_format = self.output_shape(), self.output_format()
+        if memory_format == torch.contiguous_format:
+            return self.input.new_empty(shape)
+        return torch.empty(shape, dtype=self.input.dtype, device=self.input.device, memory_format=memory_format)
+
+
+def channels_last(dims: int) -> torch.memory_format | None:
+    """The memory format with the channels of an image innermost, ``None`` for less than two spatial dimensions."""
+    return {2: torch.channels_last, 3: torch.channels_last_3d}.get(dims)
+
 
 def conv_sizes(
     image: Sequence[int],
@@ -503,7 +529,7 @@ def _fake(call: TensorCall) -> Tensor:
         call.transposed or all(size >= 1 for size in shape[call.input.dim() - call.dims :]),
         lambda: f"tbn::{call.kind}: kernel {list(call.kernel_size)} does not fit the input {list(call.input.shape)}",
     )
-    return call.input.new_empty(shape)
+    return call.new_output()
 
 
 def register_fakes() -> None:

@@ -1,8 +1,10 @@
 """``tbn::conv1d/2d/3d`` with Triton: an implicit matrix product, or the library's convolution of the different filters.
 
-Either multiplies only the filters that differ. The library's is faster where arithmetic decides; it needs those
-filters as floats, and writes each of their channels once more than the implicit product does. Few positions make that
-overhead most of the time. Where tuning is on, both are measured.
+Either multiplies only the filters that differ, and the result has the memory format of the input. The library's is
+faster where arithmetic decides; it needs those filters as floats, and writes each of their channels once more than a
+product here does. Few positions make that overhead most of the time. Where tuning is on, all are measured.
+
+A convolution of single positions in the ``channels_last`` format is a linear layer, and left to that.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from torch import Tensor
 from tbn_compiler.backends.triton import decline, tuning
 from tbn_compiler.backends.triton.kernels import conv as kernels
 from tbn_compiler.backends.triton.kernels import convert
-from tbn_compiler.backends.triton.launches import on_device, quantize, unpack
+from tbn_compiler.backends.triton.launches import on_device
+from tbn_compiler.backends.triton.linear import compute as compute_linear
 from tbn_compiler.backends.triton.linear import gpu_of, plan_call, precision, tf32_allowed
 from tbn_compiler.backends.triton.plan import INDEX_LIMIT, UnsupportedError, WeightPlan
-from tbn_compiler.backends.triton.search import Config, conv_candidates, power_of_two
+from tbn_compiler.backends.triton.quantize import quantize
+from tbn_compiler.backends.triton.search import Config, bucket, conv_candidates, power_of_two
 from tbn_compiler.ops import reference
-from tbn_compiler.ops.calls import OPERATORS, TensorCall, make_kernel
+from tbn_compiler.ops.calls import OPERATORS, TensorCall, channels_last, make_kernel
 from tbn_compiler.ops.schemas import CONV_OPS
 
 
@@ -82,12 +86,14 @@ class Operands:
 
 def compute(call: TensorCall) -> Tensor:
     """``input [N, C, *sizes] -> [N, M, *sizes]``, or without ``N``, see :mod:`tbn_compiler.ops.schemas`."""
+    if _is_linear(call):
+        return _as_linear(call)
     try:
         plan = _plan(call)
     except UnsupportedError as reason:
         decline(f"tbn::{call.kind}: {reason}")
-        return reference.compute(call)
-    out = call.input.new_empty(call.output_shape())
+        return reference.compute(call).contiguous(memory_format=call.output_format())
+    out = call.new_output()
     if out.numel():
         unbatched = call.input.dim() == call.dims + 1
         x, images = (tensor.unsqueeze(0) if unbatched else tensor for tensor in (call.input, out))
@@ -97,6 +103,34 @@ def compute(call: TensorCall) -> Tensor:
 
 
 conv1d, conv2d, conv3d = (make_kernel(OPERATORS[name], compute) for name in CONV_OPS.values())
+
+
+def _is_linear(call: TensorCall) -> bool:
+    """Whether each position is a token of a linear layer, and its channels lie side by side.
+
+    Not with integers: a token has its own scale there, where all positions of an image share one.
+    """
+    arguments = call.arguments
+    ones = (*call.kernel_size, *arguments["stride"])
+    return (
+        call.output_format() != torch.contiguous_format
+        and call.groups == 1
+        and call.activation == "float"
+        and all(size == 1 for size in ones)
+        and not any(arguments["padding"])
+    )
+
+
+def _as_linear(call: TensorCall) -> Tensor:
+    """``[N, C, *sizes] -> [N, M, *sizes]`` as ``[N, *sizes, C] -> [N, *sizes, M]``, without moving anything."""
+    operator = OPERATORS["linear"]
+    arguments = {name: call.arguments[name] for name in operator.names if name in call.arguments}
+    arguments |= {
+        "input": call.input.movedim(1, -1),
+        operator.inputs_argument: call.inputs,
+        operator.outputs_argument: call.outputs,
+    }
+    return compute_linear(TensorCall(operator, arguments)).movedim(-1, 1)
 
 
 def _plan(call: TensorCall) -> WeightPlan:
@@ -110,12 +144,20 @@ def _plan(call: TensorCall) -> WeightPlan:
         raise UnsupportedError(
             "channels that share a weight have scales of their own or are integers, and meet it one by one"
         )
-    image = call.input.shape[call.channel_axis :]
-    if math.prod(image) > INDEX_LIMIT:
-        raise UnsupportedError(f"an image of {tuple(image)} exceeds 32-bit indices")
-    if any(size < 1 for size in call.output_sizes()):
+    sizes, image = call.output_sizes(), call.input.shape[call.channel_axis :]
+    if any(size < 1 for size in sizes):
         raise UnsupportedError("the kernel does not fit the input")
+    for positions in (sizes, image[1:]):
+        if math.prod(positions) > INDEX_LIMIT:
+            raise UnsupportedError(f"an image of {tuple(positions)} positions exceeds 32-bit indices")
+    if call.activation != "float" and math.prod(image) > INDEX_LIMIT:
+        raise UnsupportedError(f"an image of {tuple(image)} exceeds 32-bit indices, and has to become integers")
+    if call.groups > GROUP_LIMIT:
+        raise UnsupportedError(f"{call.groups} groups exceed the grid of a kernel")
     return plan
+
+
+GROUP_LIMIT = 65535  # the second size of a grid
 
 
 def _run(plan: WeightPlan, call: TensorCall, x: Tensor, out: Tensor) -> None:
@@ -125,8 +167,7 @@ def _run(plan: WeightPlan, call: TensorCall, x: Tensor, out: Tensor) -> None:
         x = x.unflatten(1, (-1, plan.sum_inputs)).sum(2)
     image_scale = None
     if call.activation != "float":
-        values, image_scale = quantize(x.reshape(x.shape[0], -1), call.activation)
-        x = values.view(x.shape)
+        x, image_scale = quantize_images(x, call.activation)
     operands = Operands(
         x=x,
         tile=tile.view(torch.int32) if plan.kind == "words" else tile.contiguous(),
@@ -138,21 +179,46 @@ def _run(plan: WeightPlan, call: TensorCall, x: Tensor, out: Tensor) -> None:
         epilogue=call.epilogue,
     )
     positions = out.numel() // out.shape[1]
-    candidates = conv_candidates(plan, geometry.computed, geometry.groups, positions, x.dtype, gpu_of(x.device))
+    format_of_x = format_name(x)
+    candidates = conv_candidates(
+        plan, geometry.computed, geometry.groups, x.shape[1] // geometry.groups, positions, x.dtype, gpu_of(x.device),
+        channels_last=format_of_x == "last" if call.dims > 1 else None,
+    )  # fmt: skip
     # The names are those of the files that are kept.
     key = (
         f"conv {str(x.dtype)[6:]} {plan.kind} {geometry.computed}x{plan.columns} blocks={plan.replicas} "
         f"of={geometry.per_group} groups={geometry.groups} kernel={geometry.kernel} stride={geometry.stride} "
-        f"dilation={geometry.dilation} positions={power_of_two(positions)}"
+        f"padding={geometry.padding} dilation={geometry.dilation} format={format_of_x}-{format_name(out)} "
+        f"positions={bucket(positions)}"
     )
     choice = tuning.choose(x.device, key, candidates, lambda config: run(config, plan, geometry, operands))
     run(choice, plan, geometry, operands)
 
 
+def format_name(x: Tensor) -> str:
+    """How ``x [N, C, *sizes]`` lies in memory: "first" or "last" for its channels, otherwise by its strides."""
+    if x.is_contiguous():
+        return "first"
+    return "last" if x.movedim(1, -1).is_contiguous() else "x".join(map(str, x.stride()))
+
+
+def quantize_images(x: Tensor, number_format: str) -> tuple[Tensor, Tensor]:
+    """``x [N, C, *sizes]`` as ``int8``, in the same memory format, and the float32 scales ``[N]`` of the images."""
+    last = x.movedim(1, -1)
+    keeps_last = last.is_contiguous() and not x.is_contiguous()
+    image = last if keeps_last else x
+    flat = image.reshape(x.shape[0], -1)
+    values, scale = quantize(flat if flat.stride(1) == 1 else flat.contiguous(), number_format)
+    values = values.view(image.shape)
+    return (values.movedim(-1, 1) if keeps_last else values), scale
+
+
 def run(config: Config, plan: WeightPlan, geometry: Geometry, operands: Operands) -> None:
     """Launch the kernels of a configuration."""
-    if config.kernel == "library":
-        _library(plan, geometry, operands)
+    if config.kernel in ("library", "library_last"):
+        _library(plan, geometry, operands, copied=config.kernel == "library_last")
+    elif config.kernel == "unpacked":
+        _unpacked(config, plan, geometry, operands)
     else:
         _implicit(config, plan, geometry, operands)
 
@@ -162,10 +228,20 @@ def _three(sizes: Sequence[int], fill: int) -> list[int]:
     return [fill] * (3 - len(sizes)) + [int(size) for size in sizes]
 
 
-def _implicit(config: Config, plan: WeightPlan, geometry: Geometry, operands: Operands) -> None:
-    x, out = operands.x, operands.out
-    positions = out.numel() // out.shape[1]
-    blocks = triton.cdiv(geometry.computed, config.block_rows) * triton.cdiv(positions, config.block_tokens)
+def _flat_strides(tensor: Tensor) -> tuple[int, int, int] | None:
+    """Strides of ``[N, C, *sizes]`` as ``[N, C, positions]``, or ``None`` where that is no view."""
+    step = following = None
+    for size, stride in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
+        if size > 1:
+            if following not in (None, stride):
+                return None
+            step, following = stride if step is None else step, stride * size
+    return tensor.stride(0), tensor.stride(1), 1 if step is None else step
+
+
+def _constants(config: Config, geometry: Geometry, operands: Operands) -> dict[str, Any]:
+    """What products on the image are compiled for."""
+    x = operands.x
     named: dict[str, Any] = {}
     for name, sizes, fill in (
         ("KERNEL", geometry.kernel, 1),
@@ -174,7 +250,36 @@ def _implicit(config: Config, plan: WeightPlan, geometry: Geometry, operands: Op
         ("DILATION", geometry.dilation, 1),
     ):
         named |= {f"{name}_{axis}": size for axis, size in zip("DHW", _three(sizes, fill), strict=True)}
-    kernels.conv_dot[blocks, geometry.groups](
+    return named | {
+        "HAS_SCALE": operands.image_scale is not None,
+        "HAS_BIAS": operands.bias is not None,
+        "FUNCTION": operands.epilogue,
+        "WIDE": span(x.shape[1:], x.stride()[1:], geometry.padding) > INDEX_LIMIT,
+        "BLOCK_POSITIONS": config.block_tokens,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def span(image: Sequence[int], strides: Sequence[int], padding: Sequence[int]) -> int:
+    """The largest offset inside an image ``[C, *sizes]`` that a kernel computes, those of the padding included."""
+    return sum((size - 1 + 2 * pad) * stride for size, stride, pad in zip(image, strides, (0, *padding), strict=True))
+
+
+def _blocks(config: Config, geometry: Geometry, positions: int) -> tuple[int, int]:
+    """The grid of a product: blocks of rows and positions, and groups."""
+    rows = triton.cdiv(geometry.computed, config.block_rows)
+    return rows * triton.cdiv(positions, config.block_tokens), geometry.groups
+
+
+def _implicit(config: Config, plan: WeightPlan, geometry: Geometry, operands: Operands) -> None:
+    x, out = operands.x, operands.out
+    positions = out.numel() // out.shape[1]
+    strides = _flat_strides(out)
+    assert strides is not None
+    kernels.conv_dot[_blocks(config, geometry, positions)](
         x,
         operands.tile,
         operands.alpha,
@@ -196,20 +301,68 @@ def _implicit(config: Config, plan: WeightPlan, geometry: Geometry, operands: Op
         *_three(out.shape[2:], 1),
         *x.stride()[:2],
         *_three(x.stride()[2:], 0),
-        **named,
+        *strides,
         KIND=plan.kind,
         MIXED=plan.mixed,
         REPLICAS=plan.replicas,
-        HAS_SCALE=operands.image_scale is not None,
-        HAS_BIAS=operands.bias is not None,
-        FUNCTION=operands.epilogue,
         PRECISION=precision(x.dtype, x.device),
-        BLOCK_POSITIONS=config.block_tokens,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **_constants(config, geometry, operands),
     )
+
+
+def _unpacked(config: Config, plan: WeightPlan, geometry: Geometry, operands: Operands) -> None:
+    out = operands.out
+    positions = out.numel() // out.shape[1]
+    filters = unpack(plan, geometry, operands, last=True)
+    if operands.x.stride(1) != 1:
+        operands = dataclasses.replace(operands, x=operands.x.movedim(1, -1).contiguous().movedim(-1, 1))
+    x, strides = operands.x, _flat_strides(out)
+    assert strides is not None
+    group_channels = x.shape[1] // geometry.groups
+    kernels.conv_unpacked[_blocks(config, geometry, positions)](
+        x,
+        filters,
+        operands.alpha,
+        operands.bias,
+        operands.image_scale,
+        out,
+        positions,
+        geometry.per_group,
+        geometry.computed,
+        group_channels,
+        plan.rows_per_alpha,
+        *_three(x.shape[2:], 1),
+        *_three(out.shape[2:], 1),
+        x.stride(0),
+        *_three(x.stride()[2:], 0),
+        *strides,
+        SCALED=not plan.mixed,
+        EVEN_K=group_channels % config.block_k == 0,
+        **_constants(config, geometry, operands),
+    )
+
+
+def unpack(plan: WeightPlan, geometry: Geometry, operands: Operands, *, last: bool) -> Tensor:
+    """The filters to multiply in the dtype of the input: ``[groups * computed, channels, *kernel]``.
+
+    Args:
+        plan: how the tile is read.
+        geometry: sizes.
+        operands: tensors.
+        last: their channels lie innermost.
+    """
+    rows, taps = geometry.groups * geometry.computed, math.prod(geometry.kernel)
+    filters = operands.x.new_empty((rows, plan.columns))
+    block_rows, block_k = 16, 256
+    convert.unpack_rows[(triton.cdiv(rows, block_rows) * triton.cdiv(plan.columns, block_k),)](
+        operands.tile, operands.alpha, operands.input_alpha, filters, geometry.computed, geometry.per_group,
+        plan.rows, rows, plan.columns, plan.row_size, plan.tile_size, plan.shift,
+        KIND=plan.kind, MIXED=plan.mixed, REPLICAS=plan.replicas, BLOCK_ROWS=block_rows, BLOCK_K=block_k,
+        TAPS=taps if last else 1,
+    )  # fmt: skip
+    if last:
+        return filters.view(rows, *geometry.kernel, -1).movedim(-1, 1)
+    return filters.view(rows, -1, *geometry.kernel)
 
 
 @contextlib.contextmanager
@@ -224,23 +377,44 @@ def _float32_as_asked() -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def _library(plan: WeightPlan, geometry: Geometry, operands: Operands) -> None:
-    x, out, kernel = operands.x, operands.out, geometry.kernel
-    weight = unpack(
-        plan, operands.tile, operands.alpha, operands.input_alpha, x.dtype,
-        geometry.groups, geometry.computed, geometry.per_group,
-    )  # fmt: skip
-    conv = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
-    filters = weight.view(weight.shape[0], -1, *kernel)
+def _library(plan: WeightPlan, geometry: Geometry, operands: Operands, *, copied: bool) -> None:
+    """The library's convolution, in the format of the input or of a copy, and a kernel that writes the repeats."""
+    x, last = operands.x, channels_last(len(geometry.kernel))
+    if copied and last is not None:
+        x = x.contiguous(memory_format=last)
+    # The library takes filters in the format of the input; it would copy others.
+    filters = unpack(plan, geometry, operands, last=last is not None and format_name(x) == "last")
+    conv = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel) - 1]
     exact = x.dtype == torch.float32 and x.is_cuda
     with _float32_as_asked() if exact else contextlib.nullcontext():
         z = conv(x, filters, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    z = z.contiguous()
-    positions = z[0, 0].numel()
-    block = min(1024, max(32, power_of_two(positions)))
-    images, channels = out.shape[:2]
-    convert.copy_channels[(images * channels * triton.cdiv(positions, block),)](
-        z, operands.alpha, operands.bias, out, channels, geometry.per_group, geometry.computed, positions,
-        plan.rows_per_alpha,
-        SCALED=not plan.mixed, HAS_BIAS=operands.bias is not None, FUNCTION=operands.epilogue, BLOCK=block,
+    copy_channels(plan, geometry, z, operands)
+
+
+def copy_channels(plan: WeightPlan, geometry: Geometry, z: Tensor, operands: Operands) -> None:
+    """Write the result from the different channels ``z [N, groups * computed, *sizes]``, both in any memory format."""
+    out, images = operands.out, z.shape[0]
+    if (source := _flat_strides(z)) is None:
+        z = z.contiguous()
+        source = _flat_strides(z)
+    target = _flat_strides(out)
+    assert source is not None
+    assert target is not None
+    positions = out[0, 0].numel()
+    if all(strides[0] == positions * strides[2] for strides in (source, target)):
+        images, positions = 1, images * positions  # one long image: its positions need not begin anew
+    rows = power_of_two(geometry.computed)
+    if target[1] == 1:
+        block_rows = min(rows, 256)
+        block_positions = 2048 // block_rows
+    else:
+        # Blocks of both sizes turn one format into the other.
+        block_positions = min(max(32, power_of_two(positions)), 1024 if source[2] == 1 else 64)
+        block_rows = min(rows, 2048 // block_positions)
+    blocks = triton.cdiv(geometry.computed, block_rows) * triton.cdiv(positions, block_positions) * images
+    convert.copy_channels[blocks, geometry.groups](
+        z, operands.alpha, operands.bias, out, geometry.per_group, geometry.computed, positions, plan.rows_per_alpha,
+        *source, *target,
+        SCALED=not plan.mixed, HAS_BIAS=operands.bias is not None, FUNCTION=operands.epilogue,
+        BLOCK_POSITIONS=block_positions, BLOCK_ROWS=block_rows,
     )  # fmt: skip

@@ -22,7 +22,6 @@ from tbn_compiler.backends.triton.plan import UnsupportedError, WeightPlan
 from tbn_compiler.backends.triton.search import Config, power_of_two
 from tbn_compiler.ops import reference
 from tbn_compiler.ops.calls import Operator, TensorCall, with_signature
-from tbn_compiler.ops.schemas import INT8_TINY
 
 KEPT_LAYERS = 4096
 
@@ -96,7 +95,7 @@ def prepared(operator: Operator, prepare: Callable[[TensorCall], Prepared]) -> C
             decline(found)
             return reference.compute(operator.bind(args, kwargs))
         count = len(args)
-        tensors = [args[at] if at < count else kwargs.get(name) for name, at in places.items()]
+        tensors: list[Any] = [args[at] if at < count else kwargs.get(name) for name, at in places.items()]
         with on_device(tensors[0]):
             return found(*tensors)
 
@@ -160,7 +159,8 @@ def launch(config: Config, plan: WeightPlan, operands: Operands) -> None:
 
 
 def _blocks(config: Config, plan: WeightPlan, tokens: int) -> int:
-    return triton.cdiv(plan.rows, config.block_rows) * triton.cdiv(tokens, config.block_tokens)
+    blocks: int = triton.cdiv(plan.rows, config.block_rows) * triton.cdiv(tokens, config.block_tokens)
+    return blocks
 
 
 def _workspace(config: Config, operands: Operands, blocks: int) -> tuple[Tensor | None, Tensor | None]:
@@ -271,7 +271,7 @@ def _popcount(config: Config, plan: WeightPlan, operands: Operands) -> None:
 
 
 def _unpacked_dot(config: Config, plan: WeightPlan, operands: Operands) -> None:
-    weight = unpack(plan, operands.tile, operands.alpha, None, operands.x.dtype)
+    weight = unpack(plan, operands.tile, operands.alpha, operands.x.dtype)
     plain = dataclasses.replace(plan, kind="float", row_size=plan.columns, tile_size=weight.numel(), shift=0)
     _dot(config, plain, dataclasses.replace(operands, tile=weight.view(-1)))
 
@@ -280,7 +280,7 @@ def _gemm(config: Config, plan: WeightPlan, operands: Operands) -> None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     x, tokens = operands.x, operands.x.shape[0]
-    weight = unpack(plan, operands.tile, operands.alpha, None, x.dtype)
+    weight = unpack(plan, operands.tile, operands.alpha, x.dtype)
     out = operands.out.view(tokens, plan.repeats, plan.rows)
     # One program a multiprocessor, each with every so manieth block.
     programs = min(config.programs, _blocks(config, plan, tokens))
@@ -301,7 +301,7 @@ def _gemm(config: Config, plan: WeightPlan, operands: Operands) -> None:
 
 def _library(config: Config, plan: WeightPlan, operands: Operands) -> None:
     x, tokens = operands.x, operands.x.shape[0]
-    weight = unpack(plan, operands.tile, operands.alpha, None, x.dtype)
+    weight = unpack(plan, operands.tile, operands.alpha, x.dtype)
     if x.dtype == torch.float32:
         products = x @ weight.t()
     elif x.is_cuda:
@@ -324,45 +324,13 @@ _LAUNCHES: dict[str, Callable[[Config, WeightPlan, Operands], None]] = {
 }  # fmt: skip
 
 
-def quantize(x: Tensor, number_format: str) -> tuple[Tensor, Tensor]:
-    """An input in another number format, one scale a token.
-
-    Args:
-        x: ``[tokens, size]``, the last axis contiguous.
-        number_format: "int8"; "binary", +1 and -1; "signs", the same as packed bits.
-
-    Returns:
-        ``int8 [tokens, size]`` (``uint8 [tokens, size / 8]`` for "signs") and float32 ``[tokens]``.
-    """
-    tokens, size = x.shape
-    signs = number_format == "signs"
-    values = x.new_empty((tokens, size // 8 if signs else size), dtype=torch.uint8 if signs else torch.int8)
-    scale = x.new_empty((tokens,), dtype=torch.float32)
-    convert.quantize_tokens[(tokens,)](
-        x, values, scale, size, x.stride(0),
-        TINY=INT8_TINY, FORMAT=number_format, BLOCK=min(2048, max(32, power_of_two(size))),
-    )  # fmt: skip
-    return values, scale
-
-
-def unpack(
-    plan: WeightPlan,
-    tile: Tensor,
-    alpha: Tensor,
-    input_alpha: Tensor | None,
-    dtype: torch.dtype,
-    groups: int = 1,
-    computed: int | None = None,
-    per_group: int | None = None,
-) -> Tensor:
-    """The weights to multiply, floats ``[groups * computed, columns]``: the first ``computed`` rows of each group."""
-    computed = plan.rows if computed is None else computed
-    per_group = plan.rows if per_group is None else per_group
-    weight = torch.empty((groups * computed, plan.columns), dtype=dtype, device=tile.device)
+def unpack(plan: WeightPlan, tile: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    """The different rows of a weight, floats ``[rows, columns]``."""
+    weight = torch.empty((plan.rows, plan.columns), dtype=dtype, device=tile.device)
     block_rows, block_k = 16, 256
-    blocks = triton.cdiv(groups * computed, block_rows) * triton.cdiv(plan.columns, block_k)
+    blocks = triton.cdiv(plan.rows, block_rows) * triton.cdiv(plan.columns, block_k)
     convert.unpack_rows[(blocks,)](
-        tile, alpha, input_alpha, weight, computed, per_group, plan.rows, groups * computed, plan.columns,
+        tile, alpha, None, weight, plan.rows, plan.rows, plan.rows, plan.rows, plan.columns,
         plan.row_size, plan.tile_size, plan.shift,
         KIND=plan.kind, MIXED=plan.mixed, REPLICAS=plan.replicas, BLOCK_ROWS=block_rows, BLOCK_K=block_k,
     )  # fmt: skip

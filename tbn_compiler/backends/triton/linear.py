@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tbn_compiler.backends.triton import launches, tuning
-from tbn_compiler.backends.triton.launches import Operands, launch, quantize
+from tbn_compiler.backends.triton.launches import Operands, launch, on_device
 from tbn_compiler.backends.triton.plan import INDEX_LIMIT, UnsupportedError, WeightPlan, plan_weight
-from tbn_compiler.backends.triton.search import POPCOUNT_TOKENS, Config, Gpu, linear_candidates, power_of_two
+from tbn_compiler.backends.triton.quantize import quantize
+from tbn_compiler.backends.triton.search import POPCOUNT_TOKENS, Config, Gpu, bucket, linear_candidates
 from tbn_compiler.ops.calls import OPERATORS, TensorCall
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -134,7 +135,7 @@ class Layer:
 
     def _choose(self, operands: Operands) -> Config:
         x, plan = operands.x, self.plan
-        tokens = power_of_two(x.shape[0])  # a choice holds for all numbers of tokens up to a power of two
+        tokens = bucket(x.shape[0])
         candidates = linear_candidates(plan, tokens, x.dtype, gpu_of(x.device), self.epilogue, aligned=_aligned(x))
         # The names are those of the files that are kept.
         key = (
@@ -161,6 +162,17 @@ def prepare(call: TensorCall) -> Layer:
     """
     arithmetic = precision(call.input.dtype, call.input.device)
     return Layer(plan_call(call), call.outputs, call.activation, call.epilogue, arithmetic)
+
+
+def compute(call: TensorCall) -> Tensor:
+    """``input [..., n] -> [..., m]`` of a checked call that is not kept.
+
+    Raises:
+        UnsupportedError: no kernel covers it.
+    """
+    layer = prepare(call)
+    with on_device(call.input):
+        return layer(call.input, call.tile, call.alpha, call.bias, call.input_alpha)
 
 
 linear: Any = launches.prepared(OPERATORS["linear"], prepare)

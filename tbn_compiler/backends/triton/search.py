@@ -45,7 +45,9 @@ class Config:
             (float32), ``popcount``. On tensor cores: ``left`` and ``right`` (whole words, expanded as that operand),
             ``dot`` (any weight, as the left operand). With weights expanded once into memory: ``unpack`` (then
             ``dot``), ``gemm`` (then bulk copies into and out of a product that writes the copies), ``library`` (then
-            the library's product or convolution). For convolutions ``implicit`` (as ``dot``), too.
+            the library's product or convolution). For convolutions also ``implicit`` (as ``dot``), ``unpacked``
+            (filters expanded once, then tensor cores on them and the image) and ``library_last`` (``library`` on a
+            copy of the input in the ``channels_last`` format).
         block_tokens: tokens (output positions) of a program.
         block_rows: rows of a program.
         block_k: columns of a step.
@@ -68,6 +70,15 @@ class Config:
 def power_of_two(number: int) -> int:
     """The smallest power of two that is not below ``number``."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+def bucket(size: int) -> int:
+    """The size that stands for ``size`` (tokens, positions) in tuning: the power of two that is not below it.
+
+    Keys *and candidates* are computed from it: what is measured for one size is then a candidate for every size that
+    has the same key, in whatever order they come.
+    """
+    return power_of_two(size)
 
 
 def _divide_up(number: int, divisor: int) -> int:
@@ -219,7 +230,15 @@ def _fill_gemm(configs: list[Config], plan: WeightPlan, tokens: int) -> list[Con
 
 
 def conv_candidates(
-    plan: WeightPlan, computed: int, groups: int, positions: int, dtype: torch.dtype, gpu: Gpu
+    plan: WeightPlan,
+    computed: int,
+    groups: int,
+    group_channels: int,
+    positions: int,
+    dtype: torch.dtype,
+    gpu: Gpu,
+    *,
+    channels_last: bool | None = None,
 ) -> list[Config]:
     """Configurations for a convolution; the first is used where nothing is measured.
 
@@ -227,20 +246,53 @@ def conv_candidates(
         plan: how the filters are read.
         computed: different filters of a group.
         groups: convolution groups.
-        positions: output positions of all images, at least 1.
+        group_channels: input channels of a group.
+        positions: output positions of all images, at least 1; its bucket counts.
         dtype: dtype of the input, ``int8`` included.
         gpu: what bounds them.
+        channels_last: whether input and output are in that memory format; ``None`` where there is none.
     """
-    wide = dtype.itemsize < 4 and plan.direct
-    shapes = [(128, 64, 4), (64, 64, 4), (32, 64, 4)] if wide else [(64, 64, 4), (32, 32, 4)]
-    configs = []
-    for block_positions, block_rows, num_warps in shapes:
-        size = min(block_positions, max(16, power_of_two(positions)))
-        configs.append(Config("implicit", size, block_rows, 64 if wide else 32, 1, num_warps, 3))
-    configs = _fill(list(dict.fromkeys(configs)), plan, positions, max(gpu.processors // groups, 1))
-    if dtype == torch.int8:  # a library's half-precision sums would round
-        return configs
-    library = [Config("library")]
+    positions = bucket(positions)
+    # A library's half-precision sums would round integers, and its float32 ones need not be plain sums (Winograd).
+    library = [] if dtype == torch.int8 else [Config("library")]
+    if channels_last is False and dtype.itemsize == 2:
+        library.append(Config("library_last"))
+    processors = max(gpu.processors // groups, 1)
+    unpacked = _unpacked(plan, computed, group_channels, positions, dtype, gpu, processors)
+    if not channels_last:  # addresses of the output would fill the registers
+        unpacked = [config for config in unpacked if config.block_tokens * config.block_rows < 128 * 128]
+    large = library + unpacked
+    implicit = _implicit(plan, positions, dtype, processors)
     # A product this small is over before two more launches have begun.
     small = positions * computed * groups * plan.columns <= LIBRARY_PRODUCTS
-    return configs + library if small else library + configs
+    return implicit + large if small else large + implicit
+
+
+def _implicit(plan: WeightPlan, positions: int, dtype: torch.dtype, processors: int) -> list[Config]:
+    # All are compiled without spilling by Triton 3.6 and 3.7: addresses of the image take most registers.
+    if dtype.itemsize < 4 and plan.direct and plan.packed:
+        shapes = [(64, 64, 64, 8), (64, 64, 32, 8), (32, 64, 64, 4)]
+    else:
+        shapes = [(64, 64, 32, 8), (32, 32, 32, 4)]
+    configs = []
+    for block_positions, block_rows, block_k, num_warps in shapes:
+        size = min(block_positions, max(16, positions))
+        configs.append(Config("implicit", size, block_rows, block_k, 1, num_warps, 3))
+    return _fill(list(dict.fromkeys(configs)), plan, positions, processors)
+
+
+def _unpacked(
+    plan: WeightPlan, computed: int, group_channels: int, positions: int, dtype: torch.dtype, gpu: Gpu, processors: int
+) -> list[Config]:
+    """Blocks of positions as the left operand; none where the channels of a tap are not read in whole vectors."""
+    if dtype.itemsize > 2 or group_channels % 16:
+        return []
+    block_k = max(min(128 // dtype.itemsize, power_of_two(group_channels)), 32)
+    rows = max(power_of_two(computed), 16)
+    configs = []
+    for block_positions, block_rows, num_warps in ((128, 128, 8), (128, 64, 8), (64, 64, 4)):
+        size = min(block_positions, max(16, positions))
+        config = Config("unpacked", size, min(block_rows, rows), block_k, 1, num_warps, 3)
+        if 3 * (config.block_tokens + config.block_rows) * block_k * dtype.itemsize <= gpu.shared:
+            configs.append(config)
+    return _fill(list(dict.fromkeys(configs)), plan, positions, processors)

@@ -27,8 +27,11 @@ from tbn_compiler.files import replacing
 
 LOGGER = logging.getLogger("tbn_compiler.backends.triton")
 
-FORMAT = 1
+FORMAT = 2  # 1: keys of convolutions without padding and memory format, candidates of a size, not of its bucket
 SECONDS = 8.0  # a new shape measures no further candidates after this
+
+# Kernels that need memory beside the result, as do configurations whose programs share columns.
+WORKSPACE = frozenset({"unpack", "gemm", "library", "library_last", "unpacked"})
 
 
 def cache_folder() -> Path:
@@ -46,6 +49,30 @@ def tuning_file(device_name: str) -> Path:
 def milliseconds(run: Callable[[], object]) -> float:
     """Median time of ``run`` on the GPU; the second-level cache is flushed before each."""
     return float(triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median"))
+
+
+def refused(error: Exception) -> bool:
+    """Whether an error says that a configuration asks too much of the GPU: other ones may run."""
+    too_large = isinstance(error, (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError))
+    return too_large or out_of_memory(error)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error of PyTorch, of the driver or of a library says that memory has run out."""
+    # "Triton Error [CUDA]: out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", ...
+    named = re.search(r"out of memory|_ALLOC_FAILED", str(error), re.IGNORECASE)
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and named is not None)
+
+
+def needs_no_workspace(config: Config) -> bool:
+    """Whether a configuration allocates nothing beside its result."""
+    return config.kernel not in WORKSPACE and config.split_k == 1
+
+
+def release_memory() -> None:
+    """Give memory that PyTorch keeps for later back to the GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 class Tuner:
@@ -73,22 +100,25 @@ class Tuner:
         self._clock = clock
         self._lock = threading.RLock()
         self._choices = read_choices(path)
+        self._makeshift: dict[str, Config] = {}
 
     def known(self, key: str, candidates: Sequence[Config]) -> Config | None:
         """The kept choice, if it is still a candidate: a newer version may have other ones."""
-        found = self._choices.get(key)
+        found = self._choices.get(key, self._makeshift.get(key))
         return found if found in candidates else None
 
     def has(self, key: str) -> bool:
-        """Whether there is a choice for a key."""
-        return key in self._choices
+        """Whether there is a choice for a key, be it for this process only."""
+        return key in self._choices or key in self._makeshift
 
     def choose(
         self, key: str, candidates: Sequence[Config], run: Callable[[Config], object], *, save: bool = True
     ) -> Config:
         """The kept choice, or the fastest candidate by measurement.
 
-        A candidate that the GPU refuses (too much shared memory, too many registers) is passed over.
+        A candidate that the GPU refuses (too much shared memory, too many registers) or has no memory for is passed
+        over. A choice made while memory was short holds for this process only; where it is too short to measure
+        anything, that is the first candidate that allocates nothing beside the result.
 
         Raises:
             RuntimeError: no candidate runs; the cause is the last one's error.
@@ -99,24 +129,42 @@ class Tuner:
                 return known
             best: tuple[float, Config] | None = None
             failure: Exception | None = None
+            short: list[Config] = []
             start = self._clock()
             for config in candidates:
                 if best is not None and self._clock() - start > SECONDS:
                     LOGGER.info("tuning of %s stopped after %.0f s", key, SECONDS)
                     break
-                try:
-                    elapsed = self._measure(functools.partial(run, config))
-                except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as error:
-                    failure = error
-                    continue
-                if best is None or elapsed < best[0]:
+                elapsed = self._attempt(functools.partial(run, config))
+                if isinstance(elapsed, Exception):
+                    failure = elapsed
+                    if out_of_memory(failure):
+                        short.append(config)
+                        release_memory()
+                elif best is None or elapsed < best[0]:
                     best = elapsed, config
-            if best is None:
+            choice = next(filter(needs_no_workspace, short), None) if best is None else best[1]
+            if choice is None:
                 raise RuntimeError(f"none of {len(candidates)} configurations runs for {key}") from failure
-            self._choices[key] = best[1]
+            if short:
+                LOGGER.info("no memory for %d of %d configurations of %s", len(short), len(candidates), key)
+                self._makeshift[key] = choice
+                return choice
+            self._choices[key] = choice
             if save:
                 self._write()
-            return best[1]
+            return choice
+
+    def _attempt(self, run: Callable[[], object]) -> float | Exception:
+        """The time of a call, or why the GPU refuses it."""
+        try:
+            return self._measure(run)
+        except Exception as error:
+            if not refused(error):
+                raise
+            # Without the frames, which hold the tensors of the candidate.
+            error.__context__ = None
+            return error.with_traceback(None)
 
     def _write(self) -> None:
         """Add the choices to the file, keeping what another process has added meanwhile."""

@@ -70,14 +70,16 @@ class Call:
         size = (*sizes, features) if len(self.shape) == 2 else (sizes[0], features, *sizes[1:])
         return torch.randn(size, generator=torch.Generator().manual_seed(7)).to(self.dtype)
 
-    def check(self, function: Any, x: Tensor, **options: Any) -> Tensor:
-        """Compare ``function`` with the reference, and return its result."""
+    def check(
+        self, function: Any, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format, **options: Any
+    ) -> Tensor:
+        """Compare ``function`` with the reference, and return its result, which has a memory format."""
         wanted = reference.linear if len(self.shape) == 2 else reference.KERNELS[f"conv{len(self.shape) - 2}d"]
         expected = self(wanted, x, exact=True, **options)
         got = self(function, x, **options)
         assert got.dtype == self.dtype
         assert got.shape == expected.shape
-        assert got.is_contiguous()
+        assert got.is_contiguous(memory_format=memory_format)
         scale = expected.abs().max().item()
         assert scale > 0
         error = (got.double() - expected.double()).abs().max().item()

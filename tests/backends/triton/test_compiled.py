@@ -15,6 +15,7 @@ import tbn_compiler  # noqa: F401  (registers the operators)
 from tbn_compiler.backends.triton import conv, launches, linear, tuning
 from tbn_compiler.backends.triton.plan import plan_weight
 from tbn_compiler.backends.triton.search import Config, Gpu, linear_candidates
+from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.packing import packed_size
 from tbn_compiler.tiling import TiledProduct, TileLayout
 from tests.backends.triton.compiling import compiling, resources
@@ -98,9 +99,7 @@ def test_tensor_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: s
         return  # the library's product
     assert re.search(MATRIX[target], assembly(product[-1]))
     if target == "sm_90":
-        assert (
-            not found["serialized"] or batch == 16
-        )  # there the words are in registers, and there is little to overlap
+        assert not found["serialized"] or batch == 16  # words in registers
         assert names == (["unpack_rows", "linear_gemm"] if batch == 4096 else ["linear_words"])
         if batch <= 256:
             assert 2 * found["shared"] <= SHARED[target]
@@ -219,20 +218,109 @@ def test_sizes_of_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compile_linear(monkeypatch, "sm_90", 1, (1, 8), 1, activation="int8")
 
 
+def compile_conv(
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    kernel: str | None = None,
+    channels: int = 256,
+    size: int = 14,
+    dtype: torch.dtype = torch.bfloat16,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    packed: bool = True,
+    **options: Any,
+) -> dict[Config, list[Any]]:
+    """Compile what one 3 x 3 convolution launches, with each of its candidates or those with ``kernel``."""
+    compiled: dict[Config, list[Any]] = {}
+    chosen: list[Config] = []
+    left: list[Config] = []
+
+    def choose(device: torch.device, key: str, candidates: Any, run: Any) -> Any:
+        left[:] = [c for c in candidates if kernel in (None, c.kernel) and c not in compiled]
+        chosen.append(left.pop(0))
+        return chosen[-1]
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    monkeypatch.setattr(TensorCall, "keeps_format", True)
+    monkeypatch.setattr(linear, "compute_capability", lambda device: int(target[3:]) if target in NVIDIA else 0)
+    monkeypatch.setattr(conv, "gpu_of", lambda device: Gpu(132, SHARED[target]))
+    q = channels * channels * 9 // 4
+    tile = torch.zeros(packed_size(q), dtype=torch.uint8) if packed else torch.zeros(q, dtype=dtype)
+    x = torch.zeros(4, channels, size, size, dtype=dtype).to(memory_format=memory_format)
+    while not compiled or left:
+        with compiling(target) as kernels:
+            conv.conv2d(x, tile, torch.ones(4), None, channels, channels, (3, 3), 4, padding=(1, 1), **options)
+        compiled[chosen[-1]] = kernels
+    return compiled
+
+
 def test_conv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tile, x = torch.zeros(packed_size(256 * 256 * 9 // 4), dtype=torch.uint8), torch.zeros(4, 256, 14, 14).bfloat16()
-    names = []
-    for kernel, activation in (("implicit", "float"), ("implicit", "int8"), ("library", "float")):
-        monkeypatch.setattr(
-            tuning,
-            "choose",
-            lambda device, key, found, run, wanted=kernel: next(c for c in found if c.kernel == wanted),
-        )
-        with compiling("sm_90") as compiled:
-            conv.conv2d(x, tile, torch.ones(4), None, 256, 256, (3, 3), 4, padding=(1, 1), activation=activation)
-        for found in compiled:
-            check_resources(found, "sm_90", tmp_path)
-            names.append(found.metadata.name)
-            if found.metadata.name == "conv_dot":
-                assert "wgmma" in found.asm["ptx"]
-    assert names == ["conv_dot", "quantize_tokens", "conv_dot", "unpack_rows", "copy_channels"]
+    names = {}
+    for activation in ("float", "int8"):
+        for config, kernels in compile_conv(monkeypatch, "sm_90", activation=activation).items():
+            names[activation, config.kernel] = [kernel.metadata.name for kernel in kernels]
+            for kernel in kernels:
+                check_resources(kernel, "sm_90", tmp_path)
+                if kernel.metadata.name.startswith("conv"):
+                    assert "wgmma" in kernel.asm["ptx"]
+    quantize = ["measure_parts", "quantize_parts"]
+    assert names == {
+        ("float", "library"): ["unpack_rows", "copy_channels"],
+        ("float", "library_last"): ["unpack_rows", "copy_channels"],
+        ("float", "unpacked"): ["unpack_rows", "conv_unpacked"],
+        ("float", "implicit"): ["conv_dot"],
+        ("int8", "unpacked"): [*quantize, "unpack_rows", "conv_unpacked"],
+        ("int8", "implicit"): [*quantize, "conv_dot"],
+    }
+
+
+LAST = {"memory_format": torch.channels_last}
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("sm_80", {**LAST}),
+        ("sm_90", {**LAST, "activation": "int8"}),
+        ("sm_90", {**LAST, "channels": 512, "kernel": "unpacked"}),
+        ("sm_80", {"channels": 512, "kernel": "unpacked", "dtype": torch.float16}),
+        ("sm_90", {"dtype": torch.float32}),
+        ("sm_80", {"packed": False, "kernel": "implicit"}),
+        ("sm_90", {"channels": 252}),  # filters that begin inside bytes
+        ("gfx942", {**LAST}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_convolutions_spill_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, options: dict[str, Any]
+) -> None:
+    for kernels in compile_conv(monkeypatch, target, **options).values():
+        for kernel in kernels:
+            check_resources(kernel, target, tmp_path)
+
+
+def test_images_are_read_and_written_in_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernels in compile_conv(monkeypatch, "sm_90", "unpacked", **LAST).values():
+        text = assembly(kernels[-1])
+        assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", text)
+        assert "st.global.v4" in text
+    (kernels,) = compile_conv(monkeypatch, "sm_90", "library", **LAST).values()
+    assert "st.global.v4" in assembly(kernels[-1])
+
+
+@pytest.mark.parametrize("size", [3, 14])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_quantising_rounds_twice(monkeypatch: pytest.MonkeyPatch, target: str, size: int) -> None:
+    """A product and its rounding fused would decide ties by the error of the factor, unlike the reference."""
+    options = {"dtype": torch.float32, "activation": "int8", "size": size}
+    kernels = next(iter(compile_conv(monkeypatch, target, "implicit", **options).values()))
+    (kernel,) = (kernel for kernel in kernels if kernel.metadata.name.startswith("quantize"))
+    assert kernel.metadata.name == ("quantize_tokens" if size == 3 else "quantize_parts")
+    assert not kernel.metadata.enable_fp_fusion
+    text = assembly(kernel)
+    if target == "gfx942":
+        # Divisions use fused steps; the integer 1.5 * 2^23 is added by itself.
+        assert re.search(r"v_(pk_)?add_f32", text)
+        return
+    assert "fma.rn.f32" not in text
+    assert re.search(r"mul\.rn\.f32", text)
+    assert re.search(r"add\.rn\.f32", text)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tbn_compiler.backends.triton.plan import UnsupportedError, WeightPlan, plan_weight
-from tbn_compiler.backends.triton.search import Config, Gpu, conv_candidates, linear_candidates, power_of_two
+from tbn_compiler.backends.triton.search import Config, Gpu, bucket, conv_candidates, linear_candidates, power_of_two
 from tbn_compiler.tiling import TiledProduct, TileLayout
 
 
@@ -153,12 +153,33 @@ def test_shared_memory_bounds_blocks() -> None:
             assert max((c.num_stages * c.block_tokens + c.block_rows) * c.block_k * 2 for c in found) <= shared
 
 
+def conv(positions: int, dtype: torch.dtype, channels_last: bool | None = None, channels: int = 256) -> list[Config]:
+    weight = plan((channels, channels, 3, 3), 4, 4)
+    return conv_candidates(weight, channels // 4, 1, channels, positions, dtype, Gpu(), channels_last=channels_last)
+
+
 def test_conv_candidates() -> None:
-    weight = plan((256, 256, 3, 3), 4, 4)
-    large = conv_candidates(weight, 64, 1, 32 * 56 * 56, torch.bfloat16, Gpu())
-    small = conv_candidates(weight, 64, 1, 49, torch.bfloat16, Gpu())
-    assert large[0].kernel == "library"
-    assert small[0].kernel == "implicit"
-    assert {config.kernel for config in large} == {config.kernel for config in small} == {"library", "implicit"}
-    assert {c.kernel for c in conv_candidates(weight, 64, 1, 49, torch.int8, Gpu())} == {"implicit"}
-    assert Config("library") in large
+    large, small = conv(32 * 56 * 56, torch.bfloat16), conv(16, torch.bfloat16)
+    assert [large[0].kernel, small[0].kernel] == ["library", "implicit"]
+    assert {config.kernel for config in large} == {config.kernel for config in small}
+    assert {config.kernel for config in large} == {"library", "unpacked", "implicit"}
+    assert Config("library_last") in conv(32 * 56 * 56, torch.bfloat16, False)
+    assert Config("library_last") not in conv(32 * 56 * 56, torch.bfloat16, True)
+    assert {config.kernel for config in conv(2**16, torch.float32, False)} == {"library", "implicit"}
+    integers = conv(2**16, torch.int8, False)
+    assert integers[0].kernel == "unpacked"
+    assert {config.kernel for config in integers} == {"unpacked", "implicit"}
+    assert {config.kernel for config in conv(2**16, torch.int8, channels=8)} == {"implicit"}
+    assert {config.kernel for config in conv(2**16, torch.int8, channels=252)} == {"implicit"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("channels_last", [True, False, None])
+def test_conv_candidates_are_those_of_the_bucket(dtype: torch.dtype, channels_last: bool | None) -> None:
+    """A choice kept for one size is a candidate for all sizes of its key, in whatever order they come."""
+    for positions in (1, 2, 16, 49, 200, 256, 257, 511, 512, 513, 3136, 100_000, 2_000_000):
+        found = conv(positions, dtype, channels_last)
+        assert found == conv(bucket(positions), dtype, channels_last)
+        assert 1 <= len(found) <= 8
+        assert len(set(found)) == len(found)
+    assert [bucket(size) for size in (1, 257, 511, 512, 513)] == [1, 512, 512, 512, 1024]

@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import tbn_compiler  # noqa: F401  (registers the operators)
 from tbn_compiler.backends import triton as backend
 from tbn_compiler.ops import reference
-from tbn_compiler.ops.calls import OPERATORS
+from tbn_compiler.ops.calls import OPERATORS, TensorCall
 from tbn_compiler.packing import pack_bits
 
 
@@ -58,3 +59,39 @@ def test_without_triton(caplog: pytest.LogCaptureFixture) -> None:
         kernel(*args)
     assert list(backend.info().declined.values()) == [2]
     assert ["triton is not installed" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    ("device", "layout", "expected"),
+    [
+        ("cuda", torch.contiguous_format, torch.contiguous_format),
+        ("cuda", torch.channels_last, torch.channels_last),
+        ("cpu", torch.channels_last, torch.contiguous_format),
+    ],
+)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_fakes_have_the_strides_of_the_kernels(
+    device: str, layout: torch.memory_format, expected: torch.memory_format, kernel: int
+) -> None:
+    """Compiled code counts on the strides that the fake of an operator has."""
+    with FakeTensorMode():
+        tile = torch.empty(16 * 8 * kernel**2 // 4 // 8, dtype=torch.uint8, device=device)
+        x = torch.empty(2, 8, 7, 6, device=device, memory_format=layout)
+        args = (tile, torch.ones(1, device=device), None, 8, 16, (kernel, kernel), 4)
+        out = torch.ops.tbn.conv2d(x, *args)
+        assert out.is_contiguous(memory_format=expected)
+        unbatched = torch.empty(8, 7, 6, device=device)
+        in_neither = torch.empty_strided((2, 8, 7, 6), (672, 1, 96, 16), device=device)
+        assert torch.ops.tbn.conv2d(unbatched, *args).is_contiguous()
+        assert torch.ops.tbn.conv2d(in_neither, *args).is_contiguous()
+
+
+@pytest.mark.usefixtures("_without_triton")
+def test_without_triton_the_strides_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TensorCall, "keeps_format", True)
+    kernel = backend.kernel("conv2d")
+    x = torch.randn(2, 8, 7, 6).to(memory_format=torch.channels_last)
+    args = (pack_bits(torch.randn(16 * 8 * 9 // 4)), torch.ones(1), None, 8, 16, (3, 3), 4)
+    out = kernel(x, *args)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, reference.KERNELS["conv2d"](x, *args))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,10 @@ pytest.importorskip("triton")
 import triton
 
 from tbn_compiler.backends.triton import tuning
-from tbn_compiler.backends.triton.search import Config
+from tbn_compiler.backends.triton.plan import plan_weight
+from tbn_compiler.backends.triton.search import Config, Gpu, conv_candidates
 from tbn_compiler.backends.triton.tuning import Tuner, tuning_file
+from tbn_compiler.tiling import TiledProduct, TileLayout
 
 ONE, TWO, THREE = Config("dot"), Config("dot", 32), Config("sum", 4, 4, 256)
 TIMES = {ONE: 3.0, TWO: 1.0, THREE: 2.0}
@@ -89,8 +92,76 @@ def test_what_the_gpu_refuses_is_passed_over(tmp_path: Path) -> None:
         tuner.choose("other", [TWO], bench.run)
 
 
+MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+class Memory(Bench):
+    """Has no memory for some candidates."""
+
+    def __init__(self, error: Exception, short: tuple[Config, ...], refused: tuple[Config, ...] = ()) -> None:
+        super().__init__(refused=refused)
+        self.error, self.short = error, short
+        self.held: list[weakref.ref[torch.Tensor]] = []
+
+    def run(self, config: Config) -> Config:
+        if config in self.short:
+            workspace = torch.empty(8)
+            self.held.append(weakref.ref(workspace))
+            raise self.error
+        return super().run(config)
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=lambda error: str(error)[:12])
+def test_candidates_without_memory_are_passed_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    path, released = tmp_path / "a.json", []
+    bench = Memory(error, (TWO,))
+    # What a candidate has allocated is free when the cache is emptied.
+    monkeypatch.setattr(tuning, "release_memory", lambda: released.append([held() for held in bench.held]))
+    tuner = bench.tuner(path)
+    assert tuner.choose("key", [TWO, ONE, THREE], bench.run) == THREE
+    assert released == [[None]]
+    assert tuner.choose("key", [TWO, ONE, THREE], bench.run) == THREE
+    assert len(bench.measured) == 2
+    assert not path.exists()  # the memory of another day may allow more
+    tuner.choose("other", [ONE], bench.run)
+    assert list(json.loads(path.read_text())["choices"]) == ["other"]
+
+
+def test_no_memory_to_measure_anything(tmp_path: Path) -> None:
+    library, split = Config("library"), Config("dot", split_k=2)
+    bench = Memory(MEMORY[0], (library, split, TWO, ONE), refused=(THREE,))
+    tuner = bench.tuner(tmp_path / "a.json")
+    assert tuner.choose("key", [library, THREE, split, TWO, ONE], bench.run) == TWO
+    assert tuner.known("key", [library, TWO]) == TWO
+    with pytest.raises(RuntimeError, match="none of 2 configurations runs for other") as caught:
+        tuner.choose("other", [library, split], bench.run)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_other_errors_are_raised(tmp_path: Path) -> None:
+    bench = Memory(RuntimeError("CUDA error: an illegal memory access was encountered"), (ONE,))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        bench.tuner(tmp_path / "a.json").choose("key", [ONE, TWO], bench.run)
+
+
+def test_kernels_with_a_workspace_are_known() -> None:
+    """Names of kernels are spelt in two files."""
+    weight = plan_weight(TiledProduct(TileLayout((256, 256, 3, 3), 4), 4), packed=True, word_aligned=True)
+    found = {
+        config.kernel: tuning.needs_no_workspace(config)
+        for config in conv_candidates(weight, 64, 1, 256, 2**16, torch.bfloat16, Gpu(), channels_last=False)
+    }
+    assert found == {"library": False, "library_last": False, "unpacked": False, "implicit": True}
+
+
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"format": 1}', '{"format": 1, "choices": {"k": {"kernel": "dot", "colour": 1}}}', "\x00"]
+    "content", ["{", "[]", '{"format": 2}', '{"format": 2, "choices": {"k": {"kernel": "dot", "colour": 1}}}', "\x00"]
 )
 def test_a_broken_file_is_ignored_and_replaced(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.json"
@@ -107,6 +178,16 @@ def test_a_file_of_another_format_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"format": 999, "choices": {"key": {}}}')
     assert tuning.read_choices(path) == {}
+
+
+def test_a_file_of_an_older_format_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"format": 1, "choices": {"key": {"kernel": "dot"}, "older": {"kernel": "gone", "colour": 1}}}')
+    bench = Bench()
+    tuner = bench.tuner(path)
+    assert tuner.known("key", [ONE]) is None
+    assert tuner.choose("key", [ONE, TWO], bench.run) == TWO
+    assert list(json.loads(path.read_text())["choices"]) == ["key"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -11,8 +11,33 @@ from tbn_compiler.backends.triton.kernels.weights import load_operand
 
 @triton.jit
 def _round_half_even(x):
-    """The nearest integer of ``|x| < 2^22``: adding 1.5 * 2^23 leaves no fraction."""
+    """The nearest integer of ``|x| < 2^22``: adding 1.5 * 2^23 leaves no fraction.
+
+    ``x`` is a product that is rounded before: kernels that call this are launched with ``enable_fp_fusion=False``. A
+    fused multiply-add would round once, and decide ties by the error of the product.
+    """
     return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _highest(magnitude):
+    """The largest of a block, infinity if one is NaN: NaN is not ordered."""
+    return tl.max(tl.where(magnitude == magnitude, magnitude, float("inf")), 0)
+
+
+@triton.jit
+def _int8_scale(highest, TINY: tl.constexpr):
+    """Factor and scale of int8 from the largest magnitude, where infinity spreads as NaN to the whole token."""
+    used = highest >= TINY
+    factor = tl.where(used, tl.math.div_rn(127.0, tl.where(used, highest, 1.0)), 0.0)
+    highest = tl.where(used, tl.where(highest == float("inf"), float("nan"), highest), 0.0)
+    return factor, tl.math.div_rn(highest, 127.0)
+
+
+@triton.jit
+def _to_int8(value, factor):
+    finite = tl.where(tl.abs(value) < float("inf"), value, 0.0)
+    return _round_half_even(finite * factor).to(tl.int8)
 
 
 @triton.jit
@@ -29,17 +54,12 @@ def quantize_tokens(x, values, scale, size, x_stride, TINY: tl.constexpr, FORMAT
             k = first + tl.arange(0, BLOCK)
             magnitude = tl.abs(tl.load(source + k, mask=k < size, other=0).to(tl.float32))
             largest = tl.maximum(largest, magnitude, propagate_nan=tl.PropagateNan.ALL)
-        # NaN is not ordered: it is found on its own, and spreads to the whole token. So does infinity.
-        highest = tl.max(tl.where(largest == largest, largest, float("inf")), 0)
-        used = highest >= TINY
-        factor = tl.where(used, tl.math.div_rn(127.0, tl.where(used, highest, 1.0)), 0.0)
-        highest = tl.where(used, tl.where(highest == float("inf"), float("nan"), highest), 0.0)
-        tl.store(scale + token, tl.math.div_rn(highest, 127.0))
+        factor, result = _int8_scale(_highest(largest), TINY)
+        tl.store(scale + token, result)
         for first in range(0, size, BLOCK):
             k = first + tl.arange(0, BLOCK)
             value = tl.load(source + k, mask=k < size, other=0).to(tl.float32)
-            finite = tl.where(tl.abs(value) < float("inf"), value, 0.0)
-            tl.store(values + token * size + k, _round_half_even(finite * factor).to(tl.int8), mask=k < size)
+            tl.store(values + token * size + k, _to_int8(value, factor), mask=k < size)
     else:
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for first in range(0, size, BLOCK):
@@ -54,6 +74,61 @@ def quantize_tokens(x, values, scale, size, x_stride, TINY: tl.constexpr, FORMAT
             else:
                 tl.store(values + token * size + k, tl.where(positive, 1, -1).to(tl.int8), mask=k < size)
         tl.store(scale + token, tl.math.div_rn(tl.sum(total, 0), tl.full([], size, tl.float32)))
+
+
+@triton.jit
+def measure_parts(x, partial, size, x_stride, parts, part_size, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    """``partial [tokens, parts]``: the largest magnitude ("int8"), or the sum of magnitudes, of each part of a token.
+
+    Infinity stands for NaN. Grid: (tokens * parts,).
+    """
+    token = (tl.program_id(0) // parts).to(tl.int64)
+    begin = tl.program_id(0) % parts * part_size
+    end = tl.minimum(begin + part_size, size)
+    found = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(begin, end, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        magnitude = tl.abs(tl.load(x + token * x_stride + k, mask=k < end, other=0).to(tl.float32))
+        if FORMAT == "int8":
+            found = tl.maximum(found, magnitude, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            found += magnitude
+    tl.store(partial + tl.program_id(0), _highest(found) if FORMAT == "int8" else tl.sum(found, 0))
+
+
+@triton.jit
+def quantize_parts(
+    x,
+    values,
+    scale,
+    partial,
+    size,
+    x_stride,
+    parts,
+    part_size,
+    TINY: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As :func:`quantize_tokens`, one program a part, from what :func:`measure_parts` has found. Grid: as there."""
+    token = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    each = tl.arange(0, PARTS)
+    found = tl.load(partial + token * parts + each, mask=each < parts, other=0)
+    factor = 0.0
+    if FORMAT == "int8":
+        factor, result = _int8_scale(tl.max(found, 0), TINY)
+    else:
+        result = tl.math.div_rn(tl.sum(found, 0), tl.full([], size, tl.float32))
+    tl.store(scale + token, result, mask=part == 0)
+    begin = part * part_size
+    end = tl.minimum(begin + part_size, size)
+    for first in range(begin, end, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        value = tl.load(x + token * x_stride + k, mask=k < end, other=0).to(tl.float32)
+        integer = _to_int8(value, factor) if FORMAT == "int8" else tl.where(value > 0, 1, -1).to(tl.int8)
+        tl.store(values + token * size + k, integer, mask=k < end)
 
 
 @triton.jit
@@ -75,11 +150,13 @@ def unpack_rows(
     REPLICAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TAPS: tl.constexpr = 1,
 ):
-    """Float weights ``[num_rows, columns]`` for a library's kernel.
+    """Weights ``[num_rows, columns]`` as numbers, for a library's kernel.
 
-    Row ``g * computed + j`` is row ``(g * per_group + j) mod period`` of the layer. Grid: (row blocks * column
-    blocks,).
+    Row ``g * computed + j`` is row ``(g * per_group + j) mod period`` of the layer. With ``TAPS``, the sizes of a
+    filter multiplied, its channels lie innermost, as in the ``channels_last`` format: ``[num_rows, taps, channels]``.
+    Grid: (row blocks * column blocks,).
     """
     row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     target = tl.program_id(0) % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -90,8 +167,9 @@ def unpack_rows(
         KIND, MIXED, REPLICAS, out.dtype.element_ty, BLOCK_ROWS, BLOCK_K,
     )  # fmt: skip
     k = first_k + tl.arange(0, BLOCK_K)
-    place = out + target.to(tl.int64)[:, None] * columns + k[None, :]
-    tl.store(place, weight, mask=(target < num_rows)[:, None] & (k < columns)[None, :])
+    place = k if TAPS == 1 else k % TAPS * (columns // TAPS) + k // TAPS
+    target_begin = out + target.to(tl.int64)[:, None] * columns
+    tl.store(target_begin + place[None, :], weight, mask=(target < num_rows)[:, None] & (k < columns)[None, :])
 
 
 @triton.jit
@@ -100,36 +178,48 @@ def copy_channels(
     alpha,
     bias,
     out,
-    channels,
     per_group,
     computed,
     positions,
     rows_per_alpha,
+    z_image_stride,
+    z_channel_stride,
+    z_position_stride,
+    out_image_stride,
+    out_channel_stride,
+    out_position_stride,
     SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FUNCTION: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
-    """``out [N, channels, positions]`` from ``z [N, groups * computed, positions]``: scale, bias, function.
+    """Channels of ``out`` from the different ones ``z``, both ``[N, channels, positions]`` with any strides.
 
-    Channel ``g * per_group + j`` repeats channel ``g * computed + j mod computed``. Grid: (N * channels * position
-    blocks,).
+    Channel ``g * per_group + j`` is channel ``g * computed + j mod computed`` of ``z``, with scale, bias and function.
+    Each number of ``z`` is read once. Grid: (row blocks * position blocks * N, groups).
     """
-    position_blocks = tl.cdiv(positions, BLOCK)
-    plane = tl.program_id(0) // position_blocks
-    image = plane // channels
-    channel = plane % channels
-    group = channel // per_group
-    source = group * computed + (channel - group * per_group) % computed
-    at = tl.program_id(0) % position_blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = at < positions
-    z_channels = channels // per_group * computed
-    z_begin = z + (image.to(tl.int64) * z_channels + source) * positions
-    value = tl.load(z_begin + at, mask=inside, other=0).to(tl.float32)
-    if SCALED:
-        value = value * tl.load(alpha + channel // rows_per_alpha).to(tl.float32)
-    if HAS_BIAS:
-        value = value + tl.load(bias + channel).to(tl.float32)
-    value = activate(value, FUNCTION)
-    begin = out + plane.to(tl.int64) * positions
-    tl.store(begin + at, value.to(out.dtype.element_ty), mask=inside)
+    row_blocks = tl.cdiv(computed, BLOCK_ROWS)
+    position_blocks = tl.cdiv(positions, BLOCK_POSITIONS)
+    group = tl.program_id(1)
+    in_group = tl.program_id(0) % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    block = tl.program_id(0) // row_blocks
+    image = (block // position_blocks).to(tl.int64)
+    at = (block % position_blocks).to(tl.int64) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)
+    inside = (at < positions)[:, None] & (in_group < computed)[None, :]
+    source = (group * computed + in_group).to(tl.int64) * z_channel_stride
+    z_begin = z + image * z_image_stride + (at * z_position_stride)[:, None]
+    unique = tl.load(z_begin + source[None, :], mask=inside, other=0).to(tl.float32)
+    out_begin = out + image * out_image_stride + (at * out_position_stride)[:, None]
+    for copy in range(tl.cdiv(per_group, computed)):
+        local = copy * computed + in_group
+        stored = (in_group < computed) & (local < per_group)
+        channel = group * per_group + local
+        value = unique
+        if SCALED:
+            value = value * tl.load(alpha + channel // rows_per_alpha, mask=stored, other=0).to(tl.float32)[None, :]
+        if HAS_BIAS:
+            value = value + tl.load(bias + channel, mask=stored, other=0).to(tl.float32)[None, :]
+        value = activate(value, FUNCTION).to(out.dtype.element_ty)
+        place = out_begin + (channel.to(tl.int64) * out_channel_stride)[None, :]
+        tl.store(place, value, mask=(at < positions)[:, None] & stored[None, :])

@@ -67,8 +67,8 @@ def _stacked(parts, COUNT: tl.constexpr, SIZE: tl.constexpr):
 def _limbs(x, word, inside, DTYPE: tl.constexpr, SIZE: tl.constexpr):
     """The 32 inputs of each word as integers times a scale.
 
-    Byte ``b`` of element ``j`` of the results is input ``8 b + j``: where the bits of a word shifted by ``j`` and masked
-    with ``0x01010101`` have its weight.
+    Byte ``b`` of element ``j`` of the results is input ``8 b + j``: where the bits of a word, shifted by ``j`` and
+    masked with ``0x01010101``, have its weight.
 
     Returns:
         The lower and the upper bytes, ``int32 [SIZE]`` each, eight of both; the sum of the integers; the scale, NaN

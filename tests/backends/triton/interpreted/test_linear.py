@@ -11,9 +11,10 @@ import torch
 
 import tbn_compiler  # noqa: F401  (registers the operators)
 from tbn_compiler.backends import triton as backend
-from tbn_compiler.backends.triton import linear as wrapper
 from tbn_compiler.backends.triton import launches, search, tuning
+from tbn_compiler.backends.triton import linear as wrapper
 from tbn_compiler.backends.triton.linear import linear
+from tbn_compiler.backends.triton.quantize import quantize
 from tbn_compiler.backends.triton.search import Gpu
 from tbn_compiler.ops import reference
 from tbn_compiler.packing import pack_bits
@@ -256,7 +257,7 @@ def test_quantised_values(activation: str) -> None:
     x[1] = 0
     x[2] = 2.0**-101
     for dtype in (torch.float32, torch.bfloat16):
-        values, scale = launches.quantize(x.to(dtype), activation)
+        values, scale = quantize(x.to(dtype), activation)
         function = formats.quantize_int8 if activation == "int8" else formats.binarize
         wanted, wanted_scale = function(x.to(dtype).float(), (-1,))
         assert torch.equal(values.float(), wanted)
@@ -266,7 +267,7 @@ def test_quantised_values(activation: str) -> None:
 def test_packed_signs() -> None:
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     x[0, 5] = 0
-    values, _ = launches.quantize(x, "signs")
+    values, _ = quantize(x, "signs")
     assert torch.equal(values, torch.stack([pack_bits(row) for row in x]))
 
 
