@@ -12,7 +12,7 @@ GROUP_SIZE = 128
 
 
 def _torchao_int4(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_  # type: ignore[import-not-found]
 
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device)
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -23,7 +23,7 @@ def _torchao_int4(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _gemlite(bits: int) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
     def make(weight: Tensor) -> Callable[[Tensor], Tensor]:
-        from gemlite.core import DType, GemLiteLinear
+        from gemlite.core import DType, GemLiteLinear  # type: ignore[import-not-found]
 
         out_features, in_features = weight.shape
         layer = GemLiteLinear(
@@ -38,7 +38,8 @@ def _gemlite(bits: int) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
         values = torch.randint(0, 2**bits, weight.shape, dtype=torch.uint8, device=weight.device)
         scales = torch.full((groups, 1), 0.01, dtype=weight.dtype, device=weight.device)
         layer.pack(values, scales, torch.full_like(scales, (2**bits - 1) / 2), None)
-        return layer
+        made: Callable[[Tensor], Tensor] = layer
+        return made
 
     return make
 
@@ -51,12 +52,11 @@ PEERS: dict[str, tuple[str, Callable[[Tensor], Callable[[Tensor], Tensor]]]] = {
 }
 
 
-def make(name: str, weight: Tensor) -> Callable[[Tensor], Tensor] | str:
-    """A peer's layer with the shape of ``weight``, or why there is none."""
-    package, maker = PEERS[name]
-    if importlib.util.find_spec(package) is None:
-        return "not installed"
-    try:
-        return maker(weight)
-    except Exception as error:  # another package's failure is a finding, not the end of the benchmark
-        return f"{type(error).__name__}: {error}"
+def make(name: str, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """A peer's layer with the shape of ``weight``; its package must be installed, and may raise what it likes."""
+    return PEERS[name][1](weight)
+
+
+def importable(package: str) -> bool:
+    """Whether a package is installed."""
+    return importlib.util.find_spec(package) is not None
