@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from documents import fill, markdown
 from example_data import DataError
-from paper.devices import World, joined_world
+from paper.devices import RunError, World, joined_world
 from paper.recipes import RECIPES, SETTABLE, Recipe, RecipeError
 from paper.runs import Record
 from paper.tasks import Task, read_task, synthetic_task
-from paper.training import Files, Options, RunError, Trainer, run
+from paper.training import Files, Options, Trainer, run
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -172,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--fast", action="store_true", help="on a GPU search for fast kernels and use tf32: not repeated bit for bit"
     )
+    how.add_argument("--graph", action="store_true", help="on a GPU record a step as a CUDA graph, and repeat that")
     how.add_argument(
         "--checkpoint-epochs", type=at_least(0), default=1, metavar="N",
         help="checkpoint after every N epochs, 0 for none of these (default: %(default)s); there is one at the end",
@@ -213,7 +214,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
             changes[name] = ["all", getattr(arguments, name)]
     options = Options(
         arguments.recipe, recipe, changes, arguments.network, tiling, arguments.seed, arguments.subset,
-        arguments.test_subset, arguments.amp, arguments.compile, arguments.fast,
+        arguments.test_subset, arguments.amp, arguments.compile, arguments.fast, arguments.graph,
     )  # fmt: skip
     options.config()
     return options

@@ -14,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class RunError(Exception):
+    """A run that cannot be started, continued or finished."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run: this one's place, their number, and its device."""

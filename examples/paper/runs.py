@@ -32,9 +32,9 @@ Record = dict[str, Any]
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "header": {
         "recipe": str, "settings": dict, "changes": dict, "stated": list, "note": str, "network": str, "tiling": dict,
-        "seed": int, "amp": str, "compile": (str, type(None)), "fast": bool, "device": str, "processes": int,
-        "data": dict, "metric": str, "parameters": int, "steps_per_epoch": int, "machine": dict, "versions": dict,
-        "started": str,
+        "seed": int, "amp": str, "compile": (str, type(None)), "fast": bool, "graph": bool, "device": str,
+        "processes": int, "data": dict, "metric": str, "parameters": int, "steps_per_epoch": int, "machine": dict,
+        "versions": dict, "started": str,
     },
     "epoch": {
         "epoch": int, "step": int, "loss": float, "lr": float, "seconds": float, "test_seconds": float, "test": dict,
@@ -46,7 +46,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
         "restarts": int, "failure": (str, type(None)),
     },
 }  # fmt: skip
-LATER = {"fast", "failure"}  # which records of earlier versions lack
+LATER = {"fast", "graph", "failure"}  # which records of earlier versions lack
 
 
 def check_record(record: Mapping[str, Any]) -> None:

@@ -28,17 +28,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tbn_compiler as tbn
-from paper.devices import World, sent, true_float32
+from paper.devices import RunError, World, sent, true_float32
+from paper.graphs import RecordedStep
 from paper.recipes import Recipe
 from paper.runs import Log, Record, draw_curves, machine, now, versions, write_atomically, write_result
 from paper.tasks import NETWORKS, Task
 
 Network = Literal["float", "bwnn", "tbn"]
 Amp = Literal["off", "bf16", "fp16"]
-
-
-class RunError(Exception):
-    """A run that cannot be started, continued or finished."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,7 @@ class Options:
         amp: autocast in training.
         compile: backend of ``torch.compile`` for training, if any.
         fast: whether a GPU may compute in ways that are not repeated bit for bit (:func:`paper.devices.joined_world`).
+        graph: whether a step is recorded as a CUDA graph (:mod:`paper.graphs`).
     """
 
     recipe: str
@@ -69,6 +67,7 @@ class Options:
     amp: Amp = "off"
     compile: str | None = None
     fast: bool = False
+    graph: bool = False
 
     def config(self) -> tbn.TilingConfig | None:
         """How layers are tiled; ``None`` for a float network.
@@ -162,6 +161,9 @@ class Trainer:
             raise RunError(f"a batch of {recipe.batch_size} cannot be shared equally by {world.size} processes")
         if options.amp == "fp16" and world.device.type == "cpu":
             raise RunError("fp16 is for accelerators: use bf16 on a CPU")
+        alone = world.device.type == "cuda" and world.size == 1
+        if options.graph and not (alone and options.compile is None and options.amp != "fp16"):
+            raise RunError("--graph records steps of one process on a GPU, without --compile and fp16")
         self.config = options.config()
 
         _seed_all(seed_of(options.seed, "weights"))  # alike for float and tiled networks
@@ -182,6 +184,7 @@ class Trainer:
             self.optimizer, lambda step: recipe.rate(step, self.steps_per_epoch)
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.amp == "fp16")
+        self._recorded = RecordedStep(self._learn, self.optimizer, world.device) if options.graph else None
         self.step = 0
         self._order, self._order_epoch = torch.empty(0), -1
         self._loss = torch.zeros((), dtype=torch.float64, device=world.device)  # sum over the epoch's steps
@@ -221,15 +224,22 @@ class Trainer:
             self.model.train()
             self._module.train()
             self._training = True
+        if self._recorded is None:
+            self._learn(inputs, target)
+        else:
+            self._recorded(inputs, target)
+        self.schedule.step()
+        self.step += 1
+
+    def _learn(self, inputs: tuple[Tensor, ...], target: Tensor) -> None:
+        """Learn from a batch."""
         with self._autocast():
             loss = self.task.loss(self._module(*inputs), target)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.schedule.step()
         self._loss += self.world.total(loss.detach().double())
-        self.step += 1
 
     def take_loss(self) -> float:
         """Mean loss of the epoch's steps, once it is done."""
@@ -333,6 +343,7 @@ def _header(trainer: Trainer) -> Record:
         "amp": options.amp,
         "compile": options.compile,
         "fast": options.fast,
+        "graph": options.graph,
         "device": trainer.world.device.type,
         "processes": trainer.world.size,
         "data": {

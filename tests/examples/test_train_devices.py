@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ import tbn_compiler as tbn
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import train as program  # noqa: E402
-from paper import devices, tasks, training  # noqa: E402
+from paper import devices, graphs, tasks, training  # noqa: E402
 from paper.recipes import RECIPES  # noqa: E402
 
 sys.path.remove(str(EXAMPLES))
@@ -112,6 +114,133 @@ def test_batches_are_those_of_every_version():
     expected = [crop.flip(2) if flip[i] else crop for i, crop in enumerate(expected)]
     found = tasks.crop_and_flip(images, torch.Generator().manual_seed(3), padding=1)
     assert found.equal(torch.stack(expected))
+
+
+# Recorded steps
+
+
+class Recording:
+    """``torch.cuda.graph`` without a GPU: what is computed while it records is undone, and done when it is played."""
+
+    def __init__(self, trainer):
+        self.trainer, self.played = trainer, 0
+
+    def tensors(self):
+        states = [value for state in self.trainer.optimizer.state.values() for value in state.values()]
+        return [*self.trainer.model.parameters(), *self.trainer.model.buffers(), *states, self.trainer._loss]
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        before = [value.detach().clone() for value in self.tensors()]
+        yield
+        with torch.no_grad():
+            for value, old in zip(self.tensors(), before, strict=True):
+                value.copy_(old)
+
+    def replay(self):
+        self.played += 1
+        step = self.trainer._recorded
+        with step._settings():
+            step._learn(step._inputs, step._target)
+
+
+def test_recorded_steps_are_the_steps(monkeypatch):
+    """The order of what is done around a graph: warm-up, recording, batches, rates; with a schedule that matters."""
+    options = options_for("resnet8-cifar10", amp="bf16")
+    options = dataclasses.replace(options, settings=options.settings.changed({"warmup_epochs": "1", "lr": "0.01"}))
+    task = tasks.synthetic_task(options.settings)
+    plain, trainer = (training.Trainer(task, options, training.World()) for _ in range(2))
+    recording = Recording(trainer)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (
+        ("Stream", lambda device: stream),
+        ("current_stream", lambda: stream),
+        ("stream", lambda other: contextlib.nullcontext()),
+        ("CUDAGraph", lambda: recording),
+        ("graph", recording.graph),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    trainer._recorded = graphs.RecordedStep(trainer._learn, trainer.optimizer, torch.device("cpu"))
+    for _ in range(9):
+        plain.advance()
+        trainer.advance()
+    assert recording.played == 9 - graphs.RecordedStep.FIRST
+    assert trainer.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"]
+    assert isinstance(trainer.optimizer.param_groups[0]["lr"], float)
+    assert trainer.take_loss() == pytest.approx(plain.take_loss(), rel=1e-3)
+    for value, expected in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4)  # the rates are rounded to float32
+
+
+def test_steps_are_recorded_on_a_gpu_only():
+    options = options_for("mnist-mlp", graph=True)
+    with pytest.raises(training.RunError, match="--graph records steps of one process on a GPU"):
+        training.Trainer(tasks.synthetic_task(options.settings), options, training.World())
+
+
+# On a GPU, where there is one
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["resnet8-cifar10", "vit-cifar10"])
+def test_a_step_does_not_wait(name, layout):
+    options = options_for(name, tiling=LAYOUTS[layout], amp="bf16")
+    with devices.joined_world("cuda") as world:
+        trainer = training.Trainer(tasks.synthetic_task(options.settings), options, world)
+        trainer.advance()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.advance()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        assert trainer.take_loss() > 0
+
+
+@on_a_gpu
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("name", ["resnet8-cifar10", "char-gpt"])
+def test_a_run_on_a_gpu_is_resumed(name, graph, tmp_path):
+    """Killed in its second epoch, in a recorded step."""
+
+    class Kill:
+        def on_step(self, trainer):
+            if trainer.step == 14:
+                raise KeyboardInterrupt
+
+        def on_epoch(self, trainer, record):
+            pass
+
+    options = options_for(name, amp="bf16", graph=graph, subset=40)
+    options = dataclasses.replace(options, settings=options.settings.changed({"epochs": "2"}))
+    task = tasks.synthetic_task(options.settings)
+    with devices.joined_world("cuda") as world:
+        whole = training.run(task, options, world, training.Files(tmp_path / "whole"))
+        files = training.Files(tmp_path / "parts", steps=1)
+        with pytest.raises(KeyboardInterrupt):
+            training.run(task, options, world, files, observer=Kill())
+        parts = training.run(task, options, world, files, resume=True)
+    assert parts["result"]["parameters_sha256"] == whole["result"]["parameters_sha256"]
+    assert parts["result"]["lowered"] == whole["result"]["lowered"]
+    assert whole["result"]["failure"] is None
+    assert whole["result"]["output_difference"] < 1e-3
+
+
+@on_a_gpu
+def test_recorded_steps_learn_alike():
+    options = options_for("resnet8-cifar10")
+    task = tasks.synthetic_task(options.settings)
+    losses = []
+    with devices.joined_world("cuda") as world:
+        for graph in (False, True):
+            trainer = training.Trainer(task, dataclasses.replace(options, graph=graph), world)
+            for _ in range(8):
+                trainer.advance()
+            losses.append(trainer.take_loss())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
 # The end of a run
