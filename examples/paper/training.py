@@ -119,10 +119,13 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little") >> 1
 
 
-def _seed_all(seed: int) -> None:
+def _seed_all(seed: int, device: torch.device) -> None:
+    """Seed what a run on a device draws from; ``torch.manual_seed`` takes 0.3 ms for the devices that are not there."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def parameters_digest(model: nn.Module) -> str:
@@ -166,7 +169,7 @@ class Trainer:
             raise RunError("--graph records steps of one process on a GPU, without --compile and fp16")
         self.config = options.config()
 
-        _seed_all(seed_of(options.seed, "weights"))  # alike for float and tiled networks
+        _seed_all(seed_of(options.seed, "weights"), world.device)  # alike for float and tiled networks
         model = NETWORKS[recipe.network](**task.sizes)
         self.float_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model = model if self.config is None else tbn.transform(model, self.config)
@@ -219,7 +222,7 @@ class Trainer:
         """Do one step."""
         seed = seed_of(self.options.seed, "step", self.step, self.world.rank)
         inputs, target = self._moved(self.task.train_batch(self._batch(), torch.Generator().manual_seed(seed)))
-        _seed_all(seed)
+        _seed_all(seed, self.world.device)
         if not self._training:  # a walk over all modules
             self.model.train()
             self._module.train()
