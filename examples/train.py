@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from documents import fill, markdown
 from example_data import DataError
+from paper.devices import RunError, World, joined_world
 from paper.recipes import RECIPES, SETTABLE, Recipe, RecipeError
 from paper.runs import Record
 from paper.tasks import Task, read_task, synthetic_task
-from paper.training import Files, Options, RunError, Trainer, World, joined_world, run
+from paper.training import Files, Options, Trainer, run
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -168,10 +169,18 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the training step's module"
     )
+    how.add_argument(
+        "--fast", action="store_true", help="on a GPU search for fast kernels and use tf32: not repeated bit for bit"
+    )
+    how.add_argument("--graph", action="store_true", help="on a GPU record a step as a CUDA graph, and repeat that")
+    how.add_argument(
+        "--checkpoint-epochs", type=at_least(0), default=1, metavar="N",
+        help="checkpoint after every N epochs, 0 for none of these (default: %(default)s); there is one at the end",
+    )  # fmt: skip
     how.add_argument("--checkpoint-steps", type=at_least(0), default=0, metavar="N", help="checkpoint every N steps")
     how.add_argument(
         "--checkpoint-seconds", type=float, default=120.0, metavar="S",
-        help="and after S seconds (default: %(default)s); there is one after each epoch",
+        help="and after S seconds (default: %(default)s)",
     )  # fmt: skip
     how.add_argument("--curves", action="store_true", help="draw curves.png (needs matplotlib)")
     how.add_argument("--quiet", action="store_true", help="no progress bar, no lines for epochs")
@@ -205,7 +214,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
             changes[name] = ["all", getattr(arguments, name)]
     options = Options(
         arguments.recipe, recipe, changes, arguments.network, tiling, arguments.seed, arguments.subset,
-        arguments.test_subset, arguments.amp, arguments.compile,
+        arguments.test_subset, arguments.amp, arguments.compile, arguments.fast, arguments.graph,
     )  # fmt: skip
     options.config()
     return options
@@ -302,13 +311,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RecipeError, tbn.ConfigError) as error:
         command.error(str(error))
     folder = arguments.out or Path("runs") / run_name(options)
-    files = Files(folder, arguments.checkpoint_steps, arguments.checkpoint_seconds, arguments.curves)
+    files = Files(
+        folder, arguments.checkpoint_steps, arguments.checkpoint_seconds, arguments.checkpoint_epochs, arguments.curves
+    )
     try:
         task = load_task(arguments.data, options.settings)
-        with joined_world(arguments.device) as world, reporter(world, quiet=arguments.quiet) as observer:
+        joined = joined_world(arguments.device, fast=arguments.fast)
+        with joined as world, reporter(world, quiet=arguments.quiet) as observer:
             document = run(task, options, world, files, resume=arguments.resume, observer=observer)
             if world.rank == 0:
                 show(document, folder)
+            if document["result"]["failure"]:
+                raise RunError(f"lowering failed: {document['result']['failure']}; --resume tries it again")
     except (DataError, RunError, tbn.TBNError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1

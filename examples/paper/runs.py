@@ -24,14 +24,17 @@ from typing import Any
 
 import torch
 
+import tbn_compiler as tbn
+
 Record = dict[str, Any]
 
 # Fields of each kind of record with their types; a record has no others, but for the measures of an epoch.
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "header": {
         "recipe": str, "settings": dict, "changes": dict, "stated": list, "note": str, "network": str, "tiling": dict,
-        "seed": int, "amp": str, "compile": (str, type(None)), "device": str, "processes": int, "data": dict,
-        "metric": str, "parameters": int, "steps_per_epoch": int, "machine": dict, "versions": dict, "started": str,
+        "seed": int, "amp": str, "compile": (str, type(None)), "fast": bool, "graph": bool, "device": str,
+        "processes": int, "data": dict, "metric": str, "parameters": int, "steps_per_epoch": int, "machine": dict,
+        "versions": dict, "started": str,
     },
     "epoch": {
         "epoch": int, "step": int, "loss": float, "lr": float, "seconds": float, "test_seconds": float, "test": dict,
@@ -40,9 +43,10 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
         "metric": str, "trained": dict, "lowered": (dict, type(None)), "output_difference": (float, type(None)),
         "epochs": int, "train_seconds": float, "file_bytes": int, "tensor_bytes": int, "weights": int,
         "stored_bits": int, "bits_per_weight": float, "alphas": int, "tiled_layers": int, "parameters_sha256": str,
-        "restarts": int,
+        "restarts": int, "failure": (str, type(None)),
     },
 }  # fmt: skip
+LATER = {"fast", "graph", "failure"}  # which records of earlier versions lack
 
 
 def check_record(record: Mapping[str, Any]) -> None:
@@ -55,10 +59,10 @@ def check_record(record: Mapping[str, Any]) -> None:
     if kind not in FIELDS:
         raise ValueError(f"a record is of kind {kind!r}, not {', '.join(FIELDS)}")
     found, fields = set(record) - {"kind"}, FIELDS[kind]
-    if found != set(fields):
+    if not set(fields) - LATER <= found <= set(fields):
         raise ValueError(f"a record of kind {kind!r} differs in the fields {', '.join(sorted(found ^ set(fields)))}")
-    for name, types in fields.items():
-        value = record[name]
+    for name in found:
+        value, types = record[name], fields[name]
         if not isinstance(value, types) or (isinstance(value, bool) and types is int):
             raise ValueError(f"{name!r} of a record of kind {kind!r} is {value!r}")
 
@@ -79,9 +83,9 @@ def machine(device: torch.device) -> Record:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
-    packages = {name: version(name) for name in ("torch", "numpy", "tbn-compiler")}
-    return {"python": platform.python_version(), **packages}
+    """Of what computes; this package need not be installed."""
+    packages = {name: version(name) for name in ("torch", "numpy")}
+    return {"python": platform.python_version(), **packages, "tbn-compiler": tbn.__version__}
 
 
 def now() -> str:
@@ -89,7 +93,7 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Write beside ``path`` and rename, so that a reader finds the old content or the new one."""
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:

@@ -2,6 +2,10 @@
 
 A batch is a function of its indices and a generator, so that a step can be repeated after a restart. Data stand in
 memory as they were read (images as ``uint8``); whole batches are augmented as tensors, without worker processes.
+
+On a GPU the data stand in its memory, and batches are chosen and augmented there. The generator stays one of the CPU:
+its few numbers (where to crop, what to flip) are sent from pinned memory in about 30 us, which a GPU's own generator
+would hardly be faster than, and so the batches of a seed are the same on all devices.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 
 from paper import convnets, language, mixers, pointnet, transformers
 from paper.data import Images, Series, Text, find, read_clouds, read_images, read_series, read_text
+from paper.devices import placed, sent
 from paper.recipes import Augmentation, Recipe
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
@@ -62,6 +67,7 @@ class Task(ABC):
     """One data set as batches, with its loss and measures.
 
     Attributes:
+        device: where indices are expected, and batches are.
         name: the data set.
         note: what a reader of a result should know.
         sizes: arguments of the network's constructor that follow from the data.
@@ -70,6 +76,7 @@ class Task(ABC):
         images: inputs are images in memory as ``channels_last``, in which convolutions are faster on CPU and GPU.
     """
 
+    device: torch.device = torch.device("cpu")
     name: str
     note: str = ""
     sizes: Mapping[str, int]
@@ -77,6 +84,12 @@ class Task(ABC):
     test_size: int
     metric: str = "accuracy"
     images: bool = False
+
+    def place(self, device: torch.device) -> None:
+        """Move the data to a device."""
+        for name, value in vars(self).items():
+            setattr(self, name, placed(value, device))
+        self.device = device
 
     @abstractmethod
     def train_batch(self, index: Tensor, generator: torch.Generator) -> Batch:
@@ -132,8 +145,9 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) 
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: [n, C, 2 padding + 1, 2 padding + 1, H, W]
     top, left = torch.randint(2 * padding + 1, (2, count), generator=generator)
     flip = torch.rand(count, generator=generator) < 0.5
-    cropped = windows[torch.arange(count), :, top, left]
-    return torch.where(flip[:, None, None, None], cropped.flip(3), cropped)
+    top, left, flip = sent(torch.stack([top, left, flip.long()]), images.device)
+    cropped = windows[torch.arange(count, device=images.device), :, top, left]
+    return torch.where(flip[:, None, None, None] > 0, cropped.flip(3), cropped)
 
 
 class ImageTask(Labelled):
@@ -179,6 +193,9 @@ class ImageFolder(Labelled):
     """
 
     images = True
+
+    def place(self, device: torch.device) -> None:
+        """Nothing: pictures are read when they are needed."""
 
     def __init__(self, folder: Path, augment: Augmentation) -> None:
         self.name, self.augment = "ImageNet", augment
@@ -270,7 +287,8 @@ class SeriesTask(Task):
         return self._windows(self._test, index)
 
     def _windows(self, series: Tensor, index: Tensor) -> Batch:
-        return (series[index[:, None] + torch.arange(self.look_back)],), series[index + self.look_back]
+        places = index[:, None] + torch.arange(self.look_back, device=self.device)
+        return (series[places],), series[index + self.look_back]
 
     def loss(self, output: Any, target: Tensor) -> Tensor:
         """Mean squared error."""
@@ -301,7 +319,8 @@ class TextTask(Task):
 
     def train_batch(self, index: Tensor, generator: torch.Generator) -> Batch:
         """Characters ``[n, context]`` and those one place further."""
-        start = index * self.context + torch.randint(self.context, (len(index),), generator=generator)
+        moved = torch.randint(self.context, (len(index),), generator=generator)
+        start = index * self.context + sent(moved, self.device)
         return self._windows(self._train, start.clamp_max(len(self._train) - self.context - 1))
 
     def test_batch(self, index: Tensor) -> Batch:
@@ -309,7 +328,7 @@ class TextTask(Task):
         return self._windows(self._test, index * self.context)
 
     def _windows(self, text: Tensor, start: Tensor) -> Batch:
-        window = text[start[:, None] + torch.arange(self.context + 1)]
+        window = text[start[:, None] + torch.arange(self.context + 1, device=self.device)]
         return (window[:, :-1],), window[:, 1:]
 
     def loss(self, output: Any, target: Tensor) -> Tensor:
@@ -374,18 +393,18 @@ class PointTask(Labelled):
     def train_batch(self, index: Tensor, generator: torch.Generator) -> Batch:
         """Clouds ``[n, channels, points]``, scaled and moved if asked for."""
         place = torch.randperm(self._train.x.shape[2], generator=generator)[: self._points]
-        inputs, target = self._batch(self._train, index, place)
+        inputs, target = self._batch(self._train, index, sent(place, self.device))
         if self.augment == "scale-shift":
             cloud = inputs[0].clone()
             scale = 0.8 + 0.45 * torch.rand(len(index), 1, 1, generator=generator)
             shift = 0.2 * torch.rand(len(index), 3, 1, generator=generator) - 0.1
-            cloud[:, :3] = cloud[:, :3] * scale + shift
+            cloud[:, :3] = cloud[:, :3] * sent(scale, self.device) + sent(shift, self.device)
             inputs = (cloud, *inputs[1:])
         return inputs, target
 
     def test_batch(self, index: Tensor) -> Batch:
         """The clouds as they are."""
-        return self._batch(self._test, index, torch.arange(self._points))
+        return self._batch(self._test, index, torch.arange(self._points, device=self.device))
 
     def _batch(self, data: Points, index: Tensor, place: Tensor) -> Batch:
         cloud, target = data.x[index][:, :, place], data.y[index]

@@ -12,10 +12,10 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import os
 import random
 import time
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,16 +28,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tbn_compiler as tbn
+from paper.devices import RunError, World, sent, true_float32
+from paper.graphs import RecordedStep
 from paper.recipes import Recipe
 from paper.runs import Log, Record, draw_curves, machine, now, versions, write_atomically, write_result
 from paper.tasks import NETWORKS, Task
 
 Network = Literal["float", "bwnn", "tbn"]
 Amp = Literal["off", "bf16", "fp16"]
-
-
-class RunError(Exception):
-    """A run that cannot be started, continued or finished."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,8 @@ class Options:
         subset, test_subset: number of examples to take, 0 for all.
         amp: autocast in training.
         compile: backend of ``torch.compile`` for training, if any.
+        fast: whether a GPU may compute in ways that are not repeated bit for bit (:func:`paper.devices.joined_world`).
+        graph: whether a step is recorded as a CUDA graph (:mod:`paper.graphs`).
     """
 
     recipe: str
@@ -66,6 +66,8 @@ class Options:
     test_subset: int = 0
     amp: Amp = "off"
     compile: str | None = None
+    fast: bool = False
+    graph: bool = False
 
     def config(self) -> tbn.TilingConfig | None:
         """How layers are tiled; ``None`` for a float network.
@@ -84,14 +86,16 @@ class Files:
 
     Attributes:
         folder: of the run.
-        steps: steps between checkpoints, 0 for none but those by time and of epochs.
+        steps: steps between checkpoints, 0 for none.
         seconds: seconds between checkpoints.
+        epochs: epochs between checkpoints, 0 for none.
         curves: draw ``curves.png``.
     """
 
     folder: Path
     steps: int = 0
     seconds: float = 120.0
+    epochs: int = 1
     curves: bool = False
 
     @property
@@ -110,54 +114,18 @@ class Observer(Protocol):
         """After each epoch's measurement."""
 
 
-@dataclass(frozen=True)
-class World:
-    """The processes of a run: this one's place, their number, and its device."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
-
-@contextlib.contextmanager
-def joined_world(device: str) -> Iterator[World]:
-    """The world that ``torchrun`` describes in the environment, or this process alone.
-
-    Args:
-        device: ``"cpu"``, ``"cuda"``, or ``"auto"``.
-    """
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(place)
-        torch.backends.cudnn.benchmark = False  # it chooses by time, and so not always alike
-        torch.backends.cudnn.deterministic = True
-    if size == 1:
-        yield World(device=place)
-        return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    try:
-        yield World(rank, size, place)
-    finally:
-        dist.destroy_process_group()
-
-
 def seed_of(*parts: object) -> int:
     """A seed below 2^63 for a purpose, unlike those of other purposes."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little") >> 1
 
 
-def _seed_all(seed: int) -> None:
+def _seed_all(seed: int, device: torch.device) -> None:
+    """Seed what a run on a device draws from; ``torch.manual_seed`` takes 0.3 ms for the devices that are not there."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def parameters_digest(model: nn.Module) -> str:
@@ -184,6 +152,7 @@ class Trainer:
     def __init__(self, task: Task, options: Options, world: World) -> None:
         self.task, self.options, self.world = task, options, world
         recipe = options.settings
+        task.place(world.device)
         self._train, self._test = (
             _choice(count, wanted) for count, wanted in ((task.train_size, options.subset),
                                                          (task.test_size, options.test_subset))
@@ -195,9 +164,12 @@ class Trainer:
             raise RunError(f"a batch of {recipe.batch_size} cannot be shared equally by {world.size} processes")
         if options.amp == "fp16" and world.device.type == "cpu":
             raise RunError("fp16 is for accelerators: use bf16 on a CPU")
+        alone = world.device.type == "cuda" and world.size == 1
+        if options.graph and not (alone and options.compile is None and options.amp != "fp16"):
+            raise RunError("--graph records steps of one process on a GPU, without --compile and fp16")
         self.config = options.config()
 
-        _seed_all(seed_of(options.seed, "weights"))  # alike for float and tiled networks
+        _seed_all(seed_of(options.seed, "weights"), world.device)  # alike for float and tiled networks
         model = NETWORKS[recipe.network](**task.sizes)
         self.float_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model = model if self.config is None else tbn.transform(model, self.config)
@@ -209,11 +181,13 @@ class Trainer:
         if world.size > 1:
             module = DistributedDataParallel(module)
         self._module: Any = torch.compile(module, backend=options.compile) if options.compile else module
-        self.optimizer = make_optimizer(recipe, self.model)
+        self._training = False  # whether the modules are in that mode
+        self.optimizer = make_optimizer(recipe, self.model, world.device)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: recipe.rate(step, self.steps_per_epoch)
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.amp == "fp16")
+        self._recorded = RecordedStep(self._learn, self.optimizer, world.device) if options.graph else None
         self.step = 0
         self._order, self._order_epoch = torch.empty(0), -1
         self._loss = torch.zeros((), dtype=torch.float64, device=world.device)  # sum over the epoch's steps
@@ -233,30 +207,42 @@ class Trainer:
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if epoch != self._order_epoch:
             generator = torch.Generator().manual_seed(seed_of(self.options.seed, "order", epoch))
-            self._order, self._order_epoch = self._train[torch.randperm(len(self._train), generator=generator)], epoch
+            order = self._train[torch.randperm(len(self._train), generator=generator)]
+            self._order, self._order_epoch = sent(order, self.task.device), epoch
         size = self.options.settings.batch_size
         return self._order[place * size : (place + 1) * size][self.world.rank :: self.world.size]
 
-    def _autocast(self) -> torch.autocast:
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.options.amp == "off":
+            return contextlib.nullcontext()
         dtype = torch.float16 if self.options.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.world.device.type, dtype, enabled=self.options.amp != "off")
+        return torch.autocast(self.world.device.type, dtype)
 
     def advance(self) -> None:
         """Do one step."""
         seed = seed_of(self.options.seed, "step", self.step, self.world.rank)
         inputs, target = self._moved(self.task.train_batch(self._batch(), torch.Generator().manual_seed(seed)))
-        _seed_all(seed)
-        self.model.train()
-        self._module.train()
+        _seed_all(seed, self.world.device)
+        if not self._training:  # a walk over all modules
+            self.model.train()
+            self._module.train()
+            self._training = True
+        if self._recorded is None:
+            self._learn(inputs, target)
+        else:
+            self._recorded(inputs, target)
+        self.schedule.step()
+        self.step += 1
+
+    def _learn(self, inputs: tuple[Tensor, ...], target: Tensor) -> None:
+        """Learn from a batch."""
         with self._autocast():
             loss = self.task.loss(self._module(*inputs), target)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.schedule.step()
         self._loss += self.world.total(loss.detach().double())
-        self.step += 1
 
     def take_loss(self) -> float:
         """Mean loss of the epoch's steps, once it is done."""
@@ -267,7 +253,7 @@ class Trainer:
     def _moved(self, batch: tuple[tuple[Tensor, ...], Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
         inputs, target = batch
         device = self.world.device
-        return tuple(part.to(device, non_blocking=True) for part in inputs), target.to(device, non_blocking=True)
+        return tuple(sent(part, device) for part in inputs), sent(target, device)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module | None = None, *, amp: bool = False) -> dict[str, float]:
@@ -279,12 +265,13 @@ class Trainer:
         """
         model = self.model if model is None else model
         model.eval()
+        self._training = False
         if self.world.size > 1:
             for buffer in model.buffers():
                 if buffer.is_floating_point():  # the running statistics of each process are those of its share
                     dist.broadcast(buffer, 0)
         sums: Tensor | None = None
-        share = self._test[self.world.rank :: self.world.size]
+        share = sent(self._test[self.world.rank :: self.world.size], self.task.device)
         for index in share.split(self.options.settings.eval_batch_size):
             inputs, target = self._moved(self.task.test_batch(index))
             with self._autocast() if amp else contextlib.nullcontext():
@@ -298,7 +285,9 @@ class Trainer:
     @torch.no_grad()
     def difference(self, other: nn.Module) -> float:
         """Largest difference between the results of the network and ``other`` on a batch, over the largest result."""
-        inputs, _ = self._moved(self.task.test_batch(self._test[: self.options.settings.eval_batch_size]))
+        index = sent(self._test[: self.options.settings.eval_batch_size], self.task.device)
+        inputs, _ = self._moved(self.task.test_batch(index))
+        self._training = False
         ours, theirs = (module.eval()(*inputs) for module in (self.model, other))
         return float((ours - theirs).abs().amax() / ours.abs().amax())
 
@@ -330,13 +319,13 @@ def _choice(count: int, wanted: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimiser over all parameters."""
-    parameters = model.parameters()
+def make_optimizer(recipe: Recipe, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's optimiser over all parameters; on a GPU in one kernel for many parameters."""
+    parameters, fused = model.parameters(), device.type == "cuda" or None
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=fused)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, recipe.lr, weight_decay=recipe.weight_decay)
+    return kind(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
 
 
 def _header(trainer: Trainer) -> Record:
@@ -356,6 +345,8 @@ def _header(trainer: Trainer) -> Record:
         "seed": options.seed,
         "amp": options.amp,
         "compile": options.compile,
+        "fast": options.fast,
+        "graph": options.graph,
         "device": trainer.world.device.type,
         "processes": trainer.world.size,
         "data": {
@@ -387,9 +378,9 @@ def _load(files: Files, trainer: Trainer, header: Record) -> dict[str, Any] | No
         return None
     saved: dict[str, Any] = torch.load(files.checkpoint, map_location=trainer.world.device, weights_only=True)
     before = saved["records"][0]
-    differing = [name for name in header if name not in _VARYING and header[name] != before[name]]
+    differing = [name for name in header if name not in _VARYING and header[name] != before.get(name, False)]
     if differing:
-        told = "; ".join(f"{name}: {before[name]!r} there, {header[name]!r} now" for name in differing)
+        told = "; ".join(f"{name}: {before.get(name, False)!r} there, {header[name]!r} now" for name in differing)
         raise RunError(f"the run to resume is another one: {told}")
     trainer.load_state(saved["state"])
     return saved
@@ -428,18 +419,23 @@ def run(
     def save() -> None:
         if main:
             content = io.BytesIO()
-            known = {"state": trainer.state(), "records": log.records, "spent": spent, "restarts": restarts}
+            # A result without the lowered network is left out: the run is then finished again when it is resumed.
+            kept = [record for record in log.records if record.get("failure") is None]
+            known = {"state": trainer.state(), "records": kept, "spent": spent, "restarts": restarts}
             torch.save(known, content)
-            write_atomically(files.checkpoint, content.getvalue())
+            write_atomically(files.checkpoint, content.getbuffer())
 
     last_saved = clock = time.monotonic()
     while not trainer.finished:
         trainer.advance()
+        epoch_ends = trainer.step % trainer.steps_per_epoch == 0
+        if epoch_ends:
+            world.wait()  # for what is timed
         clock, before = time.monotonic(), clock
         spent += clock - before
-        if trainer.step % trainer.steps_per_epoch == 0:
+        if epoch_ends:
             _finish_epoch(trainer, log, spent, observer)
-            spent, due = 0.0, True
+            spent, due = 0.0, bool(files.epochs and trainer.epoch % files.epochs == 0)
         else:
             due = bool(files.steps and trainer.step % files.steps == 0) or clock - last_saved > files.seconds
         if due:
@@ -448,14 +444,16 @@ def run(
         clock = time.monotonic()
         if observer:
             observer.on_step(trainer)
-    if not any(record["kind"] == "result" for record in log.records):
+    done = any(record["kind"] == "result" for record in log.records)
+    if not done:
         _finish_run(trainer, log, files, restarts)
-        save()
     if main:
         write_result(files.folder, log.records)
         if files.curves:
             title = f"{options.recipe}, {options.network}"
             draw_curves(files.folder / "curves.png", log.records, title, task.metric)
+    if not done:
+        save()
     return {"header": log.records[0], "epochs": log.epochs(), "result": log.records[-1]}
 
 
@@ -482,26 +480,33 @@ def _finish_epoch(trainer: Trainer, log: Log, seconds: float, observer: Observer
 def _finish_run(trainer: Trainer, log: Log, files: Files, restarts: int) -> None:
     """Lower the network, measure both without autocast, and write the file."""
     digest = parameters_digest(trainer.model) if trainer.world.size == 1 else _common_digest(trainer)
-    trained = trainer.evaluate()
-    packed, lowered, difference = trainer.model, None, None
+    packed: nn.Module = trainer.model
+    lowered = difference = failure = None
+    path = files.folder / ("model.safetensors" if trainer.config is None else "packed.safetensors")
+    main = trainer.world.rank == 0
+    with true_float32():
+        trained = trainer.evaluate()
+        try:
+            if trainer.config is not None:
+                packed = tbn.lower(trainer.model)
+                if main:
+                    tbn.save(packed, path)
+                lowered, difference = trainer.evaluate(packed), trainer.difference(packed)
+        except Exception as error:  # whatever it is, what was trained is kept
+            if trainer.world.size > 1:  # where the other processes wait for this one
+                raise
+            traceback.print_exc()
+            lowered, failure = None, f"{type(error).__name__}: {error}"[:1000]
     if trainer.config is not None:
-        packed = tbn.lower(trainer.model)
-        lowered, difference = trainer.evaluate(packed), trainer.difference(packed)
         totals = tbn.summary(packed).totals
     else:  # the weights that would be tiled or binary, in float
         weights = tbn.summary(tbn.transform(trainer.model, trainer.options.settings.tiling({}))).totals["weights"]
         totals = {"weights": weights, "stored_bits": 32 * weights, "bits_per_weight": 32.0, "alphas": 0}
         totals["tiled_layers"] = 0
-    size = 0
-    if trainer.world.rank == 0:
-        if trainer.config is not None:
-            path = files.folder / "packed.safetensors"
-            tbn.save(packed, path)
-        else:
-            path = files.folder / "model.safetensors"
+        if main:
             state = {name: value.contiguous() for name, value in trainer.model.state_dict().items()}
             write_atomically(path, safetensors.torch.save(state))
-        size = path.stat().st_size
+    size = path.stat().st_size if main and path.is_file() else 0
     tensors = (value for value in packed.state_dict().values() if isinstance(value, Tensor))
     log.add(
         "result",
@@ -509,6 +514,7 @@ def _finish_run(trainer: Trainer, log: Log, files: Files, restarts: int) -> None
         trained=trained,
         lowered=lowered,
         output_difference=difference,
+        failure=failure,
         epochs=trainer.epoch,
         train_seconds=sum(record["seconds"] for record in log.epochs()),
         file_bytes=size,
