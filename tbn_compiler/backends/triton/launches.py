@@ -136,6 +136,9 @@ def arrival_counts(device: torch.device, blocks: int) -> Tensor:
     """``blocks`` zeros (``int32``) that no other launch uses at the same time, and that the launch leaves as zeros."""
     if device.type != "cuda":
         return torch.zeros(blocks, dtype=torch.int32, device=device)
+    blocks = (
+        -(-blocks // 4) * 4
+    )  # parts begin at 16 bytes: no kernel is compiled for other ones while a graph is captured
     index = torch.cuda.current_device() if device.index is None else device.index
     if torch.cuda.is_current_stream_capturing():
         reserve, used = _reserves.get(index, (None, 0))

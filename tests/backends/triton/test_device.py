@@ -20,6 +20,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import tbn_compiler
+from tbn_compiler.backends.triton import launches
 from tests.backends.triton.calls import Call
 from tests.backends.triton.variants import (
     KEPT,
@@ -27,7 +28,6 @@ from tests.backends.triton.variants import (
     REFUSALS,
     Chosen,
     check_variants,
-    forget,
     on_device,
     operands,
     operator,
@@ -62,7 +62,7 @@ def _untuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No choice that the user's machine keeps, and none of these tests left there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TBN_TRITON_TUNE", "0")
-    forget()
+    launches.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -228,7 +228,7 @@ def for_each_configuration(layer: Layer, check: Callable[[], None]) -> None:
     """Run ``check`` with every configuration of a layer chosen, after one call with it."""
     chosen = Chosen()
     while chosen.number < max(len(chosen.candidates), 1):
-        forget()
+        launches.forget()
         calls = chosen.calls
         with chosen.installed():
             try:

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 import tbn_compiler  # noqa: F401  (registers the operators)
 from tbn_compiler.backends import triton as backend
 from tbn_compiler.ops import reference
-from tbn_compiler.ops.calls import OPERATORS, TensorCall
+from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.packing import pack_bits
 
 

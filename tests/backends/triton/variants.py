@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import inspect
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tbn_compiler.backends.triton import tuning
+from tbn_compiler.backends.triton import launches, tuning
 from tbn_compiler.ops import reference
 from tests.backends.triton.calls import Call
 
@@ -32,17 +31,6 @@ LIMIT = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 KEPT = "a prepared launch was kept, and the choice not asked for: forget() has to drop it"
 REFUSALS = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
-
-
-def forget() -> None:
-    """Drop what the package keeps between calls (plans, prepared launches), so that a call chooses again."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith(PACKAGE):
-            for value in list(vars(module).values()):
-                if isinstance(value, (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)):
-                    value.clear()
-                elif hasattr(value, "cache_clear") and getattr(value, "__module__", "").startswith(PACKAGE):
-                    value.cache_clear()
 
 
 @dataclass
@@ -77,7 +65,7 @@ class Chosen:
             try:
                 yield
             finally:
-                forget()
+                launches.forget()
 
 
 def operator(call: Call, device: torch.device) -> Callable[..., Tensor]:
@@ -144,7 +132,7 @@ def check_variants(call: Call, size: tuple[int, ...], options: dict[str, Any], d
     chosen, ran, wrong = Chosen(), 0, []
     while chosen.number < max(len(chosen.candidates), 1):
         for view, values in (views(x) if chosen.number == 0 else {"plain": x}).items():
-            forget()
+            launches.forget()
             calls = chosen.calls
             with chosen.installed():
                 try:
