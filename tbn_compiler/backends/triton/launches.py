@@ -41,6 +41,7 @@ class Operands:
         out: ``[tokens, out_features]``.
         epilogue: function behind the layer.
         precision: arithmetic of float32 products.
+        kept: compiled kernels of earlier launches with equal sizes, strides and alignments, or ``None`` to keep none.
     """
 
     x: Tensor
@@ -52,6 +53,31 @@ class Operands:
     out: Tensor
     epilogue: str
     precision: str
+    kept: Kept | None = None
+
+
+# Of each kernel: what was compiled for a launch, and the constants that stand behind its arguments.
+Kept = dict[Any, tuple[Any, tuple[Any, ...]]]
+
+
+def start(kept: Kept | None, kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
+    """Launch a kernel; one that was kept is found without looking at the arguments again.
+
+    Args:
+        kept: of launches whose arguments differ in the values and places of tensors only.
+        kernel: the kernel.
+        grid: programs.
+        args: all arguments before the first constant.
+        constants: the constants in their order, and options of the compiler.
+    """
+    found = None if kept is None else kept.get(kernel)
+    if found is not None:
+        compiled, behind = found
+        compiled[grid](*args, *behind)
+        return
+    compiled = kernel[grid](*args, **constants)
+    if kept is not None and hasattr(compiled, "launch_metadata"):  # the interpreter compiles nothing
+        kept[kernel] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
 
 
 # What is prepared of a call, given the tensors of another one like it: input, tile, alpha, bias, input_alpha.
@@ -105,12 +131,11 @@ def prepared(operator: Operator, prepare: Callable[[TensorCall], Prepared]) -> C
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """What a prepared call may depend on: everything but the values of tensors and where they lie."""
     parts: list[Any] = []
-    for value in (*args, *kwargs, *kwargs.values()):
+    for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
-            where = value.data_ptr() % 16 if value.device.type != "meta" else 0
-            parts += (value.dtype, value.shape, value.stride(), value.device, where)
+            parts += (value.dtype, value.shape, value.stride(), value.device, value.data_ptr() % 16)
         else:
-            parts.append(tuple(value) if isinstance(value, list) else value)
+            parts.append(tuple(value) if type(value) is list else value)
     parts.append(torch.backends.cuda.matmul.fp32_precision)
     return tuple(parts)
 
@@ -179,7 +204,8 @@ def _workspace(config: Config, operands: Operands, blocks: int) -> tuple[Tensor 
 def _dot(config: Config, plan: WeightPlan, operands: Operands) -> None:
     x, tokens = operands.x, operands.x.shape[0]
     blocks = _blocks(config, plan, tokens)
-    kernels.linear_dot[blocks, config.split_k](
+    start(
+        operands.kept, kernels.linear_dot, (blocks, config.split_k, 1),
         x, operands.tile, operands.alpha, operands.input_alpha, operands.bias, operands.token_scale, operands.out,
         *_workspace(config, operands, blocks),
         tokens, plan.rows, plan.columns, plan.repeats, x.stride(0), plan.row_size, plan.tile_size, plan.shift,
@@ -206,7 +232,8 @@ def _dot(config: Config, plan: WeightPlan, operands: Operands) -> None:
 def _words(config: Config, plan: WeightPlan, operands: Operands) -> None:
     x, tokens = operands.x, operands.x.shape[0]
     blocks = _blocks(config, plan, tokens)
-    kernels.linear_words[blocks, config.split_k](
+    start(
+        operands.kept, kernels.linear_words, (blocks, config.split_k, 1),
         x, operands.tile, operands.alpha, operands.bias, operands.out, *_workspace(config, operands, blocks),
         tokens, plan.rows, plan.columns // 32, plan.repeats, x.stride(0), plan.rows_per_alpha,
         LEFT=config.kernel == "left",
@@ -229,7 +256,8 @@ def has_dot4(device: torch.device) -> bool:
 
 def _limbs(config: Config, plan: WeightPlan, operands: Operands) -> None:
     x, tokens = operands.x, operands.x.shape[0]
-    few_tokens.linear_limbs[(_blocks(config, plan, tokens),)](
+    start(
+        operands.kept, few_tokens.linear_limbs, (_blocks(config, plan, tokens), 1, 1),
         x if x.dtype == torch.int64 else x.view(torch.int64), operands.tile, operands.alpha, operands.bias,
         operands.out, tokens, plan.rows, plan.columns // 32, plan.repeats, x.stride(0) // 4, plan.rows_per_alpha,
         DTYPE=triton.language.bfloat16 if x.dtype == torch.bfloat16 else triton.language.float16,
@@ -245,7 +273,8 @@ def _limbs(config: Config, plan: WeightPlan, operands: Operands) -> None:
 
 def _sum(config: Config, plan: WeightPlan, operands: Operands) -> None:
     x, tokens = operands.x, operands.x.shape[0]
-    few_tokens.linear_sum[(_blocks(config, plan, tokens),)](
+    start(
+        operands.kept, few_tokens.linear_sum, (_blocks(config, plan, tokens), 1, 1),
         x, operands.tile, operands.alpha, operands.bias, operands.out,
         tokens, plan.rows, plan.columns, plan.repeats, x.stride(0), plan.row_size, plan.tile_size, plan.shift,
         plan.rows_per_alpha,
@@ -262,7 +291,8 @@ def _popcount(config: Config, plan: WeightPlan, operands: Operands) -> None:
     tokens = operands.x.shape[0]
     block_tokens, block_rows = min(4, power_of_two(tokens)), 16
     blocks = triton.cdiv(plan.rows, block_rows) * triton.cdiv(tokens, block_tokens)
-    few_tokens.linear_popcount[(blocks,)](
+    start(
+        operands.kept, few_tokens.linear_popcount, (blocks, 1, 1),
         operands.x.view(torch.int32), operands.tile, operands.alpha, operands.bias, operands.token_scale, operands.out,
         tokens, plan.rows, plan.columns // 32, plan.columns, plan.repeats, plan.rows_per_alpha,
         HAS_BIAS=operands.bias is not None,
@@ -274,7 +304,7 @@ def _popcount(config: Config, plan: WeightPlan, operands: Operands) -> None:
 
 
 def _unpacked_dot(config: Config, plan: WeightPlan, operands: Operands) -> None:
-    weight = unpack(plan, operands.tile, operands.alpha, operands.x.dtype)
+    weight = unpack(plan, operands.tile, operands.alpha, operands.x.dtype, operands.kept)
     plain = dataclasses.replace(plan, kind="float", row_size=plan.columns, tile_size=weight.numel(), shift=0)
     _dot(config, plain, dataclasses.replace(operands, tile=weight.view(-1)))
 
@@ -283,11 +313,12 @@ def _gemm(config: Config, plan: WeightPlan, operands: Operands) -> None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     x, tokens = operands.x, operands.x.shape[0]
-    weight = unpack(plan, operands.tile, operands.alpha, x.dtype)
+    weight = unpack(plan, operands.tile, operands.alpha, x.dtype, operands.kept)
     out = operands.out.view(tokens, plan.repeats, plan.rows)
     # One program a multiprocessor, each with every so manieth block.
     programs = min(config.programs, _blocks(config, plan, tokens))
-    unpacked.linear_gemm[(programs,)](
+    start(
+        operands.kept, unpacked.linear_gemm, (programs, 1, 1),
         TensorDescriptor.from_tensor(x, [config.block_tokens, config.block_k]),
         TensorDescriptor.from_tensor(weight, [config.block_rows, config.block_k]),
         TensorDescriptor.from_tensor(out, [config.block_tokens, 1, config.block_rows]),
@@ -304,14 +335,15 @@ def _gemm(config: Config, plan: WeightPlan, operands: Operands) -> None:
 
 def _library(config: Config, plan: WeightPlan, operands: Operands) -> None:
     x, tokens = operands.x, operands.x.shape[0]
-    weight = unpack(plan, operands.tile, operands.alpha, x.dtype)
+    weight = unpack(plan, operands.tile, operands.alpha, x.dtype, operands.kept)
     if x.dtype == torch.float32:
         products = x @ weight.t()
     elif x.is_cuda:
         products = torch.mm(x, weight.t(), out_dtype=torch.float32)  # rounded once, behind the scales
     else:
         products = x.float() @ weight.float().t()
-    unpacked.copy_rows[(_blocks(config, plan, tokens),)](
+    start(
+        operands.kept, unpacked.copy_rows, (_blocks(config, plan, tokens), 1, 1),
         products, operands.alpha, operands.bias, operands.out, tokens, plan.rows, plan.repeats, plan.rows_per_alpha,
         HAS_BIAS=operands.bias is not None,
         FUNCTION=operands.epilogue,
@@ -327,14 +359,15 @@ _LAUNCHES: dict[str, Callable[[Config, WeightPlan, Operands], None]] = {
 }  # fmt: skip
 
 
-def unpack(plan: WeightPlan, tile: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+def unpack(plan: WeightPlan, tile: Tensor, alpha: Tensor, dtype: torch.dtype, kept: Kept | None) -> Tensor:
     """The different rows of a weight, floats ``[rows, columns]``."""
     weight = torch.empty((plan.rows, plan.columns), dtype=dtype, device=tile.device)
     block_rows, block_k = 16, 256
     blocks = triton.cdiv(plan.rows, block_rows) * triton.cdiv(plan.columns, block_k)
-    convert.unpack_rows[(blocks,)](
+    start(
+        kept, convert.unpack_rows, (blocks, 1, 1),
         tile, alpha, None, weight, plan.rows, plan.rows, plan.rows, plan.rows, plan.columns,
         plan.row_size, plan.tile_size, plan.shift,
-        KIND=plan.kind, MIXED=plan.mixed, REPLICAS=plan.replicas, BLOCK_ROWS=block_rows, BLOCK_K=block_k,
+        KIND=plan.kind, MIXED=plan.mixed, REPLICAS=plan.replicas, BLOCK_ROWS=block_rows, BLOCK_K=block_k, TAPS=1,
     )  # fmt: skip
     return weight

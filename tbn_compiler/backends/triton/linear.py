@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tbn_compiler.backends.triton import launches, tuning
-from tbn_compiler.backends.triton.launches import Operands, launch, on_device
+from tbn_compiler.backends.triton.launches import Kept, Operands, launch, on_device
 from tbn_compiler.backends.triton.plan import INDEX_LIMIT, UnsupportedError, WeightPlan, plan_weight
 from tbn_compiler.backends.triton.quantize import quantize
 from tbn_compiler.backends.triton.search import POPCOUNT_TOKENS, Config, Gpu, bucket, linear_candidates
@@ -91,6 +91,7 @@ class Layer:
         epilogue: function behind the layer.
         arithmetic: of float32 products, see :func:`precision`.
         config: how it is run, once that is chosen for good.
+        kept: the kernels compiled for it.
     """
 
     plan: WeightPlan
@@ -99,6 +100,7 @@ class Layer:
     epilogue: str
     arithmetic: str
     config: Config | None = None
+    kept: Kept = dataclasses.field(default_factory=dict)
 
     def __call__(
         self, input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, input_alpha: Tensor | None
@@ -130,6 +132,8 @@ class Layer:
             precision=self.arithmetic,
         )
         config = Config("popcount") if signs else self.config or self._choose(operands)
+        if self.config is not None or signs:
+            operands.kept = self.kept
         launch(config, plan, operands)
         return out
 

@@ -177,8 +177,12 @@ def test_float32_is_not_tf32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ta
 
 
 def test_tf32_where_the_user_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    product = compile_linear(monkeypatch, "sm_90", 256, dtype=torch.float32, kernel="dot")[0]
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        product = compile_linear(monkeypatch, "sm_90", 256, dtype=torch.float32, kernel="dot")[0]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
     assert "tf32" in product.asm["ptx"]
 
 

@@ -37,12 +37,12 @@ def test_one_way_alone() -> None:
 
 
 def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = linear.run
+    run = linear.launch
 
     def spoiled(config: Any, plan: Any, operands: Any) -> None:
         run(config, plan, operands)
         operands.out[0, 0] += 1
 
-    monkeypatch.setattr(linear, "run", spoiled)
+    monkeypatch.setattr(linear, "launch", spoiled)
     with pytest.raises(AssertionError, match=r"(?s)input plain: error .*input rows apart: error"):
         check_variants(Call((64, 104), 4, 4), (3,), {}, CPU)

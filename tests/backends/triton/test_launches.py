@@ -1,0 +1,135 @@
+"""What is kept between the calls of a layer: plans, choices, compiled kernels, counts of programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tbn_compiler.backends.triton import launches, linear, tuning
+from tbn_compiler.backends.triton.search import Config
+from tbn_compiler.packing import pack_bits
+
+
+class Compiled:
+    """A compiled kernel, which notes its launches."""
+
+    launch_metadata = None
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args: self.launches.append((grid, args))
+
+
+class Kernel:
+    """A kernel that compiles to one."""
+
+    arg_names = ("x", "size", "BIAS", "BLOCK")
+
+    def __init__(self) -> None:
+        self.compiled = Compiled()
+        self.calls: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **constants: Any) -> Compiled:
+            self.calls.append(constants)
+            return self.compiled
+
+        return launch
+
+
+def test_a_kept_kernel_is_launched_with_the_constants_behind_its_arguments() -> None:
+    kernel, kept = Kernel(), {}
+    for size in (3, 4):
+        launches.start(kept, kernel, (size, 1, 1), "x", size, BLOCK=8, BIAS=True, num_warps=4)
+    assert kernel.calls == [{"BLOCK": 8, "BIAS": True, "num_warps": 4}]
+    assert kernel.compiled.launches == [((4, 1, 1), ("x", 4, True, 8))]
+    launches.start(None, kernel, (5, 1, 1), "x", 5, BLOCK=8, BIAS=True)
+    assert len(kernel.calls) == 2
+
+
+def test_the_arguments_stand_in_the_order_of_the_kernels() -> None:
+    """A kept kernel gets its arguments by place: those of every launch are all that come before the first constant."""
+    from tbn_compiler.backends.triton.kernels import convert, few_tokens, unpacked
+    from tbn_compiler.backends.triton.kernels import linear as kernels
+
+    for kernel in (
+        *(kernels.linear_dot, kernels.linear_words, few_tokens.linear_limbs, few_tokens.linear_sum),
+        *(few_tokens.linear_popcount, unpacked.linear_gemm, unpacked.copy_rows, convert.unpack_rows),
+    ):
+        constant = [parameter.is_constexpr for parameter in kernel.params]
+        assert constant == sorted(constant), kernel
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Config]]:
+    """The configurations of all launches, which compute nothing; choices are final."""
+    configs: list[Config] = []
+    monkeypatch.setattr(linear, "launch", lambda config, plan, operands: configs.append(config))
+    monkeypatch.setattr(tuning, "settled", lambda device, key: True)
+    launches.forget()
+    yield configs
+    launches.forget()
+
+
+def test_equal_calls_are_prepared_once(launched: list[Config]) -> None:
+    tile, x = pack_bits(torch.randn(16 * 64)), torch.randn(3, 64)
+    args = (torch.ones(1), None, 64, 64, 4)
+    with (
+        mock.patch.object(linear, "plan_weight", wraps=linear.plan_weight) as plan,
+        mock.patch.object(tuning, "choose", wraps=tuning.choose) as choose,
+    ):
+        for _ in range(3):
+            linear.linear(x, tile, *args)
+        assert (plan.call_count, choose.call_count) == (1, 1)
+        linear.linear(torch.randn(3, 64), pack_bits(torch.randn(16 * 64)), *args)  # other tensors of the same form
+        assert (plan.call_count, choose.call_count) == (1, 1)
+        for count, other in enumerate(
+            [
+                (torch.randn(4, 64), {}),
+                (torch.randn(3, 128)[:, :64], {}),
+                (torch.randn(3, 65)[:, 1:], {}),
+                (x.bfloat16(), {}),
+                (x, {"epilogue": "relu"}),
+            ]
+        ):
+            linear.linear(other[0], tile, *args, **other[1])
+            assert plan.call_count == choose.call_count == count + 2
+    assert len(launched) == 9
+
+
+def test_the_users_choice_of_tf32_is_seen(launched: list[Config]) -> None:
+    tile, x = pack_bits(torch.randn(16 * 64)), torch.randn(3, 64)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with mock.patch.object(linear, "plan_weight", wraps=linear.plan_weight) as plan:
+        try:
+            for setting in ("ieee", "tf32", "ieee"):
+                matmul.fp32_precision = setting
+                linear.linear(x, tile, torch.ones(1), None, 64, 64, 4)
+        finally:
+            matmul.fp32_precision = before
+    assert plan.call_count == 2
+
+
+def test_bad_operands_are_refused_every_time(launched: list[Config]) -> None:
+    tile = pack_bits(torch.randn(16 * 64))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="expected 64 input features"):
+            linear.linear(torch.ones(3, 63), tile, torch.ones(1), None, 64, 64, 4)
+    assert launched == []
+
+
+def test_the_number_of_kept_layers_is_bounded(launched: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "KEPT_LAYERS", 2)
+    tile = pack_bits(torch.randn(16 * 64))
+    for tokens in range(1, 8):
+        linear.linear(torch.randn(tokens, 64), tile, torch.ones(1), None, 64, 64, 4)
+    assert max(len(known) for known in launches._prepared) <= 2
