@@ -144,12 +144,31 @@ def microcontrollers(result: Result) -> str:
     return markdown(["784-128-10, p = 4: instructions (flash bytes)", *choices], rows)
 
 
+def gpu_linear(result: Result) -> str:
+    """How much faster tiled linear layers are than cuBLAS, inside a CUDA graph: one row a layer, p and batch."""
+    cases = [case for case in result["cases"].values() if case["part"] == "linear" and "graph_us" in case]
+    dense = {(c["out"], c["in"], c["batch"]): c["graph_us"] for c in cases if c["kind"] == "dense"}
+    tiled = {
+        (c["out"], c["in"], c["batch"], c["p"]): c["graph_us"]
+        for c in cases
+        if c["kind"] == "tiled" and c["out"] >= 4096
+    }
+    batches = sorted({batch for *_, batch, _ in tiled})
+    rows = [
+        [f"linear {m} x {n}, p = {p}"] + [f"{dense[m, n, batch] / tiled[m, n, batch, p]:.1f}x" for batch in batches]
+        for m, n, p in sorted({(m, n, p) for m, n, _, p in tiled})
+    ]
+    header = [f"{result['machine']['gpu']}, bfloat16, against cuBLAS", *(f"batch {batch}" for batch in batches)]
+    return markdown(header, rows)
+
+
 def documents() -> dict[Path, dict[str, Callable[[], str]]]:
     """What is filled in where: texts by their marks, by document."""
     return {
         ROOT / "README.md": {
             "table: speed": lambda: summary(read("cpu"), read("end_to_end")),
             "machine": lambda: machine(read("cpu")),
+            "table: gpu": lambda: gpu_linear(read("gpu")),
             "table: mcu": lambda: microcontrollers(read("mcu")),
         },
         ROOT / "docs" / "cpu.md": {

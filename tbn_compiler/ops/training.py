@@ -405,6 +405,9 @@ def _multiply_backward(
             grad = grad * factor
         product = grad.t() @ input.reshape(-1, input.shape[-1])
         return grad_input, product if few else product.mul_(factor.view(-1, 1))
+    if not wanted[0] and weight.dtype != grad.dtype:
+        # Only its shape and memory format count; cuDNN wants all operands in one dtype.
+        weight = torch.empty_like(weight, dtype=grad.dtype)
     grad_input, grad_weight, _ = convolution_gradients(call, grad, input, weight, [*wanted, False])
     if grad_weight is not None:
         grad_weight.mul_(factor.view(-1, *[1] * (weight.dim() - 1)))

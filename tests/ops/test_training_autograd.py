@@ -85,6 +85,29 @@ def test_autocast(layer: Layer, held: bool, dtype: torch.dtype) -> None:
     assert_equal_gradients(layer, mine, theirs, held, 1, rtol)
 
 
+class OneDtype(TorchDispatchMode):
+    """Refuses convolutions whose operands have different dtypes, as cuDNN does, and the CPU does not."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+            dtypes = {value.dtype for value in args if isinstance(value, Tensor)}
+            assert len(dtypes) == 1, f"{func} of {dtypes}"
+        return func(*args, **(kwargs or {}))
+
+
+@latents
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_convolutions_under_autocast_have_one_dtype(layer: Layer, held: bool, frozen: bool) -> None:
+    """``frozen``: an input that needs no gradient, as a network's first layer has it."""
+    operands, _ = both(layer, held, dtype=torch.float32)
+    operands[0].requires_grad_(not frozen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = run(layer, held, False, *operands)
+    with OneDtype():
+        y.float().sum().backward()
+
+
 @few_layers
 def test_autocast_leaves_float64_and_integers_alone(layer: Layer) -> None:
     mine, theirs = both(layer, True)

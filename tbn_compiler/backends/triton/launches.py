@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -179,6 +179,16 @@ def arrival_counts(device: torch.device, blocks: int) -> Tensor:
     if counts is None or counts.numel() < blocks:
         counts = _counts[key] = torch.zeros(max(blocks, 1024), dtype=torch.int32, device=device)
     return counts
+
+
+@contextlib.contextmanager
+def counts_returned(device: torch.device) -> Iterator[None]:
+    """Take back the counts of graphs that are captured inside the block and gone behind it."""
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    before = _reserves.get(index)
+    yield
+    if before is not None:
+        _reserves[index] = before
 
 
 def launch(config: Config, plan: WeightPlan, operands: Operands) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tbn_compiler.backends.triton import launches, tuning
-from tbn_compiler.backends.triton.launches import Kept, Operands, launch, on_device
+from tbn_compiler.backends.triton.launches import Kept, Operands, counts_returned, launch, on_device
 from tbn_compiler.backends.triton.plan import INDEX_LIMIT, UnsupportedError, WeightPlan, plan_weight
 from tbn_compiler.backends.triton.quantize import quantize
 from tbn_compiler.backends.triton.search import POPCOUNT_TOKENS, Config, Gpu, bucket, linear_candidates
@@ -147,7 +147,8 @@ class Layer:
             f"blocks={plan.replicas} interleaved={plan.interleaved} tokens={tokens} aligned={int(_aligned(x))} "
             f"function={self.epilogue}"
         )
-        config = tuning.choose(x.device, key, candidates, lambda config: launch(config, plan, operands))
+        with counts_returned(x.device):
+            config = tuning.choose(x.device, key, candidates, lambda config: launch(config, plan, operands))
         if tuning.settled(x.device, key):
             self.config = config
         return config

@@ -18,7 +18,7 @@ SUM_TOKENS = 8  # the same where limbs do not serve
 LEFT_TOKENS = 32  # up to here the weight is a tensor core's left operand, which has more rows than there are tokens
 UNPACK_TOKENS = 256  # from here on each weight is expanded for so many blocks of tokens that doing it once may pay
 GEMM_TOKENS = 2048  # from here on writing the copies in the product's own kernel beats the library's product
-LIBRARY_PRODUCTS = 2**26  # multiply-adds: about 1 us of a large GPU's tensor cores at a tenth of their rate
+LIBRARY_PRODUCTS = 2**24  # multiply-adds: fewer are over before two more launches have begun
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,9 @@ def linear_candidates(
     if tokens > 2 * UNPACK_TOKENS:
         # The words are expanded too often: one form of each of the others is left, for memory that is short.
         return [*many, *words[:1], *dots[:1]]
-    return [*few, *words, *many, *dots[: 1 if words else None]][:8]
+    if not words:  # float32 and odd rows: what takes no further memory first
+        return [*few, *dots, *many][:8]
+    return [*few, *words, *many, *dots[:1]][:8]
 
 
 def _many(

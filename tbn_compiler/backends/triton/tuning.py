@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import statistics
 import threading
 import time
 import warnings
@@ -46,9 +47,48 @@ def tuning_file(device_name: str) -> Path:
     return cache_folder() / f"{name}.json"
 
 
+CALLS = 8  # of each replay of the graph that is timed
+REPLAYS = 4  # the first one is not counted
+
+
 def milliseconds(run: Callable[[], object]) -> float:
-    """Median time of ``run`` on the GPU; the second-level cache is flushed before each."""
-    return float(triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median"))
+    """Median time of ``run`` on the GPU, in a CUDA graph, with other lines in the second-level cache.
+
+    Launched by Python, a configuration of several short kernels would be timed by its launches.
+    """
+    if torch.version.hip is not None:  # events in graphs are CUDA's
+        return float(triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median"))
+    device = torch.cuda.current_device()
+    # Read, not written: written lines would go out to memory during the call.
+    other = torch.empty(torch.cuda.get_device_properties(device).L2_cache_size // 2, dtype=torch.int32, device="cuda")
+    sink = torch.empty((), dtype=torch.int64, device="cuda")
+    stream = side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()  # compiles, and lets libraries initialise
+    torch.cuda.current_stream().wait_stream(stream)
+    begin, end = ([torch.cuda.Event(enable_timing=True, external=True) for _ in range(CALLS)] for _ in range(2))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for first, last in zip(begin, end, strict=True):
+            torch.sum(other, 0, dtype=torch.int64, out=sink)
+            first.record()
+            run()
+            last.record()
+    times: list[float] = []
+    for replay in range(REPLAYS):
+        graph.replay()
+        torch.cuda.synchronize()
+        if replay:
+            times += [first.elapsed_time(last) for first, last in zip(begin, end, strict=True)]
+    return statistics.median(times)
+
+
+@functools.cache
+def side_stream(device_index: int) -> torch.cuda.Stream:
+    """The stream that measures: always the same, since libraries take a workspace for each."""
+    return torch.cuda.Stream(device_index)
 
 
 def refused(error: Exception) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -332,3 +333,32 @@ def test_no_synchronisation(call: Call, size: tuple[int, ...], options: dict[str
         layer()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_tuner_measures_the_gpu_and_not_python() -> None:
+    from tbn_compiler.backends.triton import tuning
+
+    x = torch.zeros(2**20, device=CUDA)
+
+    def slow_to_launch() -> None:
+        time.sleep(0.005)
+        x.add_(1)
+
+    assert 0 < tuning.milliseconds(slow_to_launch) < 1
+    assert tuning.milliseconds(lambda: torch.cuda._sleep(20_000_000)) > 2
+
+
+def test_tuning_returns_the_counts_of_its_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that share columns count themselves; what a graph takes for that is free again once it is gone."""
+    from tbn_compiler.backends.triton import tuning
+
+    monkeypatch.setenv("TBN_TRITON_TUNE", "1")
+    tuning.tuner_for.cache_clear()
+    layer = Layer(Call((512, 4096), 4, 4, BF16), (16,), {})
+    layer()
+    used = launches._reserves[torch.cuda.current_device()][1]
+    launches.forget()
+    tuning.tuner_for.cache_clear()
+    layer()
+    assert launches._reserves[torch.cuda.current_device()][1] == used
+    tuning.tuner_for.cache_clear()
