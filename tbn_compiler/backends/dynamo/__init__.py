@@ -28,6 +28,7 @@ from tbn_compiler.backends.dynamo.report import Explanation, GraphReport, LayerR
 from tbn_compiler.backends.dynamo.runner import Runner
 from tbn_compiler.graph.layers import function_kind
 from tbn_compiler.torch_private import compile_by_inductor, compiling_fake_mode, differentiated, static_fakes
+from tbn_compiler.version import __version__
 
 __all__ = ["Explanation", "GraphReport", "LayerReport", "compile_graph", "explain"]
 
@@ -173,4 +174,7 @@ def _compile_again(graph: LoweredGraph, inputs: Sequence[Any], options: Options)
 
 
 def _compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    return compile_by_inductor(gm, example_inputs, options.inductor)
+    # What another version has left in the caches on disk was compiled for other shapes and strides of its operators.
+    tag = f"{torch.compiler.config.cache_key_tag} tbn-compiler {__version__}"
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        return compile_by_inductor(gm, example_inputs, options.inductor)

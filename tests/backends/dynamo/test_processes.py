@@ -57,7 +57,7 @@ print(json.dumps([before, "tbn" in torch.compiler.list_backends(), "tbn_compiler
 
 @pytest.mark.usefixtures("installed")
 def test_second_process_reuses_the_caches(tmp_path: Path) -> None:
-    """Of AOTAutograd, whose entries hold Inductor's: nothing is compiled."""
+    """Of AOTAutograd, whose entries hold Inductor's: nothing is compiled, unless by another version."""
     code = """
 import tbn_compiler as tbn
 from torch._dynamo.utils import counters
@@ -69,6 +69,8 @@ print(json.dumps([same, *(counters["aot_autograd"][f"autograd_cache_{name}"] for
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     assert run(code, **caches) == [True, 1, 0]
     assert run(code, **caches) == [True, 0, 1]
+    another = 'import tbn_compiler.version as v; v.__version__ = "0"\n' + code
+    assert run(another, **caches) == [True, 1, 0]  # what another version has compiled may be of other shapes
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # PyTorch's own
