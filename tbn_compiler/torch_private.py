@@ -136,14 +136,21 @@ def static_fakes(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield [mode.from_tensor(value, static_shapes=True) for value in inputs]
 
 
-def compile_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
+def compile_by_inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], settings: Mapping[str, Any], version: str
+) -> Callable[..., Any]:
     """Compile a graph as ``backend="inductor"`` does, with settings of Inductor for this compilation.
+
+    What another ``version`` has left in the caches on disk is not used: its operators may give other shapes, other
+    strides.
 
     ``torch.compile`` takes what Dynamo can trace, and a backend is called inside of it.
     """
     from torch._inductor.compile_fx import compile_fx  # Inductor loads when used
 
-    compiled = compile_fx(gm, inputs, config_patches=dict(settings) or None)
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=f"{config.cache_key_tag} {version}"):
+        compiled = compile_fx(gm, inputs, config_patches=dict(settings) or None)
     return cast("Callable[..., Any]", compiled)  # the other types are those of ahead-of-time compilation
 
 

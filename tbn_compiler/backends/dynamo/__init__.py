@@ -174,7 +174,4 @@ def _compile_again(graph: LoweredGraph, inputs: Sequence[Any], options: Options)
 
 
 def _compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    # What another version has left in the caches on disk was compiled for other shapes and strides of its operators.
-    tag = f"{torch.compiler.config.cache_key_tag} tbn-compiler {__version__}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
-        return compile_by_inductor(gm, example_inputs, options.inductor)
+    return compile_by_inductor(gm, example_inputs, options.inductor, f"tbn-compiler {__version__}")

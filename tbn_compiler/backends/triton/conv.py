@@ -20,17 +20,16 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from tbn_compiler.backends.triton import decline, tuning
+from tbn_compiler.backends.triton import tuning
 from tbn_compiler.backends.triton.kernels import conv as kernels
 from tbn_compiler.backends.triton.kernels import convert
-from tbn_compiler.backends.triton.launches import on_device
-from tbn_compiler.backends.triton.linear import compute as compute_linear
+from tbn_compiler.backends.triton.launches import Kept, Prepared, prepared, start
 from tbn_compiler.backends.triton.linear import gpu_of, plan_call, precision, tf32_allowed
+from tbn_compiler.backends.triton.linear import prepare as prepare_linear
 from tbn_compiler.backends.triton.plan import INDEX_LIMIT, UnsupportedError, WeightPlan
 from tbn_compiler.backends.triton.quantize import quantize
 from tbn_compiler.backends.triton.search import Config, bucket, conv_candidates, power_of_two
-from tbn_compiler.ops import reference
-from tbn_compiler.ops.calls import OPERATORS, TensorCall, channels_last, make_kernel
+from tbn_compiler.ops.calls import OPERATORS, TensorCall, channels_last
 from tbn_compiler.ops.schemas import CONV_OPS
 
 
@@ -70,9 +69,12 @@ class Geometry:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Operands:
-    """The tensors of one call: ``x [N, C, *sizes]``, ``out [N, M, *sizes]``, the others as for a linear layer."""
+    """The tensors of one call: ``x [N, C, *sizes]``, ``out [N, M, *sizes]``, the others as for a linear layer.
+
+    ``kept`` are compiled kernels of earlier launches with equal sizes, strides and alignments, or ``None``.
+    """
 
     x: Tensor
     tile: Tensor
@@ -82,27 +84,98 @@ class Operands:
     image_scale: Tensor | None
     out: Tensor
     epilogue: str
+    kept: Kept | None = None
 
 
-def compute(call: TensorCall) -> Tensor:
-    """``input [N, C, *sizes] -> [N, M, *sizes]``, or without ``N``, see :mod:`tbn_compiler.ops.schemas`."""
+@dataclasses.dataclass
+class Layer:
+    """What all calls with equal shapes, strides and options have in common.
+
+    Attributes:
+        plan: how the filters are read.
+        geometry: sizes.
+        shape: of the result.
+        memory_format: of the result.
+        activation: number format of the input in the product.
+        epilogue: function behind the layer.
+        config: how it is run, once that is chosen for good.
+        kept: the kernels compiled for it.
+    """
+
+    plan: WeightPlan
+    geometry: Geometry
+    shape: tuple[int, ...]
+    memory_format: torch.memory_format
+    activation: str
+    epilogue: str
+    config: Config | None = None
+    kept: Kept = dataclasses.field(default_factory=dict)
+
+    def __call__(
+        self, input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, input_alpha: Tensor | None
+    ) -> Tensor:
+        """``input [N, C, *sizes] -> [N, M, *sizes]``, or without ``N``."""
+        result = torch.empty(self.shape, dtype=input.dtype, device=input.device, memory_format=self.memory_format)
+        if result.numel() == 0:
+            return result
+        unbatched = input.dim() == len(self.geometry.kernel) + 1
+        x, out = (tensor.unsqueeze(0) if unbatched else tensor for tensor in (input, result))
+        plan = self.plan
+        if plan.sum_inputs > 1:
+            x = x.unflatten(1, (-1, plan.sum_inputs)).sum(2)
+        image_scale = None
+        if self.activation != "float":
+            x, image_scale = quantize_images(x, self.activation)
+        operands = Operands(
+            x=x,
+            tile=tile.view(torch.int32) if plan.kind == "words" else tile.contiguous(),
+            alpha=alpha.contiguous(),
+            bias=None if bias is None else bias.contiguous(),
+            input_alpha=None if input_alpha is None else input_alpha.contiguous(),
+            image_scale=image_scale,
+            out=out,
+            epilogue=self.epilogue,
+        )
+        config = self.config or self._choose(operands)
+        if self.config is not None:
+            operands.kept = self.kept
+        run(config, plan, self.geometry, operands)
+        return result
+
+    def _choose(self, operands: Operands) -> Config:
+        x, out, plan, geometry = operands.x, operands.out, self.plan, self.geometry
+        positions = out.numel() // out.shape[1]
+        format_of_x = format_name(x)
+        candidates = conv_candidates(
+            plan, geometry.computed, geometry.groups, x.shape[1] // geometry.groups, positions, x.dtype,
+            gpu_of(x.device), channels_last=format_of_x == "last" if len(geometry.kernel) > 1 else None,
+        )  # fmt: skip
+        # The names are those of the files that are kept.
+        key = (
+            f"conv {str(x.dtype)[6:]} {plan.kind} {geometry.computed}x{plan.columns} blocks={plan.replicas} "
+            f"of={geometry.per_group} groups={geometry.groups} kernel={geometry.kernel} stride={geometry.stride} "
+            f"padding={geometry.padding} dilation={geometry.dilation} format={format_of_x}-{format_name(out)} "
+            f"positions={bucket(positions)}"
+        )
+        config = tuning.choose(x.device, key, candidates, lambda config: run(config, plan, geometry, operands))
+        if tuning.settled(x.device, key):
+            self.config = config
+        return config
+
+
+def prepare(call: TensorCall) -> Prepared:
+    """What a checked call has in common with others like it.
+
+    Raises:
+        UnsupportedError: no kernel covers it.
+    """
     if _is_linear(call):
         return _as_linear(call)
-    try:
-        plan = _plan(call)
-    except UnsupportedError as reason:
-        decline(f"tbn::{call.kind}: {reason}")
-        return reference.compute(call).contiguous(memory_format=call.output_format())
-    out = call.new_output()
-    if out.numel():
-        unbatched = call.input.dim() == call.dims + 1
-        x, images = (tensor.unsqueeze(0) if unbatched else tensor for tensor in (call.input, out))
-        with on_device(call.input):
-            _run(plan, call, x, images)
-    return out
+    plan = _plan(call)
+    return Layer(plan, Geometry.of(call), call.output_shape(), call.output_format(), call.activation, call.epilogue)
 
 
-conv1d, conv2d, conv3d = (make_kernel(OPERATORS[name], compute) for name in CONV_OPS.values())
+conv1d, conv2d, conv3d = (prepared(OPERATORS[name], prepare) for name in CONV_OPS.values())
 
 
 def _is_linear(call: TensorCall) -> bool:
@@ -121,7 +194,7 @@ def _is_linear(call: TensorCall) -> bool:
     )
 
 
-def _as_linear(call: TensorCall) -> Tensor:
+def _as_linear(call: TensorCall) -> Prepared:
     """``[N, C, *sizes] -> [N, M, *sizes]`` as ``[N, *sizes, C] -> [N, *sizes, M]``, without moving anything."""
     operator = OPERATORS["linear"]
     arguments = {name: call.arguments[name] for name in operator.names if name in call.arguments}
@@ -130,7 +203,12 @@ def _as_linear(call: TensorCall) -> Tensor:
         operator.inputs_argument: call.inputs,
         operator.outputs_argument: call.outputs,
     }
-    return compute_linear(TensorCall(operator, arguments)).movedim(-1, 1)
+    layer = prepare_linear(TensorCall(operator, arguments))
+
+    def compute(input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, input_alpha: Tensor | None) -> Tensor:
+        return layer(input.movedim(1, -1), tile, alpha, bias, input_alpha).movedim(-1, 1)
+
+    return compute
 
 
 def _plan(call: TensorCall) -> WeightPlan:
@@ -158,41 +236,6 @@ def _plan(call: TensorCall) -> WeightPlan:
 
 
 GROUP_LIMIT = 65535  # the second size of a grid
-
-
-def _run(plan: WeightPlan, call: TensorCall, x: Tensor, out: Tensor) -> None:
-    """Compute ``out [N, M, *sizes]`` from ``x [N, C, *sizes]``."""
-    tile, bias, input_alpha, geometry = call.tile, call.bias, call.input_alpha, Geometry.of(call)
-    if plan.sum_inputs > 1:
-        x = x.unflatten(1, (-1, plan.sum_inputs)).sum(2)
-    image_scale = None
-    if call.activation != "float":
-        x, image_scale = quantize_images(x, call.activation)
-    operands = Operands(
-        x=x,
-        tile=tile.view(torch.int32) if plan.kind == "words" else tile.contiguous(),
-        alpha=call.alpha.contiguous(),
-        bias=None if bias is None else bias.contiguous(),
-        input_alpha=None if input_alpha is None else input_alpha.contiguous(),
-        image_scale=image_scale,
-        out=out,
-        epilogue=call.epilogue,
-    )
-    positions = out.numel() // out.shape[1]
-    format_of_x = format_name(x)
-    candidates = conv_candidates(
-        plan, geometry.computed, geometry.groups, x.shape[1] // geometry.groups, positions, x.dtype, gpu_of(x.device),
-        channels_last=format_of_x == "last" if call.dims > 1 else None,
-    )  # fmt: skip
-    # The names are those of the files that are kept.
-    key = (
-        f"conv {str(x.dtype)[6:]} {plan.kind} {geometry.computed}x{plan.columns} blocks={plan.replicas} "
-        f"of={geometry.per_group} groups={geometry.groups} kernel={geometry.kernel} stride={geometry.stride} "
-        f"padding={geometry.padding} dilation={geometry.dilation} format={format_of_x}-{format_name(out)} "
-        f"positions={bucket(positions)}"
-    )
-    choice = tuning.choose(x.device, key, candidates, lambda config: run(config, plan, geometry, operands))
-    run(choice, plan, geometry, operands)
 
 
 def format_name(x: Tensor) -> str:
@@ -279,7 +322,10 @@ def _implicit(config: Config, plan: WeightPlan, geometry: Geometry, operands: Op
     positions = out.numel() // out.shape[1]
     strides = _flat_strides(out)
     assert strides is not None
-    kernels.conv_dot[_blocks(config, geometry, positions)](
+    start(
+        operands.kept,
+        kernels.conv_dot,
+        (*_blocks(config, geometry, positions), 1),
         x,
         operands.tile,
         operands.alpha,
@@ -319,7 +365,10 @@ def _unpacked(config: Config, plan: WeightPlan, geometry: Geometry, operands: Op
     x, strides = operands.x, _flat_strides(out)
     assert strides is not None
     group_channels = x.shape[1] // geometry.groups
-    kernels.conv_unpacked[_blocks(config, geometry, positions)](
+    start(
+        operands.kept,
+        kernels.conv_unpacked,
+        (*_blocks(config, geometry, positions), 1),
         x,
         filters,
         operands.alpha,
@@ -354,7 +403,9 @@ def unpack(plan: WeightPlan, geometry: Geometry, operands: Operands, *, last: bo
     rows, taps = geometry.groups * geometry.computed, math.prod(geometry.kernel)
     filters = operands.x.new_empty((rows, plan.columns))
     block_rows, block_k = 16, 256
-    convert.unpack_rows[(triton.cdiv(rows, block_rows) * triton.cdiv(plan.columns, block_k),)](
+    start(
+        operands.kept, convert.unpack_rows,
+        (triton.cdiv(rows, block_rows) * triton.cdiv(plan.columns, block_k), 1, 1),
         operands.tile, operands.alpha, operands.input_alpha, filters, geometry.computed, geometry.per_group,
         plan.rows, rows, plan.columns, plan.row_size, plan.tile_size, plan.shift,
         KIND=plan.kind, MIXED=plan.mixed, REPLICAS=plan.replicas, BLOCK_ROWS=block_rows, BLOCK_K=block_k,
@@ -412,6 +463,7 @@ def copy_channels(plan: WeightPlan, geometry: Geometry, z: Tensor, operands: Ope
         block_positions = min(max(32, power_of_two(positions)), 1024 if source[2] == 1 else 64)
         block_rows = min(rows, 2048 // block_positions)
     blocks = triton.cdiv(geometry.computed, block_rows) * triton.cdiv(positions, block_positions) * images
+    # The library decides how its result lies in memory: nothing is kept for it.
     convert.copy_channels[blocks, geometry.groups](
         z, operands.alpha, operands.bias, out, geometry.per_group, geometry.computed, positions, plan.rows_per_alpha,
         *source, *target,

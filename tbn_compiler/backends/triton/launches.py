@@ -119,7 +119,8 @@ def prepared(operator: Operator, prepare: Callable[[TensorCall], Prepared]) -> C
             known[key] = found
         if isinstance(found, str):
             decline(found)
-            return reference.compute(operator.bind(args, kwargs))
+            call = operator.bind(args, kwargs)
+            return reference.compute(call).contiguous(memory_format=call.output_format())
         count = len(args)
         tensors: list[Any] = [args[at] if at < count else kwargs.get(name) for name, at in places.items()]
         with on_device(tensors[0]):

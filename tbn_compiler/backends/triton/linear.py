@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbn_compiler.backends.triton import launches, tuning
-from tbn_compiler.backends.triton.launches import Kept, Operands, counts_returned, launch, on_device
+from tbn_compiler.backends.triton import tuning
+from tbn_compiler.backends.triton.launches import Kept, Operands, counts_returned, launch, prepared
 from tbn_compiler.backends.triton.plan import INDEX_LIMIT, UnsupportedError, WeightPlan, plan_weight
 from tbn_compiler.backends.triton.quantize import quantize
 from tbn_compiler.backends.triton.search import POPCOUNT_TOKENS, Config, Gpu, bucket, linear_candidates
@@ -169,15 +168,4 @@ def prepare(call: TensorCall) -> Layer:
     return Layer(plan_call(call), call.outputs, call.activation, call.epilogue, arithmetic)
 
 
-def compute(call: TensorCall) -> Tensor:
-    """``input [..., n] -> [..., m]`` of a checked call that is not kept.
-
-    Raises:
-        UnsupportedError: no kernel covers it.
-    """
-    layer = prepare(call)
-    with on_device(call.input):
-        return layer(call.input, call.tile, call.alpha, call.bias, call.input_alpha)
-
-
-linear: Any = launches.prepared(OPERATORS["linear"], prepare)
+linear = prepared(OPERATORS["linear"], prepare)

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tbn_compiler.backends.triton import launches, linear, tuning
+from tbn_compiler.backends.triton import conv, launches, linear, tuning
 from tbn_compiler.backends.triton.search import Config
 from tbn_compiler.packing import pack_bits
 
@@ -103,6 +103,27 @@ def test_equal_calls_are_prepared_once(launched: list[Config]) -> None:
             linear.linear(other[0], tile, *args, **other[1])
             assert plan.call_count == choose.call_count == count + 2
     assert len(launched) == 9
+
+
+def test_equal_convolutions_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[Config] = []
+    monkeypatch.setattr(conv, "run", lambda config, plan, geometry, operands: configs.append(config))
+    monkeypatch.setattr(tuning, "settled", lambda device, key: True)
+    launches.forget()
+    tile, args = pack_bits(torch.randn(16 * 8 * 9 // 4)), (torch.ones(1), None, 8, 16, (3, 3), 4)
+    with (
+        mock.patch.object(conv, "plan_call", wraps=conv.plan_call) as plan,
+        mock.patch.object(tuning, "choose", wraps=tuning.choose) as choose,
+    ):
+        for _ in range(3):
+            conv.conv2d(torch.randn(2, 8, 7, 6), tile, *args)
+        assert (plan.call_count, choose.call_count) == (1, 1)
+        last = torch.randn(2, 8, 7, 6).to(memory_format=torch.channels_last)
+        for count, (x, options) in enumerate([(last, {}), (last, {"padding": (1, 1)}), (last[:1], {})]):
+            conv.conv2d(x, tile, *args, **options)
+            assert plan.call_count == choose.call_count == count + 2
+    assert len(configs) == 6
+    launches.forget()
 
 
 def test_the_users_choice_of_tf32_is_seen(launched: list[Config]) -> None:

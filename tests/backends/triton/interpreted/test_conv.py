@@ -10,8 +10,8 @@ import torch
 
 import tbn_compiler  # noqa: F401  (registers the operators)
 from tbn_compiler.backends.triton import conv as wrapper
+from tbn_compiler.backends.triton import launches, tuning
 from tbn_compiler.backends.triton import linear as linear_wrapper
-from tbn_compiler.backends.triton import tuning
 from tbn_compiler.backends.triton.conv import conv1d, conv2d, conv3d
 from tbn_compiler.backends.triton.search import Config
 from tbn_compiler.ops import reference
@@ -31,7 +31,8 @@ def _no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(reason: str) -> None:
         raise AssertionError(f"left to the reference: {reason}")
 
-    monkeypatch.setattr(wrapper, "decline", refuse)
+    monkeypatch.setattr(launches, "decline", refuse)
+    launches.forget()
 
 
 @pytest.fixture
@@ -146,8 +147,9 @@ def test_volumes_with_channels_last(monkeypatch: pytest.MonkeyPatch, kernel: str
 def test_single_positions_are_tokens(monkeypatch: pytest.MonkeyPatch, call: Call, options: dict[str, Any]) -> None:
     """A 1 x 1 convolution of channels that lie side by side is a linear layer on the same memory."""
     calls: list[TensorCall] = []
-    compute = wrapper.compute_linear
-    monkeypatch.setattr(wrapper, "compute_linear", lambda call: calls.append(call) or compute(call))
+    prepare = wrapper.prepare_linear
+    monkeypatch.setattr(wrapper, "prepare_linear", lambda call: calls.append(call) or prepare(call))
+    launches.forget()
     x = ((call.input(2, 7, 6) * 8).round() / 8).to(**LAST)
     call.check(conv2d, x, **options, **LAST)
     assert [c.input.shape for c in calls] == [(2, 7, 6, x.shape[1])]
@@ -189,7 +191,7 @@ def test_wide_offsets(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
 
 def test_what_no_kernel_indexes_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str] = []
-    monkeypatch.setattr(wrapper, "decline", reasons.append)
+    monkeypatch.setattr(launches, "decline", reasons.append)
     monkeypatch.setattr(reference, "compute", lambda call: torch.zeros(()))
     call = Call((16, 8, 1, 1), 4, 4)
     call(conv2d, torch.zeros(1).expand(1, 8, 2**16, 2**15))
@@ -208,7 +210,7 @@ def test_float32_in_three_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_keeps_format")
 def test_the_reference_keeps_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wrapper, "decline", lambda reason: None)
+    monkeypatch.setattr(launches, "decline", lambda reason: None)
     call = Call((16, 8, 3, 3), 4, 4)
     assert call(conv2d, call.input(2, 7, 6).double().to(**LAST)).is_contiguous(**LAST)
 
@@ -225,7 +227,7 @@ def test_bad_operands_are_refused() -> None:
 
 def test_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str] = []
-    monkeypatch.setattr(wrapper, "decline", reasons.append)
+    monkeypatch.setattr(launches, "decline", reasons.append)
     call = Call((16, 8, 3, 3), 8, 4)
     x = call.input(2, 7, 6)
     got = call(conv2d, x, p_in=2, activation="int8")
