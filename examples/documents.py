@@ -1,8 +1,25 @@
-"""Markdown tables that are generated into the pages under ``docs``."""
+"""Result files of studies, and the Markdown tables that are generated from them into the pages under ``docs``."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paper.runs import write_atomically
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a result file; one that is not there yet is empty."""
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return results
+
+
+def save(results: Mapping[str, Any], path: Path) -> None:
+    """Write a result file at once, so that a study that is stopped leaves a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(results, indent=1) + "\n")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str]) -> str:

@@ -19,7 +19,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,8 +28,8 @@ import documents
 import torch
 import torch.nn.functional as F
 from example_data import DataError, ImageData, read_mnist, sklearn_digits
-from layouts import Recipe, Results, accuracy, load, mlp, save, standardise
-from torch import nn
+from paper.runs import versions
+from torch import Tensor, nn
 
 import tbn_compiler as tbn
 
@@ -37,6 +37,27 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "latents.json"
 DOCUMENT = ROOT / "docs" / "latents.md"
 EPOCHS = 8
+BATCH_SIZE = 512
+MEAN, STD = 0.1307, 0.3081  # inputs become (x - MEAN) / STD
+
+Results = dict[str, Any]
+
+
+def mlp() -> nn.Module:
+    """784-128-10, without biases."""
+    return nn.Sequential(nn.Linear(784, 128, bias=False), nn.ReLU(), nn.Linear(128, 10, bias=False))
+
+
+def standardise(data: ImageData) -> ImageData:
+    """Images as ``(x - MEAN) / STD``."""
+    return replace(data, train_x=(data.train_x - MEAN) / STD, test_x=(data.test_x - MEAN) / STD)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Percentage of images that are classified right."""
+    right: Tensor = model(x).argmax(1) == y
+    return 100 * right.float().mean().item()
 
 
 def _muon(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -103,12 +124,11 @@ def build(run: Run) -> nn.Module:
 def train(model: nn.Module, data: ImageData, run: Run, epochs: int) -> None:
     """Train in place, with a cosine from the optimiser's learning rate to zero."""
     optimizers = OPTIMIZERS[run.optimizer](model)
-    batch_size = Recipe().batch_size
-    steps = max(1, len(data.train_x) // batch_size)
+    steps = max(1, len(data.train_x) // BATCH_SIZE)
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps) for optimizer in optimizers]
     torch.manual_seed(1000 + run.seed)  # of the order of the images
     for _ in range(epochs):
-        for batch in torch.randperm(len(data.train_x))[: steps * batch_size].split(batch_size):
+        for batch in torch.randperm(len(data.train_x))[: steps * BATCH_SIZE].split(BATCH_SIZE):
             loss = F.cross_entropy(model(data.train_x[batch]), data.train_y[batch])
             model.zero_grad()
             loss.backward()
@@ -149,13 +169,13 @@ def run_all(data: ImageData, results: Results, path: Path, seeds: int, epochs: i
     """
     if results.setdefault("data", data.name) != data.name:
         raise DataError(f"{path} holds results of {results['data']}, not of {data.name}; name another file")
-    results.pop("studies", None)
-    inputs = standardise(data, Recipe())
+    results.setdefault("versions", versions())
+    inputs = standardise(data)
     for run in runs(seeds):
         if run.found(results) is None:
             found = measure(inputs, run, epochs)
             results.setdefault("runs", []).append(found)
-            save(results, path)
+            documents.save(results, path)
             print(
                 f"{run.optimizer:24} p={run.p:<3} {run.title:14} seed {run.seed} {found['accuracy']:6.2f} %", flush=True
             )
@@ -201,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--seeds must be at least 1")
     if options.quick and options.results == RESULTS:
         parser.error("--quick needs --results: its figures do not belong among the real ones")
-    results = load(options.results)
+    results = documents.load(options.results)
     if options.data or options.quick:
         try:
             data = read_mnist(options.data) if options.data else sklearn_digits()

@@ -1,419 +1,275 @@
-"""Tile layouts beyond the paper's, compared on MNIST: the paper's, copies along both axes, and rolled copies.
+"""Tile layouts compared: the paper's, copies along both axes, rolled copies, and copies with Hadamard signs.
 
+    python examples/layouts.py --list                      # every run, and whether its result is there
     python examples/layouts.py --data DIR                  # trains what the result file lacks
-    python examples/layouts.py --table                     # prints what it holds; --docs writes it into docs/layouts.md
-    python examples/layouts.py --plot docs/layouts.png     # accuracy over stored bits (needs matplotlib)
-    python examples/layouts.py --data DIR --look-at-shift  # how far to roll, on held-out training images
+    python examples/layouts.py --data DIR --only text --seeds 1 --workers 2
+    python examples/layouts.py --docs                      # tables and figure of docs/layouts.md (needs matplotlib)
 
-Every network is trained by the same plain loop and measured on the test images after the last epoch and
-``tbn.lower``. Seeds are the outer loop, so that a run that was stopped has about as many seeds of each layout.
+Networks, data and training are those of recipes (``paper.recipes``), shortened; only the layout differs between the
+runs of a task. The result file is written after each run, and the study can be stopped at any time. Seeds are the outer
+loop, so that a study that was stopped has as many seeds of each layout, or one less.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import json
 import math
-import platform
+import multiprocessing
+import os
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any
 
 import documents
 import torch
-import torch.nn.functional as F
-from example_data import DataError, ImageData, read_mnist, sklearn_digits
-from torch import Tensor, nn
-
-import tbn_compiler as tbn
+from example_data import DataError
+from layout_studies import STUDIES, Layout, Study, misfit, quick, summary
+from layout_tables import Results, draw, tables
+from paper.devices import RunError, World
+from paper.recipes import Recipe
+from paper.runs import machine, versions
+from paper.tasks import Task, read_task, synthetic_task
+from paper.training import Files, Trainer, run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "layouts.json"
 DOCUMENT = ROOT / "docs" / "layouts.md"
-HELD_OUT = 10_000
-
-Results = dict[str, Any]
+FIGURE = ROOT / "docs" / "layouts.png"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the copies of a tile fill a weight: ``p`` as in ``TilingConfig``, and whether copies are rolled."""
+class StepClock:
+    """Time of the process between steps. Other processes on the machine change it little."""
 
-    p: int | tuple[int, int]
-    rolled: bool = False
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last = time.process_time()
 
-    @property
-    def copies(self) -> int:
-        """Number of copies: the tiled layers store ``1 / copies`` bits per weight."""
-        return self.p if isinstance(self.p, int) else math.prod(self.p)
+    def on_step(self, trainer: Trainer) -> None:
+        """Stop the time."""
+        now = time.process_time()
+        self.seconds.append(now - self._last)
+        self._last = now
 
-    @property
-    def family(self) -> str:
-        """What the plot marks alike."""
-        if self.copies == 1:
-            return "binary"
-        if isinstance(self.p, tuple):
-            return "two-axis"
-        return "rolled" if self.rolled else "paper"
+    def on_epoch(self, trainer: Trainer, record: Any) -> None:
+        """Nothing; the last step of an epoch takes longer for it, and the median does not see it."""
 
-    @property
-    def title(self) -> str:
-        """What tables and the result file call it."""
-        if isinstance(self.p, tuple):
-            return f"two-axis {self.p[0]} x {self.p[1]}"
-        return self.family
+
+@functools.lru_cache(maxsize=1)
+def load_task(data: str, settings: Recipe) -> Task:
+    """The recipe's data, from a folder or made up."""
+    return synthetic_task(settings) if data == "synthetic" else read_task(Path(data), settings)
 
 
 @dataclass(frozen=True)
-class Study:
-    """One network and the layouts to compare in it.
+class Job:
+    """One run: a study by name, one of its layouts, and the seed of the weights and of every step."""
 
-    Attributes:
-        title: what tables call the network.
-        build: makes the float model.
-        tiled: name pattern of the layers that take the layout; the others are binary.
-        shape: shape of their weights.
-        layouts: what to compare.
-        epochs: passes over the training images.
-    """
+    name: str
+    study: Study
+    layout: Layout
+    seed: int
 
-    title: str
-    build: Callable[[], nn.Module]
-    tiled: str
-    shape: tuple[int, int]
-    layouts: tuple[Layout, ...]
-    epochs: int
+    @property
+    def key(self) -> Results:
+        """What tells its result from others."""
+        return {"task": self.name, "layout": self.layout.title, "p": self.layout.copies, "seed": self.seed}
 
-    def shift(self, layout: Layout) -> int:
-        """Elements by which each further rolled copy moves: an equal part of the tile plus one of the row.
-
-        Parts of the tile alone (``q / p``) are whole rows here, which would only permute the rows.
-        """
-        rows, row_size = self.shape
-        return rows * row_size // layout.copies**2 + row_size // layout.copies
-
-    def config(self, layout: Layout, shift: int | None = None) -> tbn.TilingConfig:
-        """Tile the study's layers, with one scale per copy along the output, and make all others binary.
-
-        One scale per copy on both axes would give up the saving in arithmetic of the two-axis layouts.
-        """
-        options: dict[str, Any] = {"p": layout.p}
-        if layout.rolled:
-            options |= {"replicate": "roll", "shift": shift or self.shift(layout)}
-        return tbn.TilingConfig(p=1, alpha="output", min_size=0, overrides={self.tiled: options})
+    def __str__(self) -> str:
+        return f"{self.name:7} p={self.layout.copies:<3} {self.layout.title:15} seed {self.seed}"
 
 
-def mlp() -> nn.Module:
-    """784-128-10, without biases."""
-    return nn.Sequential(nn.Linear(784, 128, bias=False), nn.ReLU(), nn.Linear(128, 10, bias=False))
-
-
-def deep_mlp() -> nn.Module:
-    """784-256-256-256-10 with batch-norm."""
-    layers: list[nn.Module] = []
-    for inputs in (784, 256, 256):
-        layers += [nn.Linear(inputs, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(256, 10, bias=False))
-
-
-_BINARY = Layout(1)
-
-STUDIES = {
-    "mlp": Study(
-        "784-128-10, first layer tiled",
-        mlp,
-        tiled="0",
-        shape=(128, 784),
-        layouts=(
-            _BINARY,
-            *(Layout(4), Layout((2, 2)), Layout(4, rolled=True)),
-            *(Layout(8), Layout((4, 2)), Layout((2, 4)), Layout(8, rolled=True)),
-            *(Layout(16), Layout((4, 4)), Layout(16, rolled=True)),
-        ),
-        epochs=12,
-    ),
-    "deep_mlp": Study(
-        "784-256-256-256-10 with batch-norm, two middle layers tiled",
-        deep_mlp,
-        tiled="[36]",
-        shape=(256, 256),
-        layouts=(
-            _BINARY,
-            *(Layout(8), Layout((4, 2)), Layout(8, rolled=True)),
-            *(Layout(32), Layout((4, 8)), Layout(32, rolled=True)),
-        ),
-        epochs=8,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The training loop's settings, the same for every network: Adam, and a cosine from ``lr`` to zero."""
-
-    batch_size: int = 512
-    lr: float = 2e-3
-    mean: float = 0.1307  # inputs become (x - mean) / std
-    std: float = 0.3081
-
-
-def standardise(data: ImageData, recipe: Recipe) -> ImageData:
-    """Images as ``(x - mean) / std``."""
-    train_x, test_x = ((x - recipe.mean) / recipe.std for x in (data.train_x, data.test_x))
-    return dataclasses.replace(data, train_x=train_x, test_x=test_x)
-
-
-def train(model: nn.Module, data: ImageData, recipe: Recipe, epochs: int) -> None:
-    """Train in place."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True)
-    steps_per_epoch = max(1, len(data.train_x) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)
-    model.train()
-    for _ in range(epochs):
-        order = torch.randperm(len(data.train_x))
-        for batch in order[: steps_per_epoch * recipe.batch_size].split(recipe.batch_size):
-            loss = F.cross_entropy(model(data.train_x[batch]), data.train_y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Percentage of images that are classified right."""
-    right: Tensor = model(x).argmax(1) == y
-    return 100 * right.float().mean().item()
-
-
-def measure(
-    data: ImageData, study: Study, layout: Layout, recipe: Recipe, seed: int, shift: int | None = None
-) -> Results:
-    """Train one network, lower it and measure it.
-
-    Args:
-        data: standardised images.
-        study: the network.
-        layout: that of its tiled layers.
-        recipe: how to train.
-        seed: of the initial weights and the order of the images.
-        shift: for a rolled layout, instead of the study's.
-
-    Returns:
-        Accuracies in percent after the last epoch, and the stored bits and multiply-adds of the tiled layers.
-    """
-    torch.manual_seed(seed)
-    config = study.config(layout, shift)
-    qat = tbn.transform(study.build(), config)
-    train(qat, data, recipe, study.epochs)
-    packed = tbn.lower(qat)
-    tiled = [row for row in tbn.summary(packed).layers if row.shape == study.shape]
-    return {
-        "layout": layout.title,
-        "p": layout.copies,
-        "shift": config.for_layer(tiled[0].name).shift if layout.rolled else None,
-        "seed": seed,
-        "epochs": study.epochs,
-        "batch_size": recipe.batch_size,
-        "lr": recipe.lr,
-        "accuracy": round(accuracy(packed, data.test_x, data.test_y), 2),
-        "train_accuracy": round(accuracy(packed, data.train_x, data.train_y), 2),
-        "tiled_weights": sum(row.weights for row in tiled),
-        "stored_bits": sum(row.stored_bits for row in tiled),
-        "alphas": sum(row.alphas or 0 for row in tiled),
-        "macs": sum(row.macs_tiled or 0 for row in tiled),
+def train(job: Job, data: str) -> tuple[Results, Results]:
+    """Train, lower and measure one network; returns what the task's runs have in common, and the run's result."""
+    study, layout = job.study, job.layout
+    task = load_task(data, study.settings)
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as folder:
+        files = Files(Path(folder), seconds=math.inf)
+        document = run(task, study.options(layout, job.seed), World(), files, observer=clock)
+    header, result = document["header"], document["result"]
+    rows = [row for row in summary(study, layout, task).layers if row.tiled]  # without embeddings
+    weights = sum(row.weights for row in rows)
+    common = {
+        "recipe": study.recipe,
+        "settings": header["settings"],
+        "tiling": dict(study.tiling),
+        "data": header["data"],
+        "metric": result["metric"],
+        "steps": header["steps_per_epoch"] * result["epochs"],
+    }
+    return json.loads(json.dumps(common)), {  # as it is read again
+        **job.key,
+        "score": result["lowered" if layout.copies else "trained"][result["metric"]],
+        "loss": document["epochs"][-1]["loss"],
+        "weights": weights,
+        "stored_bits": sum(row.stored_bits for row in rows) if layout.copies else 32 * weights,
+        "alphas": result["alphas"],
+        "bytes": result["tensor_bytes"],
+        "macs": sum((row.macs_tiled if layout.copies else row.macs) or 0 for row in rows),
+        "step_ms": round(1000 * median(clock.seconds), 3),
+        "parameters_sha256": result["parameters_sha256"],
+        "machine": {**machine(torch.device("cpu")), **versions()},
     }
 
 
-def find(results: Results, name: str, study: Study, layout: Layout) -> list[Results]:
-    """The runs of one layout, trained for as many epochs as the study says, by seed."""
-    wanted = (layout.title, layout.copies, study.epochs)
-    runs = [run for run in results["studies"].get(name, []) if (run["layout"], run["p"], run["epochs"]) == wanted]
-    return sorted(runs, key=lambda run: run["seed"])
+def attempt(job: Job, data: str) -> tuple[Results, Results] | RunError:
+    """What :func:`train` returns, or why the run has no result: one that diverges does not end the study."""
+    try:
+        return train(job, data)
+    except RunError as error:
+        return error
 
 
-def missing(results: Results, studies: Mapping[str, Study], seeds: int) -> Iterator[tuple[str, Layout, int]]:
-    """What is to be trained still: study, layout and seed."""
+def jobs(studies: Mapping[str, Study], seeds: int) -> Iterator[Job]:
+    """Every run, seed by seed."""
     for seed in range(seeds):
         for name, study in studies.items():
             for layout in study.layouts:
-                if all(run["seed"] != seed for run in find(results, name, study, layout)):
-                    yield name, layout, seed
+                yield Job(name, study, layout, seed)
 
 
-def run_all(data: ImageData, results: Results, path: Path, studies: Mapping[str, Study], seeds: int) -> None:
-    """Train what ``results`` lacks; the file is written after each network.
+def missing(results: Results, studies: Mapping[str, Study], seeds: int) -> Iterator[Job]:
+    """What can be trained and has no result yet."""
+    known = {tuple(run[name] for name in ("task", "layout", "p", "seed")) for run in results.get("runs", [])}
+    for job in jobs(studies, seeds):
+        if tuple(job.key.values()) not in known and not misfit(job.study, job.layout):
+            yield job
+
+
+def keep(results: Results, job: Job, common: Results, result: Results) -> None:
+    """Put a result among the others.
 
     Raises:
-        DataError: ``results`` are of other images.
+        DataError: those of its task are of other data or settings.
     """
-    if results.setdefault("data", data.name) != data.name:
-        raise DataError(f"{path} holds results of {results['data']}, not of {data.name}; name another file")
-    save(results, path)
-    recipe = Recipe()
-    inputs = standardise(data, recipe)
-    for name, layout, seed in list(missing(results, studies, seeds)):
-        start = time.perf_counter()
-        run = measure(inputs, studies[name], layout, recipe, seed)
-        seconds = time.perf_counter() - start
-        results["studies"].setdefault(name, []).append(run)
-        save(results, path)
-        print(f"{name:9} p={run['p']:<3} {run['layout']:15} seed {seed} {run['accuracy']:6.2f} % {seconds:6.1f} s")
+    before = results.setdefault("tasks", {}).setdefault(job.name, common)
+    differing = [name for name in common if before.get(name) != common[name]]
+    if differing:
+        raise DataError(f"the file holds results of {job.name} with another {differing[0]}; name another file")
+    machines = results.setdefault("machines", [])
+    if result["machine"] not in machines:
+        machines.append(result["machine"])
+    results.setdefault("runs", []).append({**result, "machine": machines.index(result["machine"])})
 
 
-def look_at_shift(data: ImageData, results: Results, path: Path) -> None:
-    """One seed of the first study at p = 8: the paper's layout, and rolled by 1, ``q / p`` and the study's shift."""
-    recipe, study, rolled = Recipe(), STUDIES["mlp"], Layout(8, rolled=True)
-    inputs = standardise(data.hold_out(HELD_OUT), recipe)
-    part = math.prod(study.shape) // rolled.copies**2
-    runs = [measure(inputs, study, Layout(8), recipe, seed=0)]
-    runs += [measure(inputs, study, rolled, recipe, seed=0, shift=shift) for shift in (1, part, study.shift(rolled))]
-    results["shifts"] = runs
-    save(results, path)
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
-def load(path: Path) -> Results:
-    """Read the result file, or begin one."""
-    if path.exists():
-        results: Results = json.loads(path.read_text(encoding="utf-8"))
-        return results
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-    return {"versions": versions, "studies": {}}
+def _start_worker(threads: int) -> None:
+    """A worker ends when the study does, however that ended."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def save(results: Results, path: Path) -> None:
-    """Write the result file at once, so that a stopped run leaves a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+def _finished(
+    todo: Sequence[Job], data: str, workers: int, threads: int
+) -> Iterator[tuple[Job, tuple[Results, Results] | RunError]]:
+    """The jobs with what became of them, one after another or several at a time."""
+    if workers == 1:
+        for job in todo:
+            yield job, attempt(job, data)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (threads,)) as pool:
+        futures = {pool.submit(attempt, job, data): job for job in todo}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def tables(results: Results, studies: Mapping[str, Study] = STUDIES) -> dict[str, str]:
-    """A Markdown table for each study, and one for the look at the shift, by name.
+def run_all(path: Path, studies: Mapping[str, Study], seeds: int, data: str, workers: int, threads: int) -> int:
+    """Train what the file lacks, and write it after each run; returns how many runs have no result.
 
-    Bits and multiply-adds are those of the tiled layers. "over paper" subtracts the accuracy of the paper's layout
-    with as many copies, seed by seed.
+    Raises:
+        DataError: the data cannot be read, or the file is of others.
     """
-    header = ["p", "layout", "accuracy %", "range", "over paper", "range", "seeds", "bits/weight", "multiply-adds"]
-    made = {}
-    for name, study in studies.items():
-        rows = [_cells(results, name, study, layout) for layout in study.layouts]
-        made[name] = documents.markdown(header, [row for row in rows if row], left=["layout"])
-    shifts = [[run["layout"], str(run["shift"] or ""), f"{run['accuracy']:.2f}"] for run in results.get("shifts", [])]
-    return made | {"shifts": documents.markdown(["layout", "shift", "validation accuracy %"], shifts, ["layout"])}
+    results = documents.load(path)
+    todo, failed = list(missing(results, studies, seeds)), 0
+    for count, (job, found) in enumerate(_finished(todo, data, workers, threads), 1):
+        if isinstance(found, RunError):
+            failed += 1
+            print(f"{count} of {len(todo)}: {job} failed: {found}", file=sys.stderr, flush=True)
+            continue
+        common, result = found
+        keep(results, job, common, result)
+        documents.save(results, path)
+        score = f"{common['metric'].replace('_', ' ')} {result['score']:.{job.study.digits}f}"
+        print(f"{count} of {len(todo)}: {job} {score}  {result['step_ms']:.1f} ms a step", flush=True)
+    return failed
 
 
-def _cells(results: Results, name: str, study: Study, layout: Layout) -> list[str]:
-    runs = find(results, name, study, layout)
-    if not runs:
-        return []
-    paper = {run["seed"]: run["accuracy"] for run in find(results, name, study, Layout(layout.copies))}
-    scores = [run["accuracy"] for run in runs]
-    gains = [run["accuracy"] - paper[run["seed"]] for run in runs if run["seed"] in paper]
-    compared = ["", ""]
-    if gains and layout.family != "paper" and layout.copies > 1:
-        compared = [f"{mean(gains):+.2f}", f"{min(gains):+.2f} to {max(gains):+.2f}"]
-    return [
-        str(layout.copies),
-        layout.title,
-        f"{mean(scores):.2f}",
-        f"{min(scores):.2f} to {max(scores):.2f}",
-        *compared,
-        str(len(runs)),
-        f"{runs[0]['stored_bits'] / runs[0]['tiled_weights']:.4f}",
-        f"{runs[0]['macs']:,}",
-    ]
+def show(results: Results, studies: Mapping[str, Study], seeds: int) -> None:
+    """Print every run and what became of it."""
+    waiting = set(missing(results, studies, seeds))
+    for job in jobs(studies, seeds):
+        short = misfit(job.study, job.layout)
+        state = "to be trained" if job in waiting else "impossible" if short else "there"
+        print(f"{job} {state}{''.join(f', {name} takes {copies}' for name, copies in short.items())}")
 
 
-def fill(document: str, results: Results) -> str:
-    """``document`` with its tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, replaced."""
-    return documents.fill(document, tables(results))
-
-
-# Families of layouts in the plot, and the factors that keep points of equal bits apart.
-_OFFSETS = {"binary": 1.0, "paper": 1.0, "two-axis": 0.94, "rolled": 1.06}
-
-
-def plot(results: Results, path: Path, studies: Mapping[str, Study] = STUDIES) -> None:
-    """Draw accuracy over stored bits: the mean of the seeds, and a bar from the lowest to the highest."""
-    from matplotlib.figure import Figure  # only plotting needs it
-
-    figure = Figure(figsize=(5 * len(studies), 3.6), layout="constrained")
-    for axes, (name, study) in zip(figure.subplots(1, len(studies)), studies.items(), strict=True):
-        for marker, (family, offset) in zip("Dos^", _OFFSETS.items(), strict=True):
-            found = [find(results, name, study, layout) for layout in study.layouts if layout.family == family]
-            points = [(runs[0]["stored_bits"] * offset, *_spread(runs)) for runs in found if runs]
-            if points:
-                bits, scores, below, above = zip(*points, strict=True)
-                axes.errorbar(bits, scores, yerr=(below, above), fmt=marker, capsize=3, label=family)
-        axes.set_xscale("log", base=2)
-        axes.set_title(study.title, fontsize=9)
-        axes.set(xlabel="stored bits of the tiled layers", ylabel="test accuracy %")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=90)
-
-
-def _spread(runs: Sequence[Results]) -> tuple[float, float, float]:
-    """Mean of the accuracies, and how far the lowest and the highest lie from it."""
-    scores = [run["accuracy"] for run in runs]
-    return mean(scores), mean(scores) - min(scores), max(scores) - mean(scores)
+def _number(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the example; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the idx files of MNIST")
+    """Run the study; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="layouts.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", metavar="DIR", help="folder with the data sets, as train.py takes it, or 'synthetic'")
     parser.add_argument("--results", type=Path, metavar="FILE", default=RESULTS, help="result file to read and extend")
-    parser.add_argument("--seeds", type=int, default=5, help="number of runs of each network (default: %(default)s)")
-    parser.add_argument("--look-at-shift", action="store_true", help="only compare how far to roll")
-    parser.add_argument("--quick", action="store_true", help="a trial: 1 epoch on 1,024 images, digits without --data")
-    parser.add_argument("--table", action="store_true", help="print the results as Markdown tables")
-    parser.add_argument("--docs", action="store_true", help="write those tables to docs/layouts.md")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over stored bits")
+    parser.add_argument("--only", choices=STUDIES, action="append", metavar="TASK", help="one task; may be repeated")
+    parser.add_argument(
+        "--seeds", type=_number, default=5, help="number of runs of each network (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=_number, default=1, help="processes that train (default: %(default)s)")
+    parser.add_argument("--threads", type=_number, default=1, help="threads of each; results depend on it (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="a trial: two steps for each run")
+    parser.add_argument("--list", action="store_true", help="print all runs and end")
+    parser.add_argument("--docs", action="store_true", help="write tables and figure of docs/layouts.md")
     options = parser.parse_args(arguments)
-    if options.seeds < 1:
-        parser.error("--seeds must be at least 1")
-    if options.look_at_shift and not options.data:
-        parser.error("--look-at-shift needs --data")
     if options.quick and options.results == RESULTS:
         parser.error("--quick needs --results: its figures do not belong among the real ones")
-    results = load(options.results)
-    studies = STUDIES
+    studies = {name: study for name, study in STUDIES.items() if name in (options.only or STUDIES)}
     if options.quick:
-        studies = {name: dataclasses.replace(study, epochs=1) for name, study in STUDIES.items()}
-    if options.data or options.quick:
+        studies = {name: quick(study) for name, study in studies.items()}
+    if options.list:
+        show(documents.load(options.results), studies, options.seeds)
+        return 0
+    torch.set_num_threads(options.threads)
+    if options.data:
         try:
-            data = read_mnist(options.data) if options.data else sklearn_digits()
-            if options.quick:
-                data = data.head(1024, 256)
-            if options.look_at_shift:
-                look_at_shift(data, results, options.results)
-            else:
-                run_all(data, results, options.results, studies, options.seeds)
+            how = (options.data, options.workers, options.threads)
+            if run_all(options.results, studies, options.seeds, *how):
+                return 1
         except DataError as error:
-            print(f"layouts: {error}", file=sys.stderr)
+            print(f"layouts.py: {error}", file=sys.stderr)
             return 1
-    if (options.table or options.docs or options.plot) and next(missing(results, studies, seeds=1), None):
-        print(f"layouts: {options.results} does not hold every layout yet; train with --data", file=sys.stderr)
-        return 1
-    if options.table:
-        for name, table in tables(results, studies).items():
-            title = STUDIES[name].title if name in STUDIES else "how far to roll"
-            print(f"{title}:\n\n{table}\n")
     if options.docs:
-        DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), results), encoding="utf-8")
-    if options.plot:
-        plot(results, options.plot, studies)
+        results = documents.load(options.results)
+        filled = documents.fill(DOCUMENT.read_text(encoding="utf-8"), tables(results, STUDIES))
+        DOCUMENT.write_text(filled, encoding="utf-8")
+        draw(results, STUDIES, FIGURE)
     return 0
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
     sys.exit(main())

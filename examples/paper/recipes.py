@@ -332,4 +332,18 @@ RECIPES: dict[str, Recipe] = {
         min_size=16_000,
         note="not in the paper; all chosen here",
     ),
+    "char-gpt-64": Recipe(
+        network="gpt-64",
+        data="tinyshakespeare",
+        epochs=2,
+        batch_size=32,
+        optimizer="adamw",
+        lr=1e-2,
+        weight_decay=0.01,
+        schedule="cosine",
+        length=64,
+        eval_batch_size=64,
+        min_size=4_096,
+        note="half the channels and a short schedule, for comparisons; not in the paper, all chosen here",
+    ),
 }

@@ -60,6 +60,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "series-512": functools.partial(transformers.TimeSeriesTransformer, dim=512),
     "mlp": MnistMLP,
     "gpt": language.CharGPT,
+    "gpt-64": functools.partial(language.CharGPT, dim=64),
 }
 
 

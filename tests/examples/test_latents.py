@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import documents
 import latents
 from example_data import sklearn_digits
-from layouts import load
 
 
 def test_forms_of_a_seed_start_as_one_network() -> None:
@@ -59,7 +58,7 @@ def test_refuses_what_would_spoil_results(arguments: list[str]) -> None:
 
 
 def test_page_shows_the_result_file() -> None:
-    results: Any = load(latents.RESULTS)
+    results: Any = documents.load(latents.RESULTS)
     text = latents.DOCUMENT.read_text(encoding="utf-8")
     assert documents.fill(text, {"latents": latents.table(results)}) == text
     assert len(results["runs"]) == sum(1 for _ in latents.runs(3))
