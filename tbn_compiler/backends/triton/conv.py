@@ -9,14 +9,12 @@ A convolution of single positions in the ``channels_last`` format is a linear la
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -155,10 +153,11 @@ class Layer:
             f"conv {str(x.dtype)[6:]} {plan.kind} {geometry.computed}x{plan.columns} blocks={plan.replicas} "
             f"of={geometry.per_group} groups={geometry.groups} kernel={geometry.kernel} stride={geometry.stride} "
             f"padding={geometry.padding} dilation={geometry.dilation} format={format_of_x}-{format_name(out)} "
-            f"positions={bucket(positions)}"
+            f"positions={bucket(positions)} mixed={int(plan.mixed)} function={self.epilogue} "
+            f"precision={precision(x.dtype, x.device)}"
         )
         config = tuning.choose(x.device, key, candidates, lambda config: run(config, plan, geometry, operands))
-        if tuning.settled(x.device, key):
+        if tuning.settled(x.device, key, candidates):
             self.config = config
         return config
 
@@ -416,16 +415,16 @@ def unpack(plan: WeightPlan, geometry: Geometry, operands: Operands, *, last: bo
     return filters.view(rows, -1, *geometry.kernel)
 
 
-@contextlib.contextmanager
-def _float32_as_asked() -> Iterator[None]:
-    """True float32 in the library's convolution, unless the user allows tf32: cuDNN's own default allows it."""
-    setting: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    setting.fp32_precision = "tf32" if tf32_allowed() else "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
+def _convolve(x: Tensor, filters: Tensor, geometry: Geometry) -> Tensor:
+    """The library's convolution; true float32 unless the user allows tf32: cuDNN's own default allows it."""
+    cudnn = torch.backends.cudnn
+    result: Tensor = torch.ops.aten._convolution.default(
+        x, filters, None, geometry.stride, geometry.padding, geometry.dilation, False,
+        [0] * len(geometry.kernel), geometry.groups,
+        cudnn.benchmark, cudnn.deterministic or torch.are_deterministic_algorithms_enabled(), cudnn.enabled,
+        tf32_allowed(),
+    )  # fmt: skip
+    return result
 
 
 def _library(plan: WeightPlan, geometry: Geometry, operands: Operands, *, copied: bool) -> None:
@@ -435,10 +434,7 @@ def _library(plan: WeightPlan, geometry: Geometry, operands: Operands, *, copied
         x = x.contiguous(memory_format=last)
     # The library takes filters in the format of the input; it would copy others.
     filters = unpack(plan, geometry, operands, last=last is not None and format_name(x) == "last")
-    conv = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel) - 1]
-    exact = x.dtype == torch.float32 and x.is_cuda
-    with _float32_as_asked() if exact else contextlib.nullcontext():
-        z = conv(x, filters, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    z = _convolve(x, filters, geometry)
     copy_channels(plan, geometry, z, operands)
 
 

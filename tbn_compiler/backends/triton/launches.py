@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -62,6 +64,8 @@ Kept = dict[Any, tuple[Any, tuple[Any, ...]]]
 
 def start(kept: Kept | None, kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
     """Launch a kernel; one that was kept is found without looking at the arguments again.
+
+    A layer launches each kernel with one set of constants, so that the kernel alone tells what was kept.
 
     Args:
         kept: of launches whose arguments differ in the values and places of tensors only.
@@ -130,7 +134,10 @@ def prepared(operator: Operator, prepare: Callable[[TensorCall], Prepared]) -> C
 
 
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """What a prepared call may depend on: everything but the values of tensors and where they lie."""
+    """What a prepared call may depend on: everything but the values of tensors and where they lie.
+
+    One flat tuple is not ambiguous: where it has a dtype, five parts belong to a tensor, and names stand before values.
+    """
     parts: list[Any] = []
     for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
@@ -154,42 +161,65 @@ def on_device(tensor: Tensor) -> Any:
 # Counts of programs that have arrived, zero between launches: one tensor for each stream, since the launches of a
 # stream follow one another, and a part of a reserve for each launch in a graph, which may run beside them.
 _RESERVE = 2**18
+_MEASURED = 2**14
+_lock = threading.Lock()
 _counts: dict[tuple[int, int], Tensor] = {}
-_reserves: dict[int, tuple[Tensor, int]] = {}
+_reserves: dict[int, Tensor] = {}
+_reserved: dict[int, int] = {}
+_measuring = threading.local()
+
+
+def _lasting_zeros(index: int, count: int) -> Tensor:
+    """Zeros that outlive every graph: made by another thread, whose memory no capture takes for its pool."""
+
+    def make() -> Tensor:
+        zeros = torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", index))
+        torch.cuda.current_stream(index).synchronize()  # they are used on any stream
+        return zeros
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(make).result()
 
 
 def arrival_counts(device: torch.device, blocks: int) -> Tensor:
     """``blocks`` zeros (``int32``) that no other launch uses at the same time, and that the launch leaves as zeros."""
     if device.type != "cuda":
         return torch.zeros(blocks, dtype=torch.int32, device=device)
-    blocks = (
-        -(-blocks // 4) * 4
-    )  # parts begin at 16 bytes: no kernel is compiled for other ones while a graph is captured
+    blocks = -(-blocks // 4) * 4  # parts begin at 16 bytes: no other kernel has to be compiled during a capture
+    own: Tensor | None = getattr(_measuring, "counts", None)
+    if own is not None and blocks <= own.numel():
+        return own[:blocks]
     index = torch.cuda.current_device() if device.index is None else device.index
-    if torch.cuda.is_current_stream_capturing():
-        reserve, used = _reserves.get(index, (None, 0))
-        if reserve is None or used + blocks > _RESERVE:
-            return torch.zeros(blocks, dtype=torch.int32, device=device)
-        _reserves[index] = reserve, used + blocks
-        return reserve[used : used + blocks]
-    if index not in _reserves:
-        _reserves[index] = torch.zeros(_RESERVE, dtype=torch.int32, device=device), 0
-        torch.cuda.current_stream(device).synchronize()  # graphs may run on any stream
-    key = index, torch.cuda.current_stream(device).cuda_stream
-    counts = _counts.get(key)
-    if counts is None or counts.numel() < blocks:
-        counts = _counts[key] = torch.zeros(max(blocks, 1024), dtype=torch.int32, device=device)
-    return counts
+    capturing = torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with _lock:
+        if capturing:
+            used = _reserved.get(index, _RESERVE)  # nothing can be allocated for good during a capture
+            if used + blocks <= _RESERVE:
+                _reserved[index] = used + blocks
+                return _reserves[index][used : used + blocks]
+        else:
+            if index not in _reserves:
+                _reserves[index], _reserved[index] = _lasting_zeros(index, _RESERVE), 0
+            counts = _counts.get((index, stream))
+            if counts is None or counts.numel() < blocks:
+                counts = _counts[index, stream] = _lasting_zeros(index, max(blocks, 1024))
+            return counts
+    return torch.zeros(blocks, dtype=torch.int32, device=device)  # by each replay of the graph
 
 
 @contextlib.contextmanager
-def counts_returned(device: torch.device) -> Iterator[None]:
-    """Take back the counts of graphs that are captured inside the block and gone behind it."""
-    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
-    before = _reserves.get(index)
-    yield
-    if before is not None:
-        _reserves[index] = before
+def measured(device: torch.device) -> Iterator[None]:
+    """Launches of this thread inside the block follow one another: they share counts of their own."""
+    if device.type != "cuda":
+        yield
+        return
+    _measuring.counts = torch.zeros(_MEASURED, dtype=torch.int32, device=device)
+    torch.cuda.current_stream(device).synchronize()
+    try:
+        yield
+    finally:
+        _measuring.counts = None
 
 
 def launch(config: Config, plan: WeightPlan, operands: Operands) -> None:

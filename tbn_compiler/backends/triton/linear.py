@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from tbn_compiler.backends.triton import tuning
-from tbn_compiler.backends.triton.launches import Kept, Operands, counts_returned, launch, prepared
+from tbn_compiler.backends.triton.launches import Kept, Operands, launch, measured, prepared
 from tbn_compiler.backends.triton.plan import INDEX_LIMIT, UnsupportedError, WeightPlan, plan_weight
 from tbn_compiler.backends.triton.quantize import quantize
 from tbn_compiler.backends.triton.search import POPCOUNT_TOKENS, Config, Gpu, bucket, linear_candidates
@@ -144,18 +145,19 @@ class Layer:
         key = (
             f"linear {str(x.dtype)[6:]} {plan.kind} {plan.rows}x{plan.columns} copies={plan.repeats} "
             f"blocks={plan.replicas} interleaved={plan.interleaved} tokens={tokens} aligned={int(_aligned(x))} "
-            f"function={self.epilogue}"
+            f"function={self.epilogue} precision={self.arithmetic}"
         )
-        with counts_returned(x.device):
+        with measured(x.device) if tuning.would_measure(x.device, key, candidates) else nullcontext():
             config = tuning.choose(x.device, key, candidates, lambda config: launch(config, plan, operands))
-        if tuning.settled(x.device, key):
+        if tuning.settled(x.device, key, candidates):
             self.config = config
         return config
 
 
 def _aligned(x: Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes, as bulk copies need."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    """Whether rows are apart and begin at multiples of 16 bytes, as bulk copies need."""
+    apart = x.shape[0] == 1 or x.stride(0) >= x.shape[1]
+    return apart and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def prepare(call: TensorCall) -> Layer:

@@ -10,7 +10,8 @@ from tbn_compiler.backends.triton.kernels import convert
 from tbn_compiler.backends.triton.search import power_of_two
 from tbn_compiler.ops.schemas import INT8_TINY
 
-# A program reads larger tokens (images) too slowly. Sizes alone decide, so that a result does not depend on the batch.
+# A program reads larger tokens (images) too slowly. Their size alone decides: an int8 result does not depend on the
+# batch.
 ONE_PROGRAM = 16384
 PART = 4096
 MAX_PARTS = 256  # each program of the second kernel reads what the first has found in all parts

@@ -157,7 +157,8 @@ def _fill(configs: list[Config], plan: WeightPlan, tokens: int, processors: int)
 def _few(plan: WeightPlan, tokens: int, dtype: torch.dtype, gpu: Gpu, aligned: bool) -> Iterator[Config]:
     """Without tensor cores: 8 rows a program, more where there are so many that every processor has several."""
     rows = (16, 8) if plan.rows >= 16 * 2 * gpu.processors else (8, 4)
-    limbs = plan.whole_words and dtype.itemsize == 2 and aligned and gpu.capability > 0
+    # Integers of 16 bits lose more of large and small inputs side by side than a result in float16 does.
+    limbs = plan.whole_words and dtype == torch.bfloat16 and aligned and gpu.capability > 0
     if limbs and tokens <= LIMBS_TOKENS:
         size = power_of_two(tokens)
         for count in rows:
@@ -255,9 +256,10 @@ def conv_candidates(
         channels_last: whether input and output are in that memory format; ``None`` where there is none.
     """
     positions = bucket(positions)
-    # A library's half-precision sums would round integers, and its float32 ones need not be plain sums (Winograd).
-    library = [] if dtype == torch.int8 else [Config("library")]
-    if channels_last is False and dtype.itemsize == 2:
+    # A library's half-precision sums would round integers, and its float32 ones need not be plain sums (Winograd). Its
+    # results without the scales may be too large for float16.
+    library = [] if dtype in (torch.int8, torch.float16) else [Config("library")]
+    if channels_last is False and dtype == torch.bfloat16:
         library.append(Config("library_last"))
     processors = max(gpu.processors // groups, 1)
     unpacked = _unpacked(plan, computed, group_channels, positions, dtype, gpu, processors)

@@ -28,7 +28,7 @@ from tbn_compiler.files import replacing
 
 LOGGER = logging.getLogger("tbn_compiler.backends.triton")
 
-FORMAT = 2  # 1: keys of convolutions without padding and memory format, candidates of a size, not of its bucket
+FORMAT = 3  # 1: keys without padding and memory format, candidates of a size; 2: times of launches by Python
 SECONDS = 8.0  # a new shape measures no further candidates after this
 
 # Kernels that need memory beside the result, as do configurations whose programs share columns.
@@ -70,7 +70,7 @@ def milliseconds(run: Callable[[], object]) -> float:
     torch.cuda.current_stream().wait_stream(stream)
     begin, end = ([torch.cuda.Event(enable_timing=True, external=True) for _ in range(CALLS)] for _ in range(2))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for first, last in zip(begin, end, strict=True):
             torch.sum(other, 0, dtype=torch.int64, out=sink)
             first.record()
@@ -146,10 +146,6 @@ class Tuner:
         """The kept choice, if it is still a candidate: a newer version may have other ones."""
         found = self._choices.get(key, self._makeshift.get(key))
         return found if found in candidates else None
-
-    def has(self, key: str) -> bool:
-        """Whether there is a choice for a key, be it for this process only."""
-        return key in self._choices or key in self._makeshift
 
     def choose(
         self, key: str, candidates: Sequence[Config], run: Callable[[Config], object], *, save: bool = True
@@ -253,15 +249,23 @@ def choose(device: torch.device, key: str, candidates: Sequence[Config], run: Ca
     """The configuration to run: kept, measured, or the first candidate where measuring is not possible."""
     if device.type != "cuda":  # the interpreter
         return candidates[0]
-    tuner = tuner_for(torch.cuda.current_device() if device.index is None else device.index)
+    tuner = _tuner_of(device)
     if tuning_allowed():
         return tuner.choose(key, candidates, run)
     return tuner.known(key, candidates) or candidates[0]
 
 
-def settled(device: torch.device, key: str) -> bool:
+def settled(device: torch.device, key: str, candidates: Sequence[Config]) -> bool:
     """Whether :func:`choose` will give the same answer from now on: it was measured or kept, or is not measured."""
     if device.type != "cuda":
         return False
-    tuner = tuner_for(torch.cuda.current_device() if device.index is None else device.index)
-    return tuner.has(key) or os.environ.get("TBN_TRITON_TUNE", "1") == "0"
+    return _tuner_of(device).known(key, candidates) is not None or os.environ.get("TBN_TRITON_TUNE", "1") == "0"
+
+
+def would_measure(device: torch.device, key: str, candidates: Sequence[Config]) -> bool:
+    """Whether :func:`choose` will run the candidates."""
+    return device.type == "cuda" and tuning_allowed() and _tuner_of(device).known(key, candidates) is None
+
+
+def _tuner_of(device: torch.device) -> Tuner:
+    return tuner_for(torch.cuda.current_device() if device.index is None else device.index)

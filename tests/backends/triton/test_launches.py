@@ -73,7 +73,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Config]]:
     """The configurations of all launches, which compute nothing; choices are final."""
     configs: list[Config] = []
     monkeypatch.setattr(linear, "launch", lambda config, plan, operands: configs.append(config))
-    monkeypatch.setattr(tuning, "settled", lambda device, key: True)
+    monkeypatch.setattr(tuning, "settled", lambda device, key, candidates: True)
     launches.forget()
     yield configs
     launches.forget()
@@ -108,7 +108,7 @@ def test_equal_calls_are_prepared_once(launched: list[Config]) -> None:
 def test_equal_convolutions_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[Config] = []
     monkeypatch.setattr(conv, "run", lambda config, plan, geometry, operands: configs.append(config))
-    monkeypatch.setattr(tuning, "settled", lambda device, key: True)
+    monkeypatch.setattr(tuning, "settled", lambda device, key, candidates: True)
     launches.forget()
     tile, args = pack_bits(torch.randn(16 * 8 * 9 // 4)), (torch.ones(1), None, 8, 16, (3, 3), 4)
     with (
@@ -154,3 +154,44 @@ def test_the_number_of_kept_layers_is_bounded(launched: list[Config], monkeypatc
     for tokens in range(1, 8):
         linear.linear(torch.randn(tokens, 64), tile, torch.ones(1), None, 64, 64, 4)
     assert max(len(known) for known in launches._prepared) <= 2
+
+
+def test_alignments_of_every_tensor_are_seen(launched: list[Config]) -> None:
+    """A kernel is compiled for tensors at multiples of 16 bytes, or for any."""
+    x, tile, alpha, bias = torch.randn(3, 64), pack_bits(torch.randn(16 * 64)), torch.ones(4), torch.randn(64)
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+    with mock.patch.object(linear, "plan_weight", wraps=linear.plan_weight) as plan:
+        for count, operands in enumerate(
+            [
+                (x, tile, alpha, bias),
+                (shifted(x), tile, alpha, bias),
+                (x, shifted(tile), alpha, bias),
+                (x, tile, shifted(alpha), bias),
+                (x, tile, alpha, shifted(bias)),
+                (x, tile, alpha, None),
+            ]
+        ):
+            for _ in range(2):
+                linear.linear(*operands, 64, 64, 4)
+            assert plan.call_count == count + 1
+
+
+def test_a_choice_that_is_no_candidate_any_more_settles_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = tuning.Tuner(tmp_path / "choices.json", measure=lambda run: 1.0)
+    tuner.choose("key", [Config("dot")], lambda config: None, save=False)
+    monkeypatch.setattr(tuning, "tuner_for", lambda index: tuner)
+    device = torch.device("cuda", 0)
+    assert tuning.settled(device, "key", [Config("dot"), Config("sum")])
+    assert not tuning.settled(device, "key", [Config("sum")])
+    monkeypatch.setenv("TBN_TRITON_TUNE", "0")
+    assert tuning.settled(device, "key", [Config("sum")])
+
+
+def test_rows_that_overlap_are_not_copied_in_bulk() -> None:
+    x = torch.randn(64).bfloat16()
+    assert linear._aligned(x.expand(1, 64))
+    assert not linear._aligned(x.expand(513, 64))
+    assert linear._aligned(torch.randn(513, 64).bfloat16())

@@ -120,6 +120,15 @@ def test_candidates_of_other_gpus() -> None:
     assert {"sum", "left", "dot"} <= few
 
 
+def test_candidates_in_float16() -> None:
+    """Limbs lose more than its rounding, and a library's convolution overflows before the scales."""
+    found = linear_candidates(plan((4096, 4096), 4, 4), 1, torch.float16, Gpu())
+    assert {"sum", "left"} <= {c.kernel for c in found}
+    assert "limbs" not in {c.kernel for c in found}
+    found = conv_candidates(plan((256, 256, 3, 3), 4, 4), 64, 1, 256, 2**16, torch.float16, Gpu(), channels_last=True)
+    assert not {c.kernel for c in found} & {"library", "library_last"}
+
+
 def test_candidates_of_inputs_at_odd_addresses() -> None:
     weight = plan((4096, 4096), 4, 4)
     for tokens in (1, 4096):

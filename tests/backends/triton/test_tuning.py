@@ -161,7 +161,7 @@ def test_kernels_with_a_workspace_are_known() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"format": 2}', '{"format": 2, "choices": {"k": {"kernel": "dot", "colour": 1}}}', "\x00"]
+    "content", ["{", "[]", '{"format": 3}', '{"format": 3, "choices": {"k": {"kernel": "dot", "colour": 1}}}', "\x00"]
 )
 def test_a_broken_file_is_ignored_and_replaced(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.json"

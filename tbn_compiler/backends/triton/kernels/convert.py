@@ -84,7 +84,7 @@ def measure_parts(x, partial, size, x_stride, parts, part_size, FORMAT: tl.const
     """
     token = (tl.program_id(0) // parts).to(tl.int64)
     begin = tl.program_id(0) % parts * part_size
-    end = tl.minimum(begin + part_size, size)
+    end = begin + tl.minimum(part_size, size - begin)  # their sum may not fit an int32
     found = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(begin, end, BLOCK):
         k = first + tl.arange(0, BLOCK)
@@ -123,7 +123,7 @@ def quantize_parts(
         result = tl.math.div_rn(tl.sum(found, 0), tl.full([], size, tl.float32))
     tl.store(scale + token, result, mask=part == 0)
     begin = part * part_size
-    end = tl.minimum(begin + part_size, size)
+    end = begin + tl.minimum(part_size, size - begin)  # their sum may not fit an int32
     for first in range(begin, end, BLOCK):
         k = first + tl.arange(0, BLOCK)
         value = tl.load(x + token * x_stride + k, mask=k < end, other=0).to(tl.float32)

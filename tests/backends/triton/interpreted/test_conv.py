@@ -235,3 +235,16 @@ def test_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     x = x.double()
     assert torch.equal(call(conv2d, x, p_in=2), call(reference.KERNELS["conv2d"], x, p_in=2))
     assert ["meet it one by one" in reasons[0], "float64" in reasons[1], len(reasons)] == [True, True, 2]
+
+
+@pytest.mark.usefixtures("_keeps_format")
+def test_single_positions_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 1 x 1 convolution of float64 channels that lie side by side is left to the reference, in its format."""
+    reasons: list[str] = []
+    monkeypatch.setattr(launches, "decline", reasons.append)
+    call = Call((16, 32, 1, 1), 4, 4)
+    x = call.input(2, 7, 6).double().to(**LAST)
+    got = call(conv2d, x)
+    assert torch.equal(got, call(reference.KERNELS["conv2d"], x))
+    assert got.is_contiguous(**LAST)
+    assert "float64" in reasons[0]
