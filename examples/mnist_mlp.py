@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from example_data import DataError, ImageData, load_images
+from paper.published import MICROCONTROLLER
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
@@ -83,8 +84,8 @@ class Network:
 NETWORKS = {
     "float": Network("float", None),
     "float+bias": Network("float, biases", None, bias=True),
-    "bwnn": Network("BWNN (p=1)", 1, paper="12.70 KB"),
-    "tbn4": Network("TBN4, as in the paper", 4, paper="3.32 KB"),
+    "bwnn": Network("BWNN (p=1)", 1, paper=f"{MICROCONTROLLER['binary'].storage} KB"),
+    "tbn4": Network("TBN4, as in the paper", 4, paper=f"{MICROCONTROLLER['p = 4'].storage} KB"),
     "tbn4+bias": Network("TBN4, biases", 4, bias=True),
     "tbn2x2": Network("TBN 2 x 2", 2, pair_inputs=True),
     "tbn2x2+bias": Network("TBN 2 x 2, biases", 2, bias=True, pair_inputs=True),

@@ -25,7 +25,7 @@ from documents import fill, markdown
 from example_data import DataError
 from paper.devices import RunError, World, joined_world
 from paper.recipes import RECIPES, SETTABLE, Recipe, RecipeError
-from paper.runs import Record
+from paper.runs import Record, title
 from paper.tasks import Task, read_task, synthetic_task
 from paper.training import Files, Options, Trainer, run
 from rich.console import Console
@@ -65,18 +65,6 @@ def recipe_table() -> str:
         ])  # fmt: skip
     titles = ["recipe", "epochs", "batch", "optimiser", "decay", "schedule", "lambda", "remarks"]
     return markdown(titles, rows, ("recipe", "optimiser", "schedule", "remarks"))
-
-
-def title(header: Record) -> str:
-    """What a table calls the network of a run."""
-    if header["network"] != "tbn":
-        return str(header["network"])
-    tiling = header["tiling"]
-    p = tiling["p"]
-    parts = [f"tbn {'x'.join(map(str, p)) if isinstance(p, list) else p}"]
-    parts += [tiling["replicate"]] if tiling["replicate"] != "repeat" else []
-    parts += ["tile trained"] if tiling["latent"] == "tile" else []
-    return ", ".join(parts)
 
 
 def results_table() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ import tbn_compiler as tbn
 from paper.convnets import VGGSmall, resnet18_cifar, resnet34_imagenet, resnet50_cifar
 from paper.mixers import ConvMixer, MLPMixer
 from paper.pointnet import PointNetClassification, PointNetPartSegmentation, PointNetSemanticSegmentation
+from paper.published import SIZES, Sizes
 from paper.transformers import Swin, TimeSeriesTransformer, ViT, swin_imagenet
 
 Counted = Literal["weights", "biases", "norms"]
@@ -68,18 +69,26 @@ class Network:
     Attributes:
         build: makes the network.
         rule: what the tiled figures count.
-        tiled: published figure by ``p``; empty where the paper plots it only.
-        dense: published figures in float and binary.
-        dense_rule: what those count.
+        published: the figures.
+        dense_rule: what those in float and binary count.
         binary_rule: what the binary figure counts where that is something else.
     """
 
     build: Build
     rule: Rule
-    tiled: Mapping[int, str]
-    dense: Mapping[Stored, str] = field(default_factory=dict)
+    published: Sizes
     dense_rule: Rule = Rule("norms")
     binary_rule: Rule | None = None
+
+    @property
+    def tiled(self) -> Mapping[int, str]:
+        """Published figure by ``p``; empty where the paper plots it only."""
+        return self.published.tiled
+
+    @property
+    def dense(self) -> Mapping[Literal["float", "binary"], str]:
+        """Published figures in float and binary."""
+        return self.published.dense
 
     def figures(self) -> Iterator[tuple[Stored, str, Rule]]:
         """What is stored, the published figure and the rule."""
@@ -94,75 +103,42 @@ class Network:
 _BODY = Rule(without=("conv1", "fc", "*.downsample.*"))
 
 NETWORKS: dict[str, Network] = {
-    "ResNet18, CIFAR": Network(
-        resnet18_cifar,
-        Rule(min_size=36_864),
-        {4: "2.85", 8: "1.46", 16: "0.77"},
-        {"float": "351.54", "binary": "10.99"},
-        _BODY,
-    ),
+    "ResNet18, CIFAR": Network(resnet18_cifar, Rule(min_size=36_864), SIZES["ResNet18, CIFAR"], _BODY),
     "ResNet50, CIFAR": Network(
-        resnet50_cifar,
-        Rule(min_size=64_000),
-        {4: "6.10", 8: "3.21", 16: "1.76"},
-        {"float": "750.26", "binary": "23.45"},
-        Rule(without=("conv1", "fc")),
+        resnet50_cifar, Rule(min_size=64_000), SIZES["ResNet50, CIFAR"], Rule(without=("conv1", "fc"))
     ),
     "VGG-small": Network(
-        VGGSmall,
-        Rule(min_size=150_000),
-        {4: "1.340", 8: "0.722", 16: "0.520"},
-        {"float": "146.24", "binary": "4.656"},
-        Rule(without=("features.0", "fc")),
-        Rule(),
+        VGGSmall, Rule(min_size=150_000), SIZES["VGG-small"], Rule(without=("features.0", "fc")), Rule()
     ),
-    "ResNet34, ImageNet": Network(
-        resnet34_imagenet, Rule(min_size=147_456), {2: "11.13"}, {"float": "674.88", "binary": "21.09"}, _BODY
-    ),
+    "ResNet34, ImageNet": Network(resnet34_imagenet, Rule(min_size=147_456), SIZES["ResNet34, ImageNet"], _BODY),
     "PointNet, classification": Network(
-        PointNetClassification,
-        Rule(min_size=64_000),
-        {4: "0.90", 8: "0.47"},
-        {"float": "111.28", "binary": "3.48"},
+        PointNetClassification, Rule(min_size=64_000), SIZES["PointNet, classification"]
     ),
     "PointNet, part segmentation": Network(
-        PointNetPartSegmentation,
-        Rule("norms", 150_000),
-        {4: "2.68", 8: "1.73"},
-        {"float": "266.96", "binary": "8.34"},
+        PointNetPartSegmentation, Rule("norms", 150_000), SIZES["PointNet, part segmentation"]
     ),
     "PointNet, semantic segmentation": Network(
-        PointNetSemanticSegmentation,
-        Rule(min_size=150_000),
-        {4: "1.52", 8: "1.19"},
-        {"float": "112.96", "binary": "3.53"},
+        PointNetSemanticSegmentation, Rule(min_size=150_000), SIZES["PointNet, semantic segmentation"]
     ),
-    "ViT, CIFAR": Network(ViT, Rule("biases", 64_000), {4: "2.40", 8: "1.22"}, {"float": "303.68", "binary": "9.50"}),
-    "Swin-t, CIFAR": Network(
-        Swin, Rule("biases", 64_000), {4: "6.88", 8: "3.61"}, {"float": "851.14", "binary": "26.60"}
-    ),
+    "ViT, CIFAR": Network(ViT, Rule("biases", 64_000), SIZES["ViT, CIFAR"]),
+    "Swin-t, CIFAR": Network(Swin, Rule("biases", 64_000), SIZES["Swin-t, CIFAR"]),
     "Swin-t, ImageNet": Network(
         swin_imagenet,
         Rule(min_size=150_000, without=("head",)),
-        {2: "14.7"},
-        {"float": "873.60"},
+        SIZES["Swin-t, ImageNet"],
         Rule("norms", without=("head",)),
     ),
     "Time series, Electricity": Network(
-        functools.partial(TimeSeriesTransformer, 321, 512),
-        Rule(min_size=32_000),
-        {4: "1.1"},
-        {"float": "145.2", "binary": "4.5"},
+        functools.partial(TimeSeriesTransformer, 321, 512), Rule(min_size=32_000), SIZES["Time series, Electricity"]
     ),
     "Time series, Weather": Network(
         functools.partial(TimeSeriesTransformer, 21, 128),
         Rule("biases", 32_000, whole_in_proj=True),
-        {4: "0.197"},
-        {"float": "11.8", "binary": "0.368"},
+        SIZES["Time series, Weather"],
         binary_rule=Rule("biases"),
     ),
-    "MLPMixer, CIFAR": Network(MLPMixer, Rule(min_size=64_000), dict.fromkeys((4, 8, 16, 32), "")),
-    "ConvMixer, CIFAR": Network(ConvMixer, Rule(min_size=64_000), dict.fromkeys((4, 8, 16, 32), "")),
+    "MLPMixer, CIFAR": Network(MLPMixer, Rule(min_size=64_000), SIZES["MLPMixer, CIFAR"]),
+    "ConvMixer, CIFAR": Network(ConvMixer, Rule(min_size=64_000), SIZES["ConvMixer, CIFAR"]),
 }
 
 

@@ -147,6 +147,18 @@ def write_result(folder: Path, records: Sequence[Record]) -> None:
     write_atomically(folder / "result.json", json.dumps(document(records), indent=1) + "\n")
 
 
+def title(header: Record) -> str:
+    """What a table calls the network of a run."""
+    if header["network"] != "tbn":
+        return str(header["network"])
+    tiling = header["tiling"]
+    p = tiling["p"]
+    parts = [f"tbn {'x'.join(map(str, p)) if isinstance(p, list) else p}"]
+    parts += [tiling["replicate"]] if tiling["replicate"] != "repeat" else []
+    parts += ["tile trained"] if tiling["latent"] == "tile" else []
+    return ", ".join(parts)
+
+
 def draw_curves(path: Path, records: Sequence[Record], title: str, metric: str) -> None:
     """Draw training loss and test measure over epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
