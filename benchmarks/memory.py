@@ -91,7 +91,7 @@ class _Count(TorchDispatchMode):
     """Follows the storages that operators make."""
 
     def __init__(self, memory: Memory, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.memory = memory
         self._own = {tensor.untyped_storage()._cdata: _rounded(tensor.nbytes) for tensor in parameters}
         self._fixed = sum(self._own.values())

@@ -22,7 +22,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attention of the normed tokens, without the residual."""
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        result: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return result
 
 
 class ViT(nn.Module):
@@ -64,7 +65,8 @@ class ViT(nn.Module):
         for attention, feed in zip(self.attention, self.feed, strict=True):
             x = x + attention(x)
             x = x + feed(x)
-        return self.head(self.norm(x)[:, 0])
+        result: Tensor = self.head(self.norm(x)[:, 0])
+        return result
 
 
 def _points(*sizes: int) -> nn.Sequential:
@@ -110,7 +112,8 @@ class PointNet(nn.Module):
     def forward(self, cloud: Tensor) -> Tensor:
         """Logits ``[batch, classes]`` of clouds ``[batch, 3, points]``."""
         x = self.second(self.low(self.first(cloud)))
-        return self.head(self.high(x).amax(2))
+        result: Tensor = self.head(self.high(x).amax(2))
+        return result
 
 
 class BasicBlock(nn.Module):

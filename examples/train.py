@@ -3,6 +3,7 @@
     python examples/train.py --list
     python examples/train.py --recipe resnet18-cifar10 --p 4 --data DIR
     python examples/train.py --recipe resnet8-cifar10 --network float --epochs 3 --data DIR --out runs/float
+    python examples/train.py --recipe resnet8-cifar10 --network irnet --epochs 3 --data DIR --out runs/irnet
     python examples/train.py --recipe vit-cifar10 --p 8 --amp bf16 --compile --data DIR --out runs/vit --resume
     torchrun --nproc-per-node 2 examples/train.py --recipe mnist-mlp --data DIR
     python examples/train.py --recipe char-gpt --data synthetic --epochs 1     # a trial on made-up data
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from documents import fill, markdown
 from example_data import DataError
+from paper.baselines import METHODS
 from paper.devices import RunError, World, joined_world
 from paper.recipes import RECIPES, SETTABLE, Recipe, RecipeError
 from paper.runs import Record, title
@@ -83,7 +85,7 @@ def results_table() -> str:
             f"{metric.replace('_', ' ')} {result['trained'][metric]:.2f}",
             f"{lowered[metric]:.2f}" if lowered else "",
             f"{result['bits_per_weight']:.3f}",
-            f"{result['tensor_bytes']:,}",
+            "not packed" if header["network"] in METHODS else f"{result['tensor_bytes']:,}",
         ])  # fmt: skip
     titles = ["recipe", "network", "changed", "s / epoch", "trained", "lowered", "bits / weight", "bytes"]
     return markdown(titles, rows, ("recipe", "network", "changed", "trained"))
@@ -134,7 +136,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--docs", action="store_true", help="write the tables of docs/training_program.md and end")
 
     network = result.add_argument_group("network")
-    network.add_argument("--network", choices=["float", "bwnn", "tbn"], default="tbn", help="default: %(default)s")
+    network.add_argument(
+        "--network", choices=["float", "bwnn", "tbn", *METHODS], default="tbn",
+        help="in float, tiled (bwnn is p=1), or by a method to compare with (default: %(default)s)",
+    )  # fmt: skip
     network.add_argument("--p", type=copies, metavar="P", help="copies of the tile: 4, 8, 16, 32 or 2x2 (default: 4)")
     network.add_argument("--alpha", help="layer, output or tile (default: the recipe's preset; output for a pair p)")
     network.add_argument("--replicate", help="how copies differ, as in TilingConfig (default: repeat)")
@@ -194,6 +199,9 @@ def options_of(arguments: argparse.Namespace) -> Options:
     unused = [*tiling, *(["min-size"] if arguments.min_size is not None else [])]
     if unused and arguments.network == "float":
         raise RecipeError(f"a float network takes no {', '.join(f'--{name}' for name in unused)}")
+    if tiling and arguments.network in METHODS:
+        given = ", ".join(f"--{name}" for name in tiling)
+        raise RecipeError(f"--network {arguments.network} has no tiles and takes no {given}: use --network tbn")
     if "p" in tiling and arguments.network == "bwnn":
         raise RecipeError("--network bwnn is p=1: leave --p out, or use --network tbn")
     changes: dict[str, Any] = base.differences(recipe)
@@ -270,8 +278,11 @@ def show(document: Record, folder: Path) -> None:
         )
     print(
         f"\n  stored: {result['tensor_bytes']:,} bytes of tensors, {result['file_bytes']:,} in the file; "
-        f"{result['bits_per_weight']:.3f} bits a weight, {result['alphas']} alphas\n  files in {folder}"
+        f"{result['bits_per_weight']:.3f} bits a weight, {result['alphas']} alphas"
     )
+    if header["network"] in METHODS:
+        print("  not packed: the bits are counted, and model.safetensors holds the quantised weights in float")
+    print(f"  files in {folder}")
 
 
 def load_task(data: str, recipe: Recipe) -> Task:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, get_args
 
+from paper.baselines import Method
 from paper.runs import Record, title
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,7 @@ class Run:
         parts += [f"{name} {before} -> {now}" for name, (before, now) in header["changes"].items() if name not in _SAID]
         if self.tiling:
             parts.append(f"lambda {self.tiling['min_size']:,}")
+        if "alpha" in self.tiling:  # methods that are compared with have no alphas of that kind
             parts.append(f"{_ALPHAS[self.tiling['alpha']]} from {self.tiling['alpha_source']}")
         parts += ["tf32"] if header.get("fast") else []  # see the option --fast
         parts += [header["amp"]] if header["amp"] != "off" else []
@@ -128,7 +130,7 @@ def read_runs(folder: Path) -> tuple[Run, ...]:
 def _order(run: Run) -> tuple[str, int, int]:
     p = run.tiling.get("p", 0)
     copies = math.prod(p) if isinstance(p, list) else p
-    return run.recipe, ("float", "bwnn", "tbn").index(run.network), copies
+    return run.recipe, ("float", "bwnn", *get_args(Method), "tbn").index(run.network), copies
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 | ``checkpoint.pt`` | all that training goes on from |
 | ``log.jsonl`` | one JSON object a line: a header, one for each epoch, the result |
 | ``result.json`` | the same objects as one document, once the run is finished |
-| ``packed.safetensors`` | the lowered network (``model.safetensors`` for a float one) |
+| ``packed.safetensors`` | the lowered network (``model.safetensors`` for one without tiles) |
 | ``curves.png`` | loss and measure over epochs, if asked for |
 
 Nothing in them names a folder of the machine or a version of a repository.
@@ -43,10 +43,10 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
         "metric": str, "trained": dict, "lowered": (dict, type(None)), "output_difference": (float, type(None)),
         "epochs": int, "train_seconds": float, "file_bytes": int, "tensor_bytes": int, "weights": int,
         "stored_bits": int, "bits_per_weight": float, "alphas": int, "tiled_layers": int, "parameters_sha256": str,
-        "restarts": int, "failure": (str, type(None)),
+        "restarts": int, "failure": (str, type(None)), "packed": bool,
     },
 }  # fmt: skip
-LATER = {"fast", "graph", "failure"}  # which records of earlier versions lack
+LATER = {"fast", "graph", "failure", "packed"}  # which records of earlier versions lack
 
 
 def check_record(record: Mapping[str, Any]) -> None:

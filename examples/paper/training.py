@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tbn_compiler as tbn
+from paper.baselines import METHODS, Method, constants, estimators, plain_state, quantise
 from paper.devices import RunError, World, sent, true_float32
 from paper.graphs import RecordedStep
 from paper.recipes import Recipe
 from paper.runs import Log, Record, draw_curves, machine, now, versions, write_atomically, write_result
 from paper.tasks import NETWORKS, Task
 
-Network = Literal["float", "bwnn", "tbn"]
+Network = Literal["float", "bwnn", "tbn"] | Method
 Amp = Literal["off", "bf16", "fp16"]
 
 
@@ -46,7 +47,7 @@ class Options:
         recipe: name in ``paper.recipes.RECIPES``.
         settings: that recipe with its changes.
         changes: the changed settings, name to the recipe's value and the run's.
-        network: ``"float"``, ``"bwnn"`` (``p=1``) or ``"tbn"``.
+        network: ``"float"``, ``"bwnn"`` (``p=1``), ``"tbn"``, or a method of :mod:`paper.baselines`.
         tiling: options of ``tbn.TilingConfig`` over the recipe's preset.
         seed: of the initial weights and of every step.
         subset, test_subset: number of examples to take, 0 for all.
@@ -69,13 +70,18 @@ class Options:
     fast: bool = False
     graph: bool = False
 
+    @property
+    def method(self) -> Method | None:
+        """The network's method if it is one of :mod:`paper.baselines`."""
+        return self.network if self.network in METHODS else None
+
     def config(self) -> tbn.TilingConfig | None:
-        """How layers are tiled; ``None`` for a float network.
+        """How layers are tiled; ``None`` for a network without tiles.
 
         Raises:
             ConfigError: an option is out of range.
         """
-        if self.network == "float":
+        if self.network == "float" or self.method:
             return None
         return self.settings.tiling({**self.tiling, "p": 1} if self.network == "bwnn" else self.tiling)
 
@@ -142,6 +148,7 @@ class Trainer:
 
     Attributes:
         model: the network; for ``bwnn`` and ``tbn`` what ``tbn.transform`` made of it.
+        stored: what a method of :mod:`paper.baselines` stores.
         step: steps that are done.
         steps_per_epoch: full batches in the training examples.
 
@@ -172,6 +179,8 @@ class Trainer:
         _seed_all(seed_of(options.seed, "weights"), world.device)  # alike for float and tiled networks
         model = NETWORKS[recipe.network](**task.sizes)
         self.float_parameters = sum(parameter.numel() for parameter in model.parameters())
+        # A method changes the layers that the recipe would tile.
+        self.stored = quantise(model, options.method, recipe.tiling({})) if options.method else None
         self.model = model if self.config is None else tbn.transform(model, self.config)
         self.model.to(world.device)
         if task.images:
@@ -188,7 +197,9 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.amp == "fp16")
         self._recorded = RecordedStep(self._learn, self.optimizer, world.device) if options.graph else None
+        self._estimators = estimators(self.model)
         self.step = 0
+        self._tell_progress()
         self._order, self._order_epoch = torch.empty(0), -1
         self._loss = torch.zeros((), dtype=torch.float64, device=world.device)  # sum over the epoch's steps
 
@@ -201,6 +212,11 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all epochs are done."""
         return self.epoch >= self.options.settings.epochs
+
+    def _tell_progress(self) -> None:
+        """Tell the estimators of gradients how many of the steps are done."""
+        for estimator in self._estimators:
+            estimator.set_progress(self.step / (self.options.settings.epochs * self.steps_per_epoch))
 
     def _batch(self) -> Tensor:
         """This process's share of the examples of the step."""
@@ -233,6 +249,7 @@ class Trainer:
             self._recorded(inputs, target)
         self.schedule.step()
         self.step += 1
+        self._tell_progress()
 
     def _learn(self, inputs: tuple[Tensor, ...], target: Tensor) -> None:
         """Learn from a batch."""
@@ -309,6 +326,7 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+        self._tell_progress()
         self._loss.copy_(state["loss"])
 
 
@@ -333,6 +351,9 @@ def _header(trainer: Trainer) -> Record:
     config = trainer.config
     shown = ("p", "alpha", "alpha_source", "min_size", "small", "replicate", "latent", "overrides")
     tiling = {} if config is None else {name: _plain(getattr(config, name)) for name in shown}
+    if options.method:  # how its layers are chosen, and its own constants
+        chosen = options.settings.tiling({})
+        tiling = {"min_size": chosen.min_size, "small": chosen.small, **constants(options.method)}
     return {
         "recipe": options.recipe,
         "settings": {name: value for name, value in dataclasses.asdict(options.settings).items()
@@ -499,15 +520,19 @@ def _finish_run(trainer: Trainer, log: Log, files: Files, restarts: int) -> None
             lowered, failure = None, f"{type(error).__name__}: {error}"[:1000]
     if trainer.config is not None:
         totals = tbn.summary(packed).totals
-    else:  # the weights that would be tiled or binary, in float
-        weights = tbn.summary(tbn.transform(trainer.model, trainer.options.settings.tiling({}))).totals["weights"]
-        totals = {"weights": weights, "stored_bits": 32 * weights, "bits_per_weight": 32.0, "alphas": 0}
-        totals["tiled_layers"] = 0
+        tensors = [value for value in packed.state_dict().values() if isinstance(value, Tensor)]
+    else:
+        if trainer.stored is not None:
+            totals = trainer.stored
+        else:  # the weights that would be tiled or binary, in float
+            weights = tbn.summary(tbn.transform(trainer.model, trainer.options.settings.tiling({}))).totals["weights"]
+            totals = {"weights": weights, "stored_bits": 32 * weights, "bits_per_weight": 32.0, "alphas": 0}
+            totals["tiled_layers"] = 0
+        state = {name: value.contiguous() for name, value in plain_state(trainer.model).items()}
+        tensors = list(state.values())
         if main:
-            state = {name: value.contiguous() for name, value in trainer.model.state_dict().items()}
             write_atomically(path, safetensors.torch.save(state))
     size = path.stat().st_size if main and path.is_file() else 0
-    tensors = (value for value in packed.state_dict().values() if isinstance(value, Tensor))
     log.add(
         "result",
         metric=trainer.task.metric,
@@ -515,6 +540,7 @@ def _finish_run(trainer: Trainer, log: Log, files: Files, restarts: int) -> None
         lowered=lowered,
         output_difference=difference,
         failure=failure,
+        packed=packed is not trainer.model,
         epochs=trainer.epoch,
         train_seconds=sum(record["seconds"] for record in log.epochs()),
         file_bytes=size,

@@ -144,12 +144,8 @@ class Recording:
             step._learn(step._inputs, step._target)
 
 
-def test_recorded_steps_are_the_steps(monkeypatch):
-    """The order of what is done around a graph: warm-up, recording, batches, rates; with a schedule that matters."""
-    options = options_for("resnet8-cifar10", amp="bf16")
-    options = dataclasses.replace(options, settings=options.settings.changed({"warmup_epochs": "1", "lr": "0.01"}))
-    task = tasks.synthetic_task(options.settings)
-    plain, trainer = (training.Trainer(task, options, training.World()) for _ in range(2))
+def record_on_the_cpu(trainer, monkeypatch):
+    """Have the trainer record its steps as it would on a GPU; returns what counts them."""
     recording = Recording(trainer)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in (
@@ -161,6 +157,16 @@ def test_recorded_steps_are_the_steps(monkeypatch):
     ):
         monkeypatch.setattr(torch.cuda, name, value)
     trainer._recorded = graphs.RecordedStep(trainer._learn, trainer.optimizer, torch.device("cpu"))
+    return recording
+
+
+def test_recorded_steps_are_the_steps(monkeypatch):
+    """The order of what is done around a graph: warm-up, recording, batches, rates; with a schedule that matters."""
+    options = options_for("resnet8-cifar10", amp="bf16")
+    options = dataclasses.replace(options, settings=options.settings.changed({"warmup_epochs": "1", "lr": "0.01"}))
+    task = tasks.synthetic_task(options.settings)
+    plain, trainer = (training.Trainer(task, options, training.World()) for _ in range(2))
+    recording = record_on_the_cpu(trainer, monkeypatch)
     for _ in range(9):
         plain.advance()
         trainer.advance()
