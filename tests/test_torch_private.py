@@ -195,7 +195,7 @@ def test_compile_by_inductor() -> None:
     gm, inputs = capture(lambda x: x.sin() + 1, torch.randn(5))
     seen: list[fx.Graph] = []
     with torch_private.static_fakes(inputs) as fakes:
-        compiled = torch_private.compile_by_inductor(gm, fakes, {"post_grad_custom_pre_pass": seen.append})
+        compiled = torch_private.compile_by_inductor(gm, fakes, {"post_grad_custom_pre_pass": seen.append}, "1")
     torch.testing.assert_close(compiled(*inputs)[0], inputs[0].sin() + 1, msg=name)
     assert len(seen) == 1, name
 
