@@ -72,7 +72,7 @@ def start(kept: Kept | None, kernel: Any, grid: tuple[int, int, int], *args: Any
         kernel: the kernel.
         grid: programs.
         args: all arguments before the first constant.
-        constants: the constants in their order, and options of the compiler.
+        constants: the constants by name, all of them, and options of the compiler.
     """
     found = None if kept is None else kept.get(kernel)
     if found is not None:
@@ -299,7 +299,7 @@ def _limbs(config: Config, plan: WeightPlan, operands: Operands) -> None:
     x, tokens = operands.x, operands.x.shape[0]
     start(
         operands.kept, few_tokens.linear_limbs, (_blocks(config, plan, tokens), 1, 1),
-        x if x.dtype == torch.int64 else x.view(torch.int64), operands.tile, operands.alpha, operands.bias,
+        x.view(torch.int64), operands.tile, operands.alpha, operands.bias,
         operands.out, tokens, plan.rows, plan.columns // 32, plan.repeats, x.stride(0) // 4, plan.rows_per_alpha,
         DTYPE=triton.language.bfloat16 if x.dtype == torch.bfloat16 else triton.language.float16,
         DOT4=has_dot4(x.device),

@@ -17,7 +17,7 @@ LIMBS_TOKENS = 4  # beyond, a product for each weight and token costs more than 
 SUM_TOKENS = 8  # the same where limbs do not serve
 LEFT_TOKENS = 32  # up to here the weight is a tensor core's left operand, which has more rows than there are tokens
 UNPACK_TOKENS = 256  # from here on each weight is expanded for so many blocks of tokens that doing it once may pay
-GEMM_TOKENS = 2048  # from here on writing the copies in the product's own kernel beats the library's product
+GEMM_TOKENS = 2048  # from here on a kernel that writes the copies itself is tried before the library's product
 LIBRARY_PRODUCTS = 2**24  # multiply-adds: fewer are over before two more launches have begun
 
 
@@ -112,7 +112,7 @@ def _dot(plan: WeightPlan, tokens: int, itemsize: int, gpu: Gpu) -> Iterator[Con
 
 
 def _words(plan: WeightPlan, tokens: int, gpu: Gpu) -> Iterator[Config]:
-    """Blocks of whole words: those that were fastest on an H100, for few and for more tokens."""
+    """Blocks of whole words, for few and for more tokens."""
     if tokens <= LEFT_TOKENS:
         for shape in ((16, 64, 256, 4, 3), (16, 128, 256, 8, 3), (16, 64, 128, 4, 4)):
             size = max(16, power_of_two(tokens))
@@ -214,22 +214,12 @@ def _many(
             shared = stages * (128 + rows) * 64 * 2
             if shared <= gpu.shared:
                 gemms.append(Config("gemm", 128, rows, 64, 1, 8, stages, gpu.processors))
-        gemms = _fill_gemm(gemms, plan, tokens)
+        gemms = _fill(gemms, plan, tokens, gpu.processors)
     yield from [*gemms, library] if tokens >= GEMM_TOKENS else [library, *gemms]
     if dtype.itemsize == 2 and not bulk:
         for config in _dot(plan, tokens, dtype.itemsize, gpu):
             if config.block_k * dtype.itemsize == 128:
                 yield replace(config, kernel="unpack")
-
-
-def _fill_gemm(configs: list[Config], plan: WeightPlan, tokens: int) -> list[Config]:
-    """Order by rounds of the programs times work of a block."""
-
-    def cost(config: Config) -> int:
-        blocks = _divide_up(tokens, config.block_tokens) * _divide_up(plan.rows, config.block_rows)
-        return _divide_up(blocks, config.programs) * config.block_rows
-
-    return sorted(configs, key=cost)
 
 
 def conv_candidates(
