@@ -57,7 +57,7 @@ def _cells(results: Results, name: str, study: Study, layout: Layout) -> list[st
         f"{runs[0]['stored_bits'] / runs[0]['weights']:.4f}",
         f"{runs[0]['bytes']:,}",
         f"{runs[0]['macs']:,}",
-        f"{min(run['step_ms'] for run in runs):.1f}",
+        min((f"{step:.1f}" for run in runs if (step := run["step_ms"]) is not None), key=float, default=""),
     ]
 
 

@@ -3,6 +3,7 @@
     python examples/layouts.py --list                      # every run, and whether its result is there
     python examples/layouts.py --data DIR                  # trains what the result file lacks
     python examples/layouts.py --data DIR --only text --seeds 1 --workers 2
+    python examples/layouts.py --data DIR --only images --workers 4 --device cuda
     python examples/layouts.py --docs                      # tables and figure of docs/layouts.md (needs matplotlib)
 
 Networks, data and training are those of recipes (``paper.recipes``), shortened; only the layout differs between the
@@ -24,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +35,7 @@ import torch
 from example_data import DataError
 from layout_studies import STUDIES, Layout, Study, misfit, quick, summary
 from layout_tables import Results, draw, tables
-from paper.devices import RunError, World
+from paper.devices import RunError, joined_world
 from paper.recipes import Recipe
 from paper.runs import machine, versions
 from paper.tasks import Task, read_task, synthetic_task
@@ -87,14 +88,19 @@ class Job:
         return f"{self.name:7} p={self.layout.copies:<3} {self.layout.title:15} seed {self.seed}"
 
 
-def train(job: Job, data: str) -> tuple[Results, Results]:
-    """Train, lower and measure one network; returns what the task's runs have in common, and the run's result."""
+def train(job: Job, data: str, device: str = "cpu") -> tuple[Results, Results]:
+    """Train, lower and measure one network; returns what the task's runs have in common, and the run's result.
+
+    On a GPU (``device="cuda"``) the steps are a CUDA graph, in float32 as on a CPU; they are not timed, since other
+    runs share the GPU.
+    """
     study, layout = job.study, job.layout
     task = load_task(data, study.settings)
     clock = StepClock()
-    with tempfile.TemporaryDirectory() as folder:
-        files = Files(Path(folder), seconds=math.inf)
-        document = run(task, study.options(layout, job.seed), World(), files, observer=clock)
+    with joined_world(device) as world, tempfile.TemporaryDirectory() as folder:
+        on_gpu = world.device.type == "cuda"
+        options = replace(study.options(layout, job.seed), graph=on_gpu)
+        document = run(task, options, world, Files(Path(folder), seconds=math.inf), observer=clock)
     header, result = document["header"], document["result"]
     rows = [row for row in summary(study, layout, task).layers if row.tiled]  # without embeddings
     weights = sum(row.weights for row in rows)
@@ -115,16 +121,16 @@ def train(job: Job, data: str) -> tuple[Results, Results]:
         "alphas": result["alphas"],
         "bytes": result["tensor_bytes"],
         "macs": sum((row.macs_tiled if layout.copies else row.macs) or 0 for row in rows),
-        "step_ms": round(1000 * median(clock.seconds), 3),
+        "step_ms": None if on_gpu else round(1000 * median(clock.seconds), 3),
         "parameters_sha256": result["parameters_sha256"],
-        "machine": {**machine(torch.device("cpu")), **versions()},
+        "machine": {**machine(world.device), **versions()},
     }
 
 
-def attempt(job: Job, data: str) -> tuple[Results, Results] | RunError:
+def attempt(job: Job, data: str, device: str) -> tuple[Results, Results] | RunError:
     """What :func:`train` returns, or why the run has no result: one that diverges does not end the study."""
     try:
-        return train(job, data)
+        return train(job, data, device)
     except RunError as error:
         return error
 
@@ -175,16 +181,16 @@ def _start_worker(threads: int) -> None:
 
 
 def _finished(
-    todo: Sequence[Job], data: str, workers: int, threads: int
+    todo: Sequence[Job], data: str, device: str, workers: int, threads: int
 ) -> Iterator[tuple[Job, tuple[Results, Results] | RunError]]:
     """The jobs with what became of them, one after another or several at a time."""
     if workers == 1:
         for job in todo:
-            yield job, attempt(job, data)
+            yield job, attempt(job, data, device)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (threads,)) as pool:
-        futures = {pool.submit(attempt, job, data): job for job in todo}
+        futures = {pool.submit(attempt, job, data, device): job for job in todo}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -192,7 +198,9 @@ def _finished(
             pool.shutdown(cancel_futures=True)
 
 
-def run_all(path: Path, studies: Mapping[str, Study], seeds: int, data: str, workers: int, threads: int) -> int:
+def run_all(
+    path: Path, studies: Mapping[str, Study], seeds: int, data: str, device: str, workers: int, threads: int
+) -> int:
     """Train what the file lacks, and write it after each run; returns how many runs have no result.
 
     Raises:
@@ -200,7 +208,7 @@ def run_all(path: Path, studies: Mapping[str, Study], seeds: int, data: str, wor
     """
     results = documents.load(path)
     todo, failed = list(missing(results, studies, seeds)), 0
-    for count, (job, found) in enumerate(_finished(todo, data, workers, threads), 1):
+    for count, (job, found) in enumerate(_finished(todo, data, device, workers, threads), 1):
         if isinstance(found, RunError):
             failed += 1
             print(f"{count} of {len(todo)}: {job} failed: {found}", file=sys.stderr, flush=True)
@@ -209,7 +217,8 @@ def run_all(path: Path, studies: Mapping[str, Study], seeds: int, data: str, wor
         keep(results, job, common, result)
         documents.save(results, path)
         score = f"{common['metric'].replace('_', ' ')} {result['score']:.{job.study.digits}f}"
-        print(f"{count} of {len(todo)}: {job} {score}  {result['step_ms']:.1f} ms a step", flush=True)
+        step = f"  {result['step_ms']:.1f} ms a step" if result["step_ms"] is not None else ""
+        print(f"{count} of {len(todo)}: {job} {score}{step}", flush=True)
     return failed
 
 
@@ -242,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=_number, default=1, help="processes that train (default: %(default)s)")
     parser.add_argument("--threads", type=_number, default=1, help="threads of each; results depend on it (default: 1)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a trial: two steps for each run")
     parser.add_argument("--list", action="store_true", help="print all runs and end")
     parser.add_argument("--docs", action="store_true", help="write tables and figure of docs/layouts.md")
@@ -257,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     if options.data:
         try:
-            how = (options.data, options.workers, options.threads)
+            how = (options.data, options.device, options.workers, options.threads)
             if run_all(options.results, studies, options.seeds, *how):
                 return 1
         except DataError as error:

@@ -32,7 +32,7 @@ def few(*kept: Layout) -> dict[str, layout_studies.Study]:
 
 
 def start(path: Path, studies: dict[str, layout_studies.Study], seeds: int = 1, workers: int = 1) -> None:
-    layouts.run_all(path, studies, seeds, "synthetic", workers, threads=1)
+    layouts.run_all(path, studies, seeds, "synthetic", "cpu", workers, threads=1)
 
 
 def scored(layout: Layout, seed: int, score: float, task: str = "mnist") -> dict[str, Any]:
@@ -138,11 +138,11 @@ def test_a_killed_study_goes_on_with_what_is_missing(tmp_path: Path, monkeypatch
     studies, path, trained = few(Layout(1), Layout(4), Layout((2, 2))), tmp_path / "results.json", []
     train = layouts.train
 
-    def counted(job: layouts.Job, data: str) -> Any:
+    def counted(job: layouts.Job, data: str, device: str) -> Any:
         trained.append((job.layout.title, job.seed))
         if len(trained) == 3:
             raise Killed
-        return train(job, data)
+        return train(job, data, device)
 
     monkeypatch.setattr(layouts, "train", counted)
     with pytest.raises(Killed):
@@ -161,13 +161,13 @@ def test_a_run_that_diverges_does_not_end_the_study(
 ) -> None:
     studies, path, train = few(Layout(1), Layout(4)), tmp_path / "results.json", layouts.train
 
-    def diverges(job: layouts.Job, data: str) -> Any:
+    def diverges(job: layouts.Job, data: str, device: str) -> Any:
         if job.layout.copies == 1:
             raise layouts.RunError("the loss is nan")
-        return train(job, data)
+        return train(job, data, device)
 
     monkeypatch.setattr(layouts, "train", diverges)
-    assert layouts.run_all(path, studies, 1, "synthetic", workers=1, threads=1) == 1
+    assert layouts.run_all(path, studies, 1, "synthetic", "cpu", workers=1, threads=1) == 1
     assert [run["layout"] for run in documents.load(path)["runs"]] == ["paper"]
     assert "binary          seed 0 failed: the loss is nan" in capsys.readouterr().err
 
