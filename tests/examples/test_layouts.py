@@ -124,7 +124,7 @@ def test_a_run_of_two_steps(name: str) -> None:
     common, result = layouts.train(job, "synthetic")
     assert common["steps"] == 2
     assert common["data"]["name"] == "synthetic"
-    assert result["weights"] / 4 < result["stored_bits"] < result["weights"]  # some layers are binary
+    assert result["weights"] / 4 <= result["stored_bits"] < result["weights"]  # some layers may be binary
     assert result["macs"] > 0
     assert result["step_ms"] > 0
 
