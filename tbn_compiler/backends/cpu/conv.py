@@ -16,10 +16,8 @@ from tbn_compiler.backends.cpu.operands import as_vector, expand_replicas, is_ve
 from tbn_compiler.ops import reference
 from tbn_compiler.ops.calls import OPERATORS, TensorCall, conv_sizes
 from tbn_compiler.ops.formats import apply_epilogue
-from tbn_compiler.ops.mixing import finish_mixed, mix_channels, split_channels
 from tbn_compiler.ops.schemas import CONV_OPS
 from tbn_compiler.packing import unpack_bits
-from tbn_compiler.tiling import TiledProduct, TileLayout
 
 _float32, _get_num_threads = torch.float32, torch.get_num_threads
 
@@ -28,8 +26,9 @@ MIN_FILTERS = {"avx512": 32, "avx2": 64}
 3x3 kernels of 64 to 512 channels. Tables serve all filters, and with fewer they cost too much; levels that are not
 named have none."""
 
-MIXED_FILTERS = 2
-"""How many times as many it takes where copies have Hadamard signs: PyTorch convolves column groups at once."""
+MIN_MIXED_FILTERS = 32
+"""The same where copies have Hadamard signs, at these levels: PyTorch's convolution then has a group for each column
+group, which it is slower at."""
 
 MIN_CHANNELS = 4
 """Fewest input channels of a group: tables are made of several channels."""
@@ -107,24 +106,11 @@ def _compute(call: TensorCall, use: tuple[Hashable, ...]) -> Tensor:
         decline(call.kind, reason)
         return reference.compute(call)
     x = expand_replicas(call.input.to(_float32), call.input_alpha, call.channel_axis)
-    if call.product.mixes > 1:
-        return _mixed(call, x, sizes, (*use, "mixed"))
     x = call.layout.sum_inputs(x, call.channel_axis).contiguous()
-    plan = prepare.find_or_make(call.tile, use, lambda entry: _plan(entry, call, call.product))
+    plan = prepare.find_or_make(call.tile, use, lambda entry: _plan(entry, call))
     bias = None if call.bias is None else as_vector(call.bias)
     out = _run(call.kind, plan, x, as_vector(call.alpha), bias, sizes, call.outputs, call.epilogue)
     return out.to(call.input.dtype)
-
-
-def _mixed(call: TensorCall, x: Tensor, sizes: Sequence[int], use: Hashable) -> Tensor:
-    """A layer whose copies have Hadamard signs: its column groups are convolved apart, as groups of their own."""
-    layout, p, d = call.layout, call.layout.p, call.dims
-    apart = split_channels(x, p, call.channel_axis).contiguous()
-    groups = TiledProduct(TileLayout((layout.rows, layout.shape[1] // p, *layout.shape[2:]), 1), 1, groups=p)
-    plan = prepare.find_or_make(call.tile, use, lambda entry: _plan(entry, call, groups))
-    z = _run(call.kind, plan, apart, x.new_ones(1), None, sizes, call.outputs, "none")
-    out = finish_mixed(mix_channels(z, p, d), call.alpha, call.bias, d)
-    return apply_epilogue(out, call.epilogue).to(call.input.dtype)
 
 
 def _reason_against(call: TensorCall, sizes: Sequence[int]) -> str | None:
@@ -140,7 +126,7 @@ def _reason_against(call: TensorCall, sizes: Sequence[int]) -> str | None:
         return "PyTorch convolves with the different filters faster than this level"
     mixes = call.product.mixes
     if mixes > 1:  # tables serve the filters of one column group only
-        filters *= MIXED_FILTERS
+        filters = MIN_MIXED_FILTERS
     if call.product.rows // mixes < filters:
         return f"fewer than {filters} different filters in a {'column ' if mixes > 1 else ''}group"
     return None
@@ -174,32 +160,31 @@ def _run(
     return out if epilogue in ("none", "relu") else apply_epilogue(out, epilogue)
 
 
-def _filters(call: TensorCall, product: TiledProduct) -> Tensor:
-    """Signs of the filters to compute in each group, ``[groups, filters, channels, taps]``."""
-    layout = product.layout
-    signs = unpack_bits(call.tile, call.layout.tile_size, torch.int8)
-    if layout != call.layout:  # that of the column groups
-        signs = call.layout.column_groups(signs).reshape(-1)
-    unique = layout.unique_weight(signs)
-    filters = unique[product.computed_rows().reshape(-1)]
+def _filters(call: TensorCall) -> Tensor:
+    """Signs of the filters to compute in each group and column group, ``[groups, filters, channels, taps]``."""
+    layout, product = call.layout, call.product
+    signs = unpack_bits(call.tile, layout.tile_size, torch.int8)
+    if product.mixes > 1:
+        return layout.column_groups(signs).flatten(3)
+    filters = layout.unique_weight(signs)[product.computed_rows().reshape(-1)]
     return filters.reshape(product.groups, product.rows, layout.shape[1] // product.neighbours, -1)
 
 
-def _pack(call: TensorCall, product: TiledProduct, *, integer: bool) -> np.ndarray:
+def _pack(call: TensorCall, *, integer: bool) -> np.ndarray:
     """Prepare the filters of each group with columns in the order ``[channel group][tap][channel]``."""
     lib, _, kernels = prepare.native()
     size = lib.tbn_group(kernels, integer)
-    filters = _filters(call, product)
+    filters = _filters(call)
     padded = F.pad(filters, (0, 0, 0, -filters.shape[2] % size))
     columns = padded.unflatten(2, (-1, size)).transpose(3, 4).flatten(2).contiguous()
     return prepare.pack(columns, integer=integer)
 
 
-def _plan(entry: prepare.Prepared, call: TensorCall, product: TiledProduct) -> prepare.Plan:
+def _plan(entry: prepare.Prepared, call: TensorCall) -> prepare.Plan:
     lib, level, kernels = prepare.native()
-    layout, integer = product.layout, call.activation != "float"
-    key = (level, call.layout, layout, product.groups, product.rows, integer)
-    index = entry.part(key, lambda: _pack(call, product, integer=integer))
+    layout, product, integer = call.layout, call.product, call.activation != "float"
+    key = (level, layout, product.groups, product.rows, product.mixes, integer)
+    index = entry.part(key, lambda: _pack(call, integer=integer))
 
     def axes(values: Sequence[int], fill: int) -> Any:
         """Height and width; a convolution of one dimension has a height of 1."""
@@ -209,15 +194,16 @@ def _plan(entry: prepare.Prepared, call: TensorCall, product: TiledProduct) -> p
         kernels=kernels,
         index=index.ctypes.data,
         groups=product.groups,
-        channels=layout.shape[1] // product.neighbours,
+        channels=layout.shape[1] // product.neighbours // product.mixes,
         channels_out=product.group_rows,
-        rows=product.rows,
+        rows=product.rows // product.mixes,
+        mixes=product.mixes,
         alpha_rows=product.rows_per_alpha,
         kernel=axes(call.kernel_size, 1),
         stride=axes(call.arguments["stride"], 1),
         padding=axes(call.arguments["padding"], 0),
         dilation=axes(call.arguments["dilation"], 1),
         activation=prepare.ACTIVATIONS[call.activation],
-        relu=call.epilogue == "relu" and layout == call.layout,  # not before results are mixed
+        relu=call.epilogue == "relu",
     )
     return prepare.Plan(lib.tbn_conv, struct, [index])

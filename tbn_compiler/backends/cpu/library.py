@@ -18,7 +18,7 @@ LEVELS = ("avx512", "avx2", "neon", "portable")
 LEVEL_VARIABLE = "TBN_CPU_LEVEL"
 """Environment variable that names the level to use instead of the best; ``none`` turns the native kernels off."""
 
-INTERFACE = 1
+INTERFACE = 2
 """Version of the interface in ``src/tbn_cpu.h`` (``TBN_INTERFACE``)."""
 
 _STEM = "_tbn_cpu"
@@ -35,6 +35,7 @@ class LinearPlan(ctypes.Structure):
         ("inputs", _size),
         ("rows", _size),
         ("copies", _size),
+        ("mixes", _size),
         ("alpha_copy_stride", _size),
         ("alpha_row_stride", _size),
         ("activation", ctypes.c_int32),
@@ -52,6 +53,7 @@ class ConvPlan(ctypes.Structure):
         ("channels", _size),
         ("channels_out", _size),
         ("rows", _size),
+        ("mixes", _size),
         ("alpha_rows", _size),
         ("kernel", _size * 2),
         ("stride", _size * 2),

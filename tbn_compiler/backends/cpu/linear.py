@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,6 @@ from tbn_compiler.backends.cpu.operands import as_vector, expand_replicas, is_ve
 from tbn_compiler.ops import reference
 from tbn_compiler.ops.calls import OPERATORS, TensorCall
 from tbn_compiler.ops.formats import apply_epilogue
-from tbn_compiler.ops.mixing import finish_mixed, mix_rows
 from tbn_compiler.packing import unpack_bits
 from tbn_compiler.tiling import TiledProduct
 
@@ -99,12 +96,10 @@ def _compute(call: TensorCall) -> Tensor:
     if reason is not None:
         decline("linear", reason)
         return reference.compute(call)
-    if call.product.mixes > 1:
-        return _mixed(call)
     layout, input_alpha = call.layout, call.input_alpha
     x = layout.sum_inputs(expand_replicas(call.input.to(_float32), input_alpha, -1), -1).contiguous()
     alpha = call.alpha
-    if call.product.alphas == "copy" and not call.product.alpha_per_repeat:
+    if call.product.alphas == "copy" and not call.product.alpha_per_repeat and not layout.hadamard:
         alpha = layout.row_alphas(alpha)
     tokens = x.numel() // x.shape[-1]
     batch = tokens >= MIN_BATCH
@@ -120,73 +115,31 @@ def _compute(call: TensorCall) -> Tensor:
     return _run(plan, x, as_vector(alpha), bias, tokens, call.outputs, call.epilogue).to(call.input.dtype)
 
 
-def _mixed(call: TensorCall) -> Tensor:
-    """A layer whose copies have Hadamard signs: the kernels compute its column groups apart."""
-    layout, p = call.layout, call.layout.p
-    x = expand_replicas(call.input.to(_float32), call.input_alpha, -1)
-    tokens, rows = x.numel() // x.shape[-1], layout.rows // p
-    apart = x.reshape(tokens, x.shape[-1] // p, p).permute(2, 0, 1).contiguous()
-    z, one = x.new_empty((p, tokens, rows)), x.new_ones(1)
-    batch = tokens >= MIN_BATCH
-    for group in range(p):
-        use = (library.level(), "linear", layout, "group", group, batch)
-        plan = prepare.find_or_make(call.tile, use, functools.partial(_group_plan, call, group, batch))
-        pointers = (apart[group].data_ptr(), z[group].data_ptr())
-        if plan.call(plan.address, *pointers, tokens, one.data_ptr(), None, _get_num_threads()):
-            raise MemoryError(f"tbn::linear: no memory to work in for an input of shape {tuple(x.shape)}")
-    out = apply_epilogue(finish_mixed(mix_rows(z), call.alpha, call.bias), call.epilogue)
-    return out.reshape(*x.shape[:-1], layout.rows).to(call.input.dtype)
-
-
-def _group_plan(call: TensorCall, group: int, batch: bool, entry: prepare.Prepared) -> prepare.Plan:
-    """The tile's rows for one column group."""
-    lib, level, kernels = prepare.native()
-    layout = call.layout
-    rows, columns = layout.rows // layout.p, layout.shape[1] // layout.p
-
-    def signs() -> Tensor:
-        groups = layout.column_groups(unpack_bits(call.tile, layout.tile_size, torch.int8))
-        return groups[group].reshape(rows, columns).contiguous()
-
-    memory = [entry.part((level, layout, "group", group), lambda: prepare.pack(signs(), integer=False))]
-    if batch:
-        memory.append(entry.part(("sums", layout, "group", group), lambda: prepare.pack_sums(signs())))
-    struct = library.LinearPlan(
-        kernels=kernels,
-        index=memory[0].ctypes.data,
-        sums_index=memory[1].ctypes.data if batch else None,
-        inputs=columns,
-        rows=rows,
-        copies=1,
-        alpha_copy_stride=0,
-        alpha_row_stride=0,
-        activation=prepare.ACTIVATIONS["float"],
-        relu=False,
-    )
-    return prepare.Plan(lib.tbn_linear, struct, memory)
-
-
 def _plan(entry: prepare.Prepared, call: TensorCall, product: TiledProduct, batch: bool) -> prepare.Plan:
     lib, level, kernels = prepare.native()
-    layout, integer = product.layout, call.activation != "float"
+    layout, mixes, integer = product.layout, product.mixes, call.activation != "float"
 
     def signs() -> Tensor:
         unpacked = unpack_bits(call.tile, layout.tile_size, torch.int8)
+        if mixes > 1:
+            return layout.column_groups(unpacked).contiguous()
         return layout.unique_weight(unpacked).contiguous()
 
     memory = [entry.part((level, layout, integer), lambda: prepare.pack(signs(), integer=integer))]
     if batch and not integer:
         memory.append(entry.part(("sums", layout), lambda: prepare.pack_sums(signs())))
     # Alphas behind each other, by repeat of all rows and by row; those of a layer do not move.
-    by_repeat, by_row = {"layer": (0, 0), "copy": (1, 0), "row": (product.rows, 1)}[product.alphas]
+    rows, copies = (product.rows // mixes, mixes) if mixes > 1 else (product.rows, product.repeats)
+    by_copy, by_row = {"layer": (0, 0), "copy": (1, 0), "row": (rows, 1)}[product.alphas]
     struct = library.LinearPlan(
         kernels=kernels,
         index=memory[0].ctypes.data,
         sums_index=memory[1].ctypes.data if len(memory) > 1 else None,
         inputs=product.columns,
-        rows=product.rows,
-        copies=product.repeats,
-        alpha_copy_stride=by_repeat,
+        rows=rows,
+        copies=copies,
+        mixes=mixes,
+        alpha_copy_stride=by_copy,
         alpha_row_stride=by_row,
         activation=prepare.ACTIVATIONS[call.activation],
         relu=call.epilogue == "relu",

@@ -40,8 +40,6 @@ def reason_against(call: TensorCall) -> str | None:
         return "no inputs"
     if not call.product.scales_results:
         return "rows mix several alphas"
-    if call.activation != "float" and call.product.mixes > 1:
-        return f"{call.activation} activations have one scale for all column groups"
     if call.activation != "float" and (call.product.neighbours > 1 or call.input_alpha is not None):
         return f"{call.activation} activations are summed, or scaled, before they meet the tile"
     return None

@@ -148,9 +148,13 @@ def pack(signs: Tensor, *, integer: bool) -> np.ndarray:
 
 
 def pack_sums(signs: Tensor) -> np.ndarray:
-    """Prepare the different rows of a weight, ``int8 [rows, columns]``, for tables in memory."""
+    """Prepare the different rows of a weight, ``int8 [rows, columns]`` or by group, for tables in memory."""
     lib, _, _ = native()
-    rows, columns = signs.shape
-    out = _aligned(lib.tbn_pack_sums_bytes(rows, columns))
-    lib.tbn_pack_sums(signs.data_ptr(), rows, columns, out.ctypes.data)
+    rows, columns = signs.shape[-2:]
+    groups = signs.numel() // (rows * columns)
+    nbytes = lib.tbn_pack_sums_bytes(rows, columns)
+    out = _aligned(groups * nbytes)
+    for group in range(groups):
+        source = signs.data_ptr() + group * rows * columns
+        lib.tbn_pack_sums(source, rows, columns, out.ctypes.data + group * nbytes)
     return out

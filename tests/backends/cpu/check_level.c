@@ -78,20 +78,33 @@ static float to_integers(const float *x, size_t count, int activation, float *va
     return scale;
 }
 
+/* 1, 2, 4 or 8 column groups. */
+static size_t some_mixes(void) {
+    return (size_t)1 << (random_below(2) ? 0 : between(1, 3));
+}
+
+static int hadamard(size_t row, size_t column) {
+    return __builtin_parityll(row & column) ? -1 : 1;
+}
+
 static int check_linear(const struct tbn_kernels *kernels, int activation) {
-    const size_t rows = between(1, 150), inputs = between(1, 600), copies = between(1, 3), tokens = between(0, 40);
+    const size_t mixes = some_mixes(), columns = between(1, 600) / mixes + 1, inputs = columns * mixes;
+    const size_t rows = between(1, 150), copies = mixes > 1 ? mixes : between(1, 3), tokens = between(0, 40);
     const size_t outputs = rows * copies;
-    int8_t *signs = random_signs(rows * inputs);
+    int8_t *signs = random_signs(rows * inputs); /* [column group][row][column] */
     float *x = random_floats(tokens * inputs), *alpha = random_floats(outputs), *bias = random_floats(outputs);
     float *out = memory(tokens * outputs * sizeof(float)), *values = memory(inputs * sizeof(float));
-    void *index = memory(tbn_pack_bytes(kernels, activation != TBN_FLOAT, rows, inputs));
-    void *sums_index = memory(tbn_pack_sums_bytes(rows, inputs));
-    tbn_pack(kernels, activation != TBN_FLOAT, signs, rows, inputs, index);
-    tbn_pack_sums(signs, rows, inputs, sums_index);
+    const size_t bytes = tbn_pack_bytes(kernels, activation != TBN_FLOAT, rows, columns);
+    const size_t sums_bytes = tbn_pack_sums_bytes(rows, columns);
+    char *index = memory(mixes * bytes), *sums_index = memory(mixes * sums_bytes);
+    for (size_t group = 0; group < mixes; group++) {
+        tbn_pack(kernels, activation != TBN_FLOAT, signs + group * rows * columns, rows, columns, index + group * bytes);
+        tbn_pack_sums(signs + group * rows * columns, rows, columns, sums_index + group * sums_bytes);
+    }
     const struct tbn_linear layer = {
         .kernels = kernels, .index = index, .sums_index = random_below(2) ? sums_index : NULL, .inputs = inputs,
-        .rows = rows, .copies = copies, .alpha_copy_stride = rows, .alpha_row_stride = 1, .activation = activation,
-        .relu = 1};
+        .rows = rows, .copies = copies, .mixes = mixes, .alpha_copy_stride = rows, .alpha_row_stride = 1,
+        .activation = activation, .relu = 1};
     for (size_t token = 0; token < tokens; token++)
         make_special(x + token * inputs, inputs);
     int wrong = tbn_linear(&layer, x, out, tokens, alpha, bias, between(1, 3)) != TBN_OK;
@@ -99,40 +112,46 @@ static int check_linear(const struct tbn_kernels *kernels, int activation) {
         const float scale = to_integers(x + token * inputs, inputs, activation, values);
         for (size_t output = 0; output < outputs; output++) {
             double sum = 0.0;
-            for (size_t i = 0; i < inputs; i++)
-                sum += (double)signs[output % rows * inputs + i] * (double)values[i];
+            for (size_t i = 0; i < inputs; i++) {
+                const int8_t *row = signs + (i % mixes * rows + output % rows) * columns;
+                sum += (double)(row[i / mixes] * hadamard(output / rows, i % mixes)) * (double)values[i];
+            }
             const double expected = finish(sum, activation, alpha[output], scale, bias[output]);
             wrong += differ(out[token * outputs + output], expected, 1);
         }
     }
     free(signs), free(x), free(alpha), free(bias), free(out), free(values), free(index), free(sums_index);
     if (wrong)
-        printf("linear, activation %d, rows %zu, inputs %zu, tokens %zu: %d wrong\n", activation, rows, inputs, tokens,
-               wrong);
+        printf("linear, activation %d, rows %zu, inputs %zu, mixes %zu, tokens %zu: %d wrong\n", activation, rows,
+               inputs, mixes, tokens, wrong);
     return wrong;
 }
 
 static int check_conv(const struct tbn_kernels *kernels, int activation) {
     const int integer = activation != TBN_FLOAT;
-    const size_t group = tbn_group(kernels, integer), rows = between(1, 70), channels = between(1, 40);
+    const size_t group = tbn_group(kernels, integer), rows = between(1, 70), mixes = some_mixes();
+    const size_t channels = between(1, 40) / mixes + 1; /* of a column group */
     const size_t height = between(6, 12), width = between(6, 20), samples = between(1, 2);
     struct tbn_conv layer = {
-        .kernels = kernels, .groups = 1, .channels = channels, .channels_out = rows, .rows = rows, .alpha_rows = rows,
+        .kernels = kernels, .groups = 1, .channels = channels, .channels_out = mixes * rows, .rows = rows,
+        .mixes = mixes, .alpha_rows = mixes * rows,
         .kernel = {between(1, 3), between(1, 3)}, .stride = {between(1, 3), between(1, 3)},
         .padding = {between(0, 2), between(0, 2)}, .dilation = {between(1, 2), between(1, 2)},
         .activation = activation};
     const size_t taps = layer.kernel[0] * layer.kernel[1], channel_groups = (channels + group - 1) / group;
     const size_t columns = channel_groups * taps * group;
-    int8_t *signs = random_signs(rows * columns); /* [filter][channel group][tap][channel] */
-    void *index = memory(tbn_pack_bytes(kernels, integer, rows, columns));
-    tbn_pack(kernels, integer, signs, rows, columns, index);
+    int8_t *signs = random_signs(mixes * rows * columns); /* [column group][filter][channel group][tap][channel] */
+    const size_t bytes = tbn_pack_bytes(kernels, integer, rows, columns);
+    char *index = memory(mixes * bytes);
+    for (size_t mix = 0; mix < mixes; mix++)
+        tbn_pack(kernels, integer, signs + mix * rows * columns, rows, columns, index + mix * bytes);
     layer.index = index;
     size_t sizes[2] = {height, width};
     for (int axis = 0; axis < 2; axis++)
         sizes[axis] = (sizes[axis] + 2 * layer.padding[axis] - layer.dilation[axis] * (layer.kernel[axis] - 1) - 1) /
                           layer.stride[axis] + 1;
-    const size_t size = channels * height * width, plane = sizes[0] * sizes[1];
-    float *x = random_floats(samples * size), *out = memory(samples * rows * plane * sizeof(float));
+    const size_t size = mixes * channels * height * width, plane = sizes[0] * sizes[1], outputs = mixes * rows * plane;
+    float *x = random_floats(samples * size), *out = memory(samples * outputs * sizeof(float));
     float *values = memory(size * sizeof(float));
     const float alpha = 0.75f;
     for (size_t sample = 0; sample < samples; sample++)
@@ -140,24 +159,28 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
     int wrong = tbn_conv(&layer, x, out, samples, height, width, &alpha, NULL, between(1, 3)) != TBN_OK;
     for (size_t sample = 0; sample < samples; sample++) {
         const float scale = to_integers(x + sample * size, size, activation, values);
-        for (size_t i = 0; i < rows * plane; i++) {
-            const size_t filter = i / plane, out_y = i % plane / sizes[1], out_x = i % sizes[1];
+        for (size_t i = 0; i < outputs; i++) {
+            const size_t copy = i / plane / rows, filter = i / plane % rows;
+            const size_t out_y = i % plane / sizes[1], out_x = i % sizes[1];
             double sum = 0.0;
-            for (size_t c = 0; c < channels; c++)
+            for (size_t c = 0; c < channels * mixes; c++)
                 for (size_t tap = 0; tap < taps; tap++) {
                     const size_t y = out_y * layer.stride[0] + tap / layer.kernel[1] * layer.dilation[0];
-                    const size_t column = out_x * layer.stride[1] + tap % layer.kernel[1] * layer.dilation[1];
-                    const size_t sign = filter * columns + (c / group * taps + tap) * group + c % group;
-                    if (y - layer.padding[0] < height && column - layer.padding[1] < width)
-                        sum += (double)signs[sign] * (double)values[(c * height + y - layer.padding[0]) * width +
-                                                                    column - layer.padding[1]];
+                    const size_t x_padded = out_x * layer.stride[1] + tap % layer.kernel[1] * layer.dilation[1];
+                    const size_t mix = c % mixes, channel = c / mixes;
+                    const int sign = hadamard(copy, mix) * signs[(mix * rows + filter) * columns +
+                                                                 (channel / group * taps + tap) * group + channel % group];
+                    if (y - layer.padding[0] < height && x_padded - layer.padding[1] < width)
+                        sum += (double)sign * (double)values[(c * height + y - layer.padding[0]) * width + x_padded -
+                                                             layer.padding[1]];
                 }
-            wrong += differ(out[sample * rows * plane + i], finish(sum, activation, alpha, scale, 0.0f), 0);
+            wrong += differ(out[sample * outputs + i], finish(sum, activation, alpha, scale, 0.0f), 0);
         }
     }
     free(signs), free(index), free(x), free(out), free(values);
     if (wrong)
-        printf("conv, activation %d, rows %zu, channels %zu: %d wrong\n", activation, rows, channels, wrong);
+        printf("conv, activation %d, rows %zu, channels %zu, mixes %zu: %d wrong\n", activation, rows, channels, mixes,
+               wrong);
     return wrong;
 }
 
@@ -168,7 +191,7 @@ int main(int count, char **arguments) {
         return 2;
     }
     int wrong = 0;
-    for (int i = 0; i < 20; i++)
+    for (int i = 0; i < 30; i++)
         for (int activation = TBN_FLOAT; activation <= TBN_BINARY; activation++)
             wrong += check_linear(kernels, activation) + check_conv(kernels, activation);
     return wrong != 0;

@@ -232,6 +232,14 @@ INLINE void transpose_block(const float *in, size_t in_stride, float *out, size_
 
 #include "sums.h"
 
+TARGET static void mix_f32(float *z, size_t mixes, size_t count) {
+    mix_floats(z, mixes, count);
+}
+
+TARGET static void mix_i32(int32_t *z, size_t mixes, size_t count) {
+    mix_integers(z, mixes, count);
+}
+
 TARGET static void finish_f32(const struct tbn_finish *job, const float *z, size_t first, size_t last, float *out) {
     finish_rows(job, z, NULL, 1.0f, first, last, out);
 }
@@ -263,6 +271,8 @@ const struct tbn_kernels tbn_avx2 = {
     .lookup_f32 = lookup_f32,
     .lookup_i16 = lookup_i16,
     .sums = sums,
+    .mix_f32 = mix_f32,
+    .mix_i32 = mix_i32,
     .finish_f32 = finish_f32,
     .finish_i32 = finish_i32,
     .finish_plane = finish_plane,

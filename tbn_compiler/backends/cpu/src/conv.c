@@ -3,7 +3,7 @@
  *
  * The tables of a position are built once and serve every tap of the kernel and every filter, and nothing is unrolled
  * in memory: a tap only moves the place at which the tables are read. A unit of work is a band of output rows of one
- * sample and one group of channels. In a band, groups of input channels are taken a few at a time, so that the tables
+ * sample and one group of channels, with all its column groups where copies have Hadamard signs. In a band, groups of input channels are taken a few at a time, so that the tables
  * that an output row reads stay in the first-level cache.
  */
 #include "pool.h"
@@ -25,7 +25,7 @@ enum { PACKED_GROUP = 8 };
 struct call {
     const struct tbn_conv *layer;
     const struct tbn_format *format;
-    const float *x;           /* [samples][groups * channels][height][width] */
+    const float *x;           /* [samples][groups * channels * mixes][height][width] */
     const int16_t *integers;  /* the same, quantised, or NULL */
     const float *scales;      /* of the samples, where quantised */
     const float *alpha, *bias;
@@ -48,9 +48,9 @@ struct call {
 struct buffers {
     void *packed; /* inputs of one channel group, [position][PACKED_GROUP] */
     char *tables; /* [channel group][position] */
-    void *z;      /* [output position][filter] */
+    void *z;      /* [column group][output position][filter] */
     float *plane; /* one filter's sums, [output position] */
-    float *field; /* inputs of one output position, [channel group][tap][channel] */
+    float *field; /* inputs of one output position, [column group][channel group][tap][channel] */
     uint32_t *offsets;
 };
 
@@ -60,7 +60,7 @@ static size_t band_positions(const struct call *call) {
     return rows * call->row_size;
 }
 
-/* Inputs of an output, filled up to whole groups of channels. */
+/* Inputs of an output from one column group, filled up to whole groups of channels. */
 static size_t field_size(const struct call *call) {
     return call->channel_groups * call->taps * call->format->group;
 }
@@ -70,9 +70,9 @@ static size_t take_buffers(const struct call *call, char *base, struct buffers *
     const size_t positions = band_positions(call), outputs = call->band_rows * call->out_width;
     buffers->packed = tbn_take(&scratch, positions * PACKED_GROUP * sizeof(float));
     buffers->tables = tbn_take(&scratch, call->block_groups * positions * call->format->table_bytes);
-    buffers->z = tbn_take(&scratch, outputs * call->filters * sizeof(float));
+    buffers->z = tbn_take(&scratch, call->layer->mixes * outputs * call->filters * sizeof(float));
     buffers->plane = tbn_take(&scratch, outputs * sizeof(float));
-    buffers->field = tbn_take(&scratch, field_size(call) * sizeof(float));
+    buffers->field = tbn_take(&scratch, call->layer->mixes * field_size(call) * sizeof(float));
     buffers->offsets = tbn_take(&scratch, call->block_words * call->format->groups * sizeof(uint32_t));
     return scratch.used;
 }
@@ -101,9 +101,15 @@ static void pack_channel(const struct call *call, size_t plane, size_t first, si
     }
 }
 
+/* The input channel that is `channel` of column group `mix` of a group. */
+static size_t input_channel(const struct call *call, size_t sample, size_t group, size_t mix, size_t channel) {
+    const struct tbn_conv *layer = call->layer;
+    return ((sample * layer->groups + group) * layer->channels + channel) * layer->mixes + mix;
+}
+
 /* Tables of `count` channel groups from `first_group` on, for all positions that a band from padded row `row` reads. */
 static void build_tables(const struct call *call, const struct buffers *buffers, size_t sample, size_t group,
-                         size_t row, size_t first_group, size_t count) {
+                         size_t mix, size_t row, size_t first_group, size_t count) {
     const struct tbn_conv *layer = call->layer;
     const struct tbn_format *format = call->format;
     const size_t positions = band_positions(call);
@@ -112,8 +118,8 @@ static void build_tables(const struct call *call, const struct buffers *buffers,
         for (size_t i = 0; i < format->group; i++) {
             const size_t channel = (first_group + k) * format->group + i;
             if (channel < layer->channels)
-                pack_channel(call, (sample * layer->groups + group) * layer->channels + channel, row,
-                             positions / call->row_size, i, buffers->packed);
+                pack_channel(call, input_channel(call, sample, group, mix, channel), row, positions / call->row_size,
+                             i, buffers->packed);
         }
         char *tables = buffers->tables + k * positions * format->table_bytes;
         if (call->integers)
@@ -139,9 +145,9 @@ static void find_offsets(const struct call *call, const struct buffers *buffers,
     }
 }
 
-/* Sums of all filters of a group in a band of `rows` output rows. */
+/* Sums of all filters of column group `mix` of a group in a band of `rows` output rows. */
 static void lookup_band(const struct call *call, const struct buffers *buffers, size_t sample, size_t group,
-                        size_t first_row, size_t rows) {
+                        size_t mix, size_t first_row, size_t rows) {
     const struct tbn_conv *layer = call->layer;
     const struct tbn_format *format = call->format;
     const size_t word_bytes = format->rows * format->word_bytes;
@@ -152,19 +158,21 @@ static void lookup_band(const struct call *call, const struct buffers *buffers, 
         .lanes = call->out_width,
         .z_stride = call->filters,
     };
-    const char *index = (const char *)layer->index + group * job.row_blocks * job.index_stride;
+    const char *index =
+        (const char *)layer->index + (group * layer->mixes + mix) * job.row_blocks * job.index_stride;
+    float *z = (float *)buffers->z + mix * rows * call->out_width * call->filters;
     for (size_t word = 0; word < call->words; word += job.words) {
         job.words = tbn_min(call->block_words, call->words - word);
         const size_t first_group = word * format->groups / call->taps;
         const size_t last_group = ((word + job.words) * format->groups - 1) / call->taps;
-        build_tables(call, buffers, sample, group, first_row * layer->stride[0], first_group,
+        build_tables(call, buffers, sample, group, mix, first_row * layer->stride[0], first_group,
                      last_group - first_group + 1);
         find_offsets(call, buffers, word, job.words);
         job.index = index + word * word_bytes;
         job.accumulate = word > 0;
         for (size_t row = 0; row < rows; row++) {
             job.tables = buffers->tables + row * layer->stride[0] * call->row_size * format->table_bytes;
-            job.z = (float *)buffers->z + row * call->out_width * call->filters;
+            job.z = z + row * call->out_width * call->filters;
             if (call->integers)
                 layer->kernels->lookup_i16(&job);
             else
@@ -173,18 +181,20 @@ static void lookup_band(const struct call *call, const struct buffers *buffers, 
     }
 }
 
-/* Writes the channels of a group: channel j of it is filter j mod `rows`, times its alpha. */
+/* Writes the channels of a group from the sums of its filters, those of each copy where copies have Hadamard signs. */
 static void finish_band(const struct call *call, const struct buffers *buffers, size_t sample, size_t group,
                         size_t first_row, size_t rows) {
     const struct tbn_conv *layer = call->layer;
     const size_t outputs = rows * call->out_width, plane_size = call->out_height * call->out_width;
+    const size_t sums = layer->mixes * layer->rows; /* channel j of the group has sum j mod `sums` */
     const float scale = call->integers ? call->scales[sample] : 1.0f;
-    for (size_t filter = 0; filter < layer->rows; filter++) {
-        const float *floats = (const float *)buffers->z + filter;
-        const int32_t *integers = (const int32_t *)buffers->z + filter;
+    for (size_t sum = 0; sum < sums; sum++) {
+        const size_t begin = sum / layer->rows * outputs * call->filters + sum % layer->rows;
+        const float *floats = (const float *)buffers->z + begin;
+        const int32_t *integers = (const int32_t *)buffers->z + begin;
         for (size_t i = 0; i < outputs; i++)
             buffers->plane[i] = call->integers ? (float)integers[i * call->filters] : floats[i * call->filters];
-        for (size_t j = filter; j < layer->channels_out; j += layer->rows) {
+        for (size_t j = sum; j < layer->channels_out; j += sums) {
             const size_t channel = group * layer->channels_out + j;
             float *out = call->out + (sample * layer->groups * layer->channels_out + channel) * plane_size +
                          first_row * call->out_width;
@@ -194,14 +204,13 @@ static void finish_band(const struct call *call, const struct buffers *buffers, 
     }
 }
 
-/* The inputs of one output position, in the order of a filter's weights. */
-static void gather_field(const struct call *call, size_t sample, size_t group, size_t out_y, size_t out_x,
+/* The inputs of one output position from one column group, in the order of a filter's weights. */
+static void gather_field(const struct call *call, size_t sample, size_t group, size_t mix, size_t out_y, size_t out_x,
                          float *field) {
     const struct tbn_conv *layer = call->layer;
     memset(field, 0, field_size(call) * sizeof *field);
     for (size_t channel = 0; channel < layer->channels; channel++) {
-        const float *plane =
-            call->x + ((sample * layer->groups + group) * layer->channels + channel) * call->height * call->width;
+        const float *plane = call->x + input_channel(call, sample, group, mix, channel) * call->height * call->width;
         const size_t channel_group = channel / call->format->group, i = channel % call->format->group;
         for (size_t tap = 0; tap < call->taps; tap++) {
             /* Both wrap to large numbers above and on the left of the image. */
@@ -213,35 +222,57 @@ static void gather_field(const struct call *call, size_t sample, size_t group, s
     }
 }
 
+/* The sums of a block of filters of a group in copy `copy`, from the inputs of one output position. */
+static void wide_sums(const struct call *call, const float *field, size_t group, size_t block, size_t copy,
+                      double *sums) {
+    const struct tbn_conv *layer = call->layer;
+    const size_t block_rows = call->format->rows, size = field_size(call), tile = call->filters * call->words;
+    const uint32_t *index =
+        (const uint32_t *)layer->index + group * layer->mixes * tile + block * call->words * block_rows;
+    tbn_wide_sums(call->format, index, field, size, sums);
+    for (size_t mix = 1; mix < layer->mixes; mix++) {
+        double more[TBN_MAX_FLOAT_ROWS];
+        tbn_wide_sums(call->format, index + mix * tile, field + mix * size, size, more);
+        const double sign = tbn_hadamard(copy, mix) ? -1.0 : 1.0;
+        for (size_t row = 0; row < block_rows; row++)
+            sums[row] += sign * more[row];
+    }
+}
+
 /* Computes those outputs of a band again whose sums overflowed on the way; see wide.h. */
 static void finish_wide(const struct call *call, const struct buffers *buffers, size_t sample, size_t group,
                         size_t first_row, size_t rows) {
     const struct tbn_conv *layer = call->layer;
     const size_t block_rows = call->format->rows, plane_size = call->out_height * call->out_width;
-    const uint32_t *index = (const uint32_t *)layer->index + group * call->filters * call->words;
-    double sums[TBN_MAX_FLOAT_ROWS];
-    for (size_t i = 0; i < rows * call->out_width; i++) {
+    const size_t outputs = rows * call->out_width, sums = layer->mixes * layer->rows;
+    double block_sums[TBN_MAX_FLOAT_ROWS];
+    for (size_t i = 0; i < outputs; i++) {
         const float *z = (const float *)buffers->z + i * call->filters;
-        if (layer->kernels->all_finite(z, layer->rows))
+        int finite = 1;
+        for (size_t mix = 0; mix < layer->mixes; mix++)
+            finite &= layer->kernels->all_finite(z + mix * outputs * call->filters, layer->rows);
+        if (finite)
             continue;
-        gather_field(call, sample, group, first_row + i / call->out_width, i % call->out_width, buffers->field);
-        if (!tbn_can_overflow(buffers->field, field_size(call)))
+        for (size_t mix = 0; mix < layer->mixes; mix++)
+            gather_field(call, sample, group, mix, first_row + i / call->out_width, i % call->out_width,
+                         buffers->field + mix * field_size(call));
+        if (!tbn_can_overflow(buffers->field, layer->mixes * field_size(call)))
             continue;
         float *out = call->out + sample * layer->groups * layer->channels_out * plane_size +
                      first_row * call->out_width + i; /* of channel 0 */
-        size_t computed = SIZE_MAX; /* the row block whose sums these are */
-        for (size_t filter = 0; filter < layer->rows; filter++) {
-            if (isfinite(z[filter]))
+        size_t computed = SIZE_MAX; /* the row block, of a copy, whose sums these are */
+        for (size_t sum = 0; sum < sums; sum++) {
+            const size_t copy = sum / layer->rows, filter = sum % layer->rows;
+            if (isfinite(z[copy * outputs * call->filters + filter]))
                 continue;
-            const size_t block = filter / block_rows;
-            if (block != computed)
-                tbn_wide_sums(call->format, index + block * call->words * block_rows, buffers->field, field_size(call),
-                              sums);
-            computed = block;
-            for (size_t j = filter; j < layer->channels_out; j += layer->rows) {
+            const size_t block = filter / block_rows, blocks = call->filters / block_rows;
+            if (copy * blocks + block != computed)
+                wide_sums(call, buffers->field, group, block, copy, block_sums);
+            computed = copy * blocks + block;
+            for (size_t j = sum; j < layer->channels_out; j += sums) {
                 const size_t channel = group * layer->channels_out + j;
                 out[channel * plane_size] =
-                    tbn_wide_finish(sums[filter % block_rows], call->alpha[channel / layer->alpha_rows],
+                    tbn_wide_finish(block_sums[filter % block_rows], call->alpha[channel / layer->alpha_rows],
                                     call->bias ? call->bias + channel : NULL, layer->relu);
             }
         }
@@ -263,10 +294,15 @@ static void run(void *argument) {
         const size_t sample = unit / call->bands / call->layer->groups;
         const size_t first_row = band * call->band_rows;
         const size_t rows = tbn_min(call->band_rows, call->out_height - first_row);
-        lookup_band(call, &buffers, sample, group, first_row, rows);
+        const size_t mixes = call->layer->mixes, sums = rows * call->out_width * call->filters;
+        for (size_t mix = 0; mix < mixes; mix++)
+            lookup_band(call, &buffers, sample, group, mix, first_row, rows);
+        if (call->integers)
+            call->layer->kernels->mix_i32(buffers.z, mixes, sums);
+        else
+            call->layer->kernels->mix_f32(buffers.z, mixes, sums);
         finish_band(call, &buffers, sample, group, first_row, rows);
-        if (!call->integers &&
-            !call->layer->kernels->all_finite(buffers.z, rows * call->out_width * call->filters))
+        if (!call->integers && !call->layer->kernels->all_finite(buffers.z, mixes * sums))
             finish_wide(call, &buffers, sample, group, first_row, rows);
     }
     free(memory);
@@ -297,7 +333,7 @@ static void plan(struct call *call, size_t samples, size_t threads) {
 /* Quantises the samples; returns the memory that holds integers and scales, or NULL. */
 static void *quantize(struct call *call, size_t samples) {
     const struct tbn_conv *layer = call->layer;
-    const size_t size = layer->groups * layer->channels * call->height * call->width;
+    const size_t size = layer->groups * layer->channels * layer->mixes * call->height * call->width;
     const size_t bytes = tbn_round_up(samples * size * sizeof(int16_t), TBN_ALIGN);
     char *memory = aligned_alloc(TBN_ALIGN, bytes + tbn_round_up(samples * sizeof(float), TBN_ALIGN));
     if (!memory)

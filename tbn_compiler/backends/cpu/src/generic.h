@@ -49,6 +49,33 @@ TBN_INLINE void finish_channel(const float *z, size_t count, float alpha, float 
         out[i] = finish_one(z[i], alpha, scale, local, relu);
 }
 
+/* z [mixes][count] -> sums over the first axis with the signs of a Hadamard matrix in Sylvester's order, in place. */
+TBN_INLINE void mix_floats(float *z, size_t mixes, size_t count) {
+    for (size_t half = 1; half < mixes; half *= 2)
+        for (size_t first = 0; first < mixes; first += 2 * half)
+            for (size_t j = first; j < first + half; j++) {
+                float *restrict a = z + j * count, *restrict b = z + (j + half) * count;
+                for (size_t i = 0; i < count; i++) {
+                    const float sum = a[i] + b[i], difference = a[i] - b[i];
+                    a[i] = sum;
+                    b[i] = difference;
+                }
+            }
+}
+
+TBN_INLINE void mix_integers(int32_t *z, size_t mixes, size_t count) {
+    for (size_t half = 1; half < mixes; half *= 2)
+        for (size_t first = 0; first < mixes; first += 2 * half)
+            for (size_t j = first; j < first + half; j++) {
+                int32_t *restrict a = z + j * count, *restrict b = z + (j + half) * count;
+                for (size_t i = 0; i < count; i++) {
+                    const int32_t sum = a[i] + b[i], difference = a[i] - b[i];
+                    a[i] = sum;
+                    b[i] = difference;
+                }
+            }
+}
+
 /* Adding and subtracting 1.5 * 2^23 rounds to an integer, half to even, where |x| < 2^22. */
 TBN_INLINE int16_t round_half_even(float x) {
     const float shift = 12582912.0f;

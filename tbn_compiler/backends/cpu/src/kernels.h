@@ -81,6 +81,9 @@ struct tbn_kernels {
     void (*lookup_f32)(const struct tbn_lookup *job);
     void (*lookup_i16)(const struct tbn_lookup *job);
     void (*sums)(const struct tbn_sums *job);
+    /* Results of `mixes` column groups, [mixes][count], as those of as many copies with Hadamard signs; see linear.c. */
+    void (*mix_f32)(float *z, size_t mixes, size_t count);
+    void (*mix_i32)(int32_t *z, size_t mixes, size_t count);
     /* Rows [first, last) of one token, from the sums of these rows; `scale` is the token's. */
     void (*finish_f32)(const struct tbn_finish *job, const float *z, size_t first, size_t last, float *out);
     void (*finish_i32)(const struct tbn_finish *job, const int32_t *z, float scale, size_t first, size_t last,

@@ -85,6 +85,14 @@ INLINE void transpose_block(const float *in, size_t in_stride, float *out, size_
 
 #include "sums.h"
 
+static void mix_f32(float *z, size_t mixes, size_t count) {
+    mix_floats(z, mixes, count);
+}
+
+static void mix_i32(int32_t *z, size_t mixes, size_t count) {
+    mix_integers(z, mixes, count);
+}
+
 static void finish_f32(const struct tbn_finish *job, const float *z, size_t first, size_t last, float *out) {
     finish_rows(job, z, NULL, 1.0f, first, last, out);
 }

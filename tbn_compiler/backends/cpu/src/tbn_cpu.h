@@ -7,7 +7,7 @@
 #define TBN_EXPORT __attribute__((visibility("default")))
 
 /* Changes with anything below: a library left over from another version is not used. */
-enum { TBN_INTERFACE = 1 };
+enum { TBN_INTERFACE = 2 };
 
 TBN_EXPORT int tbn_interface(void);
 
@@ -15,7 +15,12 @@ enum { TBN_OK = 0, TBN_OUT_OF_MEMORY = 1 };
 
 enum tbn_activation { TBN_FLOAT = 0, TBN_INT8 = 1, TBN_BINARY = 2 };
 
-/* A linear layer. backends/cpu/library.py declares the same fields. */
+/*
+ * A linear layer. backends/cpu/library.py declares the same fields.
+ *
+ * With `mixes` above 1 copies have Hadamard signs: input c belongs to column group c mod `mixes`, and has the sign
+ * H[i, c mod mixes] in copy i. There is a prepared tile for each column group, one behind the other, and as many copies.
+ */
 struct tbn_linear {
     const struct tbn_kernels *kernels;
     const void *index;      /* tile prepared by tbn_pack for the activation's format */
@@ -23,19 +28,24 @@ struct tbn_linear {
     size_t inputs;
     size_t rows;   /* different rows */
     size_t copies; /* outputs are copies * rows */
+    size_t mixes;  /* column groups, a power of two; 1: copies are equal */
     size_t alpha_copy_stride, alpha_row_stride;
     int32_t activation;
     int32_t relu;
 };
 
-/* A convolution; axis 0 is the height, of size 1 in one dimension. Padding is with zeros. */
+/*
+ * A convolution; axis 0 is the height, of size 1 in one dimension. Padding is with zeros. Column groups (`mixes`) are of
+ * the input channels of a group; they have prepared tiles one behind the other in that of their group.
+ */
 struct tbn_conv {
     const struct tbn_kernels *kernels;
     const void *index; /* a tile prepared by tbn_pack for each group, columns [channel group][tap][channel] */
     size_t groups;
-    size_t channels;     /* input channels of a group */
-    size_t channels_out; /* output channels of a group; channel j repeats filter j mod `rows` */
+    size_t channels;     /* input channels of a column group */
+    size_t channels_out; /* output channels of a group; channel j is of copy j / `rows`, and of filter j mod `rows` */
     size_t rows;         /* different filters of a group */
+    size_t mixes;
     size_t alpha_rows;   /* neighbouring output channels that share an alpha */
     size_t kernel[2], stride[2], padding[2], dilation[2];
     int32_t activation;
@@ -61,7 +71,7 @@ TBN_EXPORT void tbn_pack_sums(const int8_t *signs, size_t rows, size_t columns, 
 TBN_EXPORT int tbn_linear(const struct tbn_linear *layer, const float *x, float *out, size_t tokens,
                           const float *alpha, const float *bias, size_t threads);
 
-/* x [samples][groups * channels][height][width] -> out, in the same order; returns TBN_OK or TBN_OUT_OF_MEMORY. */
+/* x [samples][groups * channels * mixes][height][width] -> out, in the same order; returns TBN_OK or TBN_OUT_OF_MEMORY. */
 TBN_EXPORT int tbn_conv(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
                         size_t width, const float *alpha, const float *bias, size_t threads);
 

@@ -18,4 +18,13 @@ void tbn_wide_sums(const struct tbn_format *format, const uint32_t *block, const
 /* One output: sum * alpha + bias, rounded once, and the larger of that and 0 if relu. */
 float tbn_wide_finish(double sum, float alpha, const float *bias, int relu);
 
+/* Whether the element of a Hadamard matrix in Sylvester's order is -1. */
+static inline int tbn_hadamard(size_t row, size_t column) {
+    size_t bits = row & column;
+    int odd = 0;
+    for (; bits; bits &= bits - 1)
+        odd = !odd;
+    return odd;
+}
+
 #endif
