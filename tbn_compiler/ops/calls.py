@@ -407,8 +407,14 @@ class TensorCall(TiledCall):
 
     @property
     def keeps_format(self) -> bool:
-        """Whether the result has the memory format of the input: that of a convolution on a GPU has."""
-        return self.dims > 1 and not self.transposed and self.input.device.type == "cuda"
+        """Whether the result has the memory format of the input.
+
+        That of a convolution on a GPU has, and on a CPU where activations are integers: floats are looked up by planes.
+        """
+        kind = self.input.device.type
+        return (
+            self.dims > 1 and not self.transposed and (kind == "cuda" or (kind == "cpu" and self.activation != "float"))
+        )
 
     def output_format(self) -> torch.memory_format:
         """The memory format of the result: ``channels_last`` for an input in it, where a kernel keeps it."""

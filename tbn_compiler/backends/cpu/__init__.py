@@ -63,7 +63,7 @@ def info() -> Info:
 def _left_to_pytorch(call: TensorCall) -> Tensor:
     """A call that no kernel takes; it is counted as declined."""
     declined.decline(call.kind, "transpose convolution" if call.transposed else "three dimensions")
-    return reference.compute(call)
+    return reference.compute(call).contiguous(memory_format=call.output_format())
 
 
 def register() -> None:

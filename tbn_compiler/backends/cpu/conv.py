@@ -19,9 +19,9 @@ from tbn_compiler.ops.formats import apply_epilogue
 from tbn_compiler.ops.schemas import CONV_OPS
 from tbn_compiler.packing import unpack_bits
 
-_float32, _get_num_threads = torch.float32, torch.get_num_threads
+_float32, _get_num_threads, _last = torch.float32, torch.get_num_threads, torch.channels_last
 
-MIN_FILTERS = {"avx512": 32, "avx2": 64}
+MIN_FILTERS = {"avx512amx": 32, "avx512vnni": 32, "avx512": 32, "avx2": 64}
 """Fewest different filters of a group for which looking up beats PyTorch's convolution with these filters, measured on
 3x3 kernels of 64 to 512 channels. Tables serve all filters, and with fewer they cost too much; levels that are not
 named have none."""
@@ -29,6 +29,9 @@ named have none."""
 MIN_MIXED_FILTERS = 32
 """The same where copies have Hadamard signs, at these levels: PyTorch's convolution then has a group for each column
 group, which it is slower at."""
+
+MIN_DOT_GROUP = 8
+"""Fewest channels and filters of a group for products of bytes, which take 64 bytes and 16 filters at once."""
 
 MIN_CHANNELS = 4
 """Fewest input channels of a group: tables are made of several channels."""
@@ -69,21 +72,22 @@ def make_conv(d: int) -> Callable[..., Tensor]:
             library.level(), op, in_channels, out_channels, *kernel_size, p, p_in, shift, hadamard, *stride,
             *padding, *dilation, groups, alpha.shape[0] if alpha.dim() == 1 else None, activation, epilogue,
         )  # fmt: skip
+        last = activation != "float" and _is_last(input, d)
         if (
             p_in == 1
             and input_alpha is None
             and input.dtype is _float32
             and input.dim() == d + 2
             and input.shape[1] == in_channels
-            and input.is_contiguous()
+            and (last or input.is_contiguous())
             and is_vector(alpha)
             and (bias is None or (is_vector(bias) and bias.shape[0] == out_channels))
         ):
-            plan = prepare.find(tile, use)
+            plan = prepare.find(tile, (*use, last))
             if plan is not None:
                 sizes = conv_sizes(input.shape[-d:], kernel_size, stride, padding, dilation)
                 if min(sizes) >= 1 and input.shape[-1] + 2 * padding[-1] <= MAX_WIDTH:
-                    return _run(op, plan, input, alpha, bias, sizes, out_channels, epilogue)
+                    return _run(op, plan, input, alpha, bias, sizes, out_channels, epilogue, last=last)
         call = operator.bind(
             (input, tile, alpha, bias, in_channels, out_channels, kernel_size, p, input_alpha),
             {
@@ -102,15 +106,31 @@ def _compute(call: TensorCall, use: tuple[Hashable, ...]) -> Tensor:
     """The long way: convert what the kernels do not take as it is, and prepare the tile if it is not."""
     sizes = call.output_sizes()
     reason = reason_against(call) or _reason_against(call, sizes)
+    form = call.output_format()
     if reason is not None:
         decline(call.kind, reason)
-        return reference.compute(call)
+        return reference.compute(call).contiguous(memory_format=form)
     x = expand_replicas(call.input.to(_float32), call.input_alpha, call.channel_axis)
-    x = call.layout.sum_inputs(x, call.channel_axis).contiguous()
-    plan = prepare.find_or_make(call.tile, use, lambda entry: _plan(entry, call))
+    x = call.layout.sum_inputs(x, call.channel_axis)
+    last = _is_last(x, call.dims) and _multiplies_bytes(call)
+    x = x if last else x.contiguous()
+    plan = prepare.find_or_make(call.tile, (*use, last), lambda entry: _plan(entry, call, last=last))
     bias = None if call.bias is None else as_vector(call.bias)
-    out = _run(call.kind, plan, x, as_vector(call.alpha), bias, sizes, call.outputs, call.epilogue)
-    return out.to(call.input.dtype)
+    out = _run(call.kind, plan, x, as_vector(call.alpha), bias, sizes, call.outputs, call.epilogue, last=last)
+    return out.to(call.input.dtype).contiguous(memory_format=form)
+
+
+def _is_last(input: Tensor, d: int) -> bool:
+    """Whether an input is in the ``channels_last`` format, and not contiguous as well."""
+    return d == 2 and input.dim() == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=_last)
+
+
+def _multiplies_bytes(call: TensorCall) -> bool:
+    """Whether a layer is computed as products of bytes: groups must be worth their blocks of rows and bytes."""
+    if call.activation == "float" or not library.has_dots(library.level()):
+        return False
+    layout, product = call.layout, call.product
+    return product.groups == 1 or min(layout.shape[1] // product.neighbours, product.rows) >= MIN_DOT_GROUP
 
 
 def _reason_against(call: TensorCall, sizes: Sequence[int]) -> str | None:
@@ -119,6 +139,8 @@ def _reason_against(call: TensorCall, sizes: Sequence[int]) -> str | None:
         return "the kernel does not fit the input"  # PyTorch raises the error
     if call.input.shape[-1] + 2 * call.arguments["padding"][-1] > MAX_WIDTH:
         return f"rows wider than {MAX_WIDTH}"
+    if _multiplies_bytes(call):
+        return None
     if call.layout.shape[1] // call.product.neighbours // call.product.mixes < MIN_CHANNELS:
         return f"fewer than {MIN_CHANNELS} input channels in a group"
     filters = MIN_FILTERS.get(library.level() or "")
@@ -141,9 +163,12 @@ def _run(
     sizes: Sequence[int],
     out_channels: int,
     epilogue: str,
+    *,
+    last: bool,
 ) -> Tensor:
     d = len(sizes)
-    out = input.new_empty((*input.shape[: -d - 1], out_channels, *sizes))
+    shape = (*input.shape[: -d - 1], out_channels, *sizes)
+    out = torch.empty(shape, memory_format=_last) if last else input.new_empty(shape)
     failed = plan.call(
         plan.address,
         input.data_ptr(),
@@ -180,11 +205,28 @@ def _pack(call: TensorCall, *, integer: bool) -> np.ndarray:
     return prepare.pack(columns, integer=integer)
 
 
-def _plan(entry: prepare.Prepared, call: TensorCall) -> prepare.Plan:
+def _pack_dots(call: TensorCall) -> np.ndarray:
+    """Prepare the filters of each group for products of bytes, by runs of bytes as the library reads them."""
+    filters = _filters(call)
+    filters = F.pad(filters, (0, 0, 0, -filters.shape[2] % 4)).transpose(2, 3)  # [groups, filters, taps, channels]
+    if call.arguments["dilation"][-1] == 1:  # places in a row of the kernel follow each other
+        filters = filters.unflatten(2, (-1, call.kernel_size[-1])).flatten(3)
+    return prepare.pack_dots(filters)
+
+
+def _plan(entry: prepare.Prepared, call: TensorCall, *, last: bool) -> prepare.Plan:
     lib, level, kernels = prepare.native()
     layout, product, integer = call.layout, call.product, call.activation != "float"
     key = (level, layout, product.groups, product.rows, product.mixes, integer)
-    index = entry.part(key, lambda: _pack(call, integer=integer))
+    dots = _multiplies_bytes(call)
+    if dots:
+        runs = (*key, "dots", call.arguments["dilation"][-1] == 1)
+        memory = [
+            entry.part(runs, lambda: _pack_dots(call)),
+            entry.part((*key, "corrections"), lambda: prepare.dot_corrections(_filters(call), product.mixes)),
+        ]
+    else:
+        memory = [entry.part(key, lambda: _pack(call, integer=integer))]
 
     def axes(values: Sequence[int], fill: int) -> Any:
         """Height and width; a convolution of one dimension has a height of 1."""
@@ -192,7 +234,7 @@ def _plan(entry: prepare.Prepared, call: TensorCall) -> prepare.Plan:
 
     struct = library.ConvPlan(
         kernels=kernels,
-        index=index.ctypes.data,
+        index=memory[0].ctypes.data,
         groups=product.groups,
         channels=layout.shape[1] // product.neighbours // product.mixes,
         channels_out=product.group_rows,
@@ -205,5 +247,7 @@ def _plan(entry: prepare.Prepared, call: TensorCall) -> prepare.Plan:
         dilation=axes(call.arguments["dilation"], 1),
         activation=prepare.ACTIVATIONS[call.activation],
         relu=call.epilogue == "relu",
+        corrections=memory[1].ctypes.data if dots else None,
+        channels_last=last,
     )
-    return prepare.Plan(lib.tbn_conv, struct, [index])
+    return prepare.Plan(lib.tbn_conv_dots if dots else lib.tbn_conv, struct, memory)

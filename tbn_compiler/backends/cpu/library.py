@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tbn_compiler.errors import ConfigError
 
-LEVELS = ("avx512", "avx2", "neon", "portable")
-"""Vector levels, best first. A machine runs the portable one and some of the others."""
+LEVELS = ("avx512amx", "avx512vnni", "avx512", "avx2", "neon", "portable")
+"""Vector levels, best first. A machine runs the portable one and some of the others. The first two are ``avx512`` with
+products of bytes for integer activations, by AMX tiles or by VNNI."""
 
 LEVEL_VARIABLE = "TBN_CPU_LEVEL"
 """Environment variable that names the level to use instead of the best; ``none`` turns the native kernels off."""
@@ -40,6 +41,7 @@ class LinearPlan(ctypes.Structure):
         ("alpha_row_stride", _size),
         ("activation", ctypes.c_int32),
         ("relu", ctypes.c_int32),
+        ("corrections", _pointer),
     )
 
 
@@ -61,8 +63,13 @@ class ConvPlan(ctypes.Structure):
         ("dilation", _size * 2),
         ("activation", ctypes.c_int32),
         ("relu", ctypes.c_int32),
+        ("corrections", _pointer),
+        ("channels_last", ctypes.c_int32),
     )
 
+
+_LINEAR = [_pointer, _pointer, _pointer, _size, _pointer, _pointer, _size]
+_CONV = [_pointer, _pointer, _pointer, _size, _size, _size, _pointer, _pointer, _size]
 
 _FUNCTIONS = {
     "tbn_interface": (ctypes.c_int, []),
@@ -71,11 +78,11 @@ _FUNCTIONS = {
     "tbn_pack_sums_bytes": (_size, [_size, _size]),
     "tbn_pack": (None, [_pointer, ctypes.c_int, _pointer, _size, _size, _pointer]),
     "tbn_pack_sums": (None, [_pointer, _size, _size, _pointer]),
-    "tbn_linear": (ctypes.c_int, [_pointer, _pointer, _pointer, _size, _pointer, _pointer, _size]),
-    "tbn_conv": (
-        ctypes.c_int,
-        [_pointer, _pointer, _pointer, _size, _size, _size, _pointer, _pointer, _size],
-    ),
+    "tbn_linear": (ctypes.c_int, _LINEAR),
+    "tbn_linear_dots": (ctypes.c_int, _LINEAR),
+    "tbn_conv": (ctypes.c_int, _CONV),
+    "tbn_conv_dots": (ctypes.c_int, _CONV),
+    "tbn_has_dots": (ctypes.c_int, [_pointer]),
     "tbn_group": (_size, [_pointer, ctypes.c_int]),
     "tbn_pool_threads": (_size, []),
 }
@@ -150,6 +157,13 @@ def level() -> str | None:
         ConfigError: the environment variable names a level that does not exist or that this machine does not run.
     """
     return _choice.get()
+
+
+@functools.cache
+def has_dots(name: str | None) -> bool:
+    """Whether a level multiplies bytes (``struct tbn_dots``)."""
+    library, _ = load()
+    return library is not None and name is not None and bool(library.tbn_has_dots(library.tbn_level(name.encode())))
 
 
 def unused() -> str:

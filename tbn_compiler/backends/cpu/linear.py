@@ -118,6 +118,7 @@ def _compute(call: TensorCall) -> Tensor:
 def _plan(entry: prepare.Prepared, call: TensorCall, product: TiledProduct, batch: bool) -> prepare.Plan:
     lib, level, kernels = prepare.native()
     layout, mixes, integer = product.layout, product.mixes, call.activation != "float"
+    dots = batch and integer and library.has_dots(level)
 
     def signs() -> Tensor:
         unpacked = unpack_bits(call.tile, layout.tile_size, torch.int8)
@@ -125,16 +126,26 @@ def _plan(entry: prepare.Prepared, call: TensorCall, product: TiledProduct, batc
             return layout.column_groups(unpacked).contiguous()
         return layout.unique_weight(unpacked).contiguous()
 
-    memory = [entry.part((level, layout, integer), lambda: prepare.pack(signs(), integer=integer))]
-    if batch and not integer:
-        memory.append(entry.part(("sums", layout), lambda: prepare.pack_sums(signs())))
-    # Alphas behind each other, by repeat of all rows and by row; those of a layer do not move.
+    def groups() -> Tensor:
+        return signs().view(mixes, product.rows // mixes, product.columns // mixes)
+
+    if dots:
+        memory = [
+            entry.part(("dots", layout), lambda: prepare.pack_dots(groups().unsqueeze(2))),
+            entry.part(("corrections", layout), lambda: prepare.dot_corrections(groups(), mixes)),
+        ]
+    else:
+        memory = [entry.part((level, layout, integer), lambda: prepare.pack(signs(), integer=integer))]
+        if batch and not integer:
+            memory.append(entry.part(("sums", layout), lambda: prepare.pack_sums(signs())))
+    # Alphas behind each other, by copy and by row; those of a layer do not move.
     rows, copies = (product.rows // mixes, mixes) if mixes > 1 else (product.rows, product.repeats)
     by_copy, by_row = {"layer": (0, 0), "copy": (1, 0), "row": (rows, 1)}[product.alphas]
+    second = memory[1].ctypes.data if len(memory) > 1 else None
     struct = library.LinearPlan(
         kernels=kernels,
         index=memory[0].ctypes.data,
-        sums_index=memory[1].ctypes.data if len(memory) > 1 else None,
+        sums_index=None if dots else second,
         inputs=product.columns,
         rows=rows,
         copies=copies,
@@ -143,5 +154,6 @@ def _plan(entry: prepare.Prepared, call: TensorCall, product: TiledProduct, batc
         alpha_row_stride=by_row,
         activation=prepare.ACTIVATIONS[call.activation],
         relu=call.epilogue == "relu",
+        corrections=second if dots else None,
     )
-    return prepare.Plan(lib.tbn_linear, struct, memory)
+    return prepare.Plan(lib.tbn_linear_dots if dots else lib.tbn_linear, struct, memory)

@@ -16,12 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tbn_compiler.backends.cpu import library
 from tbn_compiler.errors import TBNError
+from tbn_compiler.tiling import hadamard_matrix
 from tbn_compiler.torch_private import version
 
 _ALIGNMENT = 64  # TBN_ALIGN
+
+DOT_BYTES, DOT_ROWS, DOT_ZERO = 64, 16, 128
+"""``TBN_DOT_BYTES``, ``TBN_DOT_ROWS``, ``TBN_DOT_ZERO``."""
 
 ACTIVATIONS = {"float": 0, "int8": 1, "binary": 2}
 """``enum tbn_activation``."""
@@ -145,6 +150,38 @@ def pack(signs: Tensor, *, integer: bool) -> np.ndarray:
         source = signs.data_ptr() + group * rows * columns
         lib.tbn_pack(kernels, integer, source, rows, columns, out.ctypes.data + group * nbytes)
     return out
+
+
+def pack_dots(runs: Tensor) -> np.ndarray:
+    """Prepare the different rows of a weight for products of bytes.
+
+    Args:
+        runs: ``int8 [groups, rows, runs, bytes]``: the weights +1 and -1 of each run of neighbouring bytes of an input,
+            0 where a byte is none of its own.
+    """
+    groups, rows = runs.shape[:2]
+    steps = F.pad(runs, (0, -runs.shape[3] % DOT_BYTES)).reshape(groups, rows, -1, DOT_BYTES // 4, 4)
+    blocks = F.pad(steps, (0, 0, 0, 0, 0, 0, 0, -rows % DOT_ROWS)).unflatten(1, (-1, DOT_ROWS))
+    ordered = blocks.permute(0, 1, 3, 4, 2, 5).contiguous().numpy()
+    out = _aligned(ordered.nbytes)
+    out[:] = ordered.reshape(-1).view(np.uint8)
+    return out
+
+
+def dot_corrections(signs: Tensor, mixes: int) -> np.ndarray:
+    """What is added to sums of bytes for the zero that they are shifted by.
+
+    Args:
+        signs: ``int8 [groups, rows, ...]``, the weights of each row.
+        mixes: column groups whose sums are mixed; if more than 1, ``signs`` has so many groups.
+
+    Returns:
+        ``int32 [groups, rows]``, after sums are mixed.
+    """
+    sums = -DOT_ZERO * signs.flatten(2).sum(2, dtype=torch.float64)  # whole numbers
+    if mixes > 1:
+        sums = hadamard_matrix(mixes, sums) @ sums
+    return sums.to(torch.int32).contiguous().numpy()
 
 
 def pack_sums(signs: Tensor) -> np.ndarray:

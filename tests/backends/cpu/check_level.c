@@ -87,6 +87,34 @@ static int hadamard(size_t row, size_t column) {
     return __builtin_parityll(row & column) ? -1 : 1;
 }
 
+/* Rows of `steps` steps of bytes in the order in which products read them; bytes [group][row][step][byte]. */
+static int8_t *dot_index(const int8_t *bytes, size_t groups, size_t rows, size_t steps) {
+    const size_t blocks = (rows + TBN_DOT_ROWS - 1) / TBN_DOT_ROWS;
+    int8_t *index = memory(groups * blocks * steps * TBN_DOT_ROWS * TBN_DOT_BYTES);
+    memset(index, 0, groups * blocks * steps * TBN_DOT_ROWS * TBN_DOT_BYTES);
+    for (size_t i = 0; i < groups * rows * steps * TBN_DOT_BYTES; i++) {
+        const size_t byte = i % TBN_DOT_BYTES, step = i / TBN_DOT_BYTES % steps;
+        const size_t row = i / TBN_DOT_BYTES / steps % rows, group = i / TBN_DOT_BYTES / steps / rows;
+        const size_t place = ((group * blocks + row / TBN_DOT_ROWS) * steps + step) * TBN_DOT_BYTES / 4 + byte / 4;
+        index[(place * TBN_DOT_ROWS + row % TBN_DOT_ROWS) * 4 + byte % 4] = bytes[i];
+    }
+    return index;
+}
+
+/* What the zero of bytes adds to the sums of rows, taken off; [mixes][rows], mixed. */
+static int32_t *dot_corrections(const int8_t *bytes, size_t mixes, size_t rows, size_t row_bytes) {
+    int32_t *corrections = memory(mixes * rows * sizeof *corrections);
+    for (size_t copy = 0; copy < mixes; copy++)
+        for (size_t row = 0; row < rows; row++) {
+            int32_t sum = 0;
+            for (size_t mix = 0; mix < mixes; mix++)
+                for (size_t i = 0; i < row_bytes; i++)
+                    sum += hadamard(copy, mix) * bytes[(mix * rows + row) * row_bytes + i];
+            corrections[copy * rows + row] = -TBN_DOT_ZERO * sum;
+        }
+    return corrections;
+}
+
 static int check_linear(const struct tbn_kernels *kernels, int activation) {
     const size_t mixes = some_mixes(), columns = between(1, 600) / mixes + 1, inputs = columns * mixes;
     const size_t rows = between(1, 150), copies = mixes > 1 ? mixes : between(1, 3), tokens = between(0, 40);
@@ -107,7 +135,22 @@ static int check_linear(const struct tbn_kernels *kernels, int activation) {
         .activation = activation, .relu = 1};
     for (size_t token = 0; token < tokens; token++)
         make_special(x + token * inputs, inputs);
-    int wrong = tbn_linear(&layer, x, out, tokens, alpha, bias, between(1, 3)) != TBN_OK;
+    int wrong = 0;
+    if (activation != TBN_FLOAT && tbn_has_dots(kernels) && random_below(2)) {
+        const size_t steps = (columns + TBN_DOT_BYTES - 1) / TBN_DOT_BYTES, row_bytes = steps * TBN_DOT_BYTES;
+        int8_t *spread = memory(mixes * rows * row_bytes);
+        memset(spread, 0, mixes * rows * row_bytes);
+        for (size_t i = 0; i < rows * inputs; i++)
+            spread[i / columns * row_bytes + i % columns] = signs[i];
+        struct tbn_linear dots = layer;
+        int8_t *order = dot_index(spread, mixes, rows, steps);
+        int32_t *corrections = dot_corrections(spread, mixes, rows, row_bytes);
+        dots.index = order;
+        dots.corrections = corrections;
+        wrong += tbn_linear_dots(&dots, x, out, tokens, alpha, bias, between(1, 3)) != TBN_OK;
+        free(spread), free(order), free(corrections);
+    } else
+        wrong += tbn_linear(&layer, x, out, tokens, alpha, bias, between(1, 3)) != TBN_OK;
     for (size_t token = 0; token < tokens; token++) {
         const float scale = to_integers(x + token * inputs, inputs, activation, values);
         for (size_t output = 0; output < outputs; output++) {
@@ -125,6 +168,37 @@ static int check_linear(const struct tbn_kernels *kernels, int activation) {
         printf("linear, activation %d, rows %zu, inputs %zu, mixes %zu, tokens %zu: %d wrong\n", activation, rows,
                inputs, mixes, tokens, wrong);
     return wrong;
+}
+
+/* The same layer as products of bytes, its images in one of the two orders. */
+static int conv_dots(struct tbn_conv *layer, const int8_t *signs, size_t group, const float *x, float *out,
+                     size_t samples, size_t height, size_t width, float alpha) {
+    const size_t mixes = layer->mixes, rows = layer->rows, taps = layer->kernel[0] * layer->kernel[1];
+    const size_t padded = (layer->channels + 3) / 4 * 4, columns = (layer->channels + group - 1) / group * taps * group;
+    const size_t places = layer->dilation[1] == 1 ? layer->kernel[1] : 1; /* in a run */
+    const size_t run_bytes = (places * padded + TBN_DOT_BYTES - 1) / TBN_DOT_BYTES * TBN_DOT_BYTES;
+    const size_t row_bytes = taps / places * run_bytes;
+    int8_t *bytes = memory(mixes * rows * row_bytes);
+    memset(bytes, 0, mixes * rows * row_bytes);
+    for (size_t row = 0; row < mixes * rows; row++)
+        for (size_t tap = 0; tap < taps; tap++)
+            for (size_t c = 0; c < layer->channels; c++)
+                bytes[row * row_bytes + tap / places * run_bytes + tap % places * padded + c] =
+                    signs[row * columns + (c / group * taps + tap) * group + c % group];
+    int8_t *order = dot_index(bytes, mixes, rows, row_bytes / TBN_DOT_BYTES);
+    int32_t *corrections = dot_corrections(bytes, mixes, rows, row_bytes);
+    struct tbn_conv dots = *layer;
+    dots.index = order;
+    dots.corrections = corrections;
+    dots.channels_last = layer->channels_last = (int32_t)random_below(2);
+    const size_t channels = mixes * layer->channels, plane = height * width;
+    float *last = memory(samples * channels * plane * sizeof *last);
+    for (size_t i = 0; i < samples * channels * plane; i++)
+        last[(i / plane / channels * plane + i % plane) * channels + i / plane % channels] = x[i];
+    const int status = tbn_conv_dots(&dots, dots.channels_last ? last : x, out, samples, height, width, &alpha, NULL,
+                                     between(1, 3));
+    free(bytes), free(order), free(corrections), free(last);
+    return status != TBN_OK;
 }
 
 static int check_conv(const struct tbn_kernels *kernels, int activation) {
@@ -156,7 +230,16 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
     const float alpha = 0.75f;
     for (size_t sample = 0; sample < samples; sample++)
         make_special(x + sample * size, size);
-    int wrong = tbn_conv(&layer, x, out, samples, height, width, &alpha, NULL, between(1, 3)) != TBN_OK;
+    int wrong = 0;
+    size_t position = 1, channel_step = plane; /* between outputs of one channel, and of one position */
+    if (integer && tbn_has_dots(kernels) && random_below(2)) {
+        wrong += conv_dots(&layer, signs, group, x, out, samples, height, width, alpha);
+        if (layer.channels_last) {
+            position = mixes * rows;
+            channel_step = 1;
+        }
+    } else
+        wrong += tbn_conv(&layer, x, out, samples, height, width, &alpha, NULL, between(1, 3)) != TBN_OK;
     for (size_t sample = 0; sample < samples; sample++) {
         const float scale = to_integers(x + sample * size, size, activation, values);
         for (size_t i = 0; i < outputs; i++) {
@@ -174,7 +257,8 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
                         sum += (double)sign * (double)values[(c * height + y - layer.padding[0]) * width + x_padded -
                                                              layer.padding[1]];
                 }
-            wrong += differ(out[sample * outputs + i], finish(sum, activation, alpha, scale, 0.0f), 0);
+            const float result = out[sample * outputs + i % plane * position + i / plane * channel_step];
+            wrong += differ(result, finish(sum, activation, alpha, scale, 0.0f), 0);
         }
     }
     free(signs), free(index), free(x), free(out), free(values);

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tbn_compiler.backends import cpu
 from tbn_compiler.backends.cpu import conv, library
@@ -22,13 +23,16 @@ from tests import oracle
 tbn = torch.ops.tbn
 CONVS: dict[int, tuple[Any, Any]] = {1: (tbn.conv1d, F.conv1d), 2: (tbn.conv2d, F.conv2d)}
 AVAILABLE = cpu.info().available
-levels = pytest.mark.parametrize("level", AVAILABLE)
+every_level = pytest.mark.parametrize("level", AVAILABLE)
+# Float kernels of those that multiply bytes are those of avx512.
+levels = pytest.mark.parametrize("level", [level for level in AVAILABLE if not library.has_dots(level)])
 
 
 @pytest.fixture(autouse=True)
 def _take_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compute small convolutions too, which they leave to PyTorch because it is faster."""
     monkeypatch.setattr(conv, "MIN_FILTERS", dict.fromkeys(cpu.LEVELS, 1))
+    monkeypatch.setattr(conv, "MIN_MIXED_FILTERS", 1)
     monkeypatch.setattr(conv, "MIN_CHANNELS", 1)
 
 
@@ -144,7 +148,7 @@ def test_threads(threads: int, level: str) -> None:
         torch.set_num_threads(1)
 
 
-@levels
+@every_level
 @pytest.mark.parametrize("activation", ["int8", "binary"])
 @pytest.mark.parametrize("channels", [12, 300])
 def test_integers(channels: int, activation: str, level: str) -> None:
@@ -161,7 +165,33 @@ def test_integers(channels: int, activation: str, level: str) -> None:
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6 * float(expected.abs().max()))
 
 
-@levels
+@every_level
+@pytest.mark.parametrize("geometry", [*GEOMETRIES, {"groups": 4}], ids=str)
+@pytest.mark.parametrize(("p", "hadamard"), [(1, False), (4, False), (3, False), (4, True)])
+@pytest.mark.parametrize(("d", "last"), [(1, False), (2, False), (2, True)])
+def test_integers_of_every_geometry(
+    d: int, p: int, hadamard: bool, geometry: dict[str, Any], last: bool, level: str
+) -> None:
+    """int8 sums are exact, and the result is in the memory format of the input."""
+    groups = geometry.get("groups", 1)
+    tile, alpha, _ = operands((48, 12, *(3, 5)[:d]), p, p)
+    x, bias = torch.randn(2, 12 * groups, *(13, 40)[:d]), torch.randn(48)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    axes = {key: value if key == "groups" else [value] * d for key, value in geometry.items()}
+    args = (x, tile, alpha, bias, 12 * groups, 48, [3, 5][:d], p)
+    kw = {**axes, "hadamard": hadamard, "activation": "int8", "epilogue": "relu"}
+    name, declined = f"conv{d}d", cpu.info().declined
+    with cpu.use_level(level):
+        got = getattr(tbn, name)(*args, **kw)
+    assert cpu.info().declined == declined
+    assert torch.equal(got, reference.KERNELS[name](*args, **kw))
+    assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    with FakeTensorMode() as mode:
+        fake = getattr(tbn, name)(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args), **kw)
+    assert fake.stride() == got.stride()
+
+
+@every_level
 @pytest.mark.parametrize("epilogue", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_epilogues(epilogue: str, level: str) -> None:
     tile, alpha, _ = operands((16, 12, 3, 3), 4, 4)
@@ -184,7 +214,7 @@ def test_other_layouts(p: int, p_in: int, shift: int, level: str) -> None:
     assert torch.equal(got, reference.KERNELS["conv2d"](*args, p_in=p_in, shift=shift))
 
 
-@levels
+@every_level
 def test_inputs_of_every_kind(level: str) -> None:
     tile, alpha, weight = operands((16, 12, 3, 3), 4, 4)
     x = exact_input(2, 12, 6, 7)
@@ -215,7 +245,7 @@ def test_a_kernel_that_does_not_fit_is_pytorchs_error() -> None:
 
 @pytest.mark.skipif(not AVAILABLE, reason="no library; test_library checks that")
 def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "MIN_FILTERS", {"avx512": 32, "avx2": 64})
+    monkeypatch.setattr(conv, "MIN_FILTERS", dict.fromkeys(["avx512amx", "avx512vnni", "avx512", "avx2"], 32))
     monkeypatch.setattr(conv, "MIN_CHANNELS", 4)
 
     def reasons(level: str, shape: tuple[int, ...], groups: int = 1, size: int = 8) -> str:
@@ -241,7 +271,7 @@ def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reasons(best, (128, 8, 3, 3)) == ""
 
 
-@levels
+@every_level
 def test_opcheck(level: str) -> None:
     tile, alpha, _ = operands((16, 12, 3, 3), 4, 4)
     x = torch.randn(2, 12, 6, 7, requires_grad=True)

@@ -40,6 +40,8 @@ def test_every_level_that_the_machine_has_is_found() -> None:
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     assert ("avx2" in cpu.info().available) == ({"avx2", "bmi2"} <= set(flags))
     assert ("avx512" in cpu.info().available) == ({"avx512f", "avx512bw", "avx512vl", "fma"} <= set(flags))
+    assert ("avx512vnni" in cpu.info().available) == ({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"} <= set(flags))
+    assert "amx_int8" in flags or "avx512amx" not in cpu.info().available  # the system may forbid it
     assert cpu.info().level == cpu.info().available[0]
 
 
@@ -57,7 +59,7 @@ def test_levels_are_chosen_by_name() -> None:
         assert cpu.info().level is None
         assert cpu.info().reason == "the native kernels are turned off"
         assert torch.equal(tbn.linear(*CALL), reference.linear(*CALL))
-    with pytest.raises(ConfigError, match="CPU level 'sse' is not one of avx512, avx2, neon, portable or none"):
+    with pytest.raises(ConfigError, match=f"CPU level 'sse' is not one of {', '.join(cpu.LEVELS)} or none"):
         cpu.set_level("sse")
     missing = next((level for level in cpu.LEVELS if level not in cpu.info().available), None)
     if missing:

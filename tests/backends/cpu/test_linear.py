@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tbn_compiler.backends import cpu
+from tbn_compiler.backends.cpu import library
 from tbn_compiler.ops import reference
 from tbn_compiler.tiling import TileLayout
 from tests import oracle
@@ -21,6 +22,8 @@ from tests import oracle
 tbn = torch.ops.tbn
 AVAILABLE = cpu.info().available
 levels = pytest.mark.parametrize("level", AVAILABLE)
+# Float kernels of those that multiply bytes are those of avx512.
+float_levels = pytest.mark.parametrize("level", [level for level in AVAILABLE if not library.has_dots(level)])
 
 # 11 to 17: tables in registers, both, and tables in memory.
 TOKENS = [0, 1, 3, 4, 5, 11, 12, 15, 16, 17, 37]
@@ -57,7 +60,7 @@ def native(before: dict[str, int]) -> None:
     assert cpu.info().declined == before
 
 
-@levels
+@float_levels
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("mnp", MATRICES, ids=str)
 def test_float_is_exact_where_float32_is(mnp: tuple[int, int, int], tokens: int, level: str) -> None:
@@ -108,7 +111,7 @@ def test_int8_sums_reach_the_largest_magnitude(level: str) -> None:
     assert torch.equal(down, -expected.expand(5, 32))
 
 
-@levels
+@float_levels
 @settings(max_examples=40)
 @given(st.integers(1, 80), st.integers(1, 120), st.integers(0, 40), st.booleans(), st.data())
 def test_float_property(level: str, m: int, n: int, tokens: int, per_row: bool, data: st.DataObject) -> None:
@@ -122,7 +125,7 @@ def test_float_property(level: str, m: int, n: int, tokens: int, per_row: bool, 
     assert torch.equal(got.double(), expected.relu() if epilogue == "relu" else expected)
 
 
-@levels
+@float_levels
 @pytest.mark.parametrize("tokens", [1, 4, 20])
 def test_rounding_stays_within_the_bound_of_the_summation(tokens: int, level: str) -> None:
     m, n, p = 96, 3000, 2

@@ -49,6 +49,7 @@ GEOMETRIES: list[dict[str, Any]] = [
 def _take_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compute small convolutions too, which they leave to PyTorch because it is faster."""
     monkeypatch.setattr(conv, "MIN_FILTERS", dict.fromkeys(cpu.LEVELS, 1))
+    monkeypatch.setattr(conv, "MIN_MIXED_FILTERS", 1)
     monkeypatch.setattr(conv, "MIN_CHANNELS", 1)
 
 

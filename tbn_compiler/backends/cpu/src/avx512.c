@@ -14,8 +14,7 @@
 /* Keeps a value in a register: the compiler would load tables once for each use, and hoist shuffles out of order. */
 #define IN_REGISTER(value) __asm__("" : "+v"(value))
 
-/* The next loop is unrolled: its variables are registers. */
-#define UNROLL _Pragma("GCC unroll 16")
+#include "transpose512.h"
 
 enum { GROUP = 5, F32_GROUPS = 6, I16_GROUPS = 3, F32_ROWS = 16, I16_ROWS = 32, TABLE_F32 = 128, TABLE_I16 = 64 };
 enum { MAX_LANES = 4, MAX_BLOCKS = 4 };
@@ -224,36 +223,6 @@ INLINE batch batch_subtract(batch a, batch b) {
     return _mm512_sub_ps(a, b);
 }
 
-/* Pairs of rows, then pairs of pairs, are interleaved within 16 bytes; then quarters of vectors change places. */
-INLINE void transpose_block(const float *in, size_t in_stride, float *out, size_t out_stride) {
-    __m512 a[TBN_BATCH], b[TBN_BATCH];
-    UNROLL for (int i = 0; i < TBN_BATCH; i++)
-        a[i] = _mm512_loadu_ps(in + (size_t)i * in_stride);
-    UNROLL for (int i = 0; i < TBN_BATCH; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    /* a[4k + j]: column j of every quarter, of rows 4k to 4k + 3 */
-    UNROLL for (int i = 0; i < TBN_BATCH; i += 4) {
-        UNROLL for (int j = 0; j < 2; j++) {
-            const __m512d first = _mm512_castps_pd(b[i + j]), second = _mm512_castps_pd(b[i + j + 2]);
-            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
-            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
-        }
-    }
-    UNROLL for (int j = 0; j < 4; j++) {
-        const __m512 even_low = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88);
-        const __m512 odd_low = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
-        const __m512 even_high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
-        const __m512 odd_high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
-        float *column = out + (size_t)j * out_stride;
-        _mm512_storeu_ps(column, _mm512_shuffle_f32x4(even_low, even_high, 0x88));
-        _mm512_storeu_ps(column + 4 * out_stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0x88));
-        _mm512_storeu_ps(column + 8 * out_stride, _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
-        _mm512_storeu_ps(column + 12 * out_stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
-    }
-}
-
 #include "sums.h"
 
 TARGET static void mix_f32(float *z, size_t mixes, size_t count) {
@@ -286,22 +255,25 @@ TARGET static float quantize(const float *x, size_t count, int binary, int16_t *
     return quantize_token(x, count, binary, q);
 }
 
-const struct tbn_kernels tbn_avx512 = {
-    .name = "avx512",
-    .f32 = {.rows = F32_ROWS, .word_bytes = 4, .groups = F32_GROUPS, .group = GROUP, .table_bytes = TABLE_F32},
-    .i16 = {.rows = I16_ROWS, .word_bytes = 2, .groups = I16_GROUPS, .group = GROUP, .table_bytes = TABLE_I16},
-    .tables_f32 = tables_f32,
-    .tables_i16 = tables_i16,
-    .lookup_f32 = lookup_f32,
-    .lookup_i16 = lookup_i16,
-    .sums = sums,
-    .mix_f32 = mix_f32,
-    .mix_i32 = mix_i32,
-    .finish_f32 = finish_f32,
-    .finish_i32 = finish_i32,
-    .finish_plane = finish_plane,
-    .all_finite = all_finite,
+/* The levels differ in what multiplies bytes. */
+#define KERNELS \
+    .f32 = {.rows = F32_ROWS, .word_bytes = 4, .groups = F32_GROUPS, .group = GROUP, .table_bytes = TABLE_F32}, \
+    .i16 = {.rows = I16_ROWS, .word_bytes = 2, .groups = I16_GROUPS, .group = GROUP, .table_bytes = TABLE_I16}, \
+    .tables_f32 = tables_f32, \
+    .tables_i16 = tables_i16, \
+    .lookup_f32 = lookup_f32, \
+    .lookup_i16 = lookup_i16, \
+    .sums = sums, \
+    .mix_f32 = mix_f32, \
+    .mix_i32 = mix_i32, \
+    .finish_f32 = finish_f32, \
+    .finish_i32 = finish_i32, \
+    .finish_plane = finish_plane, \
+    .all_finite = all_finite, \
     .quantize = quantize,
-};
+
+const struct tbn_kernels tbn_avx512 = {.name = "avx512", .dots = NULL, KERNELS};
+const struct tbn_kernels tbn_avx512vnni = {.name = "avx512vnni", .dots = &tbn_dots_vnni, KERNELS};
+const struct tbn_kernels tbn_avx512amx = {.name = "avx512amx", .dots = &tbn_dots_amx, KERNELS};
 
 #endif

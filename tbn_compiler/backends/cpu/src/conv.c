@@ -348,12 +348,6 @@ static void *quantize(struct call *call, size_t samples) {
     return memory;
 }
 
-/* Outputs along one axis. */
-static size_t output_size(const struct tbn_conv *layer, int axis, size_t size) {
-    return (size + 2 * layer->padding[axis] - layer->dilation[axis] * (layer->kernel[axis] - 1) - 1) /
-               layer->stride[axis] + 1;
-}
-
 int tbn_conv(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height, size_t width,
              const float *alpha, const float *bias, size_t threads) {
     const int integer = layer->activation != TBN_FLOAT;
@@ -367,8 +361,8 @@ int tbn_conv(const struct tbn_conv *layer, const float *x, float *out, size_t sa
         .out = out,
         .height = height,
         .width = width,
-        .out_height = output_size(layer, 0, height),
-        .out_width = output_size(layer, 1, width),
+        .out_height = tbn_output_size(layer, 0, height),
+        .out_width = tbn_output_size(layer, 1, width),
         .phase_size = tbn_ceil_divide(width + 2 * layer->padding[1], layer->stride[1]),
         .taps = layer->kernel[0] * layer->kernel[1],
         .channel_groups = tbn_ceil_divide(layer->channels, format->group),

@@ -98,6 +98,17 @@ TBN_INLINE int are_finite(const float *x, size_t count) {
     return largest_magnitude(x, count) < 0x7f800000u;
 }
 
+/* The scale of int8 inputs, and what they are multiplied with to be integers; 0 where they become zeros. */
+TBN_INLINE float scale_of(uint32_t largest_bits, float *factor) {
+    float largest;
+    memcpy(&largest, &largest_bits, sizeof largest);
+    *factor = 0.0f;
+    if (!(largest >= 0x1p-100f) || largest == INFINITY) /* schemas.INT8_TINY, or a NaN */
+        return largest < 0x1p-100f ? 0.0f : NAN;
+    *factor = 127.0f / largest;
+    return largest / 127.0f;
+}
+
 TBN_INLINE float quantize_token(const float *x, size_t count, int binary, int16_t *q) {
     if (binary) {
         double sum = 0.0;
@@ -107,17 +118,14 @@ TBN_INLINE float quantize_token(const float *x, size_t count, int binary, int16_
         }
         return (float)(sum / (double)count);
     }
-    const uint32_t largest_bits = largest_magnitude(x, count);
-    float largest;
-    memcpy(&largest, &largest_bits, sizeof largest);
-    if (!(largest >= 0x1p-100f) || largest == INFINITY) { /* schemas.INT8_TINY, or a NaN */
+    float factor;
+    const float scale = scale_of(largest_magnitude(x, count), &factor);
+    if (factor == 0.0f)
         memset(q, 0, count * sizeof *q);
-        return largest < 0x1p-100f ? 0.0f : NAN;
-    }
-    const float factor = 127.0f / largest;
-    for (size_t i = 0; i < count; i++)
-        q[i] = round_half_even(x[i] * factor);
-    return largest / 127.0f;
+    else
+        for (size_t i = 0; i < count; i++)
+            q[i] = round_half_even(x[i] * factor);
+    return scale;
 }
 
 #endif

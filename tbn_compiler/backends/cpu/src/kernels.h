@@ -72,8 +72,57 @@ struct tbn_finish {
     int relu;
 };
 
+/*
+ * Products of bytes: machines that multiply four or more bytes an instruction need no tables for integer activations.
+ * Inputs are bytes, the integer plus 128, and meet rows of weights +1 and -1, one byte each; what the 128 add to a sum
+ * is a number of the row, and taken off when the row is finished. A tile is TBN_DOT_INPUTS inputs (tokens or positions)
+ * that lie at equal distances, a step is TBN_DOT_BYTES neighbouring bytes of each, a block is TBN_DOT_ROWS rows. Inputs
+ * of a tile may lie past the last one, and bytes of a step past the last weight, which is 0 there: there is memory to
+ * read, and nobody reads what comes of it.
+ */
+enum { TBN_DOT_INPUTS = 16, TBN_DOT_ROWS = 16, TBN_DOT_BYTES = 64, TBN_DOT_ZERO = 128 };
+
+/* z[tile][input][row] = sum over steps and their bytes of byte * weight */
+struct tbn_dot {
+    const uint8_t *const *tiles; /* where each tile begins */
+    size_t count;                /* tiles */
+    size_t stride;               /* bytes between the inputs of a tile */
+    const size_t *offsets;       /* of each step, in bytes */
+    size_t steps;
+    const int8_t *index; /* [block][step][TBN_DOT_BYTES / 4][TBN_DOT_ROWS][4] */
+    size_t blocks;
+    int32_t *z; /* [tile][TBN_DOT_INPUTS][blocks * TBN_DOT_ROWS] */
+};
+
+/* Results of rows that lie side by side: value = (sum + correction) * alpha * scale + bias. */
+struct tbn_dot_finish {
+    const int32_t *correction;
+    const float *alpha, *bias; /* one for each row; `bias` may be NULL */
+    float scale;
+    int relu;
+};
+
+struct tbn_dots {
+    /* A thread calls these before and after its products. */
+    void (*begin)(void);
+    void (*end)(void);
+    void (*multiply)(const struct tbn_dot *job);
+    /* What stands for inputs: the scale, and the factor that makes them integers, 0 where all of them become 0. */
+    float (*measure)(const float *x, size_t count, int binary, float *factor);
+    void (*bytes)(const float *x, size_t count, int binary, float factor, uint8_t *out);
+    /* Bytes of `channels` planes `plane` elements apart, those of one position side by side, positions `stride` apart. */
+    void (*bytes_of_planes)(const float *x, size_t plane, size_t channels, size_t positions, int binary, float factor,
+                            uint8_t *out, size_t stride);
+    /* `rows` results of one input. */
+    void (*finish_rows)(const struct tbn_dot_finish *job, const int32_t *z, size_t rows, float *out);
+    /* The same of `inputs` inputs of a tile, whose sums lie `z_stride` apart, to planes `plane` elements apart. */
+    void (*finish_planes)(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
+                          size_t inputs, float *out, size_t plane);
+};
+
 struct tbn_kernels {
     const char *name;
+    const struct tbn_dots *dots; /* NULL: integers are looked up */
     struct tbn_format f32, i16;
     /* Tables of `count` groups, the inputs of successive groups `stride` elements apart. */
     void (*tables_f32)(const float *x, size_t stride, size_t count, void *tables, size_t table_stride);
@@ -100,7 +149,8 @@ struct tbn_kernels {
 extern const struct tbn_kernels tbn_portable;
 #if defined(__x86_64__)
 extern const struct tbn_kernels tbn_avx2;
-extern const struct tbn_kernels tbn_avx512;
+extern const struct tbn_kernels tbn_avx512, tbn_avx512vnni, tbn_avx512amx;
+extern const struct tbn_dots tbn_dots_vnni, tbn_dots_amx;
 #elif defined(__aarch64__)
 extern const struct tbn_kernels tbn_neon;
 #endif

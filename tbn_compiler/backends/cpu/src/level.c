@@ -3,11 +3,37 @@
 #include <string.h>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+/* Whether the processor has AMX for bytes, and the system lets this process use it. */
+static int has_amx(void) {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    enum { PERMISSION = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) /* AMX-TILE, AMX-INT8 */
+        return 0;
+    return syscall(SYS_arch_prctl, PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+
 static const struct tbn_kernels *find(const char *name) {
     __builtin_cpu_init();
-    if (strcmp(name, "avx512") == 0 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
-        __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    const int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                       __builtin_cpu_supports("bmi2");
+    const int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (strcmp(name, "avx512amx") == 0 && vnni && has_amx())
+        return &tbn_avx512amx;
+    if (strcmp(name, "avx512vnni") == 0 && vnni)
+        return &tbn_avx512vnni;
+    if (strcmp(name, "avx512") == 0 && avx512)
         return &tbn_avx512;
     if (strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"))
         return &tbn_avx2;
@@ -30,4 +56,8 @@ int tbn_interface(void) {
 
 const struct tbn_kernels *tbn_level(const char *name) {
     return strcmp(name, "portable") == 0 ? &tbn_portable : find(name);
+}
+
+int tbn_has_dots(const struct tbn_kernels *kernels) {
+    return kernels->dots != NULL;
 }

@@ -32,6 +32,7 @@ struct tbn_linear {
     size_t alpha_copy_stride, alpha_row_stride;
     int32_t activation;
     int32_t relu;
+    const int32_t *corrections; /* for products of bytes: [mixes][rows]; see struct tbn_dots */
 };
 
 /*
@@ -50,7 +51,15 @@ struct tbn_conv {
     size_t kernel[2], stride[2], padding[2], dilation[2];
     int32_t activation;
     int32_t relu;
+    const int32_t *corrections; /* for products of bytes: [groups][mixes][rows] */
+    int32_t channels_last;      /* products of bytes: input and output are [samples][height][width][channels] */
 };
+
+/* Outputs along one axis. */
+static inline size_t tbn_output_size(const struct tbn_conv *layer, int axis, size_t size) {
+    return (size + 2 * layer->padding[axis] - layer->dilation[axis] * (layer->kernel[axis] - 1) - 1) /
+               layer->stride[axis] + 1;
+}
 
 /* Kernels of a level by name, or NULL where the machine does not run it. */
 TBN_EXPORT const struct tbn_kernels *tbn_level(const char *name);
@@ -74,6 +83,21 @@ TBN_EXPORT int tbn_linear(const struct tbn_linear *layer, const float *x, float 
 /* x [samples][groups * channels * mixes][height][width] -> out, in the same order; returns TBN_OK or TBN_OUT_OF_MEMORY. */
 TBN_EXPORT int tbn_conv(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
                         size_t width, const float *alpha, const float *bias, size_t threads);
+
+/*
+ * The same for int8 and binary activations with kernels that have `dots`. The index is rows by blocks and steps (struct
+ * tbn_dot), for each group, and for each column group. The columns of a row are its bytes of an input: those of a linear
+ * layer from step to step, those of a convolution for each row of its kernel, [column of the kernel][channel], if its
+ * dilation along a row is 1, and else for each place in the kernel, [channel]. Channels are filled up to a multiple of 4,
+ * and the bytes of each run, as that is called, to whole steps; what fills up is 0.
+ */
+TBN_EXPORT int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, size_t tokens,
+                               const float *alpha, const float *bias, size_t threads);
+TBN_EXPORT int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
+                             size_t width, const float *alpha, const float *bias, size_t threads);
+
+/* Whether kernels have `dots`. */
+TBN_EXPORT int tbn_has_dots(const struct tbn_kernels *kernels);
 
 /* Threads that wait for work, for tests. */
 TBN_EXPORT size_t tbn_pool_threads(void);

@@ -1,0 +1,346 @@
+/*
+ * Linear layers and convolutions with int8 and binary activations as products of bytes (struct tbn_dots).
+ *
+ * Inputs are made bytes once. A convolution's stand in images with their padding, [row][column][channel], so that what
+ * a position meets lies in a few runs of neighbouring bytes, at the same distances from the position: nothing is
+ * unrolled. A unit of work is a band of output rows of one sample and one group, or a few tokens.
+ */
+#include "pool.h"
+#include "scratch.h"
+#include "tbn_cpu.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+/* Sums of a unit: what the second-level cache holds along with the rest. */
+enum { SUMS_BUDGET = 192 * 1024, TOKEN_TILES = 4 };
+
+/* One call: what its threads share. */
+struct call {
+    const struct tbn_dots *dots;
+    const struct tbn_kernels *kernels;
+    const struct tbn_linear *linear; /* one of these, the other is NULL */
+    const struct tbn_conv *conv;
+    const float *x;
+    float *out;
+    const float *alphas; /* one for each output */
+    const float *bias;
+    uint8_t *bytes;      /* images [sample][group][column group][height][width][channel], or [column group][token][column] */
+    float *scales;       /* of the samples, or tokens */
+    uint8_t *whole;      /* bytes of a token, or of a row of an image, before they are dealt out */
+    size_t *offsets;     /* of the steps */
+    size_t steps;
+    size_t rows, blocks, groups, mixes;
+    size_t samples, height, width; /* of the input */
+    size_t out_height, out_width;
+    size_t row_bytes, image_bytes, pixel_bytes; /* of the images; pixel_bytes of tokens, too */
+    size_t units, bands, band_rows, tiles;      /* tiles: the most of a unit */
+    atomic_size_t next;
+};
+
+/* Buffers of one thread. */
+struct buffers {
+    const uint8_t **tiles;
+    int32_t *z; /* [column group][tile][input][row] */
+};
+
+static size_t take_buffers(const struct call *call, char *base, struct buffers *buffers) {
+    struct tbn_scratch scratch = {base, 0};
+    buffers->tiles = tbn_take(&scratch, call->tiles * sizeof *buffers->tiles);
+    buffers->z = tbn_take(&scratch, call->mixes * call->tiles * TBN_DOT_INPUTS * call->blocks * TBN_DOT_ROWS *
+                                        sizeof(int32_t));
+    return scratch.used;
+}
+
+static size_t z_size(const struct call *call, size_t tiles) {
+    return tiles * TBN_DOT_INPUTS * call->blocks * TBN_DOT_ROWS;
+}
+
+/* Sums of `tiles` tiles of inputs of all column groups of a group, mixed. Those of column groups lie `apart` bytes apart. */
+static void multiply(const struct call *call, const struct buffers *buffers, const void *index, size_t group,
+                     size_t tiles, size_t stride, size_t apart) {
+    const size_t index_bytes = call->blocks * call->steps * TBN_DOT_BYTES * TBN_DOT_ROWS;
+    for (size_t mix = 0; mix < call->mixes; mix++) {
+        const struct tbn_dot job = {
+            .tiles = buffers->tiles,
+            .count = tiles,
+            .stride = stride,
+            .offsets = call->offsets,
+            .steps = call->steps,
+            .index = (const int8_t *)index + (group * call->mixes + mix) * index_bytes,
+            .blocks = call->blocks,
+            .z = buffers->z + mix * z_size(call, tiles),
+        };
+        call->dots->multiply(&job);
+        for (size_t tile = 0; mix + 1 < call->mixes && tile < tiles; tile++)
+            buffers->tiles[tile] += apart;
+    }
+    call->kernels->mix_i32(buffers->z, call->mixes, z_size(call, tiles));
+}
+
+/* Output rows [first_row, first_row + rows) of one sample and group. */
+static void conv_band(const struct call *call, const struct buffers *buffers, size_t sample, size_t group,
+                      size_t first_row, size_t rows) {
+    const struct tbn_conv *layer = call->conv;
+    const size_t row_tiles = tbn_ceil_divide(call->out_width, TBN_DOT_INPUTS), tiles = rows * row_tiles;
+    const size_t stride = layer->stride[1] * call->pixel_bytes, z_row = call->blocks * TBN_DOT_ROWS;
+    const uint8_t *image = call->bytes + (sample * call->groups + group) * call->mixes * call->image_bytes;
+    for (size_t tile = 0; tile < tiles; tile++)
+        buffers->tiles[tile] = image + (first_row + tile / row_tiles) * layer->stride[0] * call->row_bytes +
+                               tile % row_tiles * TBN_DOT_INPUTS * stride;
+    multiply(call, buffers, layer->index, group, tiles, stride, call->image_bytes);
+    const size_t channels = call->groups * layer->channels_out, plane = call->out_height * call->out_width;
+    for (size_t tile = 0; tile < tiles; tile++) {
+        const size_t y = first_row + tile / row_tiles, x = tile % row_tiles * TBN_DOT_INPUTS;
+        const size_t inputs = tbn_min(TBN_DOT_INPUTS, call->out_width - x);
+        for (size_t j = 0; j < layer->channels_out; j += call->rows) {
+            const size_t channel = group * layer->channels_out + j, mix = call->mixes > 1 ? j / call->rows : 0;
+            const size_t count = tbn_min(call->rows, layer->channels_out - j);
+            const int32_t *z = buffers->z + mix * z_size(call, tiles) + tile * TBN_DOT_INPUTS * z_row;
+            const struct tbn_dot_finish finish = {
+                .correction = layer->corrections + (group * call->mixes + mix) * call->rows,
+                .alpha = call->alphas + channel,
+                .bias = call->bias ? call->bias + channel : NULL,
+                .scale = call->scales[sample],
+                .relu = layer->relu,
+            };
+            if (!layer->channels_last) {
+                float *out = call->out + (sample * channels + channel) * plane + y * call->out_width + x;
+                call->dots->finish_planes(&finish, z, z_row, count, inputs, out, plane);
+                continue;
+            }
+            float *out = call->out + ((sample * plane + y * call->out_width + x) * channels) + channel;
+            for (size_t i = 0; i < inputs; i++)
+                call->dots->finish_rows(&finish, z + i * z_row, count, out + i * channels);
+        }
+    }
+}
+
+/* Tokens from `first` on, `tokens` of them. */
+static void linear_tokens(const struct call *call, const struct buffers *buffers, size_t first, size_t tokens) {
+    const struct tbn_linear *layer = call->linear;
+    const size_t tiles = tbn_ceil_divide(tokens, TBN_DOT_INPUTS), z_row = call->blocks * TBN_DOT_ROWS;
+    for (size_t tile = 0; tile < tiles; tile++)
+        buffers->tiles[tile] = call->bytes + (first + tile * TBN_DOT_INPUTS) * call->pixel_bytes;
+    multiply(call, buffers, layer->index, 0, tiles, call->pixel_bytes, call->image_bytes);
+    const size_t outputs = layer->copies * layer->rows;
+    for (size_t i = 0; i < tokens; i++)
+        for (size_t copy = 0; copy < layer->copies; copy++) {
+            const size_t mix = call->mixes > 1 ? copy : 0, output = copy * layer->rows;
+            const struct tbn_dot_finish finish = {
+                .correction = layer->corrections + mix * layer->rows,
+                .alpha = call->alphas + output,
+                .bias = call->bias ? call->bias + output : NULL,
+                .scale = call->scales[first + i],
+                .relu = layer->relu,
+            };
+            call->dots->finish_rows(&finish, buffers->z + mix * z_size(call, tiles) + i * z_row, layer->rows,
+                                    call->out + (first + i) * outputs + output);
+        }
+}
+
+static void run(void *argument) {
+    struct call *call = argument;
+    struct buffers buffers;
+    char *memory = aligned_alloc(TBN_ALIGN, tbn_max(take_buffers(call, NULL, &buffers), TBN_ALIGN));
+    if (!memory)
+        return; /* the units are left to the other threads, or remain */
+    take_buffers(call, memory, &buffers);
+    call->dots->begin();
+    for (;;) {
+        const size_t unit = atomic_fetch_add(&call->next, 1);
+        if (unit >= call->units)
+            break;
+        if (call->linear) {
+            const size_t first = unit * call->tiles * TBN_DOT_INPUTS;
+            linear_tokens(call, &buffers, first, tbn_min(call->tiles * TBN_DOT_INPUTS, call->samples - first));
+            continue;
+        }
+        const size_t band = unit % call->bands, group = unit / call->bands % call->groups;
+        const size_t first_row = band * call->band_rows;
+        conv_band(call, &buffers, unit / call->bands / call->groups, group, first_row,
+                  tbn_min(call->band_rows, call->out_height - first_row));
+    }
+    call->dots->end();
+    free(memory);
+}
+
+/* Every `mixes`-th of `count` bytes. */
+static inline __attribute__((always_inline)) void take_every(const uint8_t *bytes, size_t count, size_t mixes,
+                                                             uint8_t *restrict out) {
+    for (size_t i = 0; i < count; i++)
+        out[i] = bytes[i * mixes];
+}
+
+/* Deals the bytes of one token or position out to its column groups, `count` each, which lie `apart` bytes apart. */
+static void deal_out(const uint8_t *bytes, size_t count, size_t mixes, uint8_t *out, size_t apart) {
+    for (size_t mix = 0; mix < mixes; mix++, out += apart)
+        switch (mixes) { /* numbers that the compiler knows make vectors */
+        case 1: memcpy(out, bytes, count); break;
+        case 2: take_every(bytes + mix, count, 2, out); break;
+        case 4: take_every(bytes + mix, count, 4, out); break;
+        case 8: take_every(bytes + mix, count, 8, out); break;
+        default: take_every(bytes + mix, count, mixes, out);
+        }
+}
+
+/* The bytes of one sample in its images, which hold zeros so far. */
+static void fill_images(const struct call *call, size_t sample) {
+    const struct tbn_conv *layer = call->conv;
+    const int binary = layer->activation == TBN_BINARY;
+    const size_t plane = call->height * call->width, images = call->groups * call->mixes;
+    const size_t channels = images * layer->channels;
+    const float *x = call->x + sample * channels * plane;
+    float factor;
+    call->scales[sample] = call->dots->measure(x, channels * plane, binary, &factor);
+    for (size_t y = 0; y < call->height; y++) {
+        uint8_t *row = call->bytes + sample * images * call->image_bytes + (y + layer->padding[0]) * call->row_bytes +
+                       layer->padding[1] * call->pixel_bytes;
+        if (!layer->channels_last) {
+            for (size_t image = 0; image < images; image++) {
+                /* The first channel of the column group; the others are `mixes` apart. */
+                const size_t first = image / call->mixes * layer->channels * call->mixes + image % call->mixes;
+                call->dots->bytes_of_planes(x + first * plane + y * call->width, plane * call->mixes, layer->channels,
+                                            call->width, binary, factor, row + image * call->image_bytes,
+                                            call->pixel_bytes);
+            }
+            continue;
+        }
+        const float *from = x + y * call->width * channels;
+        if (images == 1 && call->pixel_bytes == channels) {
+            call->dots->bytes(from, call->width * channels, binary, factor, row);
+            continue;
+        }
+        call->dots->bytes(from, call->width * channels, binary, factor, call->whole);
+        const size_t group_channels = layer->channels * call->mixes;
+        for (size_t i = 0; i < call->width * call->groups; i++) {
+            const size_t group = i % call->groups;
+            deal_out(call->whole + i * group_channels, layer->channels, call->mixes,
+                     row + group * call->mixes * call->image_bytes + i / call->groups * call->pixel_bytes,
+                     call->image_bytes);
+        }
+    }
+}
+
+/* The bytes of one token, dealt out to its column groups. */
+static void fill_token(const struct call *call, size_t token) {
+    const struct tbn_linear *layer = call->linear;
+    const int binary = layer->activation == TBN_BINARY;
+    const float *x = call->x + token * layer->inputs;
+    float factor;
+    call->scales[token] = call->dots->measure(x, layer->inputs, binary, &factor);
+    uint8_t *out = call->bytes + token * call->pixel_bytes;
+    call->dots->bytes(x, layer->inputs, binary, factor, call->mixes == 1 ? out : call->whole);
+    if (call->mixes > 1)
+        deal_out(call->whole, layer->inputs / call->mixes, call->mixes, out, call->image_bytes);
+}
+
+/* Steps of runs of `bytes` bytes, `count` of them, at distances from a position; writes their offsets unless NULL. */
+static size_t find_steps(size_t bytes, size_t run, size_t at, size_t *offsets) {
+    const size_t steps = tbn_ceil_divide(bytes, TBN_DOT_BYTES);
+    for (size_t i = 0; offsets && i < steps; i++)
+        offsets[run * steps + i] = at + i * TBN_DOT_BYTES;
+    return steps;
+}
+
+/* The steps of a convolution: a run for each row of the kernel, or for each place in it. */
+static size_t conv_steps(const struct call *call, size_t *offsets) {
+    const struct tbn_conv *layer = call->conv;
+    const size_t places = layer->dilation[1] == 1 ? 1 : layer->kernel[1];
+    const size_t bytes = layer->dilation[1] == 1 ? layer->kernel[1] * call->pixel_bytes : call->pixel_bytes;
+    size_t steps = 0;
+    for (size_t y = 0; y < layer->kernel[0]; y++)
+        for (size_t x = 0; x < places; x++)
+            steps += find_steps(bytes, y * places + x,
+                                y * layer->dilation[0] * call->row_bytes + x * layer->dilation[1] * call->pixel_bytes,
+                                offsets);
+    return steps;
+}
+
+/* Allocates what all threads share, makes bytes of the inputs, and runs the units. */
+static int compute(struct call *call, size_t threads, const float *alpha, size_t outputs, size_t alpha_rows,
+                   size_t images, size_t slack, size_t whole) {
+    struct tbn_scratch parts = {NULL, 0};
+    tbn_take(&parts, images * call->image_bytes + slack);
+    const size_t at_scales = parts.used;
+    tbn_take(&parts, call->samples * sizeof(float));
+    const size_t at_offsets = parts.used;
+    tbn_take(&parts, call->steps * sizeof(size_t));
+    const size_t at_alphas = parts.used;
+    tbn_take(&parts, outputs * sizeof(float));
+    const size_t at_whole = parts.used;
+    tbn_take(&parts, whole);
+    char *memory = aligned_alloc(TBN_ALIGN, parts.used);
+    if (!memory)
+        return TBN_OUT_OF_MEMORY;
+    float *alphas = (float *)(void *)(memory + at_alphas);
+    for (size_t i = 0; i < outputs; i++)
+        alphas[i] = alpha[i / alpha_rows];
+    call->bytes = (uint8_t *)memory;
+    call->scales = (float *)(void *)(memory + at_scales);
+    call->offsets = (size_t *)(void *)(memory + at_offsets);
+    call->alphas = alphas;
+    call->whole = (uint8_t *)memory + at_whole;
+    memset(call->bytes, TBN_DOT_ZERO, images * call->image_bytes + slack);
+    if (call->conv)
+        conv_steps(call, call->offsets);
+    else
+        find_steps(call->pixel_bytes, 0, 0, call->offsets);
+    for (size_t sample = 0; sample < call->samples; sample++) {
+        if (call->conv)
+            fill_images(call, sample);
+        else
+            fill_token(call, sample);
+    }
+    tbn_parallel(tbn_min(threads, call->units), run, call);
+    free(memory);
+    return atomic_load(&call->next) < call->units ? TBN_OUT_OF_MEMORY : TBN_OK;
+}
+
+int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, size_t tokens, const float *alpha,
+                    const float *bias, size_t threads) {
+    const size_t columns = layer->inputs / layer->mixes, outputs = layer->copies * layer->rows;
+    struct call call = {
+        .dots = layer->kernels->dots, .kernels = layer->kernels, .linear = layer, .x = x, .out = out, .bias = bias,
+        .rows = layer->rows, .blocks = tbn_ceil_divide(layer->rows, TBN_DOT_ROWS), .groups = 1, .mixes = layer->mixes,
+        .samples = tokens, .pixel_bytes = tbn_round_up(columns, TBN_DOT_BYTES), .tiles = TOKEN_TILES,
+    };
+    if (tokens == 0)
+        return TBN_OK;
+    call.steps = call.pixel_bytes / TBN_DOT_BYTES;
+    call.tiles = tbn_min(call.tiles, tbn_ceil_divide(tbn_ceil_divide(tokens, TBN_DOT_INPUTS), threads));
+    call.units = tbn_ceil_divide(tokens, call.tiles * TBN_DOT_INPUTS);
+    call.image_bytes = tbn_round_up(tokens, TBN_DOT_INPUTS) * call.pixel_bytes;
+    const size_t alpha_rows = layer->alpha_row_stride ? 1 : layer->alpha_copy_stride ? layer->rows : outputs;
+    return compute(&call, threads, alpha, outputs, alpha_rows, call.mixes, 0, layer->inputs);
+}
+
+int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
+                  size_t width, const float *alpha, const float *bias, size_t threads) {
+    struct call call = {
+        .dots = layer->kernels->dots, .kernels = layer->kernels, .conv = layer, .x = x, .out = out, .bias = bias,
+        .rows = layer->rows, .blocks = tbn_ceil_divide(layer->rows, TBN_DOT_ROWS), .groups = layer->groups,
+        .mixes = layer->mixes, .samples = samples, .height = height, .width = width,
+        .out_height = tbn_output_size(layer, 0, height), .out_width = tbn_output_size(layer, 1, width),
+        .pixel_bytes = tbn_round_up(layer->channels, 4),
+    };
+    if (samples == 0)
+        return TBN_OK;
+    call.row_bytes = (width + 2 * layer->padding[1]) * call.pixel_bytes;
+    call.image_bytes = (height + 2 * layer->padding[0]) * call.row_bytes;
+    call.steps = conv_steps(&call, NULL);
+    const size_t row_tiles = tbn_ceil_divide(call.out_width, TBN_DOT_INPUTS);
+    const size_t row_sums = call.mixes * z_size(&call, row_tiles) * sizeof(int32_t);
+    call.band_rows = tbn_min(call.out_height, tbn_max(1, SUMS_BUDGET / row_sums));
+    const size_t bands = tbn_ceil_divide(threads, samples * call.groups); /* enough for every thread */
+    call.band_rows = tbn_min(call.band_rows, tbn_ceil_divide(call.out_height, bands));
+    call.bands = tbn_ceil_divide(call.out_height, call.band_rows);
+    call.tiles = call.band_rows * row_tiles;
+    call.units = samples * call.groups * call.bands;
+    /* The last inputs of the last tile, and the last step of the last run, end behind the image. */
+    const size_t slack = (TBN_DOT_INPUTS * layer->stride[1] + layer->kernel[1] * layer->dilation[1]) * call.pixel_bytes +
+                         TBN_DOT_BYTES;
+    return compute(&call, threads, alpha, call.groups * layer->channels_out, layer->alpha_rows,
+                   samples * call.groups * call.mixes, slack,
+                   layer->channels_last ? width * call.groups * layer->channels * call.mixes : 0);
+}

@@ -1,0 +1,257 @@
+/*
+ * Products of bytes on AVX-512 machines: vpdpbusd multiplies 64 bytes and adds them to 16 sums; a tile instruction of AMX
+ * multiplies 16 inputs with 16 rows of 64 bytes.
+ */
+#if defined(__x86_64__)
+
+#include "generic.h"
+
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi2")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+#include "transpose512.h"
+
+enum { STEP_BYTES = TBN_DOT_BYTES * TBN_DOT_ROWS, GROUPS = TBN_DOT_BYTES / 4 };
+
+static void nothing(void) {
+}
+
+/* `inputs` inputs of a tile with `blocks` blocks of rows. */
+INLINE void multiply_some(const struct tbn_dot *job, const uint8_t *x, size_t inputs, const int8_t *index,
+                          size_t blocks, int32_t *z) {
+    __m512i sum[8][2];
+    const size_t block_bytes = job->steps * STEP_BYTES;
+    UNROLL for (size_t i = 0; i < inputs; i++)
+        UNROLL for (size_t b = 0; b < blocks; b++)
+            sum[i][b] = _mm512_setzero_si512();
+    for (size_t step = 0; step < job->steps; step++, index += STEP_BYTES) {
+        const uint8_t *from = x + job->offsets[step];
+        for (size_t group = 0; group < GROUPS; group++) {
+            __m512i weights[2];
+            UNROLL for (size_t b = 0; b < blocks; b++)
+                weights[b] = _mm512_load_si512(index + b * block_bytes + group * 64);
+            UNROLL for (size_t i = 0; i < inputs; i++) {
+                int32_t four;
+                memcpy(&four, from + i * job->stride + group * 4, sizeof four);
+                const __m512i bytes = _mm512_set1_epi32(four);
+                UNROLL for (size_t b = 0; b < blocks; b++)
+                    sum[i][b] = _mm512_dpbusd_epi32(sum[i][b], bytes, weights[b]);
+            }
+        }
+    }
+    UNROLL for (size_t i = 0; i < inputs; i++)
+        UNROLL for (size_t b = 0; b < blocks; b++)
+            _mm512_store_si512(z + (i * job->blocks + b) * TBN_DOT_ROWS, sum[i][b]);
+}
+
+TARGET static void multiply_vnni(const struct tbn_dot *job) {
+    const size_t row_bytes = job->steps * STEP_BYTES;
+    for (size_t tile = 0; tile < job->count; tile++)
+        for (size_t first = 0; first < TBN_DOT_INPUTS; first += 8) {
+            const uint8_t *x = job->tiles[tile] + first * job->stride;
+            int32_t *z = job->z + (tile * TBN_DOT_INPUTS + first) * job->blocks * TBN_DOT_ROWS;
+            size_t block = 0;
+            for (; block + 2 <= job->blocks; block += 2)
+                multiply_some(job, x, 8, job->index + block * row_bytes, 2, z + block * TBN_DOT_ROWS);
+            if (block < job->blocks)
+                multiply_some(job, x, 8, job->index + block * row_bytes, 1, z + block * TBN_DOT_ROWS);
+        }
+}
+
+/* 16 integers as floats are made of them, in float's rounding of halves to even. */
+INLINE __m512i integers_of(__m512 x, int binary, __m512 factor) {
+    if (binary)
+        return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_set1_epi32(-1),
+                                       _mm512_set1_epi32(1));
+    return _mm512_cvt_roundps_epi32(_mm512_mul_ps(x, factor), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+INLINE __mmask16 first_lanes(size_t count) {
+    return count < 16 ? (__mmask16)((1u << count) - 1u) : (__mmask16)0xffff;
+}
+
+TARGET static float measure(const float *x, size_t count, int binary, float *factor) {
+    *factor = 0.0f;
+    if (binary) {
+        double sum = 0.0;
+        for (size_t i = 0; i < count; i++)
+            sum += (double)fabsf(x[i]);
+        return (float)(sum / (double)count);
+    }
+    return scale_of(largest_magnitude(x, count), factor);
+}
+
+TARGET static void bytes(const float *x, size_t count, int binary, float factor, uint8_t *out) {
+    if (!binary && factor == 0.0f) { /* products with infinities and NaN are none */
+        memset(out, TBN_DOT_ZERO, count);
+        return;
+    }
+    const __m512 factors = _mm512_set1_ps(factor);
+    const __m128i zero = _mm_set1_epi8((char)TBN_DOT_ZERO);
+    for (size_t i = 0; i < count; i += 16) {
+        const __mmask16 lanes = first_lanes(count - i);
+        const __m512i q = integers_of(_mm512_maskz_loadu_ps(lanes, x + i), binary, factors);
+        _mm_mask_storeu_epi8(out + i, lanes, _mm_xor_si128(_mm512_cvtepi32_epi8(q), zero));
+    }
+}
+
+TARGET static void bytes_of_planes(const float *x, size_t plane, size_t channels, size_t positions, int binary,
+                                   float factor, uint8_t *out, size_t stride) {
+    const int blank = !binary && factor == 0.0f;
+    const __m512 factors = _mm512_set1_ps(factor);
+    const __m512i zero = _mm512_set1_epi32((int)0x80808080), low = _mm512_set1_epi32(0xff);
+    for (size_t first = 0; first < positions; first += 16) {
+        const size_t count = positions - first < 16 ? positions - first : 16;
+        const __mmask16 lanes = first_lanes(count);
+        for (size_t channel = 0; channel < channels; channel += 4) {
+            __m512i four = zero;
+            if (!blank) {
+                __m512i q[4];
+                UNROLL for (size_t i = 0; i < 4; i++)
+                    q[i] = channel + i < channels
+                               ? integers_of(_mm512_maskz_loadu_ps(lanes, x + (channel + i) * plane + first), binary,
+                                             factors)
+                               : _mm512_setzero_si512();
+                const __m512i pair = _mm512_or_si512(_mm512_and_si512(q[0], low),
+                                                     _mm512_slli_epi32(_mm512_and_si512(q[1], low), 8));
+                const __m512i other = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(q[2], low), 16),
+                                                      _mm512_slli_epi32(q[3], 24));
+                four = _mm512_xor_si512(_mm512_or_si512(pair, other), zero);
+            }
+            int32_t words[16] __attribute__((aligned(TBN_ALIGN)));
+            _mm512_store_si512(words, four);
+            for (size_t i = 0; i < count; i++)
+                memcpy(out + (first + i) * stride + channel, words + i, 4);
+        }
+    }
+}
+
+/* Sums of one input and 16 rows, the correction taken off. */
+INLINE __m512 corrected(const int32_t *z, const int32_t *correction, __mmask16 lanes) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_load_si512(z), _mm512_maskz_loadu_epi32(lanes, correction)));
+}
+
+/* The order of the products is the reference's: (z * alpha) * scale + bias. A NaN is no smaller than 0 and stays. */
+INLINE __m512 finished(__m512 z, __m512 alpha, __m512 scale, const __m512 *bias, int relu) {
+    __m512 value = _mm512_mul_ps(_mm512_mul_ps(z, alpha), scale);
+    if (bias)
+        value = _mm512_add_ps(value, *bias);
+    return relu ? _mm512_max_ps(_mm512_setzero_ps(), value) : value; /* of 0 and a NaN the second operand */
+}
+
+TARGET static void finish_input(const struct tbn_dot_finish *job, const int32_t *z, size_t rows, float *out) {
+    const __m512 scale = _mm512_set1_ps(job->scale);
+    for (size_t row = 0; row < rows; row += 16) {
+        const __mmask16 lanes = first_lanes(rows - row);
+        const __m512 bias = job->bias ? _mm512_maskz_loadu_ps(lanes, job->bias + row) : _mm512_setzero_ps();
+        const __m512 value = finished(corrected(z + row, job->correction + row, lanes),
+                                      _mm512_maskz_loadu_ps(lanes, job->alpha + row), scale, job->bias ? &bias : NULL,
+                                      job->relu);
+        _mm512_mask_storeu_ps(out + row, lanes, value);
+    }
+}
+
+TARGET static void finish_tile(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
+                               size_t inputs, float *out, size_t plane) {
+    const __m512 scale = _mm512_set1_ps(job->scale);
+    const __mmask16 wanted = first_lanes(inputs);
+    float by_input[16 * 16] __attribute__((aligned(TBN_ALIGN))), by_row[16 * 16] __attribute__((aligned(TBN_ALIGN)));
+    for (size_t first = 0; first < rows; first += 16) {
+        const __mmask16 lanes = first_lanes(rows - first);
+        UNROLL for (size_t i = 0; i < 16; i++)
+            _mm512_store_ps(by_input + i * 16, corrected(z + i * z_stride + first, job->correction + first, lanes));
+        transpose_block(by_input, 16, by_row, 16);
+        for (size_t row = first; row < rows && row < first + 16; row++) {
+            const __m512 bias = _mm512_set1_ps(job->bias ? job->bias[row] : 0.0f);
+            const __m512 value = finished(_mm512_load_ps(by_row + (row - first) * 16),
+                                          _mm512_set1_ps(job->alpha[row]), scale, job->bias ? &bias : NULL, job->relu);
+            _mm512_mask_storeu_ps(out + row * plane, wanted, value);
+        }
+    }
+}
+
+#define SHARED \
+    .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, .finish_rows = finish_input, \
+    .finish_planes = finish_tile
+
+const struct tbn_dots tbn_dots_vnni = {.begin = nothing, .end = nothing, .multiply = multiply_vnni, SHARED};
+
+#undef TARGET
+#define TARGET __attribute__((target("amx-tile,amx-int8")))
+
+/* Tiles 0 to 3 hold sums, 4 and 5 inputs, 6 and 7 weights; all have 16 rows of 64 bytes. */
+static const struct __attribute__((packed)) {
+    uint8_t palette, start, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} shape = {.palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
+
+TARGET static void begin_amx(void) {
+    _tile_loadconfig(&shape);
+}
+
+TARGET static void end_amx(void) {
+    _tile_release();
+}
+
+/* Two tiles of inputs, or one, with two blocks of rows, or one. Tile instructions take numbers only: macros. */
+#define MULTIPLY(TWO_TILES, TWO_BLOCKS) \
+    do { \
+        const int8_t *weights = job->index + block * row_bytes; \
+        _tile_zero(0); \
+        if (TWO_BLOCKS) \
+            _tile_zero(1); \
+        if (TWO_TILES) \
+            _tile_zero(2); \
+        if (TWO_TILES && TWO_BLOCKS) \
+            _tile_zero(3); \
+        for (size_t step = 0; step < job->steps; step++, weights += STEP_BYTES) { \
+            const size_t offset = job->offsets[step]; \
+            _tile_loadd(6, weights, 64); \
+            if (TWO_BLOCKS) \
+                _tile_loadd(7, weights + row_bytes, 64); \
+            _tile_loadd(4, job->tiles[tile] + offset, job->stride); \
+            _tile_dpbusd(0, 4, 6); \
+            if (TWO_BLOCKS) \
+                _tile_dpbusd(1, 4, 7); \
+            if (TWO_TILES) { \
+                _tile_loadd(5, job->tiles[tile + 1] + offset, job->stride); \
+                _tile_dpbusd(2, 5, 6); \
+                if (TWO_BLOCKS) \
+                    _tile_dpbusd(3, 5, 7); \
+            } \
+        } \
+        int32_t *z = job->z + (tile * TBN_DOT_INPUTS * job->blocks + block) * TBN_DOT_ROWS; \
+        _tile_stored(0, z, z_bytes); \
+        if (TWO_BLOCKS) \
+            _tile_stored(1, z + TBN_DOT_ROWS, z_bytes); \
+        if (TWO_TILES) \
+            _tile_stored(2, z + z_tile, z_bytes); \
+        if (TWO_TILES && TWO_BLOCKS) \
+            _tile_stored(3, z + z_tile + TBN_DOT_ROWS, z_bytes); \
+    } while (0)
+
+TARGET static void multiply_amx(const struct tbn_dot *job) {
+    const size_t row_bytes = job->steps * STEP_BYTES, z_tile = TBN_DOT_INPUTS * job->blocks * TBN_DOT_ROWS;
+    const size_t z_bytes = job->blocks * TBN_DOT_ROWS * sizeof(int32_t);
+    for (size_t tile = 0; tile < job->count; tile += 2) {
+        const int two_tiles = tile + 1 < job->count;
+        for (size_t block = 0; block < job->blocks; block += 2) {
+            const int two_blocks = block + 1 < job->blocks;
+            if (two_tiles && two_blocks)
+                MULTIPLY(1, 1);
+            else if (two_tiles)
+                MULTIPLY(1, 0);
+            else if (two_blocks)
+                MULTIPLY(0, 1);
+            else
+                MULTIPLY(0, 0);
+        }
+    }
+}
+
+const struct tbn_dots tbn_dots_amx = {.begin = begin_amx, .end = end_amx, .multiply = multiply_amx, SHARED};
+
+#endif
