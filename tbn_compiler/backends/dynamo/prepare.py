@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from tbn_compiler.backends.dynamo.image_formats import keep_channels_last
 from tbn_compiler.backends.dynamo.records import make_records
 from tbn_compiler.backends.dynamo.report import LayerReport
 from tbn_compiler.graph.calls import tiled_call
@@ -34,6 +35,9 @@ def prepare(gm: fx.GraphModule, activation: str) -> tuple[LayerReport, ...]:
         RemoveBlends()(gm)
     refusals: dict[fx.Node, str] = {}
     run_passes(gm, [LowerTiles(refusals=refusals), *deployment_pipeline(activation)])
+    if keep_channels_last(gm):
+        gm.graph.lint()
+        gm.recompile()
     refusals |= reasons  # which know more than that there is no record
     return (*_reports(gm, trained, refusals), *_nested_reports(gm))
 

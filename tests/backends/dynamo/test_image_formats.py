@@ -1,0 +1,117 @@
+"""Networks of int8 convolutions with images in the ``channels_last`` format between them, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import tbn_compiler as tbn
+from tbn_compiler.backends import cpu
+from tbn_compiler.backends.dynamo import compile_graph, image_formats
+from tbn_compiler.graph.calls import tiled_call
+from tests import oracle
+
+CONFIG = tbn.TilingConfig(p=2, min_size=0)
+
+
+@pytest.fixture(autouse=True)
+def _every_int8_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the kernels do not multiply bytes: they convert images then, and compute the same."""
+
+    def chosen(gm: fx.GraphModule, node: fx.Node) -> bool:
+        call = tiled_call(node)
+        return call is not None and call.kind == "conv2d" and call.activation == "int8"
+
+    monkeypatch.setattr(image_formats, "_multiplies_bytes", chosen)
+
+
+class Net(nn.Module):
+    """Two convolutions of 8 channels behind one of 3, with ``between`` called on the first result."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.body, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool2d(F.relu(self.norm(self.stem(x)), inplace=True), 2)
+        y = self.between(y)
+        y = F.relu(self.body(y) + y)
+        y += self.head(y)
+        return y
+
+
+class Classifier(Net):
+    """Ends in a view of an image, and in further layers that work in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Sequential(nn.Linear(8 * 16, 12), nn.ReLU(inplace=True), nn.Linear(12, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return self.classifier(y.view(y.shape[0], -1))
+
+
+def compare(net: nn.Module, graphs: list[fx.GraphModule]) -> list[torch.memory_format | None]:
+    """Compiled and eager give the same values and strides; returns the formats that images are brought into."""
+    torch.manual_seed(0)
+    packed = tbn.lower(tbn.transform(net.eval(), CONFIG))
+    expected_of = tbn.optimize(packed, activation="int8")
+    x = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(packed, backend=compile_graph, options={"activation": "int8"})
+    with torch.no_grad():
+        got, expected = compiled(x), expected_of(x)
+    oracle.assert_close(got, expected, 1e-5)
+    assert got.stride() == expected.stride()
+    inserted = [
+        node.kwargs.get("memory_format")
+        for gm in graphs
+        for node in gm.graph.nodes
+        if node.op == "call_method" and node.target == "contiguous"
+    ]
+    return inserted
+
+
+def test_one_conversion_in_and_one_out(eager_graphs: list[fx.GraphModule]) -> None:
+    assert compare(Net(), eager_graphs) == [torch.channels_last, None]
+
+
+def test_a_view_of_an_image_is_one_of_its_planes(eager_graphs: list[fx.GraphModule]) -> None:
+    assert compare(Classifier(), eager_graphs) == [torch.channels_last, None]
+
+
+@pytest.mark.parametrize("level", cpu.info().available)
+def test_every_level(level: str, eager_graphs: list[fx.GraphModule]) -> None:
+    with cpu.use_level(level):
+        assert len(compare(Classifier(), eager_graphs)) == 2
+
+
+def test_inductor(graphs: list[fx.GraphModule]) -> None:
+    assert compare(Classifier(), graphs) == [torch.channels_last, None]
+
+
+def test_what_depends_on_strides_reads_planes(eager_graphs: list[fx.GraphModule]) -> None:
+    def shuffle(x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w) * x.stride(1)
+
+    # One image is shuffled, added to the next one, and the sum read by the last convolution.
+    assert compare(Net(shuffle), eager_graphs) == [torch.channels_last, None] * 3
+
+
+def test_a_change_through_a_view_leaves_images_alone(eager_graphs: list[fx.GraphModule]) -> None:
+    def change(x: Tensor) -> Tensor:
+        x.view(x.shape[0], -1).mul_(2)
+        return x
+
+    assert compare(Net(change), eager_graphs) == []
+
+
+def test_one_convolution_is_left_alone(eager_graphs: list[fx.GraphModule]) -> None:
+    assert compare(nn.Sequential(nn.Conv2d(3, 8, 3)), eager_graphs) == []
