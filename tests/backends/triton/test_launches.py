@@ -57,12 +57,14 @@ def test_a_kept_kernel_is_launched_with_the_constants_behind_its_arguments() -> 
 
 def test_the_arguments_stand_in_the_order_of_the_kernels() -> None:
     """A kept kernel gets its arguments by place: those of every launch are all that come before the first constant."""
-    from tbn_compiler.backends.triton.kernels import convert, few_tokens, unpacked
+    from tbn_compiler.backends.triton.kernels import convert, few_tokens, hadamard, hadamard_few, unpacked
     from tbn_compiler.backends.triton.kernels import linear as kernels
 
     for kernel in (
         *(kernels.linear_dot, kernels.linear_words, few_tokens.linear_limbs, few_tokens.linear_sum),
         *(few_tokens.linear_popcount, unpacked.linear_gemm, unpacked.copy_rows, convert.unpack_rows),
+        *(hadamard.unpack_groups, hadamard.linear_groups, hadamard.mix_channels),
+        *(hadamard_few.hadamard_limbs, hadamard_few.hadamard_sum),
     ):
         constant = [parameter.is_constexpr for parameter in kernel.params]
         assert constant == sorted(constant), kernel
