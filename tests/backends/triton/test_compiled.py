@@ -286,6 +286,8 @@ def test_sizes_of_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for kernel in ("sum", "dot"):
         compile_linear(monkeypatch, "sm_90", 1, (1, 8), 1, kernel=kernel)
     compile_linear(monkeypatch, "sm_90", 1, (1, 8), 1, activation="int8")
+    for kernel in ("sum", "groups", "library"):
+        compile_linear(monkeypatch, "sm_90", 1, (8, 8), 8, kernel=kernel, hadamard=True)
 
 
 def compile_conv(
