@@ -10,6 +10,7 @@ once at level INFO (logger ``tbn_compiler.backends.triton``). :func:`info` tells
 ``linear``    ``tbn::linear``: what calls have in common, and the operands of each
 ``launches``  grids, arguments and workspaces of its kernels; what is kept from one call to the next
 ``conv``      ``tbn::conv1d/2d/3d``
+``hadamard``  launches for copies with Hadamard signs
 ``quantize``  inputs as integers
 ``search``    the configurations that a shape may be run with
 ``tuning``    choosing among them by measurement, and the file that keeps the choice

@@ -4,7 +4,8 @@ Either multiplies only the filters that differ, and the result has the memory fo
 faster where arithmetic decides; it needs those filters as floats, and writes each of their channels once more than a
 product here does. Few positions make that overhead most of the time. Where tuning is on, all are measured.
 
-A convolution of single positions in the ``channels_last`` format is a linear layer, and left to that.
+A convolution of single positions in the ``channels_last`` format is a linear layer, and left to that. One whose copies
+have Hadamard signs is a convolution with a group for each column group, whose results are mixed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tbn_compiler.backends.triton import tuning
+from tbn_compiler.backends.triton import hadamard, tuning
 from tbn_compiler.backends.triton.kernels import conv as kernels
 from tbn_compiler.backends.triton.kernels import convert
 from tbn_compiler.backends.triton.launches import Kept, Prepared, prepared, start
@@ -148,13 +149,14 @@ class Layer:
             plan, geometry.computed, geometry.groups, x.shape[1] // geometry.groups, positions, x.dtype,
             gpu_of(x.device), channels_last=format_of_x == "last" if len(geometry.kernel) > 1 else None,
         )  # fmt: skip
+        signed = "" if plan.mixes == 1 else f" signed={plan.mixes}"
         # The names are those of the files that are kept.
         key = (
             f"conv {str(x.dtype)[6:]} {plan.kind} {geometry.computed}x{plan.columns} blocks={plan.replicas} "
             f"of={geometry.per_group} groups={geometry.groups} kernel={geometry.kernel} stride={geometry.stride} "
             f"padding={geometry.padding} dilation={geometry.dilation} format={format_of_x}-{format_name(out)} "
             f"positions={bucket(positions)} mixed={int(plan.mixed)} function={self.epilogue} "
-            f"precision={precision(x.dtype, x.device)}"
+            f"precision={precision(x.dtype, x.device)}{signed}"
         )
         config = tuning.choose(x.device, key, candidates, lambda config: run(config, plan, geometry, operands))
         if tuning.settled(x.device, key, candidates):
@@ -170,8 +172,10 @@ def prepare(call: TensorCall) -> Prepared:
     """
     if _is_linear(call):
         return _as_linear(call)
-    plan = _plan(call)
-    return Layer(plan, Geometry.of(call), call.output_shape(), call.output_format(), call.activation, call.epilogue)
+    plan, geometry = _plan(call), Geometry.of(call)
+    if plan.mixes > 1:
+        geometry = dataclasses.replace(geometry, groups=plan.mixes, per_group=plan.rows, computed=plan.rows)
+    return Layer(plan, geometry, call.output_shape(), call.output_format(), call.activation, call.epilogue)
 
 
 conv1d, conv2d, conv3d = (prepared(OPERATORS[name], prepare) for name in CONV_OPS.values())
@@ -257,7 +261,9 @@ def quantize_images(x: Tensor, number_format: str) -> tuple[Tensor, Tensor]:
 
 def run(config: Config, plan: WeightPlan, geometry: Geometry, operands: Operands) -> None:
     """Launch the kernels of a configuration."""
-    if config.kernel in ("library", "library_last"):
+    if plan.mixes > 1:
+        _mixed(config, plan, geometry, operands)
+    elif config.kernel in ("library", "library_last"):
         _library(plan, geometry, operands, copied=config.kernel == "library_last")
     elif config.kernel == "unpacked":
         _unpacked(config, plan, geometry, operands)
@@ -400,16 +406,21 @@ def unpack(plan: WeightPlan, geometry: Geometry, operands: Operands, *, last: bo
         last: their channels lie innermost.
     """
     rows, taps = geometry.groups * geometry.computed, math.prod(geometry.kernel)
-    filters = operands.x.new_empty((rows, plan.columns))
-    block_rows, block_k = 16, 256
-    start(
-        operands.kept, convert.unpack_rows,
-        (triton.cdiv(rows, block_rows) * triton.cdiv(plan.columns, block_k), 1, 1),
-        operands.tile, operands.alpha, operands.input_alpha, filters, geometry.computed, geometry.per_group,
-        plan.rows, rows, plan.columns, plan.row_size, plan.tile_size, plan.shift,
-        KIND=plan.kind, MIXED=plan.mixed, REPLICAS=plan.replicas, BLOCK_ROWS=block_rows, BLOCK_K=block_k,
-        TAPS=taps if last else 1,
-    )  # fmt: skip
+    if plan.mixes > 1:
+        filters = hadamard.unpack(
+            plan, operands.tile, operands.input_alpha, operands.x.dtype, operands.kept, taps=taps, last=last
+        )
+    else:
+        filters = operands.x.new_empty((rows, plan.columns))
+        block_rows, block_k = 16, 256
+        start(
+            operands.kept, convert.unpack_rows,
+            (triton.cdiv(rows, block_rows) * triton.cdiv(plan.columns, block_k), 1, 1),
+            operands.tile, operands.alpha, operands.input_alpha, filters, geometry.computed, geometry.per_group,
+            plan.rows, rows, plan.columns, plan.row_size, plan.tile_size, plan.shift,
+            KIND=plan.kind, MIXED=plan.mixed, REPLICAS=plan.replicas, BLOCK_ROWS=block_rows, BLOCK_K=block_k,
+            TAPS=taps if last else 1,
+        )  # fmt: skip
     if last:
         return filters.view(rows, *geometry.kernel, -1).movedim(-1, 1)
     return filters.view(rows, -1, *geometry.kernel)
@@ -436,6 +447,37 @@ def _library(plan: WeightPlan, geometry: Geometry, operands: Operands, *, copied
     filters = unpack(plan, geometry, operands, last=last is not None and format_name(x) == "last")
     z = _convolve(x, filters, geometry)
     copy_channels(plan, geometry, z, operands)
+
+
+def _mixed(config: Config, plan: WeightPlan, geometry: Geometry, operands: Operands) -> None:
+    """Copies with Hadamard signs: column groups as groups of their own, and a kernel that mixes their results."""
+    x, out = operands.x, operands.out
+    if config.kernel == "unpacked":
+        # float32: results without the scales may be beyond half precision.
+        z = x.new_empty((out.shape[0], *out.shape[2:], out.shape[1]), dtype=torch.float32).movedim(-1, 1)
+        apart = hadamard.regroup(x, plan.mixes, last=True)
+        unscaled = dataclasses.replace(plan, mixed=True)
+        groups = dataclasses.replace(operands, x=apart, out=z, bias=None, epilogue="none")
+        _unpacked(config, unscaled, geometry, groups)
+    else:
+        last = channels_last(len(geometry.kernel)) is not None
+        last = last and (config.kernel == "library_last" or format_name(x) == "last")
+        apart = hadamard.regroup(x, plan.mixes, last=last)
+        z = _convolve(apart, unpack(plan, geometry, operands, last=last), geometry)
+    if (source := _flat_strides(z)) is None:
+        z = z.contiguous()
+        source = _flat_strides(z)
+    target = _flat_strides(out)
+    assert source is not None
+    assert target is not None
+    images, positions = z.shape[0], out[0, 0].numel()
+    if all(strides[0] == positions * strides[2] for strides in (source, target)):
+        images, positions = 1, images * positions  # one long image: its positions need not begin anew
+    # The library decides how its result lies in memory: nothing is kept for it.
+    hadamard.mix(
+        plan, z, (source[0], source[1] * plan.rows, *source[1:]), out, target, images, positions,
+        operands.alpha, operands.bias, operands.epilogue, operands.kept if config.kernel == "unpacked" else None,
+    )  # fmt: skip
 
 
 def copy_channels(plan: WeightPlan, geometry: Geometry, z: Tensor, operands: Operands) -> None:

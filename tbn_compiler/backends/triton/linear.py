@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from tbn_compiler.backends.triton import tuning
+from tbn_compiler.backends.triton import hadamard, tuning
 from tbn_compiler.backends.triton.launches import Kept, Operands, launch, measured, prepared
 from tbn_compiler.backends.triton.plan import INDEX_LIMIT, UnsupportedError, WeightPlan, plan_weight
 from tbn_compiler.backends.triton.quantize import quantize
@@ -117,7 +117,7 @@ class Layer:
             x = x.contiguous()
         tokens = x.shape[0]
         token_scale = None
-        signs = activation == "binary" and plan.whole_words and tokens <= POPCOUNT_TOKENS
+        signs = activation == "binary" and plan.whole_words and plan.mixes == 1 and tokens <= POPCOUNT_TOKENS
         if activation != "float":
             x, token_scale = quantize(x, "signs" if signs else activation)
         operands = Operands(
@@ -134,21 +134,25 @@ class Layer:
         config = Config("popcount") if signs else self.config or self._choose(operands)
         if self.config is not None or signs:
             operands.kept = self.kept
-        launch(config, plan, operands)
+        self._launch(config, operands)
         return out
+
+    def _launch(self, config: Config, operands: Operands) -> None:
+        (launch if self.plan.mixes == 1 else hadamard.launch)(config, self.plan, operands)
 
     def _choose(self, operands: Operands) -> Config:
         x, plan = operands.x, self.plan
         tokens = bucket(x.shape[0])
         candidates = linear_candidates(plan, tokens, x.dtype, gpu_of(x.device), self.epilogue, aligned=_aligned(x))
         # The names are those of the files that are kept.
+        copies = "copies" if plan.mixes == 1 else "signed"
         key = (
-            f"linear {str(x.dtype)[6:]} {plan.kind} {plan.rows}x{plan.columns} copies={plan.repeats} "
+            f"linear {str(x.dtype)[6:]} {plan.kind} {plan.rows}x{plan.columns} {copies}={plan.repeats} "
             f"blocks={plan.replicas} interleaved={plan.interleaved} tokens={tokens} aligned={int(_aligned(x))} "
             f"function={self.epilogue} precision={self.arithmetic}"
         )
         with measured(x.device) if tuning.would_measure(x.device, key, candidates) else nullcontext():
-            config = tuning.choose(x.device, key, candidates, lambda config: launch(config, plan, operands))
+            config = tuning.choose(x.device, key, candidates, lambda config: self._launch(config, operands))
         if tuning.settled(x.device, key, candidates):
             self.config = config
         return config

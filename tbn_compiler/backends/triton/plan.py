@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tbn_compiler.tiling import LayoutKind, TiledProduct
+from tbn_compiler.tiling import LayoutKind, TiledProduct, TileLayout
 
 # Columns and tile positions are 32-bit numbers in the kernels, up to one block beyond the last one.
 INDEX_LIMIT = 2**31 - 2**16
+
+# Column groups whose results a program keeps side by side to mix them, and those that it also multiplies on tensor
+# cores: with more of them, compiling takes a minute.
+MOST_MIXES = 32
+MOST_GROUPS = 16
 
 # How rows that begin inside bytes are indexed, by kind of layout; the kernels know no other kind.
 _KINDS: dict[LayoutKind, str] = {"flat": "bits", "two-axis": "bits", "staggered": "rolled"}
@@ -35,6 +40,8 @@ class WeightPlan:
         mixed: each weight has the alpha of its copy, since rows mix alphas.
         inner_alphas: each of the ``interleaved`` neighbours has its own alpha.
         rows_per_alpha: output rows that share an alpha, or the alphas of their neighbours; any number where ``mixed``.
+        mixes: column groups, 1 as a rule. Otherwise rows are multiplied by column groups, ``columns`` are those of all
+            of them, and the results of the groups are mixed into those of as many ``repeats``.
     """
 
     kind: str
@@ -50,6 +57,7 @@ class WeightPlan:
     mixed: bool
     inner_alphas: bool
     rows_per_alpha: int
+    mixes: int = 1
 
     @property
     def packed(self) -> bool:
@@ -88,6 +96,8 @@ def plan_weight(
     """
     layout, replicas = product.layout, product.replicas
     q, n = layout.tile_size, layout.row_size
+    if layout.kind == "hadamard":
+        return _plan_mixes(product, packed=packed, word_aligned=word_aligned, integer=integer)
     if layout.kind not in _KINDS:
         raise UnsupportedError(f"a {layout.kind} layout")
     if q + n > INDEX_LIMIT or layout.rows > INDEX_LIMIT:
@@ -119,6 +129,26 @@ def plan_weight(
         inner_alphas=product.alphas == "input",
         rows_per_alpha=product.rows_per_alpha or max(layout.rows // layout.p_out, 1),
     )
+
+
+def _plan_mixes(product: TiledProduct, *, packed: bool, word_aligned: bool, integer: bool) -> WeightPlan:
+    """Copies with Hadamard signs: the rows of the tile, one behind the other, are read like those of one copy.
+
+    Raises:
+        UnsupportedError: the results of column groups cannot be mixed, or no kernel reads the rows.
+    """
+    layout, p = product.layout, product.layout.p
+    if product.mixes == 1:
+        where = (
+            "the groups of a convolution" if product.groups > 1 else "replicas of the input that split column groups"
+        )
+        raise UnsupportedError(f"copies with Hadamard signs in {where}: their products have nothing to share")
+    most = MOST_GROUPS if integer else MOST_MIXES
+    if p > most:
+        raise UnsupportedError(f"{p} copies with Hadamard signs, more than {most}{' with integers' if integer else ''}")
+    tile = TiledProduct(TileLayout((layout.rows // p, *layout.shape[1:]), 1), 1, replicas=product.replicas)
+    plan = plan_weight(tile, packed=packed, word_aligned=word_aligned, integer=integer)
+    return replace(plan, repeats=p, rows_per_alpha=product.rows_per_alpha, mixes=p)
 
 
 def _kind(product: TiledProduct, packed: bool, word_aligned: bool) -> str:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tbn_compiler.backends.triton.plan import WeightPlan
+from tbn_compiler.backends.triton.plan import MOST_GROUPS, WeightPlan
 
 POPCOUNT_TOKENS = 8  # up to here, comparing 32 signs at a time beats filling up a tensor core's block of 16 tokens
 LIMBS_TOKENS = 4  # beyond, a product for each weight and token costs more than filling up a tensor core's 16 tokens
 SUM_TOKENS = 8  # the same where limbs do not serve
 LEFT_TOKENS = 32  # up to here the weight is a tensor core's left operand, which has more rows than there are tokens
+GROUPS_TOKENS = 2048  # from here on the library's products of column groups are tried before a program's own
 UNPACK_TOKENS = 256  # from here on each weight is expanded for so many blocks of tokens that doing it once may pay
 GEMM_TOKENS = 2048  # from here on a kernel that writes the copies itself is tried before the library's product
 LIBRARY_PRODUCTS = 2**24  # multiply-adds: fewer are over before two more launches have begun
@@ -47,7 +48,9 @@ class Config:
             ``dot``), ``gemm`` (then bulk copies into and out of a product that writes the copies), ``library`` (then
             the library's product or convolution). For convolutions also ``implicit`` (as ``dot``), ``unpacked``
             (filters expanded once, then tensor cores on them and the image) and ``library_last`` (``library`` on a
-            copy of the input in the ``channels_last`` format).
+            copy of the input in the ``channels_last`` format). For copies with Hadamard signs of these ``limbs``,
+            ``sum``, ``library``, ``library_last`` and ``unpacked``, and ``groups``, with weights expanded by column
+            groups, whose products a program mixes.
         block_tokens: tokens (output positions) of a program.
         block_rows: rows of a program.
         block_k: columns of a step.
@@ -183,6 +186,8 @@ def linear_candidates(
         function: behind the layer.
         aligned: rows of the input begin at multiples of 16 bytes.
     """
+    if plan.mixes > 1:
+        return _mixes(plan, tokens, dtype, gpu, function, aligned)
     dots = _fill(list(_dot(plan, tokens, dtype.itemsize, gpu)), plan, tokens, gpu.processors)
     plain = not (plan.mixed or plan.inner_alphas) and plan.replicas == plan.interleaved == 1
     if not plain or dtype == torch.int8:
@@ -197,6 +202,50 @@ def linear_candidates(
     if not words:  # float32 and odd rows: what takes no further memory first
         return [*few, *dots, *many][:8]
     return [*few, *words, *many, *dots[:1]][:8]
+
+
+def _mixes(plan: WeightPlan, tokens: int, dtype: torch.dtype, gpu: Gpu, function: str, aligned: bool) -> list[Config]:
+    """For copies with Hadamard signs: a program sums all column groups, up to 64 numbers a thread.
+
+    Making integers of the inputs pays for 4 rows or more; a program with 16 column groups has registers for fewer.
+    """
+    p = plan.mixes
+    bits = 32 if plan.kind == "words" else 8
+    limbs, sums = [], []
+    if plan.whole_words and dtype == torch.bfloat16 and aligned and gpu.capability > 0 and tokens <= LIMBS_TOKENS:
+        size = min(power_of_two(tokens), 2)  # more take long to compile
+        limbs = [Config("limbs", size, rows, 4096, 1, 4, 1) for rows in (8, 4) if size * rows * p <= 64 and p <= 8]
+    if plan.signs and dtype != torch.int8 and p <= bits:
+        # The last one is there for any number of tokens, as it takes no memory.
+        loads = 64 if bits == 32 else 128
+        sums = [Config("sum", 1, rows, loads * bits, 1, 4, 1) for rows in (8, 4, 2) if rows * loads * p <= 64 * 128]
+    library = [Config("library")] if dtype != torch.int8 else []
+    groups = (
+        list(_groups(plan, tokens, gpu, dtype.itemsize, function)) if dtype.itemsize <= 2 and p <= MOST_GROUPS else []
+    )
+    many = library + groups if tokens >= GROUPS_TOKENS else groups + library
+    if tokens <= (1 if limbs else SUM_TOKENS):
+        return [*limbs, *sums[:2], *many][:8]
+    return [*limbs, *many, *sums[-1:]][:8]
+
+
+def _groups(plan: WeightPlan, tokens: int, gpu: Gpu, itemsize: int, function: str) -> Iterator[Config]:
+    """Blocks whose sums of all column groups fit the registers: at most 128 of a thread, 64 before a long function."""
+    p = plan.mixes
+    k = min(128 // itemsize, max(32, power_of_two(plan.columns // p)))
+    if tokens <= LEFT_TOKENS:
+        size = max(16, power_of_two(tokens))
+        shapes = [(size, rows, 4) for rows in (64, 32, 16) if size * rows * p <= 64 * 128][:2]
+    else:
+        tiles = ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32))
+        most = (128 if function in ("none", "relu") else 64) * 256
+        fits = [(size, rows) for size, rows in tiles if size <= power_of_two(tokens) and size * rows * p <= most]
+        shapes = [(size, rows, 8 if size * rows * p > 64 * 128 else 4) for size, rows in fits[:2]]
+    configs = []
+    for size, rows, num_warps in shapes:
+        if 3 * (size + rows) * k * itemsize <= gpu.shared:
+            configs.append(Config("groups", size, rows, k, 1, num_warps, 3))
+    yield from _fill(configs, plan, tokens, gpu.processors)
 
 
 def _many(
@@ -253,6 +302,8 @@ def conv_candidates(
         library.append(Config("library_last"))
     processors = max(gpu.processors // groups, 1)
     unpacked = _unpacked(plan, computed, group_channels, positions, dtype, gpu, processors)
+    if plan.mixes > 1:  # results of column groups: float32 in the format of their input, which is copied by groups
+        return library + unpacked
     if not channels_last:  # addresses of the output would fill the registers
         unpacked = [config for config in unpacked if config.block_tokens * config.block_rows < 128 * 128]
     large = library + unpacked
@@ -279,7 +330,7 @@ def _unpacked(
     plan: WeightPlan, computed: int, group_channels: int, positions: int, dtype: torch.dtype, gpu: Gpu, processors: int
 ) -> list[Config]:
     """Blocks of positions as the left operand; none where the channels of a tap are not read in whole vectors."""
-    if dtype.itemsize > 2 or group_channels % 16:
+    if dtype.itemsize > 2 or (group_channels % 16 and plan.mixes == 1):
         return []
     block_k = max(min(128 // dtype.itemsize, power_of_two(group_channels)), 32)
     rows = max(power_of_two(computed), 16)

@@ -32,7 +32,7 @@ FORMAT = 3  # 1: keys without padding and memory format, candidates of a size; 2
 SECONDS = 8.0  # a new shape measures no further candidates after this
 
 # Kernels that need memory beside the result, as do configurations whose programs share columns.
-WORKSPACE = frozenset({"unpack", "gemm", "library", "library_last", "unpacked"})
+WORKSPACE = frozenset({"unpack", "gemm", "library", "library_last", "unpacked", "groups"})
 
 
 def cache_folder() -> Path:

@@ -69,13 +69,12 @@ def compare(net: nn.Module, graphs: list[fx.GraphModule]) -> list[torch.memory_f
         got, expected = compiled(x), expected_of(x)
     oracle.assert_close(got, expected, 1e-5)
     assert got.stride() == expected.stride()
-    inserted = [
+    return [
         node.kwargs.get("memory_format")
         for gm in graphs
         for node in gm.graph.nodes
         if node.op == "call_method" and node.target == "contiguous"
     ]
-    return inserted
 
 
 def test_one_conversion_in_and_one_out(eager_graphs: list[fx.GraphModule]) -> None:

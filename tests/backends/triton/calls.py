@@ -48,7 +48,9 @@ class Call:
     def __call__(self, function: Any, x: Tensor, exact: bool = False, **options: Any) -> Tensor:
         """Run ``function``; ``exact`` in float64 on the same operands (in float32 for quantised inputs)."""
         generator = torch.Generator().manual_seed(sum(self.shape) + self.p)
-        layout = TileLayout(self.shape, self.p, options.get("p_in", 1), options.get("shift", 0))
+        layout = TileLayout(
+            self.shape, self.p, options.get("p_in", 1), options.get("shift", 0), hadamard=options.get("hadamard", False)
+        )
         values = torch.randn(layout.tile_size, generator=generator)
         tile = pack_bits(values) if self.packed else values.to(self.dtype)
         # Scales of few bits: products with +1 and -1, and sums of some, are exact in every dtype.

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import tbn_compiler  # noqa: F401  (registers the operators)
-from tbn_compiler.backends.triton import conv, launches, linear, tuning
+from tbn_compiler.backends.triton import conv, hadamard, launches, linear, tuning
 from tbn_compiler.backends.triton.plan import plan_weight
 from tbn_compiler.backends.triton.search import Config, Gpu, linear_candidates
 from tbn_compiler.ops.calls import TensorCall
@@ -25,6 +25,10 @@ from tests.backends.triton.sass import Loop, loops
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 PLAN = plan_weight(TiledProduct(TileLayout((4096, 4096), 4), 4), packed=True, word_aligned=True)
+SIGNED = {
+    p: plan_weight(TiledProduct(TileLayout((4096, 4096), p, hadamard=True), p), packed=True, word_aligned=True)
+    for p in (2, 4, 8, 16)
+}
 MATRIX = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma", "gfx942": "v_mfma"}
 
 
@@ -55,7 +59,8 @@ def compile_linear(
     for module in (linear, conv):
         monkeypatch.setattr(module, "gpu_of", lambda device: gpu(target))
     monkeypatch.setattr(linear, "compute_capability", lambda device: gpu(target).capability)
-    monkeypatch.setattr(launches, "has_dot4", lambda device: target in NVIDIA)
+    for module in (launches, hadamard):
+        monkeypatch.setattr(module, "has_dot4", lambda device: target in NVIDIA)
     m, n = shape
     q = m * n // p
     tile = torch.zeros(packed_size(q), dtype=torch.uint8) if packed else torch.zeros(q, dtype=dtype)
@@ -122,6 +127,42 @@ def test_candidates_spill_nothing(
         check_resources(kernel, "sm_90", tmp_path)
 
 
+SIGNED_CANDIDATES = [
+    (p, batch, index)
+    for p, batch, first in ((2, 256, 0), (4, 1, 0), (4, 17, 0), (4, 64, 0), (8, 1, 1), (8, 64, 0), (16, 64, 0))
+    for index in range(first, len(linear_candidates(SIGNED[p], batch, torch.bfloat16, Gpu(), "gelu")))
+]
+
+
+@pytest.mark.parametrize(("p", "batch", "index"), SIGNED_CANDIDATES)
+def test_candidates_of_copies_with_signs_spill_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, p: int, batch: int, index: int
+) -> None:
+    config = linear_candidates(SIGNED[p], batch, torch.bfloat16, Gpu(), "gelu")[index]
+    kernels = compile_linear(monkeypatch, "sm_90", batch, p=p, config=config, epilogue="gelu", hadamard=True)
+    for kernel in kernels:
+        check_resources(kernel, "sm_90", tmp_path)
+    if config.kernel == "groups":
+        assert re.search(r"wgmma|mma\.sync", assembly(kernels[-1]))
+    names = {
+        "limbs": ["hadamard_limbs"],
+        "sum": ["hadamard_sum"],
+        "groups": ["unpack_groups", "linear_groups"],
+        "library": ["unpack_groups", "mix_channels"],
+    }
+    assert [kernel.metadata.name for kernel in kernels] == names[config.kernel]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("batch", [1, 17, 256])
+def test_copies_with_signs_on_other_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, batch: int
+) -> None:
+    for options in ({}, {"activation": "int8"}):
+        for kernel in compile_linear(monkeypatch, target, batch, hadamard=True, **options):
+            check_resources(kernel, target, tmp_path)
+
+
 def main_loop(kernel: Any, folder: Path, instruction: str) -> Loop:
     """The loop of a kernel that has most of an instruction, without any around it."""
     found = [loop for loop in loops(kernel, folder) if loop.counts[instruction]]
@@ -147,6 +188,31 @@ def test_instructions_of_a_weight(
     if config.kernel == "limbs":
         assert loop.counts["BAR"] == 0
         assert loop.counts["IDP"] == weights / 2
+
+
+@pytest.mark.parametrize(
+    ("p", "config", "dtype", "limit"),
+    [
+        (2, Config("limbs", 1, 8, 4096, 1, 4, 1), torch.bfloat16, 2.4),
+        (4, Config("limbs", 1, 8, 4096, 1, 4, 1), torch.bfloat16, 2.5),
+        (8, Config("limbs", 1, 8, 4096, 1, 4, 1), torch.bfloat16, 2.8),
+        (4, Config("sum", 1, 8, 2048, 1, 4, 1), torch.float32, 4.5),
+        (16, Config("sum", 1, 8, 2048, 1, 4, 1), torch.bfloat16, 4.0),
+    ],
+)
+def test_instructions_of_a_weight_with_signs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, p: int, config: Config, dtype: torch.dtype, limit: float
+) -> None:
+    """As many as without: only the sums of column groups are more."""
+    (kernel,) = compile_linear(monkeypatch, "sm_90", 1, p=p, dtype=dtype, config=config, hadamard=True)
+    loop = main_loop(kernel, tmp_path, "IDP" if config.kernel == "limbs" else "FADD")
+    weights = config.block_rows * config.block_k / (32 * config.num_warps)
+    assert loop.instructions / weights <= limit, loop
+    if config.kernel == "limbs":
+        assert loop.counts["BAR"] == 0
+        assert loop.counts["IDP"] == weights / 2
+    else:
+        assert loop.counts["FADD"] == weights
 
 
 @pytest.mark.parametrize("kernel", ["left", "right"])
@@ -220,6 +286,8 @@ def test_sizes_of_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for kernel in ("sum", "dot"):
         compile_linear(monkeypatch, "sm_90", 1, (1, 8), 1, kernel=kernel)
     compile_linear(monkeypatch, "sm_90", 1, (1, 8), 1, activation="int8")
+    for kernel in ("sum", "groups", "library"):
+        compile_linear(monkeypatch, "sm_90", 1, (8, 8), 8, kernel=kernel, hadamard=True)
 
 
 def compile_conv(
@@ -290,6 +358,11 @@ LAST = {"memory_format": torch.channels_last}
         ("sm_90", {"dtype": torch.float32}),
         ("sm_80", {"packed": False, "kernel": "implicit"}),
         ("sm_90", {"channels": 252}),  # filters that begin inside bytes
+        ("sm_90", {"hadamard": True}),
+        ("sm_90", {**LAST, "hadamard": True}),
+        ("sm_90", {"hadamard": True, "activation": "int8"}),
+        ("sm_80", {"hadamard": True, "dtype": torch.float16}),
+        ("gfx942", {"hadamard": True}),
         ("gfx942", {**LAST}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),

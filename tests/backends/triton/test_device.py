@@ -45,6 +45,7 @@ CUDA = torch.device("cuda")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 INT8, BINARY = {"activation": "int8"}, {"activation": "binary"}
 PADDED = {"padding": (1, 1)}
+SIGNS = {"hadamard": True}
 
 Case = tuple[Call, tuple[int, ...], dict[str, Any]]
 
@@ -154,6 +155,45 @@ def conv_cases() -> Iterator[Case]:
             yield typed, image, {**options, **INT8}
 
 
+def signed_cases() -> Iterator[Case]:
+    """Copies with Hadamard signs: every number of them at few, some and many rows; every dtype, tile and format."""
+    for p, batch in itertools.product((2, 4, 8, 16), (1, 2, 4, 7, 16, 33, 256, 2048)):
+        yield Call((1024, 4096), p, p, BF16), (batch,), SIGNS
+    yield Call((4096, 4096), 4, 4, BF16), (4096,), SIGNS
+    layers: list[tuple[Call, dict[str, Any]]] = [
+        (Call((64, 96), 4, 64), {}),
+        (Call((64, 96), 32, 1), {}),
+        (Call((64, 104), 8, 8), {}),
+        (Call((16, 36), 4, 4), {}),
+        (Call((6, 34), 2, 2), {}),
+        (Call((16, 48), 16, 1), {}),
+        (Call((16, 64), 4, 4, replicas=2), {}),
+        (Call((16, 40), 8, 8, packed=False), {}),
+    ]
+    for (call, options), (dtype, batch) in itertools.product(
+        layers, ((F32, 130), (F32, 3), (F16, 40), (F16, 1), (BF16, 17), (BF16, 1))
+    ):
+        yield Call(**{**fields(call), "dtype": dtype}), (batch,), options | SIGNS | {"epilogue": "gelu"}
+    for (shape, p), number_format, (dtype, batch) in itertools.product(
+        (((1024, 4096), 4), ((64, 72), 8), ((16, 36), 2), ((64, 64), 16)), (INT8, BINARY), ((F32, 300), (BF16, 7))
+    ):
+        yield Call(shape, p, p, dtype), (batch,), SIGNS | number_format
+    geometries: list[tuple[Call, dict[str, Any], tuple[int, ...]]] = [
+        (Call((64, 64, 3, 3), 4, 4), PADDED, (2, 56, 56)),
+        (Call((512, 512, 3, 3), 8, 8), PADDED, (3, 7, 7)),
+        (Call((16, 8, 3, 2), 8, 16), {"padding": (1, 0), "stride": (2, 1), "dilation": (1, 2)}, (2, 7, 6)),
+        (Call((6, 10, 3, 3), 2, 1), {}, (2, 7, 6)),
+        (Call((64, 32, 1, 1), 4, 4), {}, (2, 7, 6)),
+        (Call((16, 4, 5), 4, 4), {"padding": (2,), "stride": (2,)}, (2, 11)),
+        (Call((8, 4, 2, 3, 1), 2, 2), {"padding": (1, 0, 1)}, (2, 4, 5, 6)),
+    ]
+    for (call, options, image), dtype in itertools.product(geometries, (F32, F16, BF16)):
+        typed = Call(**{**fields(call), "dtype": dtype})
+        yield typed, image, {**options, **SIGNS, "epilogue": "relu"}
+        if dtype != F16:
+            yield typed, image, {**options, **SIGNS, **INT8}
+
+
 def fields(call: Call) -> dict[str, Any]:
     """What a call is made from."""
     return {name: value for name, value in vars(call).items() if name != "options"}
@@ -185,6 +225,11 @@ def test_conv(call: Call, size: tuple[int, ...], options: dict[str, Any]) -> Non
     assert check_variants(call, size, options, CUDA)
 
 
+@pytest.mark.parametrize(("call", "size", "options"), named(signed_cases()))
+def test_copies_with_signs(call: Call, size: tuple[int, ...], options: dict[str, Any]) -> None:
+    assert check_variants(call, size, options, CUDA)
+
+
 # What is run in graphs and on streams: every kind of kernel at few, some and many rows, and split columns.
 LAYERS: list[Case] = [
     (Call((1024, 4096), 4, 4, BF16), (1,), {}),
@@ -196,6 +241,10 @@ LAYERS: list[Case] = [
     (Call((64, 64, 3, 3), 4, 4, BF16), (2, 28, 28), PADDED),
     (Call((64, 64, 3, 3), 4, 4, BF16), (64, 28, 28), PADDED),
     (Call((64, 64, 3, 3), 4, 4, BF16), (2, 28, 28), PADDED | INT8),
+    (Call((1024, 4096), 4, 4, BF16), (1,), SIGNS),
+    (Call((1024, 4096), 8, 8, BF16), (300,), SIGNS | {"epilogue": "silu"}),
+    (Call((1024, 4096), 4, 4, BF16), (7,), SIGNS | INT8),
+    (Call((64, 64, 3, 3), 4, 4, BF16), (2, 28, 28), SIGNS | PADDED),
 ]
 # Of the same configuration twice: own sums are made in a fixed order; a library's may not be.
 SAME = 1e-4

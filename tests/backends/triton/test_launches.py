@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tbn_compiler.backends.triton import conv, launches, linear, tuning
+from tbn_compiler.backends.triton import conv, hadamard, launches, linear, tuning
 from tbn_compiler.backends.triton.search import Config
 from tbn_compiler.packing import pack_bits
 
@@ -57,12 +57,15 @@ def test_a_kept_kernel_is_launched_with_the_constants_behind_its_arguments() -> 
 
 def test_the_arguments_stand_in_the_order_of_the_kernels() -> None:
     """A kept kernel gets its arguments by place: those of every launch are all that come before the first constant."""
-    from tbn_compiler.backends.triton.kernels import convert, few_tokens, unpacked
+    from tbn_compiler.backends.triton.kernels import convert, few_tokens, hadamard_few, unpacked
+    from tbn_compiler.backends.triton.kernels import hadamard as signed
     from tbn_compiler.backends.triton.kernels import linear as kernels
 
     for kernel in (
         *(kernels.linear_dot, kernels.linear_words, few_tokens.linear_limbs, few_tokens.linear_sum),
         *(few_tokens.linear_popcount, unpacked.linear_gemm, unpacked.copy_rows, convert.unpack_rows),
+        *(signed.unpack_groups, signed.linear_groups, signed.mix_channels),
+        *(hadamard_few.hadamard_limbs, hadamard_few.hadamard_sum),
     ):
         constant = [parameter.is_constexpr for parameter in kernel.params]
         assert constant == sorted(constant), kernel
@@ -123,6 +126,28 @@ def test_equal_convolutions_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -
             conv.conv2d(x, tile, *args, **options)
             assert plan.call_count == choose.call_count == count + 2
     assert len(configs) == 6
+    launches.forget()
+
+
+def test_copies_with_signs_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never run as plain ones: a choice that is kept stays with its layout."""
+    launched: list[int] = []
+    monkeypatch.setattr(hadamard, "launch", lambda config, plan, operands: launched.append(plan.mixes))
+    monkeypatch.setattr(conv, "_mixed", lambda config, plan, geometry, operands: launched.append(plan.mixes))
+    monkeypatch.setattr(linear, "launch", lambda config, plan, operands: launched.append(plan.mixes))
+    monkeypatch.setattr(tuning, "settled", lambda device, key, candidates: True)
+    launches.forget()
+    tile, x, args = pack_bits(torch.randn(16 * 64)), torch.randn(3, 64), (torch.ones(4), None, 64, 64, 4)
+    filters, image = pack_bits(torch.randn(16 * 8 * 9 // 4)), torch.randn(2, 8, 7, 6)
+    with mock.patch.object(tuning, "choose", wraps=tuning.choose) as choose:
+        for _ in range(3):
+            linear.linear(x, tile, *args, hadamard=True)
+        linear.linear(x, tile, *args)
+        for _ in range(3):
+            conv.conv2d(image, filters, torch.ones(1), None, 8, 16, (3, 3), 4, hadamard=True)
+    keys = [call.args[1] for call in choose.call_args_list]
+    assert [("signed=4" in key) for key in keys] == [True, False, True]
+    assert launched == [4, 4, 4, 1, 4, 4, 4]
     launches.forget()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,9 +19,11 @@ def plan(
     p_in: int = 1,
     shift: int = 0,
     replicas: int = 1,
+    hadamard: bool = False,
+    groups: int = 1,
     **options,
 ) -> WeightPlan:
-    product = TiledProduct(TileLayout(shape, p, p_in, shift), num_alphas, replicas=replicas)
+    product = TiledProduct(TileLayout(shape, p, p_in, shift, hadamard=hadamard), num_alphas, groups, replicas)
     return plan_weight(product, **{"packed": True, "word_aligned": True} | options)
 
 
@@ -68,15 +72,80 @@ def test_a_layout_that_the_kernels_do_not_know_is_declined(monkeypatch: pytest.M
         plan((64, 96), 4)
 
 
-@pytest.mark.parametrize("options", [{}, {"packed": False}, {"integer": True}])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_copies_with_signs_are_declined(groups: int, options: dict[str, bool]) -> None:
-    """Rows of 4 copies, each of them of whole words, would be read without their signs."""
-    product = TiledProduct(TileLayout((64, 128), 4, hadamard=True), 4, groups)
-    with pytest.raises(UnsupportedError, match="a hadamard layout"):
-        plan_weight(product, **{"packed": True, "word_aligned": True} | options)
-    one = TiledProduct(TileLayout((64, 128), 1, hadamard=True), 1)
-    assert plan_weight(one, packed=True, word_aligned=True).kind == "words"
+@pytest.mark.parametrize(
+    ("found", "kind", "rows", "columns", "rows_per_alpha"),
+    [
+        (plan((64, 128), 4, 4, hadamard=True), "words", 16, 128, 16),
+        (plan((64, 128), 4, 1, hadamard=True, integer=True), "words", 16, 128, 64),
+        (plan((64, 128), 4, 64, hadamard=True, word_aligned=False), "bytes", 16, 128, 1),
+        (plan((64, 104), 4, 4, hadamard=True), "bytes", 16, 104, 16),
+        (plan((64, 100), 4, 4, hadamard=True), "bits", 16, 100, 16),
+        (plan((64, 128), 4, 4, hadamard=True, packed=False), "float", 16, 128, 16),
+        (plan((64, 128), 4, 4, hadamard=True, replicas=2), "words", 16, 64, 16),
+        (plan((64, 16, 3, 3), 4, 4, hadamard=True), "bytes", 16, 144, 16),
+    ],
+)
+def test_copies_with_signs(found: WeightPlan, kind: str, rows: int, columns: int, rows_per_alpha: int) -> None:
+    """The rows of the tile are read, and nothing of them has a sign yet."""
+    assert (found.kind, found.rows, found.columns, found.rows_per_alpha) == (kind, rows, columns, rows_per_alpha)
+    assert (found.repeats, found.mixes, found.mixed, found.interleaved) == (4, 4, False, 1)
+
+
+def test_one_copy_with_signs_is_a_plain_one() -> None:
+    assert plan((64, 128), 1, hadamard=True) == plan((64, 128), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"groups": 2}, "Hadamard signs in the groups of a convolution"),
+        ({"replicas": 64}, "Hadamard signs in replicas of the input that split column groups"),
+        ({"packed": False, "integer": True}, "integer products need a packed tile"),
+        ({"replicas": 2, "integer": True}, "input alphas scale the weights"),
+        ({"p": 32, "integer": True}, "32 copies with Hadamard signs, more than 16 with integers"),
+        ({"p": 64}, "64 copies with Hadamard signs, more than 32"),
+    ],
+)
+def test_copies_with_signs_that_are_declined(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=reason):
+        plan(**{"shape": (64, 128), "p": 4, "num_alphas": 1, "hadamard": True} | options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("p", [2, 4, 8, 16, 32])
+def test_candidates_of_copies_with_signs(p: int, dtype: torch.dtype) -> None:
+    shapes = [(4096, 4096), (64, 96), (64, 104), (64, 36), (64, 100), (256, 64)]
+    for shape in (shape for shape in shapes if shape[1] % p == 0 and (dtype != torch.int8 or p <= 16)):
+        weight = plan(shape, p, hadamard=True)
+        for tokens in (1, 2, 4, 8, 16, 32, 64, 256, 2048, 65536):
+            found = linear_candidates(weight, tokens, dtype, Gpu())
+            assert 1 <= len(found) <= 8
+            assert len(set(found)) == len(found)
+            kernels = {config.kernel for config in found}
+            half, bits = dtype == torch.bfloat16, 32 if weight.kind == "words" else 8
+            assert ("limbs" in kernels) == (half and weight.whole_words and tokens <= 4 and p <= 8)
+            assert ("sum" in kernels) == (dtype != torch.int8 and p <= bits)
+            assert ("groups" in kernels) == (dtype != torch.float32 and p <= 16)
+            assert ("library" in kernels) == (dtype != torch.int8)
+            for config in (config for config in found if config.kernel != "library"):
+                # Numbers of a thread.
+                sums = config.block_tokens * config.block_rows * p / (32 * config.num_warps)
+                sums *= {"limbs": 128, "sum": 64 if bits == 32 else 128}.get(config.kernel, 1)
+                assert sums <= (128 if config.kernel == "groups" else 64)
+                assert config.kernel != "groups" or config.block_tokens <= max(16, power_of_two(tokens))
+
+
+def test_candidates_of_convolutions_with_signs() -> None:
+    weight = plan((256, 256, 3, 3), 4, 4, hadamard=True)
+    for dtype, expected in (
+        (torch.float32, {"library"}),
+        (torch.float16, {"unpacked"}),
+        (torch.bfloat16, {"library", "library_last", "unpacked"}),
+        (torch.int8, {"unpacked"}),
+    ):
+        for channels in (64, 3):
+            found = conv_candidates(weight, 64, 4, channels, 2**16, dtype, Gpu(), channels_last=False)
+            assert {config.kernel for config in found} == expected
 
 
 def test_sizes_beyond_the_index() -> None:

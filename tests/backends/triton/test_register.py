@@ -70,15 +70,16 @@ def test_without_triton(caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 @pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("hadamard", [False, True])
 def test_fakes_have_the_strides_of_the_kernels(
-    device: str, layout: torch.memory_format, expected: torch.memory_format, kernel: int
+    device: str, layout: torch.memory_format, expected: torch.memory_format, kernel: int, hadamard: bool
 ) -> None:
     """Compiled code counts on the strides that the fake of an operator has."""
     with FakeTensorMode():
         tile = torch.empty(16 * 8 * kernel**2 // 4 // 8, dtype=torch.uint8, device=device)
         x = torch.empty(2, 8, 7, 6, device=device, memory_format=layout)
         args = (tile, torch.ones(1, device=device), None, 8, 16, (kernel, kernel), 4)
-        out = torch.ops.tbn.conv2d(x, *args)
+        out = torch.ops.tbn.conv2d(x, *args, hadamard=hadamard)
         assert out.is_contiguous(memory_format=expected)
         unbatched = torch.empty(8, 7, 6, device=device)
         in_neither = torch.empty_strided((2, 8, 7, 6), (672, 1, 96, 16), device=device)

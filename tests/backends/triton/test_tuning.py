@@ -16,7 +16,7 @@ import triton
 
 from tbn_compiler.backends.triton import tuning
 from tbn_compiler.backends.triton.plan import plan_weight
-from tbn_compiler.backends.triton.search import Config, Gpu, conv_candidates
+from tbn_compiler.backends.triton.search import Config, Gpu, conv_candidates, linear_candidates
 from tbn_compiler.backends.triton.tuning import Tuner, tuning_file
 from tbn_compiler.tiling import TiledProduct, TileLayout
 
@@ -158,6 +158,13 @@ def test_kernels_with_a_workspace_are_known() -> None:
         for config in conv_candidates(weight, 64, 1, 256, 2**16, torch.bfloat16, Gpu(), channels_last=False)
     }
     assert found == {"library": False, "library_last": False, "unpacked": False, "implicit": True}
+    weight = plan_weight(TiledProduct(TileLayout((256, 256), 4, hadamard=True), 4), packed=True, word_aligned=True)
+    found = {
+        config.kernel: tuning.needs_no_workspace(config)
+        for tokens in (1, 256)
+        for config in linear_candidates(weight, tokens, torch.bfloat16, Gpu())
+    }
+    assert found == {"limbs": True, "sum": True, "groups": False, "library": False}
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def _dot4(bits, values, accumulator, DOT4: tl.constexpr):
 
 
 @triton.jit
-def _one_of_four(values, PLACE: tl.constexpr, DTYPE: tl.constexpr):
+def one_of_four(values, PLACE: tl.constexpr, DTYPE: tl.constexpr):
     """The number at a place of ``int64`` values that hold four 16-bit floats each, as float32."""
     half = ((values >> (16 * PLACE)) & 0xFFFF).to(tl.uint16)
     return half.to(DTYPE, bitcast=True).to(tl.float32)
@@ -51,7 +51,7 @@ def _bytes(a, b, c, d):
 
 
 @triton.jit
-def _stacked(parts, COUNT: tl.constexpr, SIZE: tl.constexpr):
+def stacked(parts, COUNT: tl.constexpr, SIZE: tl.constexpr):
     """``[SIZE, COUNT]`` of ``COUNT`` vectors, a power of two."""
     half: tl.constexpr = COUNT // 2
     if COUNT == 1:
@@ -60,7 +60,7 @@ def _stacked(parts, COUNT: tl.constexpr, SIZE: tl.constexpr):
         joined = ()
         for i in tl.static_range(half):
             joined = joined + (tl.join(parts[i], parts[i + half]),)  # noqa: RUF005 (Triton's tuples)
-        return _stacked(joined, half, SIZE * 2).reshape(SIZE, COUNT)
+        return stacked(joined, half, SIZE * 2).reshape(SIZE, COUNT)
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _limbs(x, word, inside, DTYPE: tl.constexpr, SIZE: tl.constexpr):
     for quarter in tl.static_range(8):
         four = tl.load(x + word * 8 + quarter, mask=inside, other=0)
         for place in tl.static_range(4):
-            value = _one_of_four(four, place, DTYPE)
+            value = one_of_four(four, place, DTYPE)
             floats = floats + (value,)  # noqa: RUF005
             largest = tl.maximum(largest, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
     inverse = LARGEST / tl.maximum(largest, SMALLEST, propagate_nan=tl.PropagateNan.ALL)
@@ -112,7 +112,7 @@ def _float_sums(x, tile, row, words, lane, DTYPE: tl.constexpr, SIZE: tl.constex
         for quarter in tl.static_range(8):
             four = tl.load(x + word * 8 + quarter, mask=inside, other=0)
             for place in tl.static_range(4):
-                value = _one_of_four(four, place, DTYPE)
+                value = one_of_four(four, place, DTYPE)
                 sums += tl.where(((packed >> (4 * quarter + place)) & 1) == 1, value, -value)
     return tl.sum(sums, 0)
 
@@ -173,7 +173,7 @@ def linear_limbs(
                 integer = upper * 512 + (lower * 2 - total)
                 added = added + (sums[t * BLOCK_ROWS + r] + integer.to(tl.float32) * scale,)  # noqa: RUF005
         sums = added
-    products = tl.sum(_stacked(sums, BLOCK_TOKENS * BLOCK_ROWS, BLOCK_WORDS), 0)
+    products = tl.sum(stacked(sums, BLOCK_TOKENS * BLOCK_ROWS, BLOCK_WORDS), 0)
     COUNT: tl.constexpr = BLOCK_TOKENS * BLOCK_ROWS
     if tl.max((products != products).to(tl.int32), 0) > 0:
         number = tl.arange(0, COUNT)

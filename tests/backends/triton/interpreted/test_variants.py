@@ -24,6 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encount
         (Call((64, 96), 4, 4), (7,), {"activation": "int8"}),
         (Call((16, 8, 3, 3), 4, 4), (2, 5, 5), {"padding": (1, 1), "epilogue": "relu"}),
         (Call((16, 4, 5), 4, 4), (1, 9), {"stride": (2,)}),
+        (Call((64, 96), 4, 4, torch.bfloat16), (3,), {"hadamard": True}),
+        (Call((16, 8, 3, 3), 4, 4, torch.bfloat16), (2, 5, 5), {"hadamard": True, "padding": (1, 1)}),
     ],
     ids=str,
 )
