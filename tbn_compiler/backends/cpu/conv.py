@@ -205,13 +205,13 @@ def _pack(call: TensorCall, *, integer: bool) -> np.ndarray:
     return prepare.pack(columns, integer=integer)
 
 
-def _pack_dots(call: TensorCall) -> np.ndarray:
-    """Prepare the filters of each group for products of bytes, by runs of bytes as the library reads them."""
+def _runs(call: TensorCall) -> Tensor:
+    """The filters of each group as products of bytes read them: ``[groups, filters, runs, bytes]``."""
     filters = _filters(call)
-    filters = F.pad(filters, (0, 0, 0, -filters.shape[2] % 4)).transpose(2, 3)  # [groups, filters, taps, channels]
+    filters = F.pad(filters, (0, 0, 0, -filters.shape[2] % 4), value=-1).transpose(2, 3)
     if call.arguments["dilation"][-1] == 1:  # places in a row of the kernel follow each other
         filters = filters.unflatten(2, (-1, call.kernel_size[-1])).flatten(3)
-    return prepare.pack_dots(filters)
+    return filters
 
 
 def _plan(entry: prepare.Prepared, call: TensorCall, *, last: bool) -> prepare.Plan:
@@ -222,8 +222,8 @@ def _plan(entry: prepare.Prepared, call: TensorCall, *, last: bool) -> prepare.P
     if dots:
         runs = (*key, "dots", call.arguments["dilation"][-1] == 1)
         memory = [
-            entry.part(runs, lambda: _pack_dots(call)),
-            entry.part((*key, "corrections"), lambda: prepare.dot_corrections(_filters(call), product.mixes)),
+            entry.part(runs, lambda: prepare.pack_dots(_runs(call))),
+            entry.part((*key, "corrections"), lambda: prepare.dot_corrections(_runs(call), product.mixes)),
         ]
     else:
         memory = [entry.part(key, lambda: _pack(call, integer=integer))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tbn_compiler.backends.cpu import library, prepare
 from tbn_compiler.backends.cpu.declined import decline
@@ -126,13 +127,14 @@ def _plan(entry: prepare.Prepared, call: TensorCall, product: TiledProduct, batc
             return layout.column_groups(unpacked).contiguous()
         return layout.unique_weight(unpacked).contiguous()
 
-    def groups() -> Tensor:
-        return signs().view(mixes, product.rows // mixes, product.columns // mixes)
+    def runs() -> Tensor:
+        rows = signs().view(mixes, product.rows // mixes, 1, product.columns // mixes)
+        return F.pad(rows, (0, -rows.shape[3] % prepare.DOT_BYTES), value=-1)
 
     if dots:
         memory = [
-            entry.part(("dots", layout), lambda: prepare.pack_dots(groups().unsqueeze(2))),
-            entry.part(("corrections", layout), lambda: prepare.dot_corrections(groups(), mixes)),
+            entry.part(("dots", layout), lambda: prepare.pack_dots(runs())),
+            entry.part(("corrections", layout), lambda: prepare.dot_corrections(runs(), mixes)),
         ]
     else:
         memory = [entry.part((level, layout, integer), lambda: prepare.pack(signs(), integer=integer))]

@@ -156,15 +156,16 @@ def pack_dots(runs: Tensor) -> np.ndarray:
     """Prepare the different rows of a weight for products of bytes.
 
     Args:
-        runs: ``int8 [groups, rows, runs, bytes]``: the weights +1 and -1 of each run of neighbouring bytes of an input,
-            0 where a byte is none of its own.
+        runs: ``int8 [groups, rows, runs, bytes]``: the weights, +1 and -1, of runs of neighbouring bytes of an input.
     """
     groups, rows = runs.shape[:2]
-    steps = F.pad(runs, (0, -runs.shape[3] % DOT_BYTES)).reshape(groups, rows, -1, DOT_BYTES // 4, 4)
+    positive = F.pad(runs > 0, (0, -runs.shape[3] % DOT_BYTES))
+    steps = positive.reshape(groups, rows, -1, DOT_BYTES // 4, 4)
     blocks = F.pad(steps, (0, 0, 0, 0, 0, 0, 0, -rows % DOT_ROWS)).unflatten(1, (-1, DOT_ROWS))
     ordered = blocks.permute(0, 1, 3, 4, 2, 5).contiguous().numpy()
-    out = _aligned(ordered.nbytes)
-    out[:] = ordered.reshape(-1).view(np.uint8)
+    bits = np.packbits(ordered.reshape(-1), bitorder="little")
+    out = _aligned(bits.nbytes)
+    out[:] = bits
     return out
 
 
@@ -172,7 +173,7 @@ def dot_corrections(signs: Tensor, mixes: int) -> np.ndarray:
     """What is added to sums of bytes for the zero that they are shifted by.
 
     Args:
-        signs: ``int8 [groups, rows, ...]``, the weights of each row.
+        signs: ``int8 [groups, rows, ...]``, the weights of each row, also those that fill it up.
         mixes: column groups whose sums are mixed; if more than 1, ``signs`` has so many groups.
 
     Returns:

@@ -87,16 +87,17 @@ static int hadamard(size_t row, size_t column) {
     return __builtin_parityll(row & column) ? -1 : 1;
 }
 
-/* Rows of `steps` steps of bytes in the order in which products read them; bytes [group][row][step][byte]. */
-static int8_t *dot_index(const int8_t *bytes, size_t groups, size_t rows, size_t steps) {
+/* Bits of rows of `steps` steps of weights in the order in which products read them; weights [group][row][step][byte]. */
+static uint8_t *dot_index(const int8_t *weights, size_t groups, size_t rows, size_t steps) {
     const size_t blocks = (rows + TBN_DOT_ROWS - 1) / TBN_DOT_ROWS;
-    int8_t *index = memory(groups * blocks * steps * TBN_DOT_ROWS * TBN_DOT_BYTES);
-    memset(index, 0, groups * blocks * steps * TBN_DOT_ROWS * TBN_DOT_BYTES);
+    uint8_t *index = memory(groups * blocks * steps * TBN_DOT_STEP / 8);
+    memset(index, 0, groups * blocks * steps * TBN_DOT_STEP / 8);
     for (size_t i = 0; i < groups * rows * steps * TBN_DOT_BYTES; i++) {
         const size_t byte = i % TBN_DOT_BYTES, step = i / TBN_DOT_BYTES % steps;
         const size_t row = i / TBN_DOT_BYTES / steps % rows, group = i / TBN_DOT_BYTES / steps / rows;
         const size_t place = ((group * blocks + row / TBN_DOT_ROWS) * steps + step) * TBN_DOT_BYTES / 4 + byte / 4;
-        index[(place * TBN_DOT_ROWS + row % TBN_DOT_ROWS) * 4 + byte % 4] = bytes[i];
+        const size_t bit = (place * TBN_DOT_ROWS + row % TBN_DOT_ROWS) * 4 + byte % 4;
+        index[bit / 8] = (uint8_t)(index[bit / 8] | (weights[i] > 0) << bit % 8);
     }
     return index;
 }
@@ -139,11 +140,11 @@ static int check_linear(const struct tbn_kernels *kernels, int activation) {
     if (activation != TBN_FLOAT && tbn_has_dots(kernels) && random_below(2)) {
         const size_t steps = (columns + TBN_DOT_BYTES - 1) / TBN_DOT_BYTES, row_bytes = steps * TBN_DOT_BYTES;
         int8_t *spread = memory(mixes * rows * row_bytes);
-        memset(spread, 0, mixes * rows * row_bytes);
+        memset(spread, -1, mixes * rows * row_bytes); /* what fills up meets inputs of 0 */
         for (size_t i = 0; i < rows * inputs; i++)
             spread[i / columns * row_bytes + i % columns] = signs[i];
         struct tbn_linear dots = layer;
-        int8_t *order = dot_index(spread, mixes, rows, steps);
+        uint8_t *order = dot_index(spread, mixes, rows, steps);
         int32_t *corrections = dot_corrections(spread, mixes, rows, row_bytes);
         dots.index = order;
         dots.corrections = corrections;
@@ -180,12 +181,15 @@ static int conv_dots(struct tbn_conv *layer, const int8_t *signs, size_t group, 
     const size_t row_bytes = taps / places * run_bytes;
     int8_t *bytes = memory(mixes * rows * row_bytes);
     memset(bytes, 0, mixes * rows * row_bytes);
-    for (size_t row = 0; row < mixes * rows; row++)
+    for (size_t row = 0; row < mixes * rows; row++) {
+        for (size_t run = 0; run < taps / places; run++) /* channels that fill up meet inputs of 0 */
+            memset(bytes + row * row_bytes + run * run_bytes, -1, places * padded);
         for (size_t tap = 0; tap < taps; tap++)
             for (size_t c = 0; c < layer->channels; c++)
                 bytes[row * row_bytes + tap / places * run_bytes + tap % places * padded + c] =
                     signs[row * columns + (c / group * taps + tap) * group + c % group];
-    int8_t *order = dot_index(bytes, mixes, rows, row_bytes / TBN_DOT_BYTES);
+    }
+    uint8_t *order = dot_index(bytes, mixes, rows, row_bytes / TBN_DOT_BYTES);
     int32_t *corrections = dot_corrections(bytes, mixes, rows, row_bytes);
     struct tbn_conv dots = *layer;
     dots.index = order;

@@ -13,7 +13,7 @@
 #include <string.h>
 
 /* Sums of a unit: what the second-level cache holds along with the rest. */
-enum { SUMS_BUDGET = 192 * 1024, TOKEN_TILES = 4 };
+enum { SUMS_BUDGET = 192 * 1024, TOKEN_TILES = 8 };
 
 /* One call: what its threads share. */
 struct call {
@@ -28,7 +28,7 @@ struct call {
     uint8_t *bytes;      /* images [sample][group][column group][height][width][channel], or [column group][token][column] */
     float *scales;       /* of the samples, or tokens */
     uint8_t *whole;      /* bytes of a token, or of a row of an image, before they are dealt out */
-    size_t *offsets;     /* of the steps */
+    struct tbn_dot_step *places; /* of the steps */
     size_t steps;
     size_t rows, blocks, groups, mixes;
     size_t samples, height, width; /* of the input */
@@ -41,12 +41,14 @@ struct call {
 /* Buffers of one thread. */
 struct buffers {
     const uint8_t **tiles;
-    int32_t *z; /* [column group][tile][input][row] */
+    int8_t *weights; /* of two blocks */
+    int32_t *z;      /* [column group][tile][input][row] */
 };
 
 static size_t take_buffers(const struct call *call, char *base, struct buffers *buffers) {
     struct tbn_scratch scratch = {base, 0};
     buffers->tiles = tbn_take(&scratch, call->tiles * sizeof *buffers->tiles);
+    buffers->weights = tbn_take(&scratch, 2 * call->steps * TBN_DOT_STEP);
     buffers->z = tbn_take(&scratch, call->mixes * call->tiles * TBN_DOT_INPUTS * call->blocks * TBN_DOT_ROWS *
                                         sizeof(int32_t));
     return scratch.used;
@@ -59,16 +61,17 @@ static size_t z_size(const struct call *call, size_t tiles) {
 /* Sums of `tiles` tiles of inputs of all column groups of a group, mixed. Those of column groups lie `apart` bytes apart. */
 static void multiply(const struct call *call, const struct buffers *buffers, const void *index, size_t group,
                      size_t tiles, size_t stride, size_t apart) {
-    const size_t index_bytes = call->blocks * call->steps * TBN_DOT_BYTES * TBN_DOT_ROWS;
+    const size_t index_size = call->blocks * call->steps * TBN_DOT_BYTES / 4;
     for (size_t mix = 0; mix < call->mixes; mix++) {
         const struct tbn_dot job = {
             .tiles = buffers->tiles,
             .count = tiles,
             .stride = stride,
-            .offsets = call->offsets,
+            .places = call->places,
             .steps = call->steps,
-            .index = (const int8_t *)index + (group * call->mixes + mix) * index_bytes,
+            .index = (const uint64_t *)index + (group * call->mixes + mix) * index_size,
             .blocks = call->blocks,
+            .weights = buffers->weights,
             .z = buffers->z + mix * z_size(call, tiles),
         };
         call->dots->multiply(&job);
@@ -235,25 +238,27 @@ static void fill_token(const struct call *call, size_t token) {
         deal_out(call->whole, layer->inputs / call->mixes, call->mixes, out, call->image_bytes);
 }
 
-/* Steps of runs of `bytes` bytes, `count` of them, at distances from a position; writes their offsets unless NULL. */
-static size_t find_steps(size_t bytes, size_t run, size_t at, size_t *offsets) {
+/* The steps of a run of `bytes` bytes, a multiple of 4, `at` bytes from an input; writes them unless `places` is NULL. */
+static size_t find_steps(size_t bytes, size_t at, struct tbn_dot_step *places) {
     const size_t steps = tbn_ceil_divide(bytes, TBN_DOT_BYTES);
-    for (size_t i = 0; offsets && i < steps; i++)
-        offsets[run * steps + i] = at + i * TBN_DOT_BYTES;
+    for (size_t i = 0; places && i < steps; i++) {
+        places[i].offset = at + i * TBN_DOT_BYTES;
+        places[i].fours = tbn_min(TBN_DOT_BYTES, bytes - i * TBN_DOT_BYTES) / 4;
+    }
     return steps;
 }
 
 /* The steps of a convolution: a run for each row of the kernel, or for each place in it. */
-static size_t conv_steps(const struct call *call, size_t *offsets) {
+static size_t conv_steps(const struct call *call, struct tbn_dot_step *places) {
     const struct tbn_conv *layer = call->conv;
-    const size_t places = layer->dilation[1] == 1 ? 1 : layer->kernel[1];
-    const size_t bytes = layer->dilation[1] == 1 ? layer->kernel[1] * call->pixel_bytes : call->pixel_bytes;
+    const size_t runs = layer->dilation[1] == 1 ? 1 : layer->kernel[1]; /* of a row */
+    const size_t bytes = layer->kernel[1] / runs * call->pixel_bytes;
     size_t steps = 0;
     for (size_t y = 0; y < layer->kernel[0]; y++)
-        for (size_t x = 0; x < places; x++)
-            steps += find_steps(bytes, y * places + x,
+        for (size_t x = 0; x < runs; x++)
+            steps += find_steps(bytes,
                                 y * layer->dilation[0] * call->row_bytes + x * layer->dilation[1] * call->pixel_bytes,
-                                offsets);
+                                places ? places + steps : NULL);
     return steps;
 }
 
@@ -264,8 +269,8 @@ static int compute(struct call *call, size_t threads, const float *alpha, size_t
     tbn_take(&parts, images * call->image_bytes + slack);
     const size_t at_scales = parts.used;
     tbn_take(&parts, call->samples * sizeof(float));
-    const size_t at_offsets = parts.used;
-    tbn_take(&parts, call->steps * sizeof(size_t));
+    const size_t at_places = parts.used;
+    tbn_take(&parts, call->steps * sizeof(struct tbn_dot_step));
     const size_t at_alphas = parts.used;
     tbn_take(&parts, outputs * sizeof(float));
     const size_t at_whole = parts.used;
@@ -278,14 +283,14 @@ static int compute(struct call *call, size_t threads, const float *alpha, size_t
         alphas[i] = alpha[i / alpha_rows];
     call->bytes = (uint8_t *)memory;
     call->scales = (float *)(void *)(memory + at_scales);
-    call->offsets = (size_t *)(void *)(memory + at_offsets);
+    call->places = (struct tbn_dot_step *)(void *)(memory + at_places);
     call->alphas = alphas;
     call->whole = (uint8_t *)memory + at_whole;
     memset(call->bytes, TBN_DOT_ZERO, images * call->image_bytes + slack);
     if (call->conv)
-        conv_steps(call, call->offsets);
+        conv_steps(call, call->places);
     else
-        find_steps(call->pixel_bytes, 0, 0, call->offsets);
+        find_steps(call->pixel_bytes, 0, call->places);
     for (size_t sample = 0; sample < call->samples; sample++) {
         if (call->conv)
             fill_images(call, sample);
@@ -303,13 +308,15 @@ int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, 
     struct call call = {
         .dots = layer->kernels->dots, .kernels = layer->kernels, .linear = layer, .x = x, .out = out, .bias = bias,
         .rows = layer->rows, .blocks = tbn_ceil_divide(layer->rows, TBN_DOT_ROWS), .groups = 1, .mixes = layer->mixes,
-        .samples = tokens, .pixel_bytes = tbn_round_up(columns, TBN_DOT_BYTES), .tiles = TOKEN_TILES,
+        .samples = tokens, .pixel_bytes = tbn_round_up(columns, TBN_DOT_BYTES),
     };
     if (tokens == 0)
         return TBN_OK;
     call.steps = call.pixel_bytes / TBN_DOT_BYTES;
-    call.tiles = tbn_min(call.tiles, tbn_ceil_divide(tbn_ceil_divide(tokens, TBN_DOT_INPUTS), threads));
-    call.units = tbn_ceil_divide(tokens, call.tiles * TBN_DOT_INPUTS);
+    const size_t tiles = tbn_ceil_divide(tokens, TBN_DOT_INPUTS);
+    call.units = tbn_max(tbn_ceil_divide(tiles, TOKEN_TILES), tbn_min(tiles, threads));
+    call.tiles = tbn_ceil_divide(tiles, call.units);
+    call.units = tbn_ceil_divide(tiles, call.tiles);
     call.image_bytes = tbn_round_up(tokens, TBN_DOT_INPUTS) * call.pixel_bytes;
     const size_t alpha_rows = layer->alpha_row_stride ? 1 : layer->alpha_copy_stride ? layer->rows : outputs;
     return compute(&call, threads, alpha, outputs, alpha_rows, call.mixes, 0, layer->inputs);

@@ -13,31 +13,47 @@
 
 #include "transpose512.h"
 
-enum { STEP_BYTES = TBN_DOT_BYTES * TBN_DOT_ROWS, GROUPS = TBN_DOT_BYTES / 4 };
+enum { FOURS = TBN_DOT_BYTES / 4 };
 
 static void nothing(void) {
 }
 
+/* The weights of `blocks` blocks from `block` on as bytes. */
+INLINE void expand(const struct tbn_dot *job, size_t block, size_t blocks) {
+    const __m512i plus = _mm512_set1_epi8(1), minus = _mm512_set1_epi8(-1), zero = _mm512_setzero_si512();
+    const uint64_t *bits = job->index + block * job->steps * FOURS;
+    int8_t *out = job->weights;
+    for (size_t i = 0; i < blocks * job->steps; i++, bits += FOURS, out += TBN_DOT_STEP) {
+        const size_t fours = job->places[i < job->steps ? i : i - job->steps].fours;
+        for (size_t four = 0; four < fours; four++)
+            _mm512_store_si512(out + four * 64, _mm512_mask_blend_epi8(bits[four], minus, plus));
+        for (size_t four = fours; four < FOURS; four++)
+            _mm512_store_si512(out + four * 64, zero);
+    }
+}
+
 /* `inputs` inputs of a tile with `blocks` blocks of rows. */
-INLINE void multiply_some(const struct tbn_dot *job, const uint8_t *x, size_t inputs, const int8_t *index,
-                          size_t blocks, int32_t *z) {
+INLINE void multiply_some(const struct tbn_dot *job, const uint8_t *x, size_t inputs, size_t blocks, int32_t *z) {
     __m512i sum[8][2];
-    const size_t block_bytes = job->steps * STEP_BYTES;
-    UNROLL for (size_t i = 0; i < inputs; i++)
+    const uint8_t *input[8];
+    const size_t block_bytes = job->steps * TBN_DOT_STEP;
+    const int8_t *index = job->weights;
+    UNROLL for (size_t i = 0; i < inputs; i++) {
+        input[i] = x + i * job->stride;
         UNROLL for (size_t b = 0; b < blocks; b++)
             sum[i][b] = _mm512_setzero_si512();
-    for (size_t step = 0; step < job->steps; step++, index += STEP_BYTES) {
-        const uint8_t *from = x + job->offsets[step];
-        for (size_t group = 0; group < GROUPS; group++) {
+    }
+    for (size_t step = 0; step < job->steps; step++, index += TBN_DOT_STEP) {
+        const size_t offset = job->places[step].offset, fours = job->places[step].fours;
+        for (size_t four = 0; four < fours; four++) {
             __m512i weights[2];
             UNROLL for (size_t b = 0; b < blocks; b++)
-                weights[b] = _mm512_load_si512(index + b * block_bytes + group * 64);
+                weights[b] = _mm512_load_si512(index + b * block_bytes + four * 64);
             UNROLL for (size_t i = 0; i < inputs; i++) {
-                int32_t four;
-                memcpy(&four, from + i * job->stride + group * 4, sizeof four);
-                const __m512i bytes = _mm512_set1_epi32(four);
+                int32_t bytes;
+                memcpy(&bytes, input[i] + offset + four * 4, sizeof bytes);
                 UNROLL for (size_t b = 0; b < blocks; b++)
-                    sum[i][b] = _mm512_dpbusd_epi32(sum[i][b], bytes, weights[b]);
+                    sum[i][b] = _mm512_dpbusd_epi32(sum[i][b], _mm512_set1_epi32(bytes), weights[b]);
             }
         }
     }
@@ -47,17 +63,24 @@ INLINE void multiply_some(const struct tbn_dot *job, const uint8_t *x, size_t in
 }
 
 TARGET static void multiply_vnni(const struct tbn_dot *job) {
-    const size_t row_bytes = job->steps * STEP_BYTES;
-    for (size_t tile = 0; tile < job->count; tile++)
-        for (size_t first = 0; first < TBN_DOT_INPUTS; first += 8) {
-            const uint8_t *x = job->tiles[tile] + first * job->stride;
-            int32_t *z = job->z + (tile * TBN_DOT_INPUTS + first) * job->blocks * TBN_DOT_ROWS;
-            size_t block = 0;
-            for (; block + 2 <= job->blocks; block += 2)
-                multiply_some(job, x, 8, job->index + block * row_bytes, 2, z + block * TBN_DOT_ROWS);
-            if (block < job->blocks)
-                multiply_some(job, x, 8, job->index + block * row_bytes, 1, z + block * TBN_DOT_ROWS);
-        }
+    for (size_t block = 0; block < job->blocks; block += 2) {
+        const int two = block + 1 < job->blocks;
+        expand(job, block, two ? 2 : 1);
+        for (size_t tile = 0; tile < job->count; tile++)
+            for (size_t first = 0; first < TBN_DOT_INPUTS; first += 8) {
+                const uint8_t *x = job->tiles[tile] + first * job->stride;
+                int32_t *z = job->z + ((tile * TBN_DOT_INPUTS + first) * job->blocks + block) * TBN_DOT_ROWS;
+                if (two)
+                    multiply_some(job, x, 8, 2, z);
+                else
+                    multiply_some(job, x, 8, 1, z);
+            }
+    }
+}
+
+/* As below, a function of its own instructions. */
+TARGET static void expand_blocks(const struct tbn_dot *job, size_t block, size_t blocks) {
+    expand(job, block, blocks);
 }
 
 /* 16 integers as floats are made of them, in float's rounding of halves to even. */
@@ -196,10 +219,13 @@ TARGET static void end_amx(void) {
     _tile_release();
 }
 
+/* Tile instructions read and write memory that compilers do not know of. */
+#define MEMORY_IS_CURRENT() __asm__ volatile("" : : : "memory")
+
 /* Two tiles of inputs, or one, with two blocks of rows, or one. Tile instructions take numbers only: macros. */
 #define MULTIPLY(TWO_TILES, TWO_BLOCKS) \
     do { \
-        const int8_t *weights = job->index + block * row_bytes; \
+        const int8_t *weights = job->weights; \
         _tile_zero(0); \
         if (TWO_BLOCKS) \
             _tile_zero(1); \
@@ -207,11 +233,11 @@ TARGET static void end_amx(void) {
             _tile_zero(2); \
         if (TWO_TILES && TWO_BLOCKS) \
             _tile_zero(3); \
-        for (size_t step = 0; step < job->steps; step++, weights += STEP_BYTES) { \
-            const size_t offset = job->offsets[step]; \
+        for (size_t step = 0; step < job->steps; step++, weights += TBN_DOT_STEP) { \
+            const size_t offset = job->places[step].offset; \
             _tile_loadd(6, weights, 64); \
             if (TWO_BLOCKS) \
-                _tile_loadd(7, weights + row_bytes, 64); \
+                _tile_loadd(7, weights + block_bytes, 64); \
             _tile_loadd(4, job->tiles[tile] + offset, job->stride); \
             _tile_dpbusd(0, 4, 6); \
             if (TWO_BLOCKS) \
@@ -234,12 +260,14 @@ TARGET static void end_amx(void) {
     } while (0)
 
 TARGET static void multiply_amx(const struct tbn_dot *job) {
-    const size_t row_bytes = job->steps * STEP_BYTES, z_tile = TBN_DOT_INPUTS * job->blocks * TBN_DOT_ROWS;
+    const size_t block_bytes = job->steps * TBN_DOT_STEP, z_tile = TBN_DOT_INPUTS * job->blocks * TBN_DOT_ROWS;
     const size_t z_bytes = job->blocks * TBN_DOT_ROWS * sizeof(int32_t);
-    for (size_t tile = 0; tile < job->count; tile += 2) {
-        const int two_tiles = tile + 1 < job->count;
-        for (size_t block = 0; block < job->blocks; block += 2) {
-            const int two_blocks = block + 1 < job->blocks;
+    for (size_t block = 0; block < job->blocks; block += 2) {
+        const int two_blocks = block + 1 < job->blocks;
+        expand_blocks(job, block, two_blocks ? 2 : 1);
+        MEMORY_IS_CURRENT();
+        for (size_t tile = 0; tile < job->count; tile += 2) {
+            const int two_tiles = tile + 1 < job->count;
             if (two_tiles && two_blocks)
                 MULTIPLY(1, 1);
             else if (two_tiles)
@@ -250,6 +278,7 @@ TARGET static void multiply_amx(const struct tbn_dot *job) {
                 MULTIPLY(0, 0);
         }
     }
+    MEMORY_IS_CURRENT();
 }
 
 const struct tbn_dots tbn_dots_amx = {.begin = begin_amx, .end = end_amx, .multiply = multiply_amx, SHARED};

@@ -74,24 +74,34 @@ struct tbn_finish {
 
 /*
  * Products of bytes: machines that multiply four or more bytes an instruction need no tables for integer activations.
- * Inputs are bytes, the integer plus 128, and meet rows of weights +1 and -1, one byte each; what the 128 add to a sum
- * is a number of the row, and taken off when the row is finished. A tile is TBN_DOT_INPUTS inputs (tokens or positions)
- * that lie at equal distances, a step is TBN_DOT_BYTES neighbouring bytes of each, a block is TBN_DOT_ROWS rows. Inputs
- * of a tile may lie past the last one, and bytes of a step past the last weight, which is 0 there: there is memory to
- * read, and nobody reads what comes of it.
+ * Inputs are bytes, the integer plus 128, and meet rows of weights +1 and -1; what the 128 add to a sum is a number of
+ * the row, and taken off when the row is finished. A tile is TBN_DOT_INPUTS inputs (tokens or positions) that lie at
+ * equal distances, a step is TBN_DOT_BYTES neighbouring bytes of each, a block is TBN_DOT_ROWS rows. Weights are stored
+ * as bits and made bytes for two blocks at a time, which all tiles meet. Inputs of a tile may lie past the last one, and
+ * bytes of a step past those that count, whose weights are made 0: there is memory to read, and nobody reads what comes
+ * of it.
  */
 enum { TBN_DOT_INPUTS = 16, TBN_DOT_ROWS = 16, TBN_DOT_BYTES = 64, TBN_DOT_ZERO = 128 };
+
+/* Bytes of a step and block: weights of 4 neighbouring bytes of 16 rows, then those of the next 4. */
+enum { TBN_DOT_STEP = TBN_DOT_BYTES * TBN_DOT_ROWS };
+
+/* A step: where its bytes lie from an input on, and how many fours of them count. */
+struct tbn_dot_step {
+    size_t offset, fours;
+};
 
 /* z[tile][input][row] = sum over steps and their bytes of byte * weight */
 struct tbn_dot {
     const uint8_t *const *tiles; /* where each tile begins */
     size_t count;                /* tiles */
     size_t stride;               /* bytes between the inputs of a tile */
-    const size_t *offsets;       /* of each step, in bytes */
+    const struct tbn_dot_step *places;
     size_t steps;
-    const int8_t *index; /* [block][step][TBN_DOT_BYTES / 4][TBN_DOT_ROWS][4] */
+    const uint64_t *index; /* bits of the weights, set for +1: [block][step][TBN_DOT_BYTES / 4], a bit for each byte */
     size_t blocks;
-    int32_t *z; /* [tile][TBN_DOT_INPUTS][blocks * TBN_DOT_ROWS] */
+    int8_t *weights; /* room for those of two blocks as bytes */
+    int32_t *z;      /* [tile][TBN_DOT_INPUTS][blocks * TBN_DOT_ROWS] */
 };
 
 /* Results of rows that lie side by side: value = (sum + correction) * alpha * scale + bias. */

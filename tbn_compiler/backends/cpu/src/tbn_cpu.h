@@ -85,11 +85,11 @@ TBN_EXPORT int tbn_conv(const struct tbn_conv *layer, const float *x, float *out
                         size_t width, const float *alpha, const float *bias, size_t threads);
 
 /*
- * The same for int8 and binary activations with kernels that have `dots`. The index is rows by blocks and steps (struct
- * tbn_dot), for each group, and for each column group. The columns of a row are its bytes of an input: those of a linear
- * layer from step to step, those of a convolution for each row of its kernel, [column of the kernel][channel], if its
- * dilation along a row is 1, and else for each place in the kernel, [channel]. Channels are filled up to a multiple of 4,
- * and the bytes of each run, as that is called, to whole steps; what fills up is 0.
+ * The same for int8 and binary activations with kernels that have `dots`. The index (struct tbn_dot) is one for each group,
+ * and for each column group. The columns of a row are its bytes of an input: those of a linear layer from step to step,
+ * those of a convolution for each row of its kernel, [column of the kernel][channel], if its dilation along a row is 1,
+ * and else for each place in the kernel, [channel]. Channels are filled up to a multiple of 4, a token's bytes to whole
+ * steps; bits that fill up are those of weights that inputs of 0 meet, and corrections know them.
  */
 TBN_EXPORT int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, size_t tokens,
                                const float *alpha, const float *bias, size_t threads);
