@@ -368,6 +368,7 @@ CONV_TILINGS: dict[str, dict[str, Any]] = {
     "two axes, alphas on both": {"p": (2, 2), "alpha": "tile"},
     "rolled": {"p": 4, "alpha": "tile", "replicate": "roll", "shift": 5},
     "float tile": {"p": 4, "alpha": "tile", "tile_dtype": "float"},
+    "Hadamard signs": {"p": 4, "alpha": "tile", "replicate": "hadamard"},
 }
 CONV_LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "plain": (lambda: nn.Conv2d(4, 8, 3), (4, 6, 5)),
