@@ -46,11 +46,31 @@ def conv(channels: int) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())
 
 
+# Layers that are compared with plain copies and with Hadamard signs: model, shape of the input.
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "3 x 3, 64 -> 64, 8 x 8": (conv(64), (64, IMAGE, IMAGE)),
+    "1 x 1, 64 -> 64, 25 x 5": (lambda: nn.Sequential(nn.Conv2d(64, 64, 1), nn.ReLU()), (64, 25, 5)),
+    "784 -> 128": (lambda: nn.Sequential(nn.Linear(784, 128), nn.ReLU()), (784,)),
+}
+COPIES = (2, 4, 8, 16)
+COMPARED = [(layer, p) for layer in LAYERS for p in COPIES]
+
+
+def compared(layer: str, p: int, replicate: str) -> str:
+    """Name of a layer in the results."""
+    return f"{layer}, p = {p}, {replicate}"
+
+
 # Name: model, shape of the input, options of the tiling.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
     # Layers below 64,000 weights are binary: p = 1.
     "784-128-10": (mlp, (784,), {"p": 4, "alpha": "tile"}),
     **{f"conv {c}": (conv(c), (c, IMAGE, IMAGE), {"p": 4, "alpha": "tile", "min_size": 0}) for c in CHANNELS},
+    **{
+        compared(layer, p, r): (*LAYERS[layer], {"p": p, "alpha": "tile", "min_size": 0, "replicate": r})
+        for layer, p in COMPARED
+        for r in ("repeat", "hadamard")
+    },
 }
 
 
@@ -61,6 +81,12 @@ def cases() -> Iterator[tuple[str, str, str]]:
     for channels in CHANNELS:
         yield from ((f"conv {channels}", choice, "cortex-m4") for choice in ("dense", "float", *CHOICES))
     yield from (("conv 16", choice, "cortex-m0plus") for choice in ("dense", "float", *CHOICES))
+    for layer, p in COMPARED:
+        choices = CHOICES if p == 4 else ("speed",)
+        for replicate in ("repeat", "hadamard"):
+            yield from ((compared(layer, p, replicate), choice, "cortex-m4") for choice in choices)
+            if p == 4:
+                yield compared(layer, p, replicate), "speed", "cortex-m0plus"
 
 
 def run(model: str, choice: str, cpu: str, folder: Path) -> dict[str, Any]:
@@ -116,13 +142,34 @@ def page(text: str, results: dict[str, Any]) -> str:
     rows = results["cases"]
     tables = {
         "mlp": [row for row in rows if row["model"] == "784-128-10"],
-        "conv": [row for row in rows if row["model"] != "784-128-10"],
+        "conv": [row for row in rows if row["model"].startswith("conv ")],
     }
-    for name, found in tables.items():
+    made = {name: _table(found) for name, found in tables.items()} | {"signs": _comparison(rows)}
+    for name, table in made.items():
         before, marker, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
-        text = f"{before}{marker}{_table(found)}{end}{after}"
+        text = f"{before}{marker}{table}{end}{after}"
     return text
+
+
+def _comparison(rows: Sequence[dict[str, Any]]) -> str:
+    """Layers with plain copies beside the same ones with Hadamard signs."""
+    found = {(row["model"], row["kernels"], row["cpu"]): row for row in rows}
+    lines = [
+        "| core | layer | p | kernels | instructions, plain | Hadamard | ratio | flash B | | RAM B | |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for layer, p in COMPARED:
+        plain, signed = (compared(layer, p, replicate) for replicate in ("repeat", "hadamard"))
+        for model, choice, cpu in found:
+            if model == plain:
+                pair = found[model, choice, cpu], found[signed, choice, cpu]
+                counts = [row["instructions"][1] for row in pair]
+                flash = [f"{row['flash_bytes']:,}" for row in pair]
+                memory = [f"{row['static_bytes'] + row['stack_bytes']:,}" for row in pair]
+                figures = [*(f"{count:,}" for count in counts), f"{counts[1] / counts[0]:.2f}", *flash, *memory]
+                lines.append(f"| {' | '.join([cpu, layer, str(p), choice, *figures])} |")
+    return "\n".join(lines) + "\n"
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

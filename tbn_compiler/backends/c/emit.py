@@ -64,7 +64,8 @@ def template_names() -> tuple[str, ...]:
 _SYMBOLS = (
     *("run", "scratch", "bits_product", "float_product"),
     *("tiled_position", "tiled_conv_store", "matmul_sizes", "attention_sizes"),
-    *("tiled_finish_layer", "fixed_block", "fixed_block_of", "fixed", "fixed_result", "float_bits", "float_of_bits"),
+    *("tiled_finish_layer", "tiled_expand_layer", "fixed_block", "fixed_block_of", "fixed", "fixed_result"),
+    *("float_bits", "float_of_bits"),
     *(f"{kernel}_fold" for kernel in INSTANCES if "bucket" in kernel),
 )
 
@@ -165,14 +166,17 @@ class _Printer:
         self._plan = plan
         self._symbols = {struct: symbol for symbol, struct in plan.structs}
 
-    def value(self, argument: Argument, step: int = 0, repeated: bool = False) -> str:
+    def value(self, argument: Argument, step: int = 0, repeated: bool = False, inner: bool = False) -> str:
         """An argument of a call in a step, or the value of a structure's member."""
         match argument:
             case None:
                 return "NULL"
-            case At(operand, offset, stride):
+            case At(operand, offset, stride, inner_stride):
                 text = self.value(operand, step) + (f" + {offset}" if offset else "")
-                return f"{text} + i * {stride}" if repeated and stride else text
+                text += f" + i * {stride}" if repeated and stride else ""
+                if not inner or not inner_stride:
+                    return text
+                return f"{text} + j * {inner_stride}" if inner_stride > 1 else f"{text} + j"
             case Index():
                 return "i" if repeated else "0"
             case Workspace():
@@ -192,26 +196,31 @@ class _Printer:
         """The calls of a step; those that follow one another with the same repetition share a loop."""
         lines = []
         for repeat, group in itertools.groupby(self._plan.steps[step].implementation.calls, lambda call: call.repeat):
-            calls = [self._call(call, step) for call in group]
-            if repeat == 1:
-                lines += [f"    {call}" for call in calls]
-            else:
-                body = [f"        {call}" for call in calls]
-                lines += [f"    for (size_t i = 0; i < {repeat}; ++i) {{", *body, "    }"]
+            indent = "    " if repeat == 1 else " " * 8
+            body = [line for call in group for line in self._call(call, step, indent)]
+            lines += body if repeat == 1 else [f"    for (size_t i = 0; i < {repeat}; ++i) {{", *body, "    }"]
         return "\n".join(lines)
 
-    def _call(self, call: Call, step: int) -> str:
-        values = [self.value(argument, step, call.repeat > 1) for argument in call.arguments]
+    def _call(self, call: Call, step: int, indent: str) -> list[str]:
+        """The lines of a call, in a loop of its own if it has one."""
+        if call.inner > 1:
+            loop = f"{indent}for (size_t j = 0; j < {call.inner}; ++j) {{"
+            return [loop, *self._one_call(call, step, f"{indent}    "), f"{indent}}}"]
+        return self._one_call(call, step, indent)
+
+    def _one_call(self, call: Call, step: int, indent: str) -> list[str]:
+        values = [self.value(argument, step, call.repeat > 1, call.inner > 1) for argument in call.arguments]
         text = f"{self._plan.name}_{call.kernel}("
-        lines, space = [], _LINE_LENGTH - 12  # what is indented by up to three levels
+        # Lines behind the first one are indented by one more level; all calls outside inner loops have equal space.
+        lines, space = [], _LINE_LENGTH - max(12, len(indent) + 4)
         for index, value in enumerate(values):
             value += ");" if index == len(values) - 1 else ", "
             if len(text) + len(value.rstrip()) > space:
                 lines.append(text.rstrip())
                 text = ""
             text += value
-        indent = " " * (12 if call.repeat > 1 else 8)
-        return f"\n{indent}".join([*lines, text])
+        first, *others = [*lines, text]
+        return [f"{indent}{first}", *(f"{indent}    {line}" for line in others)]
 
 
 def c_float(value: float) -> str:

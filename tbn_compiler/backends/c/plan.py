@@ -58,11 +58,15 @@ class Struct:
 
 @dataclass(frozen=True)
 class At:
-    """A pointer into an operand: ``operand + offset + i * stride`` in repetition ``i`` of a call."""
+    """A pointer into an operand.
+
+    It is ``operand + offset + i * stride + j * inner_stride`` in repetition ``i`` of a call and ``j`` of its inner one.
+    """
 
     operand: ir.Operand | Workspace
     offset: int = 0
     stride: int = 0
+    inner_stride: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,13 @@ class Call:
         arguments: in the order of the function's parameters.
         repeat: how often it is called; pointers given as :class:`At` advance. Calls of one implementation that follow
             one another with the same number share the loop.
+        inner: how often it is called in each repetition, in a loop of its own.
     """
 
     kernel: str
     arguments: tuple[Argument, ...]
     repeat: int = 1
+    inner: int = 1
 
 
 @dataclass(frozen=True)

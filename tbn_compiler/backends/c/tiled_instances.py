@@ -6,63 +6,121 @@ includes the common text from ``templates/tiled``.
 
 from __future__ import annotations
 
+from typing import Literal
+
 # Number of rows whose signs choose a bucket, and the numbers of such groups that a pass may take.
 BUCKET_LANES = {8: (1, 2, 3, 4), 4: (1, 2, 3, 4, 5, 6, 7, 8)}
 
 # Widths of the windows that are gathered faster.
 PATCH_COLUMNS = range(1, 8)
 
+# Column groups that one lookup kernel sums apart, and those whose products are mixed without loops.
+LOOKUP_GROUPS = (2, 4, 8)
+MIX_GROUPS = (2, 4, 8, 16)
+# Up to so many groups the code without loops is not larger.
+_SMALL_MIX = 4
+# Kernels that mix in loops take memory for a number of each group.
+MIXES_WITH_MEMORY = ("tiled_mix", "tiled_block_mix")
 
-def instance(stem: str, fixed: bool) -> str:
-    """Name of a kernel in floating-point or in block fixed-point arithmetic."""
-    return f"tiled_{'fixed_' if fixed else ''}{stem}"
+Arithmetic = Literal["float", "fixed", "block"]
+"""What a kernel computes in.
+
+Floats; block fixed point, with floats in and out; or the integers of a given block, with floats in and sums out.
+"""
 
 
-def bucket_name(bits: int, lanes: int, fixed: bool) -> str:
-    """Name of the bucket kernel for ``lanes`` groups of ``bits`` rows."""
-    return instance(f"bucket{bits}x{lanes}", fixed)
+def instance(stem: str, arithmetic: Arithmetic, strided: bool = False) -> str:
+    """Name of a kernel in an arithmetic, for inputs side by side or a stride apart."""
+    return f"tiled_{'' if arithmetic == 'float' else f'{arithmetic}_'}{stem}{'_strided' if strided else ''}"
 
 
-def patch_name(columns: int, dilation: int) -> str:
-    """Name of the kernel that gathers windows of so many columns."""
-    return f"tiled_patch{columns}" if columns in PATCH_COLUMNS and (dilation == 1 or columns == 1) else "tiled_patch"
+def patch_name(columns: int, dilation: int, grouped: bool = False) -> str:
+    """Name of the kernel that gathers windows of so many columns, in the order of column groups or of channels."""
+    fast = columns in PATCH_COLUMNS and (dilation == 1 or columns == 1)
+    return f"tiled_patch{columns if fast else ''}{'_groups' if grouped else ''}"
 
 
-def _template(kernel: str, source: str, fixed: bool, needs: tuple[str, ...] = (), **parameters: object) -> str:
-    declared = [*needs, "tiled_fixed"] if fixed else list(needs)
-    parameters = {"kernel": kernel, "number": "int32_t" if fixed else "float"} | parameters
+def lookup_stem(groups: int) -> str:
+    """What the lookup kernel for so many column groups is called in every arithmetic."""
+    return f"lookup_groups{groups}" if groups > 1 else "lookup"
+
+
+def _template(
+    source: str, parameters: dict[str, object], needs: tuple[str, ...] = (), headers: tuple[str, ...] = ()
+) -> str:
     lines = [
-        *([f"{{# needs: {', '.join(declared)} #}}"] if declared else []),
-        "{# headers: stdint.h #}",
+        *(f"{{# {kind}: {', '.join(names)} #}}" for kind, names in (("needs", needs), ("headers", headers)) if names),
         *(f"{{% set {name} = {value!r} %}}" for name, value in parameters.items()),
         f'{{% include "tiled/{source}.c" %}}',
     ]
     return "\n".join(lines) + "\n"
 
 
-def _instances() -> dict[str, str]:
+def _patches() -> dict[str, str]:
     found = {}
-    for columns in PATCH_COLUMNS:
-        kernel = f"tiled_patch{columns}"
-        found[kernel] = (
-            f"{{# needs: tiled_patch #}}\n{{% set kernel, columns = '{kernel}', {columns} %}}\n"
-            '{% include "tiled/patch.c" %}\n'
-        )
-    for fixed in (False, True):
-        sums = instance("signed_sums", fixed)
-        found[sums] = _template(sums, "signed_sums", False, number="int32_t" if fixed else "float")
-        lookup = instance("lookup", fixed)
-        found[lookup] = _template(lookup, "lookup", fixed)
-        for stem, whole in (("table", True), ("table_any", False)):
-            kernel = instance(stem, fixed)
-            found[kernel] = _template(kernel, "table", fixed, whole=whole)
-        for bits, all_lanes in BUCKET_LANES.items():
-            for lanes in all_lanes:
-                kernel = bucket_name(bits, lanes, fixed)
-                found[kernel] = _template(
-                    kernel, "bucket", fixed, needs=(sums,), signed_sums=sums, bits=bits, lanes=lanes
-                )
+    for grouped in (False, True):
+        general = patch_name(0, 1, grouped)
+        found[general] = _template("patch_any", {"kernel": general, "grouped": grouped}, ("window",))
+        for columns in PATCH_COLUMNS:
+            kernel = patch_name(columns, 1, grouped)
+            parameters = {"kernel": kernel, "general": general, "columns": columns, "grouped": grouped}
+            found[kernel] = _template("patch_columns", parameters, (general,))
     return found
 
 
-INSTANCES = _instances()
+def _rows(arithmetic: Arithmetic, strided: bool) -> dict[str, str]:
+    found = {}
+    sums = instance("signed_sums", "float" if arithmetic == "float" else "fixed")
+
+    def add(stem: str, source: str, needs: tuple[str, ...] = (), **parameters: object) -> None:
+        kernel = instance(stem, arithmetic, strided)
+        needs = needs if arithmetic == "float" else (*needs, "tiled_fixed")
+        parameters = {"kernel": kernel, "arithmetic": arithmetic, "strided": strided} | parameters
+        found[kernel] = _template(source, parameters, needs, ("stdint.h",))
+
+    for groups in (1,) if arithmetic == "fixed" else (1, *LOOKUP_GROUPS):
+        add(lookup_stem(groups), "lookup", groups=groups)
+    for stem, whole in (("table", True), ("table_any", False)):
+        add(stem, "table", whole=whole)
+    for bits, all_lanes in BUCKET_LANES.items():
+        for lanes in all_lanes:
+            add(f"bucket{bits}x{lanes}", "bucket", (sums,), signed_sums=sums, bits=bits, lanes=lanes)
+    return found
+
+
+def _sums() -> dict[str, str]:
+    numbers = {instance("signed_sums", "float"): "float", instance("signed_sums", "fixed"): "int32_t"}
+    return {
+        kernel: _template("signed_sums", {"kernel": kernel, "number": number}, headers=("stdint.h",))
+        for kernel, number in numbers.items()
+    }
+
+
+def mix_name(groups: int, arithmetic: Arithmetic, small: bool) -> str:
+    """Name of the kernel that mixes the products of so many column groups; ``small`` prefers little code."""
+    unrolled = arithmetic == "float" and groups in MIX_GROUPS and (groups <= _SMALL_MIX or not small)
+    return instance(f"mix{groups if unrolled else ''}", arithmetic)
+
+
+def _mixes() -> dict[str, str]:
+    needs = ("activate", "tiled_mix_layer")
+    found = {}
+    for groups in MIX_GROUPS:
+        kernel = mix_name(groups, "float", small=False)
+        found[kernel] = _template("mix", {"kernel": kernel, "groups": groups}, needs)
+    for kernel, block in zip(MIXES_WITH_MEMORY, (False, True), strict=True):
+        more = ("tiled_fixed",) if block else ()
+        found[kernel] = _template("mix_any", {"kernel": kernel, "block": block}, (*needs, *more))
+    return found
+
+
+INSTANCES = (
+    _patches()
+    | _sums()
+    | _rows("float", strided=False)
+    | _rows("float", strided=True)
+    | _rows("fixed", strided=False)
+    | _rows("block", strided=False)
+    | _rows("block", strided=True)
+    | _mixes()
+)

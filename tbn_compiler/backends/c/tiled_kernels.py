@@ -1,6 +1,8 @@
-"""The choice of kernels for layers on tiles, the structures that describe them, and their cost."""
+"""The choice of kernels for layers on tiles, and their cost."""
 
 from __future__ import annotations
+
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -9,7 +11,16 @@ from tbn_compiler.backends.c.geometry import window_struct
 from tbn_compiler.backends.c.plan import Argument, At, Call, Implementation, Index, Struct, Workspace
 from tbn_compiler.backends.c.registry import Context, implements
 from tbn_compiler.backends.c.tiled_instances import patch_name
+from tbn_compiler.backends.c.tiled_mixing import mixed_layer
 from tbn_compiler.backends.c.tiled_rows import choose, finish_instructions, patch_instructions, precision
+from tbn_compiler.backends.c.tiled_structs import (
+    describe,
+    finish_struct,
+    linear_struct,
+    row_alpha,
+    runs_struct,
+    weight_struct,
+)
 
 
 @implements(ir.TiledLinear)
@@ -20,6 +31,8 @@ def tiled_linear(operation: ir.TiledLinear, context: Context) -> Implementation:
     scale holds for a whole row.
     """
     layout, rows, (source,) = operation.layout, operation.product.rows, operation.inputs
+    if layout.kind == "hadamard":
+        return _signed_linear(operation, context)
     input_size, vectors = layout.row_size // operation.replicas, operation.output.size // layout.rows
     title = f"tiled linear {layout.row_size} -> {layout.rows}{describe(operation, rows)}"
     if whole_rows(operation):
@@ -27,9 +40,21 @@ def tiled_linear(operation: ir.TiledLinear, context: Context) -> Implementation:
     pointers = (At(source, stride=input_size), At(operation.output, stride=layout.rows))
     layer = linear_struct(operation, title)
     kernel, choice = _choose_linear(operation)
-    runs = () if kernel == "tiled_linear_bytes" else (_runs_struct(operation, title),)
+    runs = () if kernel == "tiled_linear_bytes" else (runs_struct(operation, title),)
     call = Call(kernel, (layer, *runs, operation.tile, *pointers), repeat=vectors)
     return Implementation(title, (call,), cost=vectors * rows * layout.row_size, choice=choice)
+
+
+def _signed_linear(operation: ir.TiledLinear, context: Context) -> Implementation:
+    """Column groups apart, or, where those do not lie alike in all replicas, a convolution of one position."""
+    layout = operation.layout
+    if operation.product.mixes > 1:
+        title = f"tiled linear {layout.row_size} -> {layout.rows}{describe(operation, operation.product.rows)}"
+        return mixed_layer(operation, context, title)
+    one = (1, 1)
+    same = {field.name: getattr(operation, field.name) for field in fields(operation)}
+    same["layout"] = replace(layout, shape=(*layout.shape, *one))
+    return tiled_conv(ir.TiledConv(**same, window=ir.Window(one, one, one)), context)
 
 
 def _choose_linear(operation: ir.TiledLinear) -> tuple[str, str]:
@@ -52,6 +77,8 @@ def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
     sizes = f"{operation.groups * layout.shape[1]} -> {layout.rows} channels, {' x '.join(map(str, layout.shape[2:]))}"
     groups = f", {operation.groups} groups" if operation.groups > 1 else ""
     title = f"tiled conv {sizes}{groups}{describe(operation, rows * operation.groups)}"
+    if operation.product.mixes > 1:
+        return mixed_layer(operation, context, title)
     if operation.groups == 1 and whole_rows(operation):
         return _conv_rows(operation, context, title)
     layer = Struct(
@@ -81,6 +108,8 @@ def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
 
 def _why_no_rows(operation: ir.TiledConv) -> str:
     """Why a convolution takes the kernel for any layout."""
+    if operation.layout.kind == "hadamard" and operation.input_alpha is not None:
+        return "scaled copies of the input end inside column groups"
     if not operation.tile.packed:
         return "full-precision tile"
     if operation.groups > 1:
@@ -132,15 +161,16 @@ def _rows(
     kernel, choice = choose(rows, inputs, context.options)
     order = f"{kernel.kernel.removeprefix('tiled_')}_{rows}x{inputs}"
     table = context.prepare(operation.tile, order, lambda: kernel.make_table(_signs(operation, rows)))
-    finish = row_alpha(operation) is not None or operation.bias is not None or replicas > 1 or product.repeats > 1
+    finish = row_alpha(operation) is not None or operation.bias is not None
+    finish |= operation.input_alpha is not None or product.repeats > 1
     in_place = replicas == 1 and positions == 1 and rows % kernel.granule == 0
     products: At | Workspace = At(operation.output, stride=layout.rows)
     if not in_place:
         products = Workspace("products", -(-rows // kernel.granule) * kernel.granule)
     arguments: list[Argument] = [table, x, inputs, kernel.size]
-    if kernel.fixed:
+    if kernel.arithmetic == "fixed":
         arguments.append(precision(inputs))
-    dtype = "int32" if kernel.fixed else "float32"
+    dtype = "int32" if kernel.arithmetic == "fixed" else "float32"
     if kernel.memory:
         arguments.append(Workspace("memory", kernel.memory, dtype))
     if kernel.needs_sums:
@@ -160,91 +190,3 @@ def _signs(operation: ir.TiledLinear | ir.TiledConv, rows: int) -> np.ndarray:
     """The tile as ``bool [rows, inputs]``."""
     bits = np.unpackbits(operation.tile.array, count=operation.layout.tile_size, bitorder="little")
     return bits.astype(bool).reshape(rows, -1)
-
-
-def finish_struct(operation: ir.TiledLinear | ir.TiledConv, title: str, positions: int) -> Struct:
-    """``tiled_finish_layer``: what happens to the products of the different rows."""
-    layout, rows, per_alpha = operation.layout, operation.product.rows, operation.product.rows_per_alpha
-    fields = (
-        ("rows", rows),
-        ("copies", operation.replicas),
-        ("outputs", layout.rows),
-        ("positions", positions),
-        ("alpha_per_row", int(per_alpha == 1)),
-        # One alpha serves everything, a repeat of all different rows, or a row.
-        ("alpha_per_repeat", 0 if per_alpha == layout.rows else rows // per_alpha),
-        ("input_alpha", operation.input_alpha),
-        ("alpha", row_alpha(operation)),
-        ("bias", operation.bias),
-        ("relu", int(operation.relu)),
-    )
-    return Struct("tiled_finish_layer", f"{operation.layer}_finish", title, fields)
-
-
-def linear_struct(operation: ir.TiledLinear, title: str) -> Struct:
-    """``tiled_linear``: what every kernel for a tiled linear layer reads."""
-    layout = operation.layout
-    fields = (
-        ("in_features", layout.row_size),
-        ("out_features", layout.rows),
-        ("unique_rows", operation.product.rows),
-        ("tile_size", layout.tile_size),
-        ("rows_per_alpha", operation.product.rows_per_alpha),
-        ("alpha", row_alpha(operation)),
-        ("bias", operation.bias),
-        ("relu", int(operation.relu)),
-    )
-    return Struct("tiled_linear", f"{operation.layer}_layer", title, fields)
-
-
-def _runs_struct(operation: ir.TiledLinear, title: str) -> Struct:
-    """``tiled_runs``: what the kernels read that follow a row through any layout."""
-    layout = operation.layout
-    fields = (
-        ("p_in", layout.p_in),
-        ("shift", layout.roll),
-        ("input_size", layout.row_size // operation.replicas),
-        ("copy_alpha", copy_alpha(operation)),
-        ("input_alpha", operation.input_alpha),
-    )
-    return Struct("tiled_runs", f"{operation.layer}_runs", title, fields)
-
-
-def weight_struct(operation: ir.Tiled, title: str) -> Struct:
-    """``tiled_weight``: how a tile in any layout fills the weight of a convolution."""
-    layout = operation.layout
-    kernel = layout.row_size // layout.shape[1]
-    fields = (
-        ("row_size", layout.row_size),
-        ("kernel_size", kernel),
-        ("tile_size", layout.tile_size),
-        ("tile_rows", layout.rows // layout.p_out if layout.p_in > 1 else 0),
-        ("p_in", layout.p_in),
-        ("shift", layout.roll),
-        ("copy_alpha", copy_alpha(operation)),
-        ("input_alpha", operation.input_alpha),
-    )
-    return Struct("tiled_weight", f"{operation.layer}_weight_layout", title, fields)
-
-
-def row_alpha(operation: ir.Tiled) -> ir.Constant | None:
-    """The alphas that scale whole rows; ``None`` where there are none to apply: a single 1, or alphas inside rows."""
-    if not operation.product.scales_results or (operation.alpha.array == 1).all():
-        return None
-    return operation.alpha
-
-
-def copy_alpha(operation: ir.Tiled) -> ir.Constant | None:
-    """The alphas that change inside rows: copy ``i`` at neighbour ``j`` has ``alpha[i * p_in + j]``."""
-    return None if operation.product.scales_results else operation.alpha
-
-
-def describe(operation: ir.Tiled, unique_rows: int) -> str:
-    """What a title says about a tile."""
-    layout, num_alphas = operation.layout, operation.alpha.size
-    axes = f" ({layout.p_out} x {layout.p_in})" if layout.p_in > 1 else ""
-    rolled = f", rolled by {layout.roll}" if layout.roll else ""
-    alphas = f"{num_alphas} alpha{'s' if num_alphas > 1 else ''}"
-    replicas = f", input as {operation.replicas} scaled copies" if operation.input_alpha else ""
-    flags = f"{', bias' if operation.bias else ''}{', ReLU' if operation.relu else ''}"
-    return f", p={layout.p}{axes}{rolled}, {unique_rows} unique rows, {alphas}{replicas}{flags}"

@@ -7,17 +7,26 @@ inputs share an addition.
 * *lookup*, *table*: 4 inputs share an addition for each row, fast and in little code.
 
 Without floating-point instructions the same kernels work in block fixed point (``templates/tiled_fixed.c``).
+
+Where copies have Hadamard signs, each column group of the inputs has products of its own: a kernel is called once for
+each group, or, if it is a lookup for several groups, once for each so many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from tbn_compiler.backends.c.options import Options
-from tbn_compiler.backends.c.tiled_instances import BUCKET_LANES, bucket_name, instance
+from tbn_compiler.backends.c.tiled_instances import (
+    BUCKET_LANES,
+    LOOKUP_GROUPS,
+    Arithmetic,
+    instance,
+    lookup_stem,
+)
 
 # Bytes of working memory that a kernel may take.
 _MEMORY = {"speed": 4096, "balanced": 1024}
@@ -39,6 +48,9 @@ class _Costs:
         scan: for each input, once: finding the largest one.
         patch: for each input that a convolution gathers.
         finish: for each output, at least: scale and store.
+        lookup_group: in a lookup, for each word and row, for each column group beside the first one.
+        regroup: for each input that is put in the order of column groups.
+        mix: for each output and stage of a Hadamard transform.
     """
 
     bucket: dict[int, tuple[float, float, float]]
@@ -47,6 +59,9 @@ class _Costs:
     scan: float
     patch: float
     finish: float
+    lookup_group: float = 3
+    regroup: float = 5
+    mix: float = 2
 
 
 _FPU = _Costs({4: (6.1, 0.7, 154), 8: (5.1, 1.3, 1146)}, (41, 12.5, 0), (9, 150, 0), 0, 8, 12)
@@ -65,18 +80,19 @@ class RowsKernel:
 
     Attributes:
         kernel: name of the C function.
-        fixed: whether it computes in block fixed point.
+        arithmetic: what it computes in.
         granule: the kernel writes a multiple of so many products.
         size: argument behind the number of inputs: passes or rows.
         memory: elements of working memory; 0 if the kernel takes none.
         needs_sums: whether it collects integers for all rows, and takes memory for them.
-        make_table: from signs ``bool [rows, inputs]`` to the stored table.
+        make_table: from signs ``bool [rows, inputs]``, of all groups one behind the other, to the stored table.
         table_bytes: size of that table.
         instructions: estimated number, on the target.
+        groups: column groups of the inputs, each with products of its own.
     """
 
     kernel: str
-    fixed: bool
+    arithmetic: Arithmetic
     granule: int
     size: int
     memory: int
@@ -84,19 +100,57 @@ class RowsKernel:
     make_table: Callable[[np.ndarray], np.ndarray]
     table_bytes: int
     instructions: int
+    groups: int = 1
 
 
 def choose(rows: int, inputs: int, options: Options) -> tuple[RowsKernel, str]:
     """The kernel for ``rows`` rows of ``inputs`` signs that serves the user's choice best, and why."""
     if options.optimize == "size":
-        return _table(rows, inputs, options), "least code"
+        return _table(rows, inputs, options, _arithmetic(options)), "least code"
+    return _fastest(candidates(rows, inputs, options), rows * inputs, 1, options)
+
+
+def choose_mixed(rows: int, inputs: int, groups: int, options: Options, strided: bool) -> tuple[RowsKernel, str]:
+    """The kernel for ``rows`` rows of ``inputs`` signs in each of so many column groups, and why.
+
+    It computes as many groups at a time as it says. Inputs are ``strided`` where groups alternate. Where the processor
+    has no floating-point instructions, all groups have the integers of one block.
+    """
+    if options.optimize == "size":
+        return _table(rows, inputs, options, _mixed_arithmetic(options), strided), "least code"
+    found = mixed_candidates(rows, inputs, groups, options, strided)
+    return _fastest(found, rows * inputs * groups, groups, options)
+
+
+def _fastest(found: Iterable[RowsKernel], tile_size: int, groups: int, options: Options) -> tuple[RowsKernel, str]:
+    """The kernel with the fewest instructions for all column groups, of those that take little memory, and why."""
     limit = _MEMORY[options.optimize]
-    # Signs that only fill up a group take no more than an eighth of the tile.
-    most = (rows * inputs + 7) // 8 * 9 // 8 + 4
-    allowed = [c for c in candidates(rows, inputs, options) if 4 * c.memory <= limit and c.table_bytes <= most]
-    best, *others = sorted(allowed, key=lambda candidate: candidate.instructions)
-    reason = f"about {best.instructions:,} instructions for a vector, with at most {limit:,} bytes of memory"
-    return best, reason + (f"; {others[0].kernel} takes {others[0].instructions:,}" if others else "")
+    # Instructions and bytes for all groups, and the kernel.
+    costs = [
+        (kernel.instructions * calls, kernel.table_bytes * calls, kernel)
+        for kernel in found
+        for calls in [groups // kernel.groups]
+        if 4 * kernel.memory <= limit
+    ]
+    # Signs that only fill up a group take no more than an eighth of the tile, or as little as they can.
+    most = max((tile_size + 7) // 8 * 9 // 8 + 4, min(size for _, size, _ in costs))
+    allowed = sorted((cost for cost in costs if cost[1] <= most), key=lambda cost: cost[0])
+    (instructions, _, best), *others = allowed
+    vector = "a vector" if groups == 1 else f"a vector in {groups} column groups"
+    reason = f"about {instructions:,} instructions for {vector}, with at most {limit:,} bytes of memory"
+    return best, reason + (f"; {others[0][2].kernel} takes {others[0][0]:,}" if others else "")
+
+
+def mixed_candidates(rows: int, inputs: int, groups: int, options: Options, strided: bool) -> Iterator[RowsKernel]:
+    """Every kernel that can compute ``rows`` rows of ``inputs`` signs in each of so many column groups."""
+    arithmetic = _mixed_arithmetic(options)
+    yield from _candidates(rows, inputs, options, arithmetic, strided)
+    if inputs % 4 == 0:
+        yield _lookup(rows, inputs, options, arithmetic, strided, min(groups, max(LOOKUP_GROUPS)))
+
+
+def _mixed_arithmetic(options: Options) -> Arithmetic:
+    return "float" if options.has_fpu else "block"
 
 
 def patch_instructions(inputs: int, options: Options) -> int:
@@ -107,6 +161,22 @@ def patch_instructions(inputs: int, options: Options) -> int:
 def finish_instructions(outputs: int, options: Options) -> int:
     """Estimated instructions for scaling and storing the results of one vector."""
     return round(_COSTS[options.target].finish * outputs)
+
+
+def regroup_instructions(inputs: int, options: Options) -> int:
+    """Estimated instructions for putting the inputs of one vector in the order of column groups."""
+    return round(_COSTS[options.target].regroup * inputs)
+
+
+def scan_instructions(inputs: int, options: Options) -> int:
+    """Estimated instructions for finding the largest input of one vector."""
+    return round(_COSTS[options.target].scan * inputs)
+
+
+def mix_instructions(outputs: int, groups: int, options: Options) -> int:
+    """Estimated instructions for mixing, scaling and storing the results of one vector."""
+    costs = _COSTS[options.target]
+    return round((costs.mix * (groups.bit_length() - 1) + costs.finish) * outputs)
 
 
 def precision(inputs: int) -> int:
@@ -120,55 +190,77 @@ def precision(inputs: int) -> int:
 
 def candidates(rows: int, inputs: int, options: Options) -> Iterator[RowsKernel]:
     """Every kernel that can compute ``rows`` rows of ``inputs`` signs."""
-    yield _table(rows, inputs, options)
+    return _candidates(rows, inputs, options, _arithmetic(options))
+
+
+def _arithmetic(options: Options) -> Arithmetic:
+    return "float" if options.has_fpu else "fixed"
+
+
+def _candidates(
+    rows: int, inputs: int, options: Options, arithmetic: Arithmetic, strided: bool = False
+) -> Iterator[RowsKernel]:
+    yield _table(rows, inputs, options, arithmetic, strided)
     if inputs % 4 == 0:
-        yield _lookup(rows, inputs, options)
+        yield _lookup(rows, inputs, options, arithmetic, strided)
     for bits, all_lanes in BUCKET_LANES.items():
         groups = -(-rows // bits)
         for lanes in all_lanes:
             if groups % lanes == 0:
-                yield _bucket(rows, inputs, options, bits, lanes)
+                yield _bucket(rows, inputs, options, arithmetic, strided, bits, lanes)
 
 
-def _table(rows: int, inputs: int, options: Options) -> RowsKernel:
-    even, groups, fixed = rows + rows % 2, -(-inputs // 4), not options.has_fpu
+def _table(rows: int, inputs: int, options: Options, arithmetic: Arithmetic, strided: bool = False) -> RowsKernel:
+    even, groups = rows + rows % 2, -(-inputs // 4)
     costs = _COSTS[options.target]
     per_row_of_group, per_group, per_row = costs.table
     return RowsKernel(
-        kernel=instance("table_any" if inputs % 4 else "table", fixed),
-        fixed=fixed,
+        kernel=instance("table_any" if inputs % 4 else "table", arithmetic, strided),
+        arithmetic=arithmetic,
         granule=2,
         size=even,
         memory=0,
-        needs_sums=fixed,
+        needs_sums=arithmetic == "fixed",
         make_table=lambda signs: _pack(_padded(signs, 2, 4).reshape(even, groups, 4).swapaxes(0, 1)),
         table_bytes=groups * even // 2,
-        instructions=round(groups * (per_row_of_group * even + per_group) + per_row * even + costs.scan * inputs),
+        instructions=round(
+            groups * (per_row_of_group * even + per_group) + per_row * even + _scan(costs, arithmetic) * inputs
+        ),
     )
 
 
-def _lookup(rows: int, inputs: int, options: Options) -> RowsKernel:
-    words, fixed, costs = -(-inputs // 32), not options.has_fpu, _COSTS[options.target]
+def _lookup(
+    rows: int, inputs: int, options: Options, arithmetic: Arithmetic, strided: bool, groups: int = 1
+) -> RowsKernel:
+    share, costs = 32 // groups, _COSTS[options.target]  # bits of a word for each group
+    words = -(-inputs // share)
     per_word, per_input, per_row = costs.lookup
+    per_word += costs.lookup_group * (groups - 1)
 
     def make_table(signs: np.ndarray) -> np.ndarray:
-        return _pack(_padded(signs, 1, 32).reshape(rows, words, 32).swapaxes(0, 1)).view("<u4").astype(np.uint32)
+        apart = _padded(signs.reshape(rows * groups, inputs), 1, share).reshape(rows, groups, words, share)
+        return _pack(apart.transpose(2, 0, 1, 3)).view("<u4").astype(np.uint32)
 
     return RowsKernel(
-        kernel=instance("lookup", fixed),
-        fixed=fixed,
+        kernel=instance(lookup_stem(groups), arithmetic, strided),
+        arithmetic=arithmetic,
         granule=1,
         size=rows,
         memory=8 * 16,
-        needs_sums=fixed,
+        needs_sums=arithmetic == "fixed",
         make_table=make_table,
         table_bytes=4 * words * rows,
-        instructions=round(per_word * words * rows + (per_input + costs.scan) * inputs + per_row * rows),
+        instructions=round(
+            per_word * words * rows + (per_input + _scan(costs, arithmetic)) * inputs * groups + per_row * rows * groups
+        ),
+        groups=groups,
     )
 
 
-def _bucket(rows: int, inputs: int, options: Options, bits: int, lanes: int) -> RowsKernel:
-    fixed, costs = not options.has_fpu, _COSTS[options.target]
+def _bucket(
+    rows: int, inputs: int, options: Options, arithmetic: Arithmetic, strided: bool, bits: int, lanes: int
+) -> RowsKernel:
+    costs = _COSTS[options.target]
     per_addition, per_input, per_group = costs.bucket[bits]
     passes = -(-rows // (bits * lanes))
     pass_bytes = -(-inputs * bits * lanes // 8)
@@ -179,16 +271,21 @@ def _bucket(rows: int, inputs: int, options: Options, bits: int, lanes: int) -> 
         return np.concatenate([_pack(signs_of_pass) for signs_of_pass in by_input])
 
     return RowsKernel(
-        kernel=bucket_name(bits, lanes, fixed),
-        fixed=fixed,
+        kernel=instance(f"bucket{bits}x{lanes}", arithmetic, strided),
+        arithmetic=arithmetic,
         granule=bits * lanes,
         size=passes,
         memory=2**bits * lanes,
         needs_sums=False,
         make_table=make_table,
         table_bytes=passes * pass_bytes,
-        instructions=round(passes * one_pass + costs.scan * inputs),
+        instructions=round(passes * one_pass + _scan(costs, arithmetic) * inputs),
     )
+
+
+def _scan(costs: _Costs, arithmetic: Arithmetic) -> float:
+    """What the kernel itself spends on each input, once, to find the largest one."""
+    return costs.scan if arithmetic == "fixed" else 0
 
 
 def _padded(signs: np.ndarray, rows: int, inputs: int) -> np.ndarray:

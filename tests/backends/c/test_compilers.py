@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """C files that use every kernel that is not one of a tiled layer, and many of those."""
     folder = tmp_path_factory.mktemp("compilers")
     transposed = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2))
+    signed = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 16))
     networks: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]] = {
         **{f"family_{name}": (Family(name), (torch.randn(shape),)) for name, (_, shape) in FAMILIES.items()},
         **{
@@ -38,6 +40,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             f"tiled_{i}": (tbn.transform(transposed, tbn.TilingConfig(min_size=0, **options)), (torch.randn(IMAGE),))
             for i, options in enumerate(CONV_TILINGS.values())
         },
+        **{
+            f"signs_{p}_{target}": (
+                tbn.transform(signed, tbn.TilingConfig(p=p, min_size=0, alpha="tile", replicate="hadamard")),
+                (torch.randn(1, 16, 3, 3),),
+            )
+            for p in (2, 4, 8, 16)
+            for target in ("float", "fixed")
+        },
         "linear": (everything(), (torch.zeros(1, 8),)),
         "lookup": (Lookup(), (torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, 8))),
         "copy": (nn.Identity(), (torch.zeros(1, 8),)),
@@ -45,9 +55,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     used: set[str] = set()
     for index, (name, (module, inputs)) in enumerate(networks.items()):
         options = {"self_test": index % 2 == 0, "layer_hook": index % 3 == 0}
-        plan = export_c(
-            module, inputs, folder / f"{name}.c", name=name, scratch=("static", "caller")[index % 2], **options
-        )
+        scratch: Literal["static", "caller"] = "caller" if index % 2 else "static"
+        target: Literal["cortex-m3", "generic"] = "cortex-m3" if name.endswith("fixed") else "generic"
+        plan = export_c(module, inputs, folder / f"{name}.c", name=name, scratch=scratch, target=target, **options)
         used.update(emit._with_needs(plan.kernels))
     written = {path.stem for path in emit._TEMPLATES.glob("*.c")}
     assert {kernel for kernel in written - used if not kernel.startswith(_TILED)} == set()

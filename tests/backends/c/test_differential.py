@@ -142,6 +142,7 @@ _tilings = st.one_of(
     st.fixed_dictionaries({"p": st.sampled_from([1, 2, 3, 4, 8])}),
     st.fixed_dictionaries({"p": st.sampled_from([(1, 2), (2, 2), (4, 2), (2, 1)])}),
     st.fixed_dictionaries({"p": st.sampled_from([2, 4]), "replicate": st.just("roll"), "shift": st.integers(1, 9)}),
+    st.fixed_dictionaries({"p": st.sampled_from([2, 4, 8]), "replicate": st.just("hadamard")}),
 )
 
 

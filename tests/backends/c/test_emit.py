@@ -49,6 +49,12 @@ def layouts_net() -> nn.Module:
     return fixed_weights(net, tbn.TilingConfig(min_size=0, overrides=overrides))
 
 
+def signs_net() -> nn.Module:
+    """Copies with Hadamard signs: a convolution, which gathers its inputs, and a linear layer, which does not."""
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8))
+    return fixed_weights(net, tbn.TilingConfig(p=4, alpha="tile", min_size=0, replicate="hadamard"))
+
+
 def fixed_weights(net: nn.Module, config: tbn.TilingConfig) -> nn.Module:
     """A network with fixed weights, all multiples of 1/8, so that every platform computes the same alphas."""
     qat = tbn.transform(net, config)
@@ -62,6 +68,7 @@ def fixed_weights(net: nn.Module, config: tbn.TilingConfig) -> nn.Module:
 GOLDEN_MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "small": (small_net, (1, 4, 4)),
     "layouts": (layouts_net, (1, 12)),
+    "signs": (signs_net, (1, 4, 3, 4)),
 }
 
 

@@ -18,7 +18,7 @@ import tbn_compiler as tbn
 from tbn_compiler.backends.c import Plan, export_c, host
 from tbn_compiler.backends.c.tiled_instances import INSTANCES
 from tbn_compiler.packing import pack_bits, packed_size
-from tbn_compiler.tiling import TileLayout
+from tbn_compiler.tiling import TileLayout, hadamard_order
 from tests.backends.c.toolchain import assert_matches_torch, needs_cc, run_strict, sanitizer_flags
 from tests.oracle import divisors
 
@@ -52,6 +52,7 @@ _layouts = st.one_of(
     st.fixed_dictionaries({"p": _copies}),
     st.fixed_dictionaries({"p": st.sampled_from([(1, 2), (2, 2), (3, 2), (2, 3), (4, 2), (1, 8)])}),
     st.fixed_dictionaries({"p": _copies, "replicate": st.just("roll"), "shift": st.integers(1, 40)}),
+    st.fixed_dictionaries({"p": st.sampled_from([2, 4, 8]), "replicate": st.just("hadamard")}),
 )
 
 
@@ -117,6 +118,7 @@ class StoredLinear(nn.Module):
             *(x, self.tile, self.alpha, self.bias, layout.row_size, layout.rows, layout.p, self.input_alpha),
             p_in=layout.p_in,
             shift=layout.shift,
+            hadamard=layout.hadamard,
         )
         return y.relu() if self.relu else y
 
@@ -131,10 +133,12 @@ def _stored_networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     for last in (False, False, True):
         replicas = draw(st.sampled_from([None, None, 1, 2, 3]))
         shape = (draw(st.sampled_from([8, 6, 12, 9])), features * (replicas or 1))
-        form = draw(st.sampled_from(["flat", "two-axis", "staggered"]))
+        form = draw(st.sampled_from(["flat", "two-axis", "staggered", "hadamard"]))
         if form == "two-axis":
             p_out, p_in = (draw(st.sampled_from(divisors(size))) for size in shape)
             layout = TileLayout(shape, p_out * p_in, p_in)
+        elif form == "hadamard":
+            layout = TileLayout(shape, hadamard_order(*shape, draw(st.sampled_from([2, 4, 8]))), hadamard=True)
         else:
             p = draw(st.sampled_from(divisors(math.prod(shape), at_most=30)))
             layout = TileLayout(shape, p, shift=draw(st.integers(1, 70)) if form == "staggered" else 0)
@@ -364,6 +368,7 @@ CONV_TILINGS: dict[str, dict[str, Any]] = {
     "two axes, alphas on both": {"p": (2, 2), "alpha": "tile"},
     "rolled": {"p": 4, "alpha": "tile", "replicate": "roll", "shift": 5},
     "float tile": {"p": 4, "alpha": "tile", "tile_dtype": "float"},
+    "Hadamard signs": {"p": 4, "alpha": "tile", "replicate": "hadamard"},
 }
 CONV_LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "plain": (lambda: nn.Conv2d(4, 8, 3), (4, 6, 5)),

@@ -18,7 +18,7 @@ from tbn_compiler.tiling import LayoutKind, TileLayout
 
 _aten, _tbn = torch.ops.aten, torch.ops.tbn
 
-_LAYOUTS: tuple[LayoutKind, ...] = ("flat", "two-axis", "staggered")
+_LAYOUTS: tuple[LayoutKind, ...] = ("flat", "two-axis", "staggered", "hadamard")
 
 
 @converts(_aten.linear.default)

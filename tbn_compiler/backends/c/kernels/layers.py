@@ -6,7 +6,7 @@ from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.geometry import window_struct
 from tbn_compiler.backends.c.plan import At, Call, Implementation, Struct
 from tbn_compiler.backends.c.registry import Context, implements
-from tbn_compiler.backends.c.tiled_kernels import describe, row_alpha, weight_struct
+from tbn_compiler.backends.c.tiled_structs import describe, row_alpha, weight_struct
 
 
 @implements(ir.Linear)

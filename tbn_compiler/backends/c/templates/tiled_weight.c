@@ -10,11 +10,12 @@ typedef struct {
     size_t tile_rows;         /* the tile has this many rows, which repeat; 0: copies follow one another end to end */
     size_t p_in;              /* neighbouring input channels that share a tile element */
     size_t shift;             /* copy i of the tile is rolled by i * shift elements */
+    int hadamard;             /* copy i has the sign -1 at the input channels c where i & c has an odd number of bits */
     const float *copy_alpha;  /* copy i has copy_alpha[i * p_in + j] at neighbour j; NULL: alphas scale whole rows */
     const float *input_alpha; /* the channels are x times each of these, one behind the other; NULL: x as it is */
 } {{ name }}_tiled_weight;
 
-/* Where in the tile the element of a row stands; *scale receives the alpha of its copy. */
+/* Where in the tile the element of a row stands; *scale receives the alpha of its copy, and the sign there. */
 static size_t {{ name }}_tiled_position(const {{ name }}_tiled_weight *weight, size_t row, size_t column, float *scale)
 {
     size_t copy;
@@ -35,5 +36,10 @@ static size_t {{ name }}_tiled_position(const {{ name }}_tiled_weight *weight, s
             % weight->tile_size;
     }
     *scale = weight->copy_alpha != NULL ? weight->copy_alpha[copy] : 1.0f;
+    if (weight->hadamard) {
+        for (size_t common = copy & (column / weight->kernel_size); common != 0; common &= common - 1) {
+            *scale = -*scale;
+        }
+    }
     return position;
 }

@@ -1,8 +1,11 @@
-{# Parameters: kernel; number, the type of the sums; bits, rows that share a bucket; lanes, buckets that an input goes to. #}
-{% set fixed = number != "float" %}
+{# Parameters: kernel; arithmetic; strided, whether inputs are stride apart;
+   bits, rows that share a bucket; lanes, buckets that an input goes to. #}
+{% set fixed, block, floats = arithmetic == "fixed", arithmetic == "block", arithmetic == "float" %}
+{% set number = "float" if floats else "int32_t" %}
+{% set shift = "block.shift" if fixed else "shift" %}
 {% set skip = plan.options.skip_zeros %}
 {% set whole_bytes = bits * lanes % 8 == 0 %}
-{% if fixed or skip %}
+{% if skip or not floats %}
 {% set unroll = 1 if whole_bytes else 2 %}
 {% else %}
 {% set unroll = 8 if lanes <= 2 else 4 if lanes <= 4 else 2 %}
@@ -11,9 +14,9 @@
 {% if bits == 8 %}table[{{ index }}]{% else %}table[{{ index // 2 }}] {{ ">> 4" if index % 2 else "& 15" }}{% endif %}
 {%- endmacro %}
 {% macro add(offset) %}
-{% set input = "next[%d]" | format(offset) %}
+{% set input = "x[place]" if strided else "next[%d]" | format(offset) %}
             {
-                const {{ number }} value = {{ "%s_fixed(%s, block.shift)" | format(name, input) if fixed else input }};
+                const {{ number }} value = {{ input if floats else "%s_fixed(%s, %s)" | format(name, input, shift) }};
 
 {% if skip %}
                 if (value != 0) {
@@ -23,6 +26,9 @@
 {% endfor %}
 {% if skip %}
                 }
+{% endif %}
+{% if strided %}
+                place += stride;
 {% endif %}
             }
 {% endmacro %}
@@ -73,16 +79,17 @@ static void {{ name }}_{{ kernel }}_fold(const {{ number }} *bucket, {{ number }
 {% endif %}
 }
 
-static void {{ name }}_{{ kernel }}(const uint8_t *table, const float *x, size_t inputs, size_t passes,
-    {{ "int precision, " if fixed }}{{ number }} *memory, float *products)
+static void {{ name }}_{{ kernel }}(const uint8_t *table, const float *x, size_t inputs,{{ " size_t stride,\n   " if strided }} size_t passes,{{ " " if strided else "\n    " }}{{ "int precision, " if fixed else "const int32_t *block, " if block }}{{ number }} *memory, {{ "int32_t" if block else "float" }} *products)
 {
     {{ number }} (*const buckets)[{{ lanes }}] = ({{ number }}(*)[{{ lanes }}])memory;
 {% if fixed %}
     const {{ name }}_fixed_block block = {{ name }}_fixed_block_of(x, inputs, precision);
+{% elif block %}
+    const int shift = block[0];
 {% endif %}
 
     for (; passes != 0; --passes) {
-        const float *next = x;
+        {{ "size_t place = 0" if strided else "const float *next = x" }};
 
         for ({{ number }} *bucket = memory; bucket != memory + {{ 2 ** bits * lanes }}; bucket += 16) {
 {% for b in range(16) %}
@@ -92,19 +99,19 @@ static void {{ name }}_{{ kernel }}(const uint8_t *table, const float *x, size_t
         for (size_t count = inputs{{ " / %d" | format(unroll) if unroll > 1 }}; count != 0; --count) {
 {% for offset in range(unroll) %}
 {{ add(offset) }}{% endfor %}
+{% if not strided %}
             next += {{ unroll }};
+{% endif %}
             table += {{ unroll * bits * lanes // 8 }};
         }
 {% if unroll > 1 and whole_bytes %}
         for (size_t count = inputs % {{ unroll }}; count != 0; --count) {
-{{ add(0) }}            ++next;
-            table += {{ bits * lanes // 8 }};
+{{ add(0) }}{{ "            ++next;\n" if not strided }}            table += {{ bits * lanes // 8 }};
         }
 {% elif unroll > 1 %}
 {% if unroll > 2 %}
         for (size_t count = inputs % {{ unroll }} / 2; count != 0; --count) {
-{{ add(0) }}{{ add(1) }}            next += 2;
-            table += {{ bits * lanes // 4 }};
+{{ add(0) }}{{ add(1) }}{{ "            next += 2;\n" if not strided }}            table += {{ bits * lanes // 4 }};
         }
 {% endif %}
         if (inputs % 2 != 0) {

@@ -1,5 +1,8 @@
-{# Parameters: kernel; number, the type of the sums; whole, whether the number of inputs is a multiple of 4. #}
-{% set fixed = number != "float" %}
+{# Parameters: kernel; arithmetic; strided, whether inputs are stride apart;
+   whole, whether the number of inputs is a multiple of 4. #}
+{% set fixed, block, floats = arithmetic == "fixed", arithmetic == "block", arithmetic == "float" %}
+{% set number = "float" if floats else "int32_t" %}
+{% set shift = "block.shift" if fixed else "shift" %}
 /*
  * Products of x with rows of signs in little code: the 16 sums of four inputs with all signs are computed once and
  * serve all rows.
@@ -7,39 +10,49 @@
  * table holds, for every 4 inputs, a byte for two rows: bits of the rows' signs, 1 for +, lower half first. So rows is
  * even{{ ", and inputs a multiple of 4" if whole else "; inputs beyond the last one count as 0" }}.
  */
-static void {{ name }}_{{ kernel }}(const uint8_t *table, const float *x, size_t inputs, size_t rows,
-    {{ "int precision, " if fixed }}{{ number }} *sums{{ ", float *products" if fixed }})
+static void {{ name }}_{{ kernel }}(const uint8_t *table, const float *x, size_t inputs,{{ " size_t stride,\n   " if strided }} size_t rows,{{ " " if strided else "\n    " }}{{ "int precision, " if fixed else "const int32_t *block, " if block }}{{ number }} *sums{{ ", float *products" if fixed }})
 {
 {% if fixed %}
     const {{ name }}_fixed_block block = {{ name }}_fixed_block_of(x, inputs, precision);
+{% elif block %}
+    const int shift = block[0];
 {% endif %}
+{% if strided %}
+    const size_t end = inputs * stride;
+    size_t place = 0;
+{% else %}
     const float *const end = x + inputs;
+{% endif %}
     {{ number }} lookup[16];
-{% if fixed %}
+{% if not floats %}
     int first = 1;
 {% endif %}
 
-{% if not fixed %}
+{% if floats %}
     /* Adding to minus zero is exact too, and unlike a loop of zeros this does not become a call of memset, which is
      * larger than the whole kernel. */
     for (size_t row = 0; row < rows; ++row) {
         sums[row] = -0.0f;
     }
 {% endif %}
-    while (x != end) {
+    while ({{ "place" if strided else "x" }} != end) {
         lookup[0] = 0;
         for (size_t half = 1; half < 16; half *= 2) {
-            const {{ number }} value = {{ "x == end ? 0 : " if not whole }}{{ "%s_fixed(*x++, block.shift)" | format(name) if fixed else "*x++" }};
+{% set input = "x[place]" if strided else "*x++" %}
+            const {{ number }} value = {{ ("place" if strided else "x") ~ " == end ? 0 : " if not whole }}{{ input if floats else "%s_fixed(%s, %s)" | format(name, input, shift) }};
 
             for (size_t b = 0; b < half; ++b) {
                 lookup[b + half] = lookup[b] + value;
                 lookup[b] -= value;
             }
+{% if strided %}
+            place += {{ "stride" if whole else "place == end ? 0 : stride" }};
+{% endif %}
         }
         for ({{ number }} *sum = sums; sum != sums + rows; sum += 2) {
             const unsigned signs = *table++;
 
-{% if fixed %}
+{% if not floats %}
             if (first) {
                 sum[0] = 0;
                 sum[1] = 0;
@@ -48,7 +61,7 @@ static void {{ name }}_{{ kernel }}(const uint8_t *table, const float *x, size_t
             sum[0] += lookup[signs & 15u];
             sum[1] += lookup[signs >> 4];
         }
-{% if fixed %}
+{% if not floats %}
         first = 0;
 {% endif %}
     }
