@@ -104,17 +104,16 @@ static void conv_band(const struct call *call, const struct buffers *buffers, si
                 .correction = layer->corrections + (group * call->mixes + mix) * call->rows,
                 .alpha = call->alphas + channel,
                 .bias = call->bias ? call->bias + channel : NULL,
-                .scale = call->scales[sample],
+                .scales = call->scales + sample,
                 .relu = layer->relu,
             };
-            if (!layer->channels_last) {
-                float *out = call->out + (sample * channels + channel) * plane + y * call->out_width + x;
-                call->dots->finish_planes(&finish, z, z_row, count, inputs, out, plane);
-                continue;
-            }
-            float *out = call->out + ((sample * plane + y * call->out_width + x) * channels) + channel;
-            for (size_t i = 0; i < inputs; i++)
-                call->dots->finish_rows(&finish, z + i * z_row, count, out + i * channels);
+            const size_t position = y * call->out_width + x;
+            if (layer->channels_last)
+                call->dots->finish_inputs(&finish, z, z_row, count, inputs,
+                                          call->out + (sample * plane + position) * channels + channel, channels);
+            else
+                call->dots->finish_rows(&finish, z, z_row, count, inputs,
+                                        call->out + (sample * channels + channel) * plane + position, plane);
         }
     }
 }
@@ -127,18 +126,20 @@ static void linear_tokens(const struct call *call, const struct buffers *buffers
         buffers->tiles[tile] = call->bytes + (first + tile * TBN_DOT_INPUTS) * call->pixel_bytes;
     multiply(call, buffers, layer->index, 0, tiles, call->pixel_bytes, call->image_bytes);
     const size_t outputs = layer->copies * layer->rows;
-    for (size_t i = 0; i < tokens; i++)
+    for (size_t tile = 0; tile < tiles; tile++)
         for (size_t copy = 0; copy < layer->copies; copy++) {
-            const size_t mix = call->mixes > 1 ? copy : 0, output = copy * layer->rows;
+            const size_t mix = call->mixes > 1 ? copy : 0, output = copy * layer->rows, i = tile * TBN_DOT_INPUTS;
             const struct tbn_dot_finish finish = {
                 .correction = layer->corrections + mix * layer->rows,
                 .alpha = call->alphas + output,
                 .bias = call->bias ? call->bias + output : NULL,
-                .scale = call->scales[first + i],
+                .scales = call->scales + first + i,
+                .scale_step = 1,
                 .relu = layer->relu,
             };
-            call->dots->finish_rows(&finish, buffers->z + mix * z_size(call, tiles) + i * z_row, layer->rows,
-                                    call->out + (first + i) * outputs + output);
+            call->dots->finish_inputs(&finish, buffers->z + mix * z_size(call, tiles) + i * z_row, z_row, layer->rows,
+                                      tbn_min(TBN_DOT_INPUTS, tokens - i), call->out + (first + i) * outputs + output,
+                                      outputs);
         }
 }
 

@@ -151,11 +151,6 @@ TARGET static void bytes_of_planes(const float *x, size_t plane, size_t channels
     }
 }
 
-/* Sums of one input and 16 rows, the correction taken off. */
-INLINE __m512 corrected(const int32_t *z, const int32_t *correction, __mmask16 lanes) {
-    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_load_si512(z), _mm512_maskz_loadu_epi32(lanes, correction)));
-}
-
 /* The order of the products is the reference's: (z * alpha) * scale + bias. A NaN is no smaller than 0 and stays. */
 INLINE __m512 finished(__m512 z, __m512 alpha, __m512 scale, const __m512 *bias, int relu) {
     __m512 value = _mm512_mul_ps(_mm512_mul_ps(z, alpha), scale);
@@ -164,40 +159,73 @@ INLINE __m512 finished(__m512 z, __m512 alpha, __m512 scale, const __m512 *bias,
     return relu ? _mm512_max_ps(_mm512_setzero_ps(), value) : value; /* of 0 and a NaN the second operand */
 }
 
-TARGET static void finish_input(const struct tbn_dot_finish *job, const int32_t *z, size_t rows, float *out) {
-    const __m512 scale = _mm512_set1_ps(job->scale);
-    for (size_t row = 0; row < rows; row += 16) {
-        const __mmask16 lanes = first_lanes(rows - row);
-        const __m512 bias = job->bias ? _mm512_maskz_loadu_ps(lanes, job->bias + row) : _mm512_setzero_ps();
-        const __m512 value = finished(corrected(z + row, job->correction + row, lanes),
-                                      _mm512_maskz_loadu_ps(lanes, job->alpha + row), scale, job->bias ? &bias : NULL,
-                                      job->relu);
-        _mm512_mask_storeu_ps(out + row, lanes, value);
+/* What one row block of a result is made with. */
+struct row_block {
+    __m512i correction;
+    __m512 alpha, bias;
+};
+
+INLINE struct row_block row_block_of(const struct tbn_dot_finish *job, size_t row, __mmask16 lanes) {
+    return (struct row_block){
+        .correction = _mm512_maskz_loadu_epi32(lanes, job->correction + row),
+        .alpha = _mm512_maskz_loadu_ps(lanes, job->alpha + row),
+        .bias = job->bias ? _mm512_maskz_loadu_ps(lanes, job->bias + row) : _mm512_setzero_ps(),
+    };
+}
+
+/* 16 rows, or those of them that are `lanes`, of all inputs. */
+INLINE void finish_block(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t row,
+                         __mmask16 lanes, size_t inputs, float *out, size_t step, int has_bias, int relu) {
+    const struct row_block block = row_block_of(job, row, lanes);
+    for (size_t i = 0; i < inputs; i++) {
+        const __m512i sum = _mm512_add_epi32(_mm512_load_si512(z + i * z_stride + row), block.correction);
+        const __m512 scale = _mm512_set1_ps(job->scales[i * job->scale_step]);
+        const __m512 value =
+            finished(_mm512_cvtepi32_ps(sum), block.alpha, scale, has_bias ? &block.bias : NULL, relu);
+        if (lanes == 0xffff)
+            _mm512_storeu_ps(out + i * step + row, value);
+        else
+            _mm512_mask_storeu_ps(out + i * step + row, lanes, value);
     }
 }
 
-TARGET static void finish_tile(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
-                               size_t inputs, float *out, size_t plane) {
-    const __m512 scale = _mm512_set1_ps(job->scale);
+TARGET static void finish_inputs(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
+                                 size_t inputs, float *out, size_t step) {
+    for (size_t row = 0; row < rows; row += 16) {
+        const __mmask16 lanes = first_lanes(rows - row);
+        if (job->bias && job->relu)
+            finish_block(job, z, z_stride, row, lanes, inputs, out, step, 1, 1);
+        else if (job->bias)
+            finish_block(job, z, z_stride, row, lanes, inputs, out, step, 1, 0);
+        else
+            finish_block(job, z, z_stride, row, lanes, inputs, out, step, 0, job->relu);
+    }
+}
+
+TARGET static void finish_by_rows(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
+                                  size_t inputs, float *out, size_t step) {
+    const __m512 scale = _mm512_set1_ps(job->scales[0]);
     const __mmask16 wanted = first_lanes(inputs);
     float by_input[16 * 16] __attribute__((aligned(TBN_ALIGN))), by_row[16 * 16] __attribute__((aligned(TBN_ALIGN)));
     for (size_t first = 0; first < rows; first += 16) {
-        const __mmask16 lanes = first_lanes(rows - first);
-        UNROLL for (size_t i = 0; i < 16; i++)
-            _mm512_store_ps(by_input + i * 16, corrected(z + i * z_stride + first, job->correction + first, lanes));
+        const __m512i correction = _mm512_maskz_loadu_epi32(first_lanes(rows - first), job->correction + first);
+        UNROLL for (size_t i = 0; i < 16; i++) {
+            const __m512i sum = _mm512_add_epi32(_mm512_load_si512(z + i * z_stride + first), correction);
+            _mm512_store_ps(by_input + i * 16, _mm512_cvtepi32_ps(sum));
+        }
         transpose_block(by_input, 16, by_row, 16);
         for (size_t row = first; row < rows && row < first + 16; row++) {
             const __m512 bias = _mm512_set1_ps(job->bias ? job->bias[row] : 0.0f);
             const __m512 value = finished(_mm512_load_ps(by_row + (row - first) * 16),
                                           _mm512_set1_ps(job->alpha[row]), scale, job->bias ? &bias : NULL, job->relu);
-            _mm512_mask_storeu_ps(out + row * plane, wanted, value);
+            _mm512_mask_storeu_ps(out + row * step, wanted, value);
         }
     }
 }
 
 #define SHARED \
-    .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, .finish_rows = finish_input, \
-    .finish_planes = finish_tile
+    .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, \
+    .finish_inputs = finish_inputs, .finish_rows = finish_by_rows
 
 const struct tbn_dots tbn_dots_vnni = {.begin = nothing, .end = nothing, .multiply = multiply_vnni, SHARED};
 

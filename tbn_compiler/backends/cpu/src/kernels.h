@@ -104,11 +104,12 @@ struct tbn_dot {
     int32_t *z;      /* [tile][TBN_DOT_INPUTS][blocks * TBN_DOT_ROWS] */
 };
 
-/* Results of rows that lie side by side: value = (sum + correction) * alpha * scale + bias. */
+/* Results: value = (sum + correction) * alpha * scale + bias, and the larger of that and 0 if relu. */
 struct tbn_dot_finish {
     const int32_t *correction;
-    const float *alpha, *bias; /* one for each row; `bias` may be NULL */
-    float scale;
+    const float *alpha, *bias; /* these three: one for each row; `bias` may be NULL */
+    const float *scales;       /* of the inputs, `scale_step` apart */
+    size_t scale_step;         /* 0: all have the same */
     int relu;
 };
 
@@ -123,11 +124,12 @@ struct tbn_dots {
     /* Bytes of `channels` planes `plane` elements apart, those of one position side by side, positions `stride` apart. */
     void (*bytes_of_planes)(const float *x, size_t plane, size_t channels, size_t positions, int binary, float factor,
                             uint8_t *out, size_t stride);
-    /* `rows` results of one input. */
-    void (*finish_rows)(const struct tbn_dot_finish *job, const int32_t *z, size_t rows, float *out);
-    /* The same of `inputs` inputs of a tile, whose sums lie `z_stride` apart, to planes `plane` elements apart. */
-    void (*finish_planes)(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
-                          size_t inputs, float *out, size_t plane);
+    /* Results of `rows` rows and `inputs` inputs of a tile, whose sums lie `z_stride` apart: those of an input side by
+       side, inputs `step` elements apart; or those of a row side by side, rows `step` elements apart, with one scale. */
+    void (*finish_inputs)(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
+                          size_t inputs, float *out, size_t step);
+    void (*finish_rows)(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
+                        size_t inputs, float *out, size_t step);
 };
 
 struct tbn_kernels {
