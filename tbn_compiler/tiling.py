@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -84,6 +85,17 @@ def _computed_hadamard_matrix(order: int, like: Tensor) -> Tensor:
     for half in range(order.bit_length() - 1):
         bits = bits ^ (bits >> 2**half)  # the lowest bit becomes the parity of 2, 4, ... bits
     return (1 - 2 * (bits & 1)).to(like.dtype)
+
+
+def _rolled(rows: Sequence[Tensor], shift: int) -> Tensor:
+    """Row ``i`` rolled by ``i * shift``, one behind the other.
+
+    A CPU's autocast refuses to join tensors, as rolling does, of another half precision than its own.
+    """
+    if rows[0].device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return _rolled(rows, shift)
+    return torch.cat([row.roll(i * shift) for i, row in enumerate(rows)])
 
 
 @dataclass(frozen=True)
@@ -275,7 +287,7 @@ class TileLayout:
             return weight.reshape(self.batch, self.p, -1).sum(1).reshape(-1)
         copies = weight.reshape(self.p, self.tile_size)
         if self.shift:
-            copies = torch.stack([copies[i].roll(-i * self.shift) for i in range(self.p)])
+            copies = _rolled(copies.unbind(), -self.shift).view_as(copies)
         return copies.sum(0)
 
     def replicate(self, tile: Tensor) -> Tensor:
@@ -287,7 +299,7 @@ class TileLayout:
         if self.kind == "hadamard":
             return self._signed(tile).reshape(self.shape)
         if self.shift:
-            return torch.cat([tile.roll(i * self.shift) for i in range(self.p)]).reshape(self.shape)
+            return _rolled([tile] * self.p, self.shift).reshape(self.shape)
         if self.batch > 1:
             return tile.reshape(self.batch, 1, -1).repeat(1, self.p, 1).reshape(self.shape)
         return tile.repeat(self.p).reshape(self.shape)
