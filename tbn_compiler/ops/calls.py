@@ -378,6 +378,9 @@ class TensorCall(TiledCall):
             raise ValueError(f"{op}: input_alpha needs groups=1, got groups={groups}: the groups read different copies")
         if len(self.arguments["kernel_size"]) != d:
             self._check_sizes()
+        for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
+            if any(value < least for value in self.arguments.get(name, ())):
+                raise ValueError(f"{op}: {name} must be at least {least}, got {list(self.arguments[name])}")
 
     def _check_sizes(self) -> None:
         """Check that all sizes of the geometry have as many elements as there are dimensions."""
@@ -407,14 +410,8 @@ class TensorCall(TiledCall):
 
     @property
     def keeps_format(self) -> bool:
-        """Whether the result has the memory format of the input.
-
-        That of a convolution on a GPU has, and on a CPU where activations are integers: floats are looked up by planes.
-        """
-        kind = self.input.device.type
-        return (
-            self.dims > 1 and not self.transposed and (kind == "cuda" or (kind == "cpu" and self.activation != "float"))
-        )
+        """Whether the result has the memory format of the input: that of a convolution on a CPU or GPU has."""
+        return self.dims > 1 and not self.transposed and self.input.device.type in ("cpu", "cuda")
 
     def output_format(self) -> torch.memory_format:
         """The memory format of the result: ``channels_last`` for an input in it, where a kernel keeps it."""

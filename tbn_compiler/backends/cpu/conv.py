@@ -72,7 +72,7 @@ def make_conv(d: int) -> Callable[..., Tensor]:
             library.level(), op, in_channels, out_channels, *kernel_size, p, p_in, shift, hadamard, *stride,
             *padding, *dilation, groups, alpha.shape[0] if alpha.dim() == 1 else None, activation, epilogue,
         )  # fmt: skip
-        last = activation != "float" and _is_last(input, d)
+        last = _is_last(input, d)
         if (
             p_in == 1
             and input_alpha is None
@@ -86,7 +86,7 @@ def make_conv(d: int) -> Callable[..., Tensor]:
             plan = prepare.find(tile, (*use, last))
             if plan is not None:
                 sizes = conv_sizes(input.shape[-d:], kernel_size, stride, padding, dilation)
-                if min(sizes) >= 1 and input.shape[-1] + 2 * padding[-1] <= MAX_WIDTH:
+                if min(sizes) >= 1 and 0 not in input.shape[-d:] and input.shape[-1] + 2 * padding[-1] <= MAX_WIDTH:
                     return _run(op, plan, input, alpha, bias, sizes, out_channels, epilogue, last=last)
         call = operator.bind(
             (input, tile, alpha, bias, in_channels, out_channels, kernel_size, p, input_alpha),
@@ -135,7 +135,7 @@ def _multiplies_bytes(call: TensorCall) -> bool:
 
 def _reason_against(call: TensorCall, sizes: Sequence[int]) -> str | None:
     """Why PyTorch computes a convolution that the kernels could otherwise take."""
-    if min(sizes) < 1:
+    if min(sizes) < 1 or 0 in call.input.shape[-call.dims :]:
         return "the kernel does not fit the input"  # PyTorch raises the error
     if call.input.shape[-1] + 2 * call.arguments["padding"][-1] > MAX_WIDTH:
         return f"rows wider than {MAX_WIDTH}"
@@ -168,7 +168,9 @@ def _run(
 ) -> Tensor:
     d = len(sizes)
     shape = (*input.shape[: -d - 1], out_channels, *sizes)
-    out = torch.empty(shape, memory_format=_last) if last else input.new_empty(shape)
+    out = (
+        torch.empty(shape, dtype=_float32, device=input.device, memory_format=_last) if last else input.new_empty(shape)
+    )
     failed = plan.call(
         plan.address,
         input.data_ptr(),

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tbn_compiler.backends.dynamo.image_formats import note_format
 from tbn_compiler.graph.layers import is_view
 from tbn_compiler.graph.operations import bind
 from tbn_compiler.ops.calls import OPERATORS, TRAINING_OPERATORS
@@ -176,6 +177,7 @@ def _copy(
             copy.meta.pop("grapharg", None)
             if isinstance(value, Tensor):
                 note_value(copy, value)
+                note_format(copy, value)
             if copy.op == "call_function":
                 copy.target = _target(copy)
         copies[node] = copy

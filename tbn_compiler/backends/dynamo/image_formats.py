@@ -4,20 +4,22 @@ Convolutions of int8 activations that multiply bytes (``docs/cpu.md``) have the 
 images in planes are transposed on the way in and out. In a network of several, the values between them stay in that
 format: an image is brought into it before the first convolution, and back where anything but pooling and functions of
 each element reads it, so that whoever looks at strides finds those of the graph that was captured.
+
+Conversions stand directly before their readers: a value that is changed in place is read as it is then.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from tbn_compiler.backends.cpu import library
 from tbn_compiler.graph.calls import attribute, tiled_call
 from tbn_compiler.graph.operations import VIEWS, bind, operation_of
+from tbn_compiler.torch_private import OpOverload, operator_schema
 
 _ELEMENTWISE = (
     *("relu", "leaky_relu", "gelu", "silu", "sigmoid", "tanh", "relu6", "hardtanh", "elu", "softplus", "hardswish"),
@@ -28,39 +30,48 @@ _POOLINGS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_po
 _KEEPING = frozenset((*_ELEMENTWISE, *_POOLINGS, "add", "batch_norm"))
 """Operations whose result has the format of their first argument, and of the other one of a sum."""
 
+_PLANES = "tbn_planes"  # in the ``meta`` of nodes
+
+_ALIASES = VIEWS | {"detach", "identity", "dropout"}
+"""Operations whose result may share memory with their first argument."""
+
 
 def keep_channels_last(gm: fx.GraphModule) -> bool:
     """Bring images into the format and keep them there, in place; whether there were such convolutions.
 
-    Left alone: a graph with one convolution, or with one that changes an image in place through a view of it.
+    Left alone: a graph with one convolution, and one in which an image is changed in place by another operation than
+    those that keep the format, or after a view of it was made.
     """
-    convolutions = {node for node in gm.graph.nodes if _multiplies_bytes(gm, node)}
+    convolutions = [node for node in gm.graph.nodes if _multiplies_bytes(gm, node)]
     if len(convolutions) < 2:
         return False
-    images = set(convolutions)
+    images = dict.fromkeys(convolutions)
     for node in gm.graph.nodes:
-        call = bind(node)
-        if call is not None and call.name in _KEEPING and call.input in images:
-            other = call.arguments.get("other")
-            if not isinstance(other, fx.Node) or other in images:
-                images.add(node)
-    if any(_changes_apart(node, images) for node in gm.graph.nodes):
+        if _keeps(node, images):
+            images[node] = None
+    if any(_by_planes(node) is None for node in images) or _changes_apart(gm, images):
         return False
-    into: dict[fx.Node, fx.Node] = {}
     for node in convolutions:
         image = node.args[0]
         assert isinstance(image, fx.Node)
         if image not in images:
-            if image not in into:
-                into[image] = _insert(gm, image, memory_format=torch.channels_last)
-            node.replace_input_with(image, into[image])
+            _convert_for(gm, node, image, torch.channels_last)
     for node in images:
-        outside = [user for user in node.users if user not in images]
-        if outside:
-            back = _insert(gm, node)
-            for user in outside:
-                user.replace_input_with(node, back)
+        if _by_planes(node):
+            for reader in [user for user in node.users if user not in images]:
+                _convert_for(gm, reader, node, torch.contiguous_format)
     return True
+
+
+def note_format(node: fx.Node, value: Tensor) -> None:
+    """Note the format of an image that was captured."""
+    if value.dim() == 4:
+        node.meta[_PLANES] = value.is_contiguous()
+
+
+def _by_planes(node: fx.Node) -> bool | None:
+    """Whether an image was captured in planes; ``None`` for another value, or one that is not known."""
+    return node.meta.get(_PLANES)
 
 
 def _multiplies_bytes(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -71,46 +82,72 @@ def _multiplies_bytes(gm: fx.GraphModule, node: fx.Node) -> bool:
     return tile is not None and tile.device.type == "cpu" and call.groups == 1
 
 
-def _changes_apart(node: fx.Node, images: set[fx.Node]) -> bool:
-    """Whether a node changes an image in place whose reading would be put into another format."""
-    if node in images or not node.args or not isinstance(node.args[0], fx.Node) or not _in_place(node):
+def _keeps(node: fx.Node, images: dict[fx.Node, None]) -> bool:
+    call = bind(node)
+    if call is None or call.name not in _KEEPING or call.input not in images or call.arguments.get("return_indices"):
         return False
-    return any(base in images for base in _bases(node.args[0]))
+    other = call.arguments.get("other")
+    return not isinstance(other, fx.Node) or other in images
+
+
+def _changes_apart(gm: fx.GraphModule, images: dict[fx.Node, None]) -> bool:
+    """Whether an image is changed in place where a reader, or a view that was made before, would have a copy."""
+    first: dict[fx.Node, fx.Node] = {}  # a value to the first one that it may share memory with
+    viewed: set[fx.Node] = set()
+    shared = {*images}  # images, and what may share memory with them
+    for node in gm.graph.nodes:
+        for source in _changed(node):
+            base = first.get(source, source)
+            if source in shared and (node not in images or base in viewed):
+                return True
+            if source is node.args[0]:
+                first[node] = base
+        if _name(node) in _ALIASES and node.args and isinstance(node.args[0], fx.Node):
+            base = first[node] = first.get(node.args[0], node.args[0])
+            if node.args[0] in shared and node not in images:
+                shared.add(node)
+                viewed.add(base)
+    return False
+
+
+def _name(node: fx.Node) -> str:
+    found = operation_of(node)
+    return found.name if found is not None else str(getattr(node.target, "__name__", node.target))
+
+
+def _changed(node: fx.Node) -> Iterator[fx.Node]:
+    """The values that a node may change in place."""
+    if node.op not in ("call_function", "call_method"):
+        return
+    if isinstance(node.target, OpOverload) and operator_schema(node.target).is_mutable:
+        yield from node.all_input_nodes
+        return
+    given = node.kwargs.get("out")
+    yield from (
+        value for value in (given if isinstance(given, tuple | list) else [given]) if isinstance(value, fx.Node)
+    )
+    if node.args and isinstance(node.args[0], fx.Node) and _in_place(node):
+        yield node.args[0]
 
 
 def _in_place(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    operators = (getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "pow", "matmul"))
+    name = node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
+    call = bind(node)
     return (
         (name.endswith("_") and not name.endswith("__"))
-        or node.target in (*operators, operator.setitem)
-        or bool(node.kwargs.get("inplace"))
-        or "out" in node.kwargs
-        or _named(node).get("inplace") is True
+        or node.target in _IN_PLACE
+        or node.kwargs.get("inplace") is True
+        or (call is not None and call.arguments.get("inplace") is True)
     )
 
 
-def _named(node: fx.Node) -> dict[str, Any]:
-    call = bind(node)
-    return {} if call is None else call.arguments
+_IN_PLACE = (operator.setitem, *(getattr(operator, f"i{name}") for name in (
+    "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"
+)))  # fmt: skip
 
 
-def _bases(node: fx.Node) -> Iterator[fx.Node]:
-    """A value, and the values that it may be a view of."""
-    yield node
-    while True:
-        found = operation_of(node)
-        name = found.name if found is not None else str(getattr(node.target, "__name__", node.target))
-        if name not in VIEWS or not node.args or not isinstance(node.args[0], fx.Node):
-            return
-        node = node.args[0]
-        yield node
-
-
-def _insert(gm: fx.GraphModule, value: fx.Node, **options: torch.memory_format) -> fx.Node:
-    """The value in another format, computed behind it."""
-    last = value
-    while last.op == "placeholder" and last.next.op == "placeholder":
-        last = last.next
-    with gm.graph.inserting_after(last):
-        return gm.graph.call_method("contiguous", (value,), dict(options))
+def _convert_for(gm: fx.GraphModule, reader: fx.Node, value: fx.Node, form: torch.memory_format) -> None:
+    """Let one reader have a value in another format."""
+    with gm.graph.inserting_before(reader):
+        converted = gm.graph.call_method("contiguous", (value,), {"memory_format": form})
+    reader.replace_input_with(value, converted)

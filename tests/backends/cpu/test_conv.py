@@ -224,7 +224,8 @@ def test_inputs_of_every_kind(level: str) -> None:
     with cpu.use_level(level):
         for given_x in (x.to(memory_format=torch.channels_last), shifted, torch.stack([x, x], 4)[..., 0]):
             got = tbn.conv2d(given_x, *rest)
-            assert got.is_contiguous()
+            last = given_x.is_contiguous(memory_format=torch.channels_last)
+            assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
             assert torch.equal(got.double(), expected)
         assert torch.equal(tbn.conv2d(x[0], *rest).double(), expected[0])
         assert tbn.conv2d(x[:0], *rest).shape == (0, 16, 4, 5)
@@ -233,6 +234,44 @@ def test_inputs_of_every_kind(level: str) -> None:
         copies = torch.tensor([0.5, 2.0, 1.0])
         got = tbn.conv2d(x[:, :4], *rest, copies)
         assert torch.equal(got, reference.KERNELS["conv2d"](x[:, :4], *rest, copies))
+
+
+@every_level
+@pytest.mark.parametrize("activation", ["float", "int8"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_not_that_of_results(default: torch.dtype, activation: str, level: str) -> None:
+    tile, alpha, _ = operands((16, 8, 3, 3), 4, 4)
+    x = torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)
+    args, kw = (x, tile, alpha, None, 8, 16, [3, 3], 4), {"activation": activation}
+    expected = reference.KERNELS["conv2d"](*args, **kw)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with cpu.use_level(level):
+            got = tbn.conv2d(*args, **kw)
+    finally:
+        torch.set_default_dtype(before)
+    assert got.stride() == expected.contiguous(memory_format=torch.channels_last).stride()
+    oracle.assert_close(got, expected)
+
+
+@every_level
+@pytest.mark.parametrize(("name", "value"), [("padding", -1), ("stride", 0), ("dilation", 0)])
+def test_geometry_that_makes_no_sense_is_an_error(name: str, value: int, level: str) -> None:
+    tile, alpha, _ = operands((16, 8, 3, 3), 4, 4)
+    with cpu.use_level(level), pytest.raises(ValueError, match=f"{name} must be at least {value + 1}"):
+        tbn.conv2d(torch.randn(1, 8, 9, 9), tile, alpha, None, 8, 16, [3, 3], 4, **{name: [value, value]})
+
+
+@every_level
+@pytest.mark.parametrize("activation", ["float", "int8", "binary"])
+def test_an_empty_image_is_pytorchs_error(activation: str, level: str) -> None:
+    tile, alpha, _ = operands((16, 8, 3, 3), 4, 4)
+    kw: dict[str, Any] = {"padding": [2, 2], "activation": activation}
+    with cpu.use_level(level):
+        tbn.conv2d(torch.randn(1, 8, 4, 4), tile, alpha, None, 8, 16, [3, 3], 4, **kw)
+        with pytest.raises((RuntimeError, IndexError)):
+            tbn.conv2d(torch.randn(1, 8, 0, 4), tile, alpha, None, 8, 16, [3, 3], 4, **kw)
 
 
 def test_a_kernel_that_does_not_fit_is_pytorchs_error() -> None:

@@ -274,6 +274,8 @@ TARGET static float quantize(const float *x, size_t count, int binary, int16_t *
 
 const struct tbn_kernels tbn_avx512 = {.name = "avx512", .dots = NULL, KERNELS};
 const struct tbn_kernels tbn_avx512vnni = {.name = "avx512vnni", .dots = &tbn_dots_vnni, KERNELS};
+#ifdef TBN_AMX
 const struct tbn_kernels tbn_avx512amx = {.name = "avx512amx", .dots = &tbn_dots_amx, KERNELS};
+#endif
 
 #endif

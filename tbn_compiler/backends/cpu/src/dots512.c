@@ -78,11 +78,6 @@ TARGET static void multiply_vnni(const struct tbn_dot *job) {
     }
 }
 
-/* As below, a function of its own instructions. */
-TARGET static void expand_blocks(const struct tbn_dot *job, size_t block, size_t blocks) {
-    expand(job, block, blocks);
-}
-
 /* 16 integers as floats are made of them, in float's rounding of halves to even. */
 INLINE __m512i integers_of(__m512 x, int binary, __m512 factor) {
     if (binary)
@@ -229,6 +224,13 @@ TARGET static void finish_by_rows(const struct tbn_dot_finish *job, const int32_
 
 const struct tbn_dots tbn_dots_vnni = {.begin = nothing, .end = nothing, .multiply = multiply_vnni, SHARED};
 
+#ifdef TBN_AMX
+
+/* A function of its own instructions. */
+TARGET static void expand_blocks(const struct tbn_dot *job, size_t block, size_t blocks) {
+    expand(job, block, blocks);
+}
+
 #undef TARGET
 #define TARGET __attribute__((target("amx-tile,amx-int8")))
 
@@ -310,5 +312,7 @@ TARGET static void multiply_amx(const struct tbn_dot *job) {
 }
 
 const struct tbn_dots tbn_dots_amx = {.begin = begin_amx, .end = end_amx, .multiply = multiply_amx, SHARED};
+
+#endif
 
 #endif

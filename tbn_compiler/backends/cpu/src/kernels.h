@@ -161,8 +161,14 @@ struct tbn_kernels {
 extern const struct tbn_kernels tbn_portable;
 #if defined(__x86_64__)
 extern const struct tbn_kernels tbn_avx2;
-extern const struct tbn_kernels tbn_avx512, tbn_avx512vnni, tbn_avx512amx;
-extern const struct tbn_dots tbn_dots_vnni, tbn_dots_amx;
+extern const struct tbn_kernels tbn_avx512, tbn_avx512vnni;
+extern const struct tbn_dots tbn_dots_vnni;
+/* Compilers that know AMX. */
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define TBN_AMX 1
+extern const struct tbn_kernels tbn_avx512amx;
+extern const struct tbn_dots tbn_dots_amx;
+#endif
 #elif defined(__aarch64__)
 extern const struct tbn_kernels tbn_neon;
 #endif

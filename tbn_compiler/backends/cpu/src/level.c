@@ -9,6 +9,7 @@
 #include <unistd.h>
 #endif
 
+#ifdef TBN_AMX
 /* Whether the processor has AMX for bytes, and the system lets this process use it. */
 static int has_amx(void) {
 #if defined(__linux__) && defined(SYS_arch_prctl)
@@ -21,6 +22,7 @@ static int has_amx(void) {
     return 0;
 #endif
 }
+#endif
 
 static const struct tbn_kernels *find(const char *name) {
     __builtin_cpu_init();
@@ -29,8 +31,10 @@ static const struct tbn_kernels *find(const char *name) {
                        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                        __builtin_cpu_supports("bmi2");
     const int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+#ifdef TBN_AMX
     if (strcmp(name, "avx512amx") == 0 && vnni && has_amx())
         return &tbn_avx512amx;
+#endif
     if (strcmp(name, "avx512vnni") == 0 && vnni)
         return &tbn_avx512vnni;
     if (strcmp(name, "avx512") == 0 && avx512)

@@ -7,7 +7,7 @@
 #define TBN_EXPORT __attribute__((visibility("default")))
 
 /* Changes with anything below: a library left over from another version is not used. */
-enum { TBN_INTERFACE = 2 };
+enum { TBN_INTERFACE = 3 };
 
 TBN_EXPORT int tbn_interface(void);
 
