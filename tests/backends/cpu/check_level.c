@@ -279,7 +279,7 @@ int main(int count, char **arguments) {
         return 2;
     }
     int wrong = 0;
-    for (int i = 0; i < 30; i++)
+    for (int i = 0; i < 20; i++)
         for (int activation = TBN_FLOAT; activation <= TBN_BINARY; activation++)
             wrong += check_linear(kernels, activation) + check_conv(kernels, activation);
     return wrong != 0;

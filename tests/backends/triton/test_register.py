@@ -66,7 +66,7 @@ def test_without_triton(caplog: pytest.LogCaptureFixture) -> None:
     [
         ("cuda", torch.contiguous_format, torch.contiguous_format),
         ("cuda", torch.channels_last, torch.channels_last),
-        ("cpu", torch.channels_last, torch.contiguous_format),
+        ("cpu", torch.channels_last, torch.channels_last),
     ],
 )
 @pytest.mark.parametrize("kernel", [1, 3])
