@@ -15,7 +15,6 @@ import tbn_compiler  # noqa: F401  (registers the operators)
 from tbn_compiler.backends.triton import conv, hadamard, launches, linear, tuning
 from tbn_compiler.backends.triton.plan import plan_weight
 from tbn_compiler.backends.triton.search import Config, Gpu, linear_candidates
-from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.packing import packed_size
 from tbn_compiler.tiling import TiledProduct, TileLayout
 from tests.backends.triton.compiling import compiling, resources
@@ -309,7 +308,6 @@ def compile_conv(
         return chosen[-1]
 
     monkeypatch.setattr(tuning, "choose", choose)
-    monkeypatch.setattr(TensorCall, "keeps_format", True)
     monkeypatch.setattr(linear, "compute_capability", lambda device: int(target[3:]) if target in NVIDIA else 0)
     monkeypatch.setattr(conv, "gpu_of", lambda device: Gpu(132, SHARED[target]))
     q = channels * channels * 9 // 4

@@ -14,7 +14,6 @@ from torch._subclasses import FakeTensorMode
 import tbn_compiler  # noqa: F401  (registers the operators)
 from tbn_compiler.backends import triton as backend
 from tbn_compiler.ops import reference
-from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.packing import pack_bits
 
 
@@ -89,7 +88,6 @@ def test_fakes_have_the_strides_of_the_kernels(
 
 @pytest.mark.usefixtures("_without_triton")
 def test_without_triton_the_strides_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TensorCall, "keeps_format", True)
     kernel = backend.kernel("conv2d")
     x = torch.randn(2, 8, 7, 6).to(memory_format=torch.channels_last)
     args = (pack_bits(torch.randn(16 * 8 * 9 // 4)), torch.ones(1), None, 8, 16, (3, 3), 4)

@@ -35,12 +35,6 @@ def _no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     launches.forget()
 
 
-@pytest.fixture
-def _keeps_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the tensors of the interpreter are on the CPU."""
-    monkeypatch.setattr(TensorCall, "keeps_format", True)
-
-
 def check(monkeypatch: pytest.MonkeyPatch, kernel: str, call: Call, x: Any, **options: Any) -> torch.Tensor:
     def choose(device: torch.device, key: str, candidates: Any, run: Any) -> Any:
         others = [Config(kernel), Config(kernel, 16, 16, 32)]  # of the shapes for which it is no candidate
@@ -112,7 +106,6 @@ def test_images_and_strides(monkeypatch: pytest.MonkeyPatch, kernel: str) -> Non
 LAST = {"memory_format": torch.channels_last}
 
 
-@pytest.mark.usefixtures("_keeps_format")
 @pytest.mark.parametrize("kernel", ["implicit", "library", "library_last", "unpacked"])
 @pytest.mark.parametrize("call", [Call((16, 32, 3, 3), 4, 4), Call((12, 4, 3, 3), 3, 3, groups=2)])
 def test_memory_formats(monkeypatch: pytest.MonkeyPatch, kernel: str, call: Call) -> None:
@@ -126,14 +119,12 @@ def test_memory_formats(monkeypatch: pytest.MonkeyPatch, kernel: str, call: Call
         check(monkeypatch, kernel, call, x.to(**LAST), activation="int8", **SAME, **LAST)
 
 
-@pytest.mark.usefixtures("_keeps_format")
 @pytest.mark.parametrize("kernel", ["implicit", "library", "library_last", "unpacked"])
 def test_volumes_with_channels_last(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     call, last = Call((8, 16, 2, 3, 1), 2, 2), {"memory_format": torch.channels_last_3d}
     check(monkeypatch, kernel, call, call.input(2, 4, 5, 6).to(**last), padding=(1, 0, 1), **last)
 
 
-@pytest.mark.usefixtures("_keeps_format")
 @pytest.mark.parametrize(
     ("call", "options"),
     [
@@ -207,7 +198,6 @@ def test_float32_in_three_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     check(monkeypatch, "implicit", call, call.input(2, 7, 6))
 
 
-@pytest.mark.usefixtures("_keeps_format")
 def test_the_reference_keeps_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "decline", lambda reason: None)
     call = Call((16, 8, 3, 3), 4, 4)
@@ -236,7 +226,6 @@ def test_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ["meet it one by one" in reasons[0], "float64" in reasons[1], len(reasons)] == [True, True, 2]
 
 
-@pytest.mark.usefixtures("_keeps_format")
 def test_single_positions_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 1 x 1 convolution of float64 channels that lie side by side is left to the reference, in its format."""
     reasons: list[str] = []

@@ -15,7 +15,6 @@ from tbn_compiler.backends.triton.conv import conv1d, conv2d, conv3d
 from tbn_compiler.backends.triton.linear import linear
 from tbn_compiler.backends.triton.search import Config
 from tbn_compiler.ops import reference
-from tbn_compiler.ops.calls import TensorCall
 from tests.backends.triton.calls import Call
 
 # The interpreter computes in NumPy, which says so where infinity and NaN come up as they should.
@@ -230,7 +229,6 @@ def test_convolutions_of_integers(monkeypatch: pytest.MonkeyPatch, call: Call, a
 
 @pytest.mark.parametrize("kernel", ["library", "library_last", "unpacked"])
 def test_memory_formats(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    monkeypatch.setattr(TensorCall, "keeps_format", True)
     call = Call((32, 16, 3, 3), 4, 4, BF16)
     x = call.input(2, 7, 6)
     if kernel != "library_last":
@@ -241,7 +239,6 @@ def test_memory_formats(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
 
 
 def test_single_positions_are_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TensorCall, "keeps_format", True)
     planned = []
     plan = wrapper.plan_weight
     monkeypatch.setattr(wrapper, "plan_weight", lambda *args, **named: planned.append(args) or plan(*args, **named))
