@@ -140,8 +140,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| model | form | median [ms] | middle half [ms] | against float |", "|---|---|---:|---:|---:|"]
     for row in rows:
         for variant in FORMS:
-            if variant not in row:  # of an earlier run
-                continue
             found = row[variant]
             low, high = found["quartiles_ms"]
             times = f"{found['median_ms']:.2f} | {low:.2f} to {high:.2f} | {found['speedup']:.2f}x"

@@ -27,8 +27,8 @@ MIN_FILTERS = {"avx512amx": 32, "avx512vnni": 32, "avx512": 32, "avx2": 64}
 named have none."""
 
 MIN_MIXED_FILTERS = 32
-"""The same where copies have Hadamard signs, at these levels: PyTorch's convolution then has a group for each column
-group, which it is slower at."""
+"""The same where copies have Hadamard signs, at each of these levels, for 128 channels and more: PyTorch's convolution
+then has a group for each column group."""
 
 MIN_DOT_GROUP = 8
 """Fewest channels and filters of a group for products of bytes, which take 64 bytes and 16 filters at once."""

@@ -30,6 +30,10 @@ _POOLINGS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_po
 _KEEPING = frozenset((*_ELEMENTWISE, *_POOLINGS, "add", "batch_norm"))
 """Operations whose result has the format of their first argument, and of the other one of a sum."""
 
+_IN_PLACE = (operator.setitem, *(getattr(operator, f"i{name}") for name in (
+    "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"
+)))  # fmt: skip
+
 _PLANES = "tbn_planes"  # in the ``meta`` of nodes
 
 _ALIASES = VIEWS | {"detach", "identity", "dropout"}
@@ -139,11 +143,6 @@ def _in_place(node: fx.Node) -> bool:
         or node.kwargs.get("inplace") is True
         or (call is not None and call.arguments.get("inplace") is True)
     )
-
-
-_IN_PLACE = (operator.setitem, *(getattr(operator, f"i{name}") for name in (
-    "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"
-)))  # fmt: skip
 
 
 def _convert_for(gm: fx.GraphModule, reader: fx.Node, value: fx.Node, form: torch.memory_format) -> None:

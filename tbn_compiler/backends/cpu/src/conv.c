@@ -3,8 +3,8 @@
  *
  * The tables of a position are built once and serve every tap of the kernel and every filter, and nothing is unrolled
  * in memory: a tap only moves the place at which the tables are read. A unit of work is a band of output rows of one
- * sample and one group of channels, with all its column groups where copies have Hadamard signs. In a band, groups of input channels are taken a few at a time, so that the tables
- * that an output row reads stay in the first-level cache.
+ * sample and one group of channels, with all its column groups where copies have Hadamard signs. In a band, groups of
+ * input channels are taken a few at a time, so that the tables that an output row reads stay in the first-level cache.
  */
 #include "pool.h"
 #include "scratch.h"

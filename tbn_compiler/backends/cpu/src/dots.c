@@ -25,7 +25,8 @@ struct call {
     float *out;
     const float *alphas; /* one for each output */
     const float *bias;
-    uint8_t *bytes;      /* images [sample][group][column group][height][width][channel], or [column group][token][column] */
+    /* Images [sample][group][column group][height][width][channel], or [column group][token][column]. */
+    uint8_t *bytes;
     float *scales;       /* of the samples, or tokens */
     uint8_t *whole;      /* bytes of a token, or of a row of an image, before they are dealt out */
     struct tbn_dot_step *places; /* of the steps */
@@ -45,20 +46,20 @@ struct buffers {
     int32_t *z;      /* [column group][tile][input][row] */
 };
 
-static size_t take_buffers(const struct call *call, char *base, struct buffers *buffers) {
-    struct tbn_scratch scratch = {base, 0};
-    buffers->tiles = tbn_take(&scratch, call->tiles * sizeof *buffers->tiles);
-    buffers->weights = tbn_take(&scratch, 2 * call->steps * TBN_DOT_STEP);
-    buffers->z = tbn_take(&scratch, call->mixes * call->tiles * TBN_DOT_INPUTS * call->blocks * TBN_DOT_ROWS *
-                                        sizeof(int32_t));
-    return scratch.used;
-}
-
+/* Sums of one column group in `tiles` tiles. */
 static size_t z_size(const struct call *call, size_t tiles) {
     return tiles * TBN_DOT_INPUTS * call->blocks * TBN_DOT_ROWS;
 }
 
-/* Sums of `tiles` tiles of inputs of all column groups of a group, mixed. Those of column groups lie `apart` bytes apart. */
+static size_t take_buffers(const struct call *call, char *base, struct buffers *buffers) {
+    struct tbn_scratch scratch = {base, 0};
+    buffers->tiles = tbn_take(&scratch, call->tiles * sizeof *buffers->tiles);
+    buffers->weights = tbn_take(&scratch, 2 * call->steps * TBN_DOT_STEP);
+    buffers->z = tbn_take(&scratch, call->mixes * z_size(call, call->tiles) * sizeof(int32_t));
+    return scratch.used;
+}
+
+/* Sums of `tiles` tiles of inputs of all column groups of a group, mixed. Column groups lie `apart` bytes apart. */
 static void multiply(const struct call *call, const struct buffers *buffers, const void *index, size_t group,
                      size_t tiles, size_t stride, size_t apart) {
     const size_t index_size = call->blocks * call->steps * TBN_DOT_BYTES / 4;
@@ -239,7 +240,7 @@ static void fill_token(const struct call *call, size_t token) {
         deal_out(call->whole, layer->inputs / call->mixes, call->mixes, out, call->image_bytes);
 }
 
-/* The steps of a run of `bytes` bytes, a multiple of 4, `at` bytes from an input; writes them unless `places` is NULL. */
+/* The steps of a run of `bytes` bytes, a multiple of 4, `at` bytes from an input; written unless `places` is NULL. */
 static size_t find_steps(size_t bytes, size_t at, struct tbn_dot_step *places) {
     const size_t steps = tbn_ceil_divide(bytes, TBN_DOT_BYTES);
     for (size_t i = 0; places && i < steps; i++) {
@@ -346,8 +347,8 @@ int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size
     call.tiles = call.band_rows * row_tiles;
     call.units = samples * call.groups * call.bands;
     /* The last inputs of the last tile, and the last step of the last run, end behind the image. */
-    const size_t slack = (TBN_DOT_INPUTS * layer->stride[1] + layer->kernel[1] * layer->dilation[1]) * call.pixel_bytes +
-                         TBN_DOT_BYTES;
+    const size_t slack =
+        (TBN_DOT_INPUTS * layer->stride[1] + layer->kernel[1] * layer->dilation[1]) * call.pixel_bytes + TBN_DOT_BYTES;
     return compute(&call, threads, alpha, call.groups * layer->channels_out, layer->alpha_rows,
                    samples * call.groups * call.mixes, slack,
                    layer->channels_last ? width * call.groups * layer->channels * call.mixes : 0);

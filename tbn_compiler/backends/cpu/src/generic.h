@@ -50,31 +50,23 @@ TBN_INLINE void finish_channel(const float *z, size_t count, float alpha, float 
 }
 
 /* z [mixes][count] -> sums over the first axis with the signs of a Hadamard matrix in Sylvester's order, in place. */
-TBN_INLINE void mix_floats(float *z, size_t mixes, size_t count) {
-    for (size_t half = 1; half < mixes; half *= 2)
-        for (size_t first = 0; first < mixes; first += 2 * half)
-            for (size_t j = first; j < first + half; j++) {
-                float *restrict a = z + j * count, *restrict b = z + (j + half) * count;
-                for (size_t i = 0; i < count; i++) {
-                    const float sum = a[i] + b[i], difference = a[i] - b[i];
-                    a[i] = sum;
-                    b[i] = difference;
-                }
-            }
-}
+#define TBN_MIX(name, type)                                                         \
+    TBN_INLINE void name(type *z, size_t mixes, size_t count) {                     \
+        for (size_t half = 1; half < mixes; half *= 2)                              \
+            for (size_t j = 0; j < mixes; j++) {                                    \
+                if (j & half)                                                       \
+                    continue; /* the second one of a pair */                        \
+                type *restrict a = z + j * count, *restrict b = a + half * count;   \
+                for (size_t i = 0; i < count; i++) {                                \
+                    const type sum = a[i] + b[i], difference = a[i] - b[i];         \
+                    a[i] = sum;                                                     \
+                    b[i] = difference;                                              \
+                }                                                                   \
+            }                                                                       \
+    }
 
-TBN_INLINE void mix_integers(int32_t *z, size_t mixes, size_t count) {
-    for (size_t half = 1; half < mixes; half *= 2)
-        for (size_t first = 0; first < mixes; first += 2 * half)
-            for (size_t j = first; j < first + half; j++) {
-                int32_t *restrict a = z + j * count, *restrict b = z + (j + half) * count;
-                for (size_t i = 0; i < count; i++) {
-                    const int32_t sum = a[i] + b[i], difference = a[i] - b[i];
-                    a[i] = sum;
-                    b[i] = difference;
-                }
-            }
-}
+TBN_MIX(mix_floats, float)
+TBN_MIX(mix_integers, int32_t)
 
 /* Adding and subtracting 1.5 * 2^23 rounds to an integer, half to even, where |x| < 2^22. */
 TBN_INLINE int16_t round_half_even(float x) {
