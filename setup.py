@@ -27,6 +27,7 @@ setup(
                 "-fno-math-errno",
                 "-fno-trapping-math",
                 "-ffp-contract=off",
+                "-fexceptions",  # PyTorch raises its errors through the operators' kernels
                 "-Wall",
                 "-Wextra",
                 "-Wconversion",

@@ -6,13 +6,16 @@ relied on and names torch's version when a release breaks it.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import itertools
 import marshal
 import math
+import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -40,6 +43,7 @@ __all__ = [
     "compile_by_inductor",
     "compiling_fake_mode",
     "differentiated",
+    "exported_functions",
     # What Dynamo writes for F.pad, which is a function of Python around it.
     "functional_pad",
     "functorch_is_active",
@@ -52,6 +56,7 @@ __all__ = [
     "input_structure",
     "make_input",
     "make_picklable",
+    "mapped",
     "mark_as_captured",
     "operator_schema",
     "original_module",
@@ -101,6 +106,23 @@ def without_dispatch(keys: Any) -> AbstractContextManager[None]:
     ``torch.library.register_autocast`` has a fixed dtype, where these operators follow ``torch.get_autocast_dtype``.
     """
     return cast("AbstractContextManager[None]", torch._C._ExcludeDispatchKeyGuard(keys))
+
+
+def exported_functions(names: Iterable[str]) -> dict[str, int | None]:
+    """Addresses of functions that libtorch exports with C linkage, ``None`` for one that it lacks.
+
+    They are the stable interface of PyTorch for libraries (``torch/csrc/stable/c/shim.h`` and those it includes), which
+    is documented for C++ only; what is private is where the library lies.
+    """
+    suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+    prefix = "" if sys.platform == "win32" else "lib"
+    path = Path(torch.__file__).parent / "lib" / f"{prefix}torch_cpu{suffix}"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        return dict.fromkeys(names)
+    found = {name: getattr(library, name, None) for name in names}
+    return {name: None if f is None else ctypes.cast(f, ctypes.c_void_p).value for name, f in found.items()}
 
 
 def untraced(kernel: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -214,16 +236,21 @@ def differentiated(graph: fx.Graph) -> set[fx.Node]:
 
     The calls of private functions where these begin and end are all that the graph says of them.
     """
-    levels = itertools.accumulate(_LEVELS.get(getattr(node.target, "__name__", ""), 0) for node in graph.nodes)
+    return _between(graph, ("grad", "jvp"))
+
+
+def mapped(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a graph of Dynamo's inside ``torch.vmap``, as :func:`differentiated` finds the others."""
+    return _between(graph, ("vmap",))
+
+
+def _between(graph: fx.Graph, transforms: Iterable[str]) -> set[fx.Node]:
+    steps = {f"_{name}_{what}_nesting": step for name in transforms for what, step in _NESTING.items()}
+    levels = itertools.accumulate(steps.get(getattr(node.target, "__name__", ""), 0) for node in graph.nodes)
     return {node for node, level in zip(graph.nodes, levels, strict=True) if level > 0}
 
 
-_LEVELS = {
-    "_grad_increment_nesting": 1,
-    "_grad_decrement_nesting": -1,
-    "_jvp_increment_nesting": 1,
-    "_jvp_decrement_nesting": -1,
-}
+_NESTING = {"increment": 1, "decrement": -1}
 
 
 def original_module(module: nn.Module) -> nn.Module:

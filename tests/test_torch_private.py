@@ -435,6 +435,23 @@ def test_below_autograd() -> None:
     assert (2 * x).requires_grad
 
 
+def test_exported_functions() -> None:
+    found = torch_private.exported_functions(["aoti_torch_get_data_ptr", "no_such_function"])
+    assert isinstance(found["aoti_torch_get_data_ptr"], int), changed("the C functions that libtorch_cpu exports")
+    assert found["no_such_function"] is None
+
+
+def test_mapped() -> None:
+    def function(x: Tensor) -> Tensor:
+        return torch.vmap(torch.sin)(x) + 1
+
+    gm, _ = capture(function, torch.ones(2, 3))
+    inside = {getattr(node.target, "__name__", "") for node in torch_private.mapped(gm.graph)}
+    name = changed("what Dynamo writes for torch.vmap")
+    assert "sin" in inside, name
+    assert "add" not in inside, name
+
+
 def test_functorch_is_active() -> None:
     seen = []
 

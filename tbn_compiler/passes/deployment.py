@@ -13,7 +13,7 @@ from tbn_compiler.graph.calls import InferenceCall, attribute
 from tbn_compiler.graph.records import get_records, set_records, split_key
 from tbn_compiler.graph.shapes import visit_results
 
-_RANK, _DTYPE = "tbn_rank", "tbn_dtype"
+_RANK, _DTYPE, _SIZES = "tbn_rank", "tbn_dtype", "tbn_sizes"
 
 
 def note_values(module: nn.Module, example_inputs: Any) -> None:
@@ -42,8 +42,9 @@ def note_values(module: nn.Module, example_inputs: Any) -> None:
 
 
 def note_value(node: fx.Node, value: Tensor) -> None:
-    """Note what the passes ask of a node's value: its number of dimensions and its dtype."""
+    """Note what the passes ask of a node's value: its number of dimensions, its dtype and its sizes."""
     node.meta[_RANK], node.meta[_DTYPE] = value.dim(), value.dtype
+    node.meta[_SIZES] = tuple(size if type(size) is int else None for size in value.shape)
 
 
 def rank(node: fx.Node) -> int | None:
@@ -56,6 +57,12 @@ def dtype(node: fx.Node) -> torch.dtype | None:
     """Dtype of a node's value, where it was noted or came with an exported graph."""
     value = node.meta.get("val")
     return node.meta.get(_DTYPE, value.dtype if isinstance(value, Tensor) else None)
+
+
+def sizes(node: fx.Node) -> tuple[int | None, ...] | None:
+    """Sizes of a node's value where it was captured, ``None`` for one that varies; passes may change its channels."""
+    found: tuple[int | None, ...] | None = node.meta.get(_SIZES)
+    return found
 
 
 def describe(gm: fx.GraphModule, node: fx.Node) -> str:

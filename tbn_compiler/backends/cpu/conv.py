@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tbn_compiler.backends.cpu import library, prepare
+from tbn_compiler.backends.cpu import library, operands, prepare
 from tbn_compiler.backends.cpu.declined import decline
-from tbn_compiler.backends.cpu.operands import as_vector, expand_replicas, is_vector, reason_against
+from tbn_compiler.backends.cpu.operands import as_vector, expand_replicas, is_vector
 from tbn_compiler.ops import reference
 from tbn_compiler.ops.calls import OPERATORS, TensorCall, conv_sizes
 from tbn_compiler.ops.formats import apply_epilogue
@@ -68,7 +68,7 @@ def make_conv(d: int) -> Callable[..., Tensor]:
     ) -> Tensor:
         # The short way is for operands that the kernels take as they are. It repeats no check that finding a plan, or
         # the sizes of the output, imply.
-        use = (
+        use = (  # as find_plan has it
             library.level(), op, in_channels, out_channels, *kernel_size, p, p_in, shift, hadamard, *stride,
             *padding, *dilation, groups, alpha.shape[0] if alpha.dim() == 1 else None, activation, epilogue,
         )  # fmt: skip
@@ -95,26 +95,26 @@ def make_conv(d: int) -> Callable[..., Tensor]:
                 "dilation": dilation, "groups": groups, "activation": activation, "epilogue": epilogue,
             },
         )  # fmt: skip
-        return _compute(call.checked(), use)
+        return _compute(call.checked())
 
     conv.__name__ = op
     conv.__doc__ = f"``input [N, C, *{d} sizes]``; see :mod:`tbn_compiler.ops.schemas` for the meaning."
     return conv
 
 
-def _compute(call: TensorCall, use: tuple[Hashable, ...]) -> Tensor:
+def _compute(call: TensorCall) -> Tensor:
     """The long way: convert what the kernels do not take as it is, and prepare the tile if it is not."""
-    sizes = call.output_sizes()
-    reason = reason_against(call) or _reason_against(call, sizes)
+    sizes, image = call.output_sizes(), call.input.shape[-call.dims :]
+    reason = operands.reason_against(call) or reason_against_image(call, image) or reason_against_layer(call)
     form = call.output_format()
     if reason is not None:
         decline(call.kind, reason)
         return reference.compute(call).contiguous(memory_format=form)
     x = expand_replicas(call.input.to(_float32), call.input_alpha, call.channel_axis)
     x = call.layout.sum_inputs(x, call.channel_axis)
-    last = _is_last(x, call.dims) and _multiplies_bytes(call)
+    last = _is_last(x, call.dims) and multiplies_bytes(call)
     x = x if last else x.contiguous()
-    plan = prepare.find_or_make(call.tile, (*use, last), lambda entry: _plan(entry, call, last=last))
+    plan = find_plan(call, last=last)
     bias = None if call.bias is None else as_vector(call.bias)
     out = _run(call.kind, plan, x, as_vector(call.alpha), bias, sizes, call.outputs, call.epilogue, last=last)
     return out.to(call.input.dtype).contiguous(memory_format=form)
@@ -125,7 +125,7 @@ def _is_last(input: Tensor, d: int) -> bool:
     return d == 2 and input.dim() == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=_last)
 
 
-def _multiplies_bytes(call: TensorCall) -> bool:
+def multiplies_bytes(call: TensorCall) -> bool:
     """Whether a layer is computed as products of bytes: groups must be worth their blocks of rows and bytes."""
     if call.activation == "float" or not library.has_dots(library.level()):
         return False
@@ -133,13 +133,19 @@ def _multiplies_bytes(call: TensorCall) -> bool:
     return product.groups == 1 or min(layout.shape[1] // product.neighbours, product.rows) >= MIN_DOT_GROUP
 
 
-def _reason_against(call: TensorCall, sizes: Sequence[int]) -> str | None:
-    """Why PyTorch computes a convolution that the kernels could otherwise take."""
-    if min(sizes) < 1 or 0 in call.input.shape[-call.dims :]:
+def reason_against_image(call: TensorCall, image: Sequence[int | None]) -> str | None:
+    """Why PyTorch computes a convolution of images of these sizes, of which ``None`` is not known."""
+    values = zip(image, *(call.arguments[name] for name in call.operator.sizes), strict=True)
+    if any(size is not None and (size == 0 or conv_sizes([size], *([v] for v in of))[0] < 1) for size, *of in values):
         return "the kernel does not fit the input"  # PyTorch raises the error
-    if call.input.shape[-1] + 2 * call.arguments["padding"][-1] > MAX_WIDTH:
+    if image[-1] is not None and image[-1] + 2 * call.arguments["padding"][-1] > MAX_WIDTH:
         return f"rows wider than {MAX_WIDTH}"
-    if _multiplies_bytes(call):
+    return None
+
+
+def reason_against_layer(call: TensorCall) -> str | None:
+    """Why PyTorch computes a convolution that the kernels could otherwise take."""
+    if multiplies_bytes(call):
         return None
     if call.layout.shape[1] // call.product.neighbours // call.product.mixes < MIN_CHANNELS:
         return f"fewer than {MIN_CHANNELS} input channels in a group"
@@ -216,11 +222,27 @@ def _runs(call: TensorCall) -> Tensor:
     return filters
 
 
+def find_plan(call: TensorCall, *, last: bool) -> prepare.Plan:
+    """The plan of a layer whose input has its replicas side by side and its neighbours summed.
+
+    Args:
+        call: the layer; its input is not read.
+        last: for images with their channels innermost, not in planes.
+    """
+    values = call.arguments
+    use = (
+        library.level(), call.kind, call.inputs, call.outputs, *values["kernel_size"], values["p"], values["p_in"],
+        values["shift"], values["hadamard"], *values["stride"], *values["padding"], *values["dilation"], call.groups,
+        call.alpha.shape[0], call.activation, call.epilogue, last,
+    )  # fmt: skip
+    return prepare.find_or_make(call.tile, use, lambda entry: _plan(entry, call, last=last))
+
+
 def _plan(entry: prepare.Prepared, call: TensorCall, *, last: bool) -> prepare.Plan:
     lib, level, kernels = prepare.native()
     layout, product, integer = call.layout, call.product, call.activation != "float"
     key = (level, layout, product.groups, product.rows, product.mixes, integer)
-    dots = _multiplies_bytes(call)
+    dots = multiplies_bytes(call)
     if dots:
         runs = (*key, "dots", call.arguments["dilation"][-1] == 1)
         memory = [

@@ -19,7 +19,7 @@ products of bytes for integer activations, by AMX tiles or by VNNI."""
 LEVEL_VARIABLE = "TBN_CPU_LEVEL"
 """Environment variable that names the level to use instead of the best; ``none`` turns the native kernels off."""
 
-INTERFACE = 3
+INTERFACE = 4
 """Version of the interface in ``src/tbn_cpu.h`` (``TBN_INTERFACE``)."""
 
 _STEM = "_tbn_cpu"
@@ -68,6 +68,26 @@ class ConvPlan(ctypes.Structure):
     )
 
 
+class Form(ctypes.Structure):
+    """``struct tbn_form``."""
+
+    _fields_ = (("layer", _pointer), ("function", _pointer))
+
+
+class BoundLayer(ctypes.Structure):
+    """``struct tbn_bound``."""
+
+    _fields_ = (
+        ("self", _pointer),
+        ("forms", Form * 2),
+        ("alpha", _pointer),
+        ("bias", _pointer),
+        ("inputs", _size),
+        ("outputs", _size),
+        ("dims", ctypes.c_int64),
+    )
+
+
 _LINEAR = [_pointer, _pointer, _pointer, _size, _pointer, _pointer, _size]
 _CONV = [_pointer, _pointer, _pointer, _size, _size, _size, _pointer, _pointer, _size]
 
@@ -85,6 +105,7 @@ _FUNCTIONS = {
     "tbn_has_dots": (ctypes.c_int, [_pointer]),
     "tbn_group": (_size, [_pointer, ctypes.c_int]),
     "tbn_pool_threads": (_size, []),
+    "tbn_register": (ctypes.c_int, [_pointer]),
 }
 
 

@@ -21,7 +21,7 @@ BATCH = 16
 """Tokens that the batch kernel takes at once (``TBN_BATCH``); its form of the tile is made when it is first needed."""
 
 MIN_BATCH = 12
-"""Fewest tokens for which it is used (``MIN_SUMS_TOKENS``)."""
+"""Fewest tokens for which it is used (``TBN_MIN_BATCH``)."""
 
 
 def linear(
@@ -99,21 +99,36 @@ def _compute(call: TensorCall) -> Tensor:
         return reference.compute(call)
     layout, input_alpha = call.layout, call.input_alpha
     x = layout.sum_inputs(expand_replicas(call.input.to(_float32), input_alpha, -1), -1).contiguous()
-    alpha = call.alpha
-    if call.product.alphas == "copy" and not call.product.alpha_per_repeat and not layout.hadamard:
-        alpha = layout.row_alphas(alpha)
+    alpha = kernel_alphas(call)
     tokens = x.numel() // x.shape[-1]
-    batch = tokens >= MIN_BATCH
-    use = (
-        library.level(), "linear", call.inputs, call.outputs, layout.p, layout.p_in, layout.shift,
-        layout.hadamard, alpha.shape[0], call.activation, call.epilogue, batch,
-    )  # fmt: skip
-    # The input that the kernels get has its replicas side by side, and its neighbours summed.
-    plan = prepare.find_or_make(
-        call.tile, use, lambda entry: _plan(entry, call, TiledProduct(layout, alpha.shape[0]), batch)
-    )
+    plan = find_plan(call, alpha, many=tokens >= MIN_BATCH)
     bias = None if call.bias is None else as_vector(call.bias)
     return _run(plan, x, as_vector(alpha), bias, tokens, call.outputs, call.epilogue).to(call.input.dtype)
+
+
+def kernel_alphas(call: TensorCall) -> Tensor:
+    """The alphas as the kernels read them: one a layer, a copy of whole rows, or a row."""
+    layout = call.layout
+    if call.product.alphas == "copy" and not call.product.alpha_per_repeat and not layout.hadamard:
+        return layout.row_alphas(call.alpha)
+    return call.alpha
+
+
+def find_plan(call: TensorCall, alpha: Tensor, *, many: bool) -> prepare.Plan:
+    """The plan of a layer for few or many tokens, whose input has its replicas side by side and its neighbours summed.
+
+    Args:
+        call: the layer; its input is not read.
+        alpha: from :func:`kernel_alphas`.
+        many: for :data:`MIN_BATCH` tokens and more.
+    """
+    layout = call.layout
+    use = (
+        library.level(), "linear", call.inputs, call.outputs, layout.p, layout.p_in, layout.shift,
+        layout.hadamard, alpha.shape[0], call.activation, call.epilogue, many,
+    )  # fmt: skip
+    product = TiledProduct(layout, alpha.shape[0])
+    return prepare.find_or_make(call.tile, use, lambda entry: _plan(entry, call, product, many))
 
 
 def _plan(entry: prepare.Prepared, call: TensorCall, product: TiledProduct, batch: bool) -> prepare.Plan:

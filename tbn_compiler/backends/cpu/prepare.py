@@ -38,13 +38,15 @@ class Plan:
     Attributes:
         call: the library's function for it.
         address: address of the C structure, its first argument.
+        function: address of the function.
     """
 
-    __slots__ = ("_memory", "_struct", "address", "call")
+    __slots__ = ("_memory", "_struct", "address", "call", "function")
 
     def __init__(self, call: Callable[..., int], struct: ctypes.Structure, memory: list[np.ndarray]) -> None:
         self.call = call
         self.address = ctypes.addressof(struct)
+        self.function = ctypes.cast(call, ctypes.c_void_p).value  # type: ignore[arg-type]  # a function of the library
         self._struct, self._memory = struct, memory  # what the address, and the structure, point to
 
 

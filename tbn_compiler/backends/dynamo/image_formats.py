@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from tbn_compiler.backends.cpu import library
 from tbn_compiler.graph.calls import attribute, tiled_call
 from tbn_compiler.graph.operations import VIEWS, bind, operation_of
+from tbn_compiler.passes.base import copy_meta
 from tbn_compiler.torch_private import OpOverload, operator_schema
 
 _ELEMENTWISE = (
@@ -149,4 +150,5 @@ def _convert_for(gm: fx.GraphModule, reader: fx.Node, value: fx.Node, form: torc
     """Let one reader have a value in another format."""
     with gm.graph.inserting_before(reader):
         converted = gm.graph.call_method("contiguous", (value,), {"memory_format": form})
+    copy_meta(value, converted)
     reader.replace_input_with(value, converted)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import fx
 
+from tbn_compiler.backends.dynamo.bind_layers import bind_layers, find_bindings
 from tbn_compiler.backends.dynamo.image_formats import keep_channels_last
 from tbn_compiler.backends.dynamo.records import make_records
 from tbn_compiler.backends.dynamo.report import LayerReport
 from tbn_compiler.graph.calls import tiled_call
 from tbn_compiler.graph.layers import LayerCall, find_record, layer_calls
 from tbn_compiler.graph.records import LayerRecord, get_records, layer_name, set_records
+from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.passes import ExposeLinears, FuseUnpack, LowerTiles, RemoveBlends, deployment_pipeline, run_passes
 from tbn_compiler.passes.blend_weights import strength_keys
 
@@ -39,10 +41,18 @@ def prepare(gm: fx.GraphModule, activation: str) -> tuple[LayerReport, ...]:
         gm.graph.lint()
         gm.recompile()
     refusals |= reasons  # which know more than that there is no record
-    return (*_reports(gm, trained, refusals), *_nested_reports(gm))
+    bindings = find_bindings(gm)
+    reports = (*_reports(gm, trained, refusals, bindings), *_nested_reports(gm))
+    bind_layers(gm, bindings)
+    return reports
 
 
-def _reports(gm: fx.GraphModule, trained: set[str | None], refusals: dict[fx.Node, str]) -> Iterator[LayerReport]:
+def _reports(
+    gm: fx.GraphModule,
+    trained: set[str | None],
+    refusals: Mapping[fx.Node, str],
+    bindings: Mapping[fx.Node, TensorCall | str],
+) -> Iterator[LayerReport]:
     records = get_records(gm) or ()
     for call in layer_calls(gm):
         name = layer_name(str(call.weight)) if call.weight else call.node.name
@@ -53,6 +63,11 @@ def _reports(gm: fx.GraphModule, trained: set[str | None], refusals: dict[fx.Nod
             declined = tuple((record.note or "").split("; ")) if record is not None and record.note else ()
             packed_here = record is not None and record.parameter in trained
             done = (*(["packed here"] if packed_here else []), *_rewrites(call, record))
+            binding = bindings.get(call.node)
+            if isinstance(binding, str):
+                declined = (*declined, f"it is called through Python: {binding}")
+            elif binding is not None:
+                done = (*done, "bound to its operands")
             yield LayerReport(name, call.kind, lowered=True, done=done, declined=declined)
 
 

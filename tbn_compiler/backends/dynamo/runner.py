@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tbn_compiler.backends.cpu.library import level
 from tbn_compiler.backends.dynamo.constants import LoweredGraph
 from tbn_compiler.torch_private import StorageWeakRef, version
 
@@ -40,9 +41,10 @@ def _version(tensor: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _State:
-    """What is computed for one set of weights."""
+    """What is computed for one set of weights, with the CPU kernels of one level."""
 
     marks: tuple[_Mark, ...]
+    level: str | None
     computed: tuple[Tensor, ...]
     kept: tuple[int, ...]
     compiled: Compiled
@@ -100,7 +102,7 @@ class Runner:
         """What was computed for these weights, unless they have changed since."""
         weights = [inputs[index] for index in self._weights]
         found = self._states.get(tuple(map(id, weights)))
-        if found is None or not all(map(_Mark.holds, found[0].marks, weights)):
+        if found is None or found[0].level != level() or not all(map(_Mark.holds, found[0].marks, weights)):
             return None
         return found[0]
 
@@ -113,7 +115,7 @@ class Runner:
         weights = [inputs[index] for index in self._weights]
         key, states = tuple(map(id, weights)), self._states
         marks = tuple(map(_Mark, weights)) if self._tracked else ()
-        state = _State(marks, graph.computed, graph.kept, compiled)
+        state = _State(marks, level(), graph.computed, graph.kept, compiled)
         # An id may be given to another tensor once its own is gone, so the entry goes with it.
         refs = tuple(weakref.ref(weight, lambda _: states.pop(key, None)) for weight in weights)
         states[key] = (state, refs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +32,13 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
 def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
     """The graphs that would reach Inductor: they go through AOTAutograd, as there, and then run in eager mode."""
     return _spy(monkeypatch, lambda gm, inputs, options: aot_eager(gm, inputs))
+
+
+@pytest.fixture
+def unbound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers keep their ``tbn::`` operators, so that what the passes made of them can be read from the graph."""
+    module = importlib.import_module("tbn_compiler.backends.dynamo.prepare")  # the package has a function of that name
+    monkeypatch.setattr(module, "find_bindings", lambda gm: {})
 
 
 def _spy(monkeypatch: pytest.MonkeyPatch, compile_fx: Callable[..., Any]) -> list[fx.GraphModule]:

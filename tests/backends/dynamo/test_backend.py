@@ -410,7 +410,7 @@ def test_inference_mode(eager_graphs: list[fx.GraphModule]) -> None:
         torch.testing.assert_close(fast(x), packed(x))
 
 
-def test_weights_keep_their_place_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_keep_their_place_for_cuda_graphs(unbound: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs copy the inputs that may move: all but the module's own tensors and those computed from them."""
     found: list[tuple[int, list[int]]] = []
 
@@ -514,7 +514,7 @@ def test_a_weight_that_the_graph_writes(eager_graphs: list[fx.GraphModule]) -> N
     assert report.layers[0].declined == ("its weight is not a parameter that only tiled layers read",)
 
 
-def test_rewritten_graph(eager_graphs: list[fx.GraphModule]) -> None:
+def test_rewritten_graph(unbound: None, eager_graphs: list[fx.GraphModule]) -> None:
     """Bias and functions are fused, and copies passed on: only the three operators are left."""
     qat = tiled(mlp())
     equal(compiled(qat), qat, torch.randn(3, 16))

@@ -22,7 +22,7 @@ def compiled(module: nn.Module) -> Any:
     return torch.compile(module, backend=compile_graph)
 
 
-def test_report(eager_graphs: list[fx.GraphModule], caplog: pytest.LogCaptureFixture) -> None:
+def test_report(unbound: None, eager_graphs: list[fx.GraphModule], caplog: pytest.LogCaptureFixture) -> None:
     convs = (nn.Conv2d(4, 8, 3, bias=False), nn.ConvTranspose2d(8, 8, 2, bias=False))
     model = nn.Sequential(convs[0], nn.BatchNorm2d(8), nn.SiLU(), convs[1], nn.BatchNorm2d(8), nn.Flatten())
     qat = tbn.transform(model, CONFIG).eval()

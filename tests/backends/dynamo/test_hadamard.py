@@ -28,7 +28,9 @@ def network() -> nn.Sequential:
 
 @pytest.mark.parametrize("options", [{}, {"latent": "tile"}, {"tile_dtype": "float"}, {"alpha_source": "W"}], ids=str)
 @pytest.mark.parametrize("form", ["trained", "lowered"])
-def test_layers_keep_their_signs(form: str, options: dict[str, str], eager_graphs: list[fx.GraphModule]) -> None:
+def test_layers_keep_their_signs(
+    form: str, options: dict[str, str], unbound: None, eager_graphs: list[fx.GraphModule]
+) -> None:
     torch.manual_seed(0)
     qat = tbn.transform(network(), CONFIG.replace(**options)).eval()
     module = qat if form == "trained" else tbn.lower(qat)

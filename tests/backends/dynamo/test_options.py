@@ -77,7 +77,7 @@ def test_errors(mode: str | None, options: dict[str, Any] | None, message: str) 
         torch.compile(module(), backend=compile_graph, **given)(torch.randn(3, 16))
 
 
-def test_int8_activations(eager_graphs: list[fx.GraphModule]) -> None:
+def test_int8_activations(unbound: None, eager_graphs: list[fx.GraphModule]) -> None:
     qat, x = module(), torch.randn(5, 16)
     with torch.no_grad():
         result = torch.compile(qat, backend=compile_graph, options={"activation": "int8"})(x)

@@ -3,7 +3,7 @@
  * threads share a block by rows. Two ways lead to the sums of a block:
  *
  * - lookup: tables in registers, rows across the vector; for a few tokens and for integers.
- * - sums: tables in memory, TBN_BATCH tokens across the vector; faster per token from MIN_SUMS_TOKENS on.
+ * - sums: tables in memory, TBN_BATCH tokens across the vector; faster per token from TBN_MIN_BATCH on.
  *
  * Where copies have Hadamard signs, the inputs of a block are dealt out to their column groups, each group is summed like
  * a layer of its own, and the sums are mixed: those of group j become those of copy j.
@@ -17,7 +17,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
-enum { LOOKUP_TOKENS = 4, MIN_SUMS_TOKENS = 12 };
+enum { LOOKUP_TOKENS = 4 };
 
 /* Tables stay in the first-level cache (32 KiB or more), along with the index words and sums that stream past. */
 enum { TABLE_BUDGET = 16 * 1024 };
@@ -364,7 +364,7 @@ int tbn_linear(const struct tbn_linear *layer, const float *x, float *out, size_
     call.words = tbn_ceil_divide(call.columns, format->groups * format->group);
     if (layer->sums_index && !is_integer(layer)) {
         const size_t rest = tokens % TBN_BATCH;
-        call.sums_tokens = rest < MIN_SUMS_TOKENS ? tokens - rest : tokens;
+        call.sums_tokens = rest < TBN_MIN_BATCH ? tokens - rest : tokens;
     }
     call.sums_blocks = tbn_ceil_divide(call.sums_tokens, TBN_BATCH);
     call.lookup_blocks = tbn_ceil_divide(tokens - call.sums_tokens, LOOKUP_TOKENS);

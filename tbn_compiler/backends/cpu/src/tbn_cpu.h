@@ -2,12 +2,14 @@
 #ifndef TBN_CPU_H
 #define TBN_CPU_H
 
+#include <stdbool.h>
+
 #include "kernels.h"
 
 #define TBN_EXPORT __attribute__((visibility("default")))
 
 /* Changes with anything below: a library left over from another version is not used. */
-enum { TBN_INTERFACE = 3 };
+enum { TBN_INTERFACE = 4 };
 
 TBN_EXPORT int tbn_interface(void);
 
@@ -98,6 +100,56 @@ TBN_EXPORT int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float
 
 /* Whether kernels have `dots`. */
 TBN_EXPORT int tbn_has_dots(const struct tbn_kernels *kernels);
+
+/*
+ * A layer with its operands, as the operators `tbn_cpu::linear` and `tbn_cpu::conv` take it: as the bytes of a tensor.
+ * What it points to belongs to the tensor.
+ */
+struct tbn_form {
+    const void *layer; /* struct tbn_linear or tbn_conv, or NULL */
+    union {
+        int (*linear)(const struct tbn_linear *layer, const float *x, float *out, size_t tokens, const float *alpha,
+                      const float *bias, size_t threads);
+        int (*conv)(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
+                    size_t width, const float *alpha, const float *bias, size_t threads);
+    };
+};
+
+struct tbn_bound {
+    const void *self;         /* its own address */
+    struct tbn_form forms[2]; /* linear: for fewer than TBN_MIN_BATCH tokens, and from there on; conv: for images in planes,
+                                 and with their channels innermost (NULL: they are brought into planes) */
+    const float *alpha, *bias;
+    size_t inputs, outputs; /* features, or channels of all groups */
+    int64_t dims;           /* of positions: 0, 1 or 2 */
+};
+
+enum { TBN_MIN_BATCH = 12 };
+
+/* Functions of libtorch; see torch_calls.c. Those that return an int return 0 if all went well. */
+struct tbn_torch {
+    int32_t (*library_init_impl)(const char *space, const char *key, const char *file, uint32_t line, void **library);
+    int32_t (*library_impl)(void *library, const char *name, void (*kernel)(uint64_t *, uint64_t, uint64_t));
+    void (*check)(bool holds, const char *function, const char *file, uint32_t line, const char *message);
+    int32_t (*get_num_threads)(uint32_t *threads);
+    int32_t (*get_data_ptr)(void *tensor, void **pointer);
+    int32_t (*get_dim)(void *tensor, int64_t *dims);
+    int32_t (*get_numel)(void *tensor, int64_t *numel);
+    int32_t (*get_sizes)(void *tensor, int64_t **sizes);
+    int32_t (*get_strides)(void *tensor, int64_t **strides);
+    int32_t (*get_dtype)(void *tensor, int32_t *dtype);
+    int32_t (*is_contiguous)(void *tensor, bool *contiguous);
+    int32_t (*empty_strided)(int64_t dims, const int64_t *sizes, const int64_t *strides, int32_t dtype, int32_t device,
+                             int32_t index, void **tensor);
+    int32_t (*copy)(void *to, void *from, int32_t non_blocking);
+    int32_t (*delete_tensor)(void *tensor);
+};
+
+/* Registers the kernels below for the CPU; the operators are defined in Python. Returns 0, or 1 if libtorch refuses. */
+TBN_EXPORT int tbn_register(const struct tbn_torch *functions);
+
+TBN_EXPORT void tbn_call_linear(uint64_t *stack, uint64_t inputs, uint64_t outputs);
+TBN_EXPORT void tbn_call_conv(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 
 /* Threads that wait for work, for tests. */
 TBN_EXPORT size_t tbn_pool_threads(void);

@@ -1,0 +1,133 @@
+"""Bind tiled layers on a CPU to their operands, so that their calls need no Python.
+
+Before::
+
+    y = tbn.linear(x, tile, alpha, bias, n, m, p)
+
+After::
+
+    y = tbn_cpu.linear(x, plan, m)          # a plan points to the prepared tile, alphas and bias
+
+The graph knows the operands, and the runner makes it again when they change: nothing is left to look up at a call. What
+the kernels want in another form (other dtypes, copies that an input stands for, neighbours that share a weight), and
+the functions behind a layer that they do not have, become operations of the graph, which Inductor fuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from tbn_compiler.backends.cpu import bound
+from tbn_compiler.graph.calls import InferenceCall, tiled_call
+from tbn_compiler.ops.calls import TensorCall
+from tbn_compiler.passes.base import copy_meta, remove_dead_nodes
+from tbn_compiler.passes.deployment import dtype, sizes
+from tbn_compiler.torch_private import differentiated, mapped
+
+_OPERANDS = ("tile", "alpha", "bias", "input_alpha")
+
+_FUNCTIONS: Mapping[str, tuple[Any, dict[str, Any]]] = {
+    "gelu": (F.gelu, {}),
+    "gelu_tanh": (F.gelu, {"approximate": "tanh"}),
+    "silu": (F.silu, {}),
+}
+"""Functions behind a layer that the kernels do not have."""
+
+
+def find_bindings(gm: fx.GraphModule) -> dict[fx.Node, TensorCall | str]:
+    """The layers on the CPU, each with its operands, or with the reason why its calls go through Python.
+
+    The ``input`` of a call is a tensor without memory, of the dtype of the layer's input.
+    """
+    found: dict[fx.Node, TensorCall | str] = {}
+    inside = mapped(gm.graph) | differentiated(gm.graph)
+    for node in gm.graph.nodes:
+        call = tiled_call(node)
+        if call is None:
+            continue
+        tile = call.tensor(gm, "tile")
+        if node in inside:
+            found[node] = "torch.func transforms it"
+        elif tile is None or tile.device.type == "cpu":
+            found[node] = _binding(gm, call)
+    return found
+
+
+def _binding(gm: fx.GraphModule, call: InferenceCall) -> TensorCall | str:
+    nodes = {name: call.arguments.get(name) for name in _OPERANDS}
+    operands = {name: None if node is None else call.tensor(gm, name) for name, node in nodes.items()}
+    if any(operands[name] is None for name, node in nodes.items() if node is not None):
+        return "its operands are inputs of the graph"
+    x = call.arguments["input"]
+    found = dtype(x)
+    if found is None:
+        return "the dtype of its input is not known"
+    values = {**call.arguments, **{name: value for name, value in operands.items() if name in call.arguments}}
+    layer = TensorCall(call.operator, {**values, "input": torch.empty(0, dtype=found, device="meta")})
+    return bound.why_not(layer, _image(layer, x)) or layer
+
+
+def _image(layer: TensorCall, x: fx.Node) -> Sequence[int | None]:
+    """Spatial sizes of the input of a convolution, as far as they are known."""
+    known = sizes(x)
+    return (None,) * layer.dims if known is None else known[len(known) - layer.dims :]
+
+
+def bind_layers(gm: fx.GraphModule, found: Mapping[fx.Node, TensorCall | str]) -> bool:
+    """Bind what :func:`find_bindings` found, in place; whether there was anything."""
+    layers = {node: layer for node, layer in found.items() if not isinstance(layer, str)}
+    for number, (node, layer) in enumerate(layers.items()):
+        name = f"tbn_plan_{number}"
+        gm.register_buffer(name, bound.bind(layer, _tokens(layer, node)))
+        with gm.graph.inserting_before(node):
+            _replace(gm.graph, node, layer, name)
+    if layers:
+        remove_dead_nodes(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+    return bool(layers)
+
+
+def _tokens(layer: TensorCall, node: fx.Node) -> int | None:
+    """Tokens of a linear layer, if every size is known."""
+    call = tiled_call(node)
+    known = None if call is None else sizes(call.arguments["input"])
+    if known is None or layer.dims or None in known[:-1]:
+        return None
+    count = 1
+    for size in known[:-1]:
+        count *= size or 0
+    return count
+
+
+def _replace(graph: fx.Graph, node: fx.Node, layer: TensorCall, plan: str) -> None:
+    call = tiled_call(node)
+    assert call is not None
+    x, axis, given = call.arguments["input"], layer.channel_axis, layer.input.dtype
+    if given != torch.float32:
+        x = graph.call_method("to", (x, torch.float32))
+    if layer.input_alpha is not None:
+        shape = (layer.input_alpha.numel(), 1, *(1,) * layer.dims)
+        factors = call.arguments["input_alpha"]
+        if layer.input_alpha.dtype != torch.float32:
+            factors = graph.call_method("to", (factors, torch.float32))
+        factors = graph.call_method("view", (factors, *shape))
+        x = graph.call_function(torch.mul, (graph.call_method("unsqueeze", (x, axis - 1)), factors))
+        x = graph.call_method("flatten", (x, axis - 1, axis))
+    if layer.product.neighbours > 1:
+        x = graph.call_method("unflatten", (x, axis, (-1, layer.product.neighbours)))
+        x = graph.call_method("sum", (x, axis))
+    result = graph.call_function(bound.operator(layer), (x, graph.get_attr(plan), *bound.sizes(layer)))
+    if layer.epilogue in _FUNCTIONS:
+        function, options = _FUNCTIONS[layer.epilogue]
+        result = graph.call_function(function, (result,), options)
+    if given != torch.float32:
+        result = graph.call_method("to", (result, given))
+    copy_meta(node, result)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
