@@ -33,6 +33,9 @@ then has a group for each column group."""
 MIN_DOT_GROUP = 8
 """Fewest channels and filters of a group for products of bytes, which take 64 bytes and 16 filters at once."""
 
+FOLDING = 1.5
+"""Least factor by which there are fewer products of bytes where all rows of a kernel are put into one."""
+
 MIN_CHANNELS = 4
 """Fewest input channels of a group: tables are made of several channels."""
 
@@ -217,9 +220,23 @@ def _runs(call: TensorCall) -> Tensor:
     """The filters of each group as products of bytes read them: ``[groups, filters, runs, bytes]``."""
     filters = _filters(call)
     filters = F.pad(filters, (0, 0, 0, -filters.shape[2] % 4), value=-1).transpose(2, 3)
-    if call.arguments["dilation"][-1] == 1:  # places in a row of the kernel follow each other
-        filters = filters.unflatten(2, (-1, call.kernel_size[-1])).flatten(3)
-    return filters
+    follow = call.arguments["dilation"][-1] == 1  # places in a row of the kernel follow each other
+    by_rows: Tensor = filters.unflatten(2, (-1, call.kernel_size[-1]))
+    if _folded(call):
+        columns = by_rows.transpose(2, 3).flatten(3)
+        return columns.flatten(2).unsqueeze(2) if follow else columns
+    return by_rows.flatten(3) if follow else filters
+
+
+def _folded(call: TensorCall) -> bool:
+    """Whether all rows of the kernel are put into one: with few channels a row would fill little of a step."""
+    *rows, columns = call.kernel_size
+    product = call.product
+    channels = call.layout.shape[1] // product.neighbours // product.mixes
+    run = -(-channels // 4) * 4 * (columns if call.arguments["dilation"][-1] == 1 else 1)
+    height = rows[0] if rows else 1
+    apart, folded = height * -(-run // prepare.DOT_BYTES), -(-height * run // prepare.DOT_BYTES)
+    return apart >= FOLDING * folded
 
 
 def find_plan(call: TensorCall, *, last: bool) -> prepare.Plan:
@@ -273,5 +290,6 @@ def _plan(entry: prepare.Prepared, call: TensorCall, *, last: bool) -> prepare.P
         relu=call.epilogue == "relu",
         corrections=memory[1].ctypes.data if dots else None,
         channels_last=last,
+        folded=dots and _folded(call),
     )
     return prepare.Plan(lib.tbn_conv_dots if dots else lib.tbn_conv, struct, memory)

@@ -19,7 +19,7 @@ products of bytes for integer activations, by AMX tiles or by VNNI."""
 LEVEL_VARIABLE = "TBN_CPU_LEVEL"
 """Environment variable that names the level to use instead of the best; ``none`` turns the native kernels off."""
 
-INTERFACE = 4
+INTERFACE = 5
 """Version of the interface in ``src/tbn_cpu.h`` (``TBN_INTERFACE``)."""
 
 _STEM = "_tbn_cpu"
@@ -65,6 +65,7 @@ class ConvPlan(ctypes.Structure):
         ("relu", ctypes.c_int32),
         ("corrections", _pointer),
         ("channels_last", ctypes.c_int32),
+        ("folded", ctypes.c_int32),
     )
 
 

@@ -171,12 +171,13 @@ static int check_linear(const struct tbn_kernels *kernels, int activation) {
     return wrong;
 }
 
-/* The same layer as products of bytes, its images in one of the two orders. */
+/* The same layer as products of bytes, its images in one of the two orders, and folded or not. */
 static int conv_dots(struct tbn_conv *layer, const int8_t *signs, size_t group, const float *x, float *out,
                      size_t samples, size_t height, size_t width, float alpha) {
     const size_t mixes = layer->mixes, rows = layer->rows, taps = layer->kernel[0] * layer->kernel[1];
     const size_t padded = (layer->channels + 3) / 4 * 4, columns = (layer->channels + group - 1) / group * taps * group;
-    const size_t places = layer->dilation[1] == 1 ? layer->kernel[1] : 1; /* in a run */
+    const size_t folded = random_below(2), width_places = layer->dilation[1] == 1 ? layer->kernel[1] : 1;
+    const size_t places = width_places * (folded ? layer->kernel[0] : 1); /* in a run */
     const size_t run_bytes = (places * padded + TBN_DOT_BYTES - 1) / TBN_DOT_BYTES * TBN_DOT_BYTES;
     const size_t row_bytes = taps / places * run_bytes;
     int8_t *bytes = memory(mixes * rows * row_bytes);
@@ -184,16 +185,20 @@ static int conv_dots(struct tbn_conv *layer, const int8_t *signs, size_t group, 
     for (size_t row = 0; row < mixes * rows; row++) {
         for (size_t run = 0; run < taps / places; run++) /* channels that fill up meet inputs of 0 */
             memset(bytes + row * row_bytes + run * run_bytes, -1, places * padded);
-        for (size_t tap = 0; tap < taps; tap++)
+        for (size_t tap = 0; tap < taps; tap++) {
+            /* Folded, a column of the kernel comes after the other. */
+            const size_t place = folded ? tap % layer->kernel[1] * layer->kernel[0] + tap / layer->kernel[1] : tap;
             for (size_t c = 0; c < layer->channels; c++)
-                bytes[row * row_bytes + tap / places * run_bytes + tap % places * padded + c] =
+                bytes[row * row_bytes + place / places * run_bytes + place % places * padded + c] =
                     signs[row * columns + (c / group * taps + tap) * group + c % group];
+        }
     }
     uint8_t *order = dot_index(bytes, mixes, rows, row_bytes / TBN_DOT_BYTES);
     int32_t *corrections = dot_corrections(bytes, mixes, rows, row_bytes);
     struct tbn_conv dots = *layer;
     dots.index = order;
     dots.corrections = corrections;
+    dots.folded = (int32_t)folded;
     dots.channels_last = layer->channels_last = (int32_t)random_below(2);
     const size_t channels = mixes * layer->channels, plane = height * width;
     float *last = memory(samples * channels * plane * sizeof *last);

@@ -191,6 +191,35 @@ def test_integers_of_every_geometry(
     assert fake.stride() == got.stride()
 
 
+FOLDED = {
+    "7 x 7, 3 channels": ((64, 3, 7, 7), {"stride": [2, 2], "padding": [3, 3]}),
+    "3 x 3, 1 channel": ((16, 1, 3, 3), {"padding": [1, 1]}),
+    "5 x 1, 2 channels": ((16, 2, 5, 1), {"padding": [2, 0], "dilation": [2, 1]}),
+    "3 x 3, 5 channels apart": ((16, 5, 3, 3), {"dilation": [1, 2]}),
+    "3 x 3, 8 channels, groups": ((16, 8, 3, 3), {"padding": [1, 1], "groups": 2}),
+    "4 x 3, 4 channels": ((20, 4, 4, 3), {"stride": [3, 1]}),
+}
+
+
+@pytest.mark.parametrize("level", [level for level in AVAILABLE if library.has_dots(level)])
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", FOLDED)
+def test_kernels_of_few_channels(name: str, last: bool, hadamard: bool, level: str) -> None:
+    """Their rows are put into one where that makes fewer products of bytes."""
+    shape, geometry = FOLDED[name]
+    if hadamard and (shape[1] % 4 or geometry.get("groups", 1) > 1):
+        shape, geometry = (shape[0], 4, *shape[2:]), {key: geometry[key] for key in geometry if key != "groups"}
+    tile, alpha, _ = operands(shape, 4, 4)
+    x = torch.randn(2, shape[1] * geometry.get("groups", 1), 11, 20, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    arguments = (x, tile, alpha, exact_input(shape[0], seed=1), x.shape[1], shape[0], shape[2:], 4)
+    options = {**geometry, "hadamard": hadamard, "activation": "int8"}
+    with cpu.use_level(level):
+        got = tbn.conv2d(*arguments, **options)
+    assert torch.equal(got, reference.KERNELS["conv2d"](*arguments, **options))
+
+
 @every_level
 @pytest.mark.parametrize("epilogue", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_epilogues(epilogue: str, level: str) -> None:

@@ -42,9 +42,11 @@ def quiet() -> None:
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_models(name: str, eager_graphs: list[fx.GraphModule]) -> None:
+    """The large ones in training form only, which is packed while it is compiled."""
     case = Case(EXAMPLES[name])
-    check(case, case.packed.eval(), eager_graphs)
-    eager_graphs.clear()
+    if not name.startswith("hf-") or name == "hf-llama":
+        check(case, case.packed.eval(), eager_graphs)
+        eager_graphs.clear()
     check(case, case.qat.eval(), eager_graphs)
     for gm in eager_graphs:
         assert not [call for call in layer_calls(gm) if call.form == "tiled"]

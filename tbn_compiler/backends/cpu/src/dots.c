@@ -3,7 +3,9 @@
  *
  * Inputs are made bytes once. A convolution's stand in images with their padding, [row][column][channel], so that what
  * a position meets lies in a few runs of neighbouring bytes, at the same distances from the position: nothing is
- * unrolled. A unit of work is a band of output rows of one sample and one group, or a few tokens.
+ * unrolled. Images of few channels are folded: all rows that an output row meets stand in one, the bytes of a column
+ * one behind the other, for which the kernel has a height of 1. A unit of work is a band of output rows of one sample and
+ * one group, or a few tokens.
  */
 #include "pool.h"
 #include "scratch.h"
@@ -35,6 +37,9 @@ struct call {
     size_t samples, height, width; /* of the input */
     size_t out_height, out_width;
     size_t row_bytes, image_bytes, pixel_bytes; /* of the images; pixel_bytes of tokens, too */
+    size_t row_step;                            /* rows from an output row to the next */
+    uint8_t *unfolded;                          /* the images of one sample before they are folded, or NULL */
+    size_t unfolded_row, unfolded_image, unfolded_pixel; /* their bytes; those above where nothing is folded */
     size_t units, bands, band_rows, tiles;      /* tiles: the most of a unit */
     atomic_size_t next;
 };
@@ -90,7 +95,7 @@ static void conv_band(const struct call *call, const struct buffers *buffers, si
     const size_t stride = layer->stride[1] * call->pixel_bytes, z_row = call->blocks * TBN_DOT_ROWS;
     const uint8_t *image = call->bytes + (sample * call->groups + group) * call->mixes * call->image_bytes;
     for (size_t tile = 0; tile < tiles; tile++)
-        buffers->tiles[tile] = image + (first_row + tile / row_tiles) * layer->stride[0] * call->row_bytes +
+        buffers->tiles[tile] = image + (first_row + tile / row_tiles) * call->row_step * call->row_bytes +
                                tile % row_tiles * TBN_DOT_INPUTS * stride;
     multiply(call, buffers, layer->index, group, tiles, stride, call->image_bytes);
     const size_t channels = call->groups * layer->channels_out, plane = call->out_height * call->out_width;
@@ -189,8 +194,24 @@ static void deal_out(const uint8_t *bytes, size_t count, size_t mixes, uint8_t *
         }
 }
 
-/* The bytes of one sample in its images, which hold zeros so far. */
-static void fill_images(const struct call *call, size_t sample) {
+/* `size` neighbouring bytes of each of `count` pixels, `pixel` bytes apart. */
+static inline __attribute__((always_inline)) void copy_pixels(const uint8_t *bytes, size_t count, size_t size,
+                                                              uint8_t *restrict out, size_t pixel) {
+    for (size_t i = 0; i < count; i++)
+        memcpy(out + i * pixel, bytes + i * size, size);
+}
+
+static void spread(const uint8_t *bytes, size_t count, size_t size, uint8_t *out, size_t pixel) {
+    switch (size) { /* numbers that the compiler knows make moves */
+    case 1: copy_pixels(bytes, count, 1, out, pixel); break;
+    case 2: copy_pixels(bytes, count, 2, out, pixel); break;
+    case 3: copy_pixels(bytes, count, 3, out, pixel); break;
+    default: copy_pixels(bytes, count, size, out, pixel);
+    }
+}
+
+/* The bytes of one sample in its images, which hold zeros at their borders. */
+static void fill_images(const struct call *call, size_t sample, uint8_t *to) {
     const struct tbn_conv *layer = call->conv;
     const int binary = layer->activation == TBN_BINARY;
     const size_t plane = call->height * call->width, images = call->groups * call->mixes;
@@ -199,32 +220,71 @@ static void fill_images(const struct call *call, size_t sample) {
     float factor;
     call->scales[sample] = call->dots->measure(x, channels * plane, binary, &factor);
     for (size_t y = 0; y < call->height; y++) {
-        uint8_t *row = call->bytes + sample * images * call->image_bytes + (y + layer->padding[0]) * call->row_bytes +
-                       layer->padding[1] * call->pixel_bytes;
+        uint8_t *row = to + (y + layer->padding[0]) * call->unfolded_row + layer->padding[1] * call->unfolded_pixel;
         if (!layer->channels_last) {
             for (size_t image = 0; image < images; image++) {
                 /* The first channel of the column group; the others are `mixes` apart. */
                 const size_t first = image / call->mixes * layer->channels * call->mixes + image % call->mixes;
                 call->dots->bytes_of_planes(x + first * plane + y * call->width, plane * call->mixes, layer->channels,
-                                            call->width, binary, factor, row + image * call->image_bytes,
-                                            call->pixel_bytes);
+                                            call->width, binary, factor, row + image * call->unfolded_image,
+                                            call->unfolded_pixel);
             }
             continue;
         }
         const float *from = x + y * call->width * channels;
-        if (images == 1 && call->pixel_bytes == channels) {
+        if (images == 1 && call->unfolded_pixel == channels) {
             call->dots->bytes(from, call->width * channels, binary, factor, row);
             continue;
         }
         call->dots->bytes(from, call->width * channels, binary, factor, call->whole);
+        if (images == 1) {
+            spread(call->whole, call->width, channels, row, call->unfolded_pixel);
+            continue;
+        }
         const size_t group_channels = layer->channels * call->mixes;
         for (size_t i = 0; i < call->width * call->groups; i++) {
             const size_t group = i % call->groups;
             deal_out(call->whole + i * group_channels, layer->channels, call->mixes,
-                     row + group * call->mixes * call->image_bytes + i / call->groups * call->pixel_bytes,
-                     call->image_bytes);
+                     row + group * call->mixes * call->unfolded_image + i / call->groups * call->unfolded_pixel,
+                     call->unfolded_image);
         }
     }
+}
+
+/* `rows` rows, `apart` bytes apart, as one: the pixels of a column one behind the other. */
+static inline __attribute__((always_inline)) void fold_row(const uint8_t *from, size_t columns, size_t rows,
+                                                           size_t apart, size_t pixel, uint8_t *restrict out) {
+    for (size_t x = 0; x < columns; x++)
+        for (size_t k = 0; k < rows; k++)
+            memcpy(out + (x * rows + k) * pixel, from + k * apart + x * pixel, pixel);
+}
+
+/* Folds an image: what the kernel's rows meet, side by side for each column. */
+static void fold_image(const struct call *call, const uint8_t *from, uint8_t *to) {
+    const struct tbn_conv *layer = call->conv;
+    const size_t columns = call->row_bytes / call->pixel_bytes, apart = layer->dilation[0] * call->unfolded_row;
+    for (size_t y = 0; y < call->out_height; y++) {
+        const uint8_t *row = from + y * layer->stride[0] * call->unfolded_row;
+        uint8_t *out = to + y * call->row_bytes;
+        if (call->unfolded_pixel == 4)
+            switch (layer->kernel[0]) { /* numbers that the compiler knows */
+            case 3: fold_row(row, columns, 3, apart, 4, out); break;
+            case 5: fold_row(row, columns, 5, apart, 4, out); break;
+            case 7: fold_row(row, columns, 7, apart, 4, out); break;
+            default: fold_row(row, columns, layer->kernel[0], apart, 4, out);
+            }
+        else
+            fold_row(row, columns, layer->kernel[0], apart, call->unfolded_pixel, out);
+    }
+}
+
+/* The images of one sample, as the products read them. */
+static void make_images(const struct call *call, size_t sample) {
+    const size_t images = call->groups * call->mixes;
+    uint8_t *to = call->bytes + sample * images * call->image_bytes;
+    fill_images(call, sample, call->unfolded ? call->unfolded : to);
+    for (size_t image = 0; call->unfolded && image < images; image++)
+        fold_image(call, call->unfolded + image * call->unfolded_image, to + image * call->image_bytes);
 }
 
 /* The bytes of one token, dealt out to its column groups. */
@@ -256,7 +316,7 @@ static size_t conv_steps(const struct call *call, struct tbn_dot_step *places) {
     const size_t runs = layer->dilation[1] == 1 ? 1 : layer->kernel[1]; /* of a row */
     const size_t bytes = layer->kernel[1] / runs * call->pixel_bytes;
     size_t steps = 0;
-    for (size_t y = 0; y < layer->kernel[0]; y++)
+    for (size_t y = 0; y < (layer->folded ? 1 : layer->kernel[0]); y++)
         for (size_t x = 0; x < runs; x++)
             steps += find_steps(bytes,
                                 y * layer->dilation[0] * call->row_bytes + x * layer->dilation[1] * call->pixel_bytes,
@@ -267,6 +327,7 @@ static size_t conv_steps(const struct call *call, struct tbn_dot_step *places) {
 /* Allocates what all threads share, makes bytes of the inputs, and runs the units. */
 static int compute(struct call *call, size_t threads, const float *alpha, size_t outputs, size_t alpha_rows,
                    size_t images, size_t slack, size_t whole) {
+    const int folded = call->conv && call->conv->folded;
     struct tbn_scratch parts = {NULL, 0};
     tbn_take(&parts, images * call->image_bytes + slack);
     const size_t at_scales = parts.used;
@@ -277,6 +338,8 @@ static int compute(struct call *call, size_t threads, const float *alpha, size_t
     tbn_take(&parts, outputs * sizeof(float));
     const size_t at_whole = parts.used;
     tbn_take(&parts, whole);
+    const size_t at_unfolded = parts.used, unfolded = folded ? call->groups * call->mixes * call->unfolded_image : 0;
+    tbn_take(&parts, unfolded);
     char *memory = aligned_alloc(TBN_ALIGN, parts.used);
     if (!memory)
         return TBN_OUT_OF_MEMORY;
@@ -288,14 +351,19 @@ static int compute(struct call *call, size_t threads, const float *alpha, size_t
     call->places = (struct tbn_dot_step *)(void *)(memory + at_places);
     call->alphas = alphas;
     call->whole = (uint8_t *)memory + at_whole;
-    memset(call->bytes, TBN_DOT_ZERO, images * call->image_bytes + slack);
+    call->unfolded = folded ? (uint8_t *)memory + at_unfolded : NULL;
+    if (folded) {
+        memset(call->unfolded, TBN_DOT_ZERO, unfolded);
+        memset(call->bytes + images * call->image_bytes, TBN_DOT_ZERO, slack);
+    } else
+        memset(call->bytes, TBN_DOT_ZERO, images * call->image_bytes + slack);
     if (call->conv)
         conv_steps(call, call->places);
     else
         find_steps(call->pixel_bytes, 0, call->places);
     for (size_t sample = 0; sample < call->samples; sample++) {
         if (call->conv)
-            fill_images(call, sample);
+            make_images(call, sample);
         else
             fill_token(call, sample);
     }
@@ -331,12 +399,16 @@ int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size
         .rows = layer->rows, .blocks = tbn_ceil_divide(layer->rows, TBN_DOT_ROWS), .groups = layer->groups,
         .mixes = layer->mixes, .samples = samples, .height = height, .width = width,
         .out_height = tbn_output_size(layer, 0, height), .out_width = tbn_output_size(layer, 1, width),
-        .pixel_bytes = tbn_round_up(layer->channels, 4),
+        .unfolded_pixel = tbn_round_up(layer->channels, 4), .row_step = layer->folded ? 1 : layer->stride[0],
     };
     if (samples == 0)
         return TBN_OK;
-    call.row_bytes = (width + 2 * layer->padding[1]) * call.pixel_bytes;
-    call.image_bytes = (height + 2 * layer->padding[0]) * call.row_bytes;
+    const size_t columns = width + 2 * layer->padding[1];
+    call.unfolded_row = columns * call.unfolded_pixel;
+    call.unfolded_image = (height + 2 * layer->padding[0]) * call.unfolded_row;
+    call.pixel_bytes = call.unfolded_pixel * (layer->folded ? layer->kernel[0] : 1);
+    call.row_bytes = columns * call.pixel_bytes;
+    call.image_bytes = layer->folded ? call.out_height * call.row_bytes : call.unfolded_image;
     call.steps = conv_steps(&call, NULL);
     const size_t row_tiles = tbn_ceil_divide(call.out_width, TBN_DOT_INPUTS);
     const size_t row_sums = call.mixes * z_size(&call, row_tiles) * sizeof(int32_t);

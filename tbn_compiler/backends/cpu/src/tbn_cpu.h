@@ -9,7 +9,7 @@
 #define TBN_EXPORT __attribute__((visibility("default")))
 
 /* Changes with anything below: a library left over from another version is not used. */
-enum { TBN_INTERFACE = 4 };
+enum { TBN_INTERFACE = 5 };
 
 TBN_EXPORT int tbn_interface(void);
 
@@ -55,6 +55,7 @@ struct tbn_conv {
     int32_t relu;
     const int32_t *corrections; /* for products of bytes: [groups][mixes][rows] */
     int32_t channels_last;      /* products of bytes: input and output are [samples][height][width][channels] */
+    int32_t folded;             /* products of bytes: images are folded, see dots.c */
 };
 
 /* Outputs along one axis. */
@@ -90,8 +91,9 @@ TBN_EXPORT int tbn_conv(const struct tbn_conv *layer, const float *x, float *out
  * The same for int8 and binary activations with kernels that have `dots`. The index (struct tbn_dot) is one for each group,
  * and for each column group. The columns of a row are its bytes of an input: those of a linear layer from step to step,
  * those of a convolution for each row of its kernel, [column of the kernel][channel], if its dilation along a row is 1,
- * and else for each place in the kernel, [channel]. Channels are filled up to a multiple of 4, a token's bytes to whole
- * steps; bits that fill up are those of weights that inputs of 0 meet, and corrections know them.
+ * and else for each place in the kernel, [channel]. In a `folded` layer they are [column of the kernel][row][channel] for
+ * the whole kernel, or else [row][channel] for each of its columns. Channels are filled up to a multiple of 4, a token's
+ * bytes to whole steps; bits that fill up are those of weights that inputs of 0 meet, and corrections know them.
  */
 TBN_EXPORT int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, size_t tokens,
                                const float *alpha, const float *bias, size_t threads);
