@@ -1,21 +1,24 @@
-"""Whole networks on a CPU, one input at a time: tiled and compiled against float and compiled.
+"""Whole networks on a CPU: tiled and compiled against float and compiled, and against ONNX Runtime.
 
 The paper's ViT (256 x 256 pixels, patches of 32, 1024 wide, 6 blocks, 16 heads, MLP 2048) and a ResNet18 (224 x 224),
-1000 classes each, with random weights: time does not depend on them. Compared are
+1000 classes each, networks for CIFAR-10, and two for which calls are everything: the paper's MLP, and its
+encoder of time series with 128 channels. Weights are random: time does not depend on them. Compared are
 
 - the float network under ``torch.compile``,
 - the float network in ONNX Runtime, and quantised for it: static int8 activations, int8 weights by channel,
 - the tiled network, lowered, under ``torch.compile(backend="tbn")``,
-- the same with int8 activations (``options={"activation": "int8"}``).
+- the same with int8 activations (``options={"activation": "int8"}``), or both bound without ``torch.compile``.
 
-All run in one process on the same input, in turn, after they were compiled; times are medians over all turns, and the
-spread is that of the middle half. Before that, the tiled result is compared with the lowered module in eager mode.
+All forms of a network run in one process on the same input, in turn, after they were compiled; times are medians over
+all turns, and the spread is that of the middle half. Before that, the tiled result is compared with the lowered module
+in eager mode.
 
     python -m benchmarks.end_to_end               # prints a table, writes benchmarks/results/end_to_end.json
+    python -m benchmarks.end_to_end --model mlp   # measures one network again, and puts it in its place
 
 It needs the extra ``onnx``.
 
-Compiling takes a minute or two, measuring one.
+Takes about a quarter of an hour, most of which is compiling.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +45,52 @@ from torch import Tensor, nn
 import tbn_compiler as tbn
 from benchmarks.machine import machine
 from benchmarks.models import ViT, resnet18
+from tbn_compiler.backends import cpu
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the paper's networks stand beside its scripts
+from paper.convnets import VGGSmall, resnet18_cifar
+from paper.transformers import TimeSeriesTransformer
 
 RESULT = Path(__file__).parent / "results" / "end_to_end.json"
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {"vit": (ViT, 256), "resnet18": (resnet18, 224)}
+@dataclass(frozen=True)
+class Network:
+    """A network to time.
+
+    Attributes:
+        title: what tables call it.
+        build: makes it in float.
+        shape: of its input, batch first.
+        options: of the tiling, beside ``p``.
+        bound: the tiled forms are those of ``backends.cpu.bind``, not of ``torch.compile``.
+    """
+
+    title: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    bound: bool = False
+
+
+def mlp() -> nn.Module:
+    """The paper's network for MNIST."""
+    return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+MODELS = {
+    "vit": Network("the paper's ViT", ViT, (1, 3, 256, 256)),
+    "resnet18": Network("ResNet18", resnet18, (1, 3, 224, 224)),
+    "resnet18-all": Network("ResNet18, every layer tiled", resnet18, (1, 3, 224, 224), {"min_size": 0}),
+    "resnet18-8": Network("ResNet18, batch 8", resnet18, (8, 3, 224, 224)),
+    "resnet18-cifar": Network("ResNet18 for CIFAR-10", resnet18_cifar, (1, 3, 32, 32)),
+    "vgg-small": Network("VGG-small for CIFAR-10", VGGSmall, (1, 3, 32, 32)),
+    "series": Network(
+        "time series, 128 channels", lambda: TimeSeriesTransformer(21, 128), (1, 96, 21), {"min_size": 16_000}
+    ),
+    "mlp": Network("MLP 784-128-10", mlp, (1, 784)),
+    "mlp-bound": Network("MLP 784-128-10, bound", mlp, (1, 784), bound=True),
+}
 
 
 FORMS = ("float", "ONNX Runtime float", "ONNX Runtime int8", "tiled", "tiled, int8")
@@ -90,17 +135,22 @@ def onnxruntime_forms(model: nn.Module, x: Tensor, threads: int) -> dict[str, Ca
         return {FORMS[1]: session(source, threads), FORMS[2]: session(quantised, threads)}
 
 
-def variants(model: nn.Module, p: int, x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+def variants(
+    model: nn.Module, config: tbn.TilingConfig, x: Tensor, *, bound: bool = False
+) -> dict[str, Callable[[Tensor], Tensor]]:
     """The forms of a model by name, each called once."""
-    packed = tbn.lower(tbn.transform(model, tbn.TilingConfig(p=p)))
+    packed = tbn.lower(tbn.transform(model, config))
     with torch.no_grad():
         expected = packed(x)
     found: dict[str, Callable[[Tensor], Tensor]] = {
         "float": torch.compile(model),
         **onnxruntime_forms(model, x, torch.get_num_threads()),
-        "tiled": torch.compile(packed, backend="tbn"),
-        "tiled, int8": torch.compile(packed, backend="tbn", options={"activation": "int8"}),
     }
+    for name, activation in (("tiled", "float"), ("tiled, int8", "int8")):
+        if bound:
+            found[name] = cpu.bind(tbn.optimize(packed, x, activation=activation))  # type: ignore[arg-type]
+        else:
+            found[name] = torch.compile(packed, backend="tbn", options={"activation": activation})
     results = {name: run(x) for name, run in found.items()}
     # Rounding adds up over the layers: about 1e-6 in float32, and int8 keeps two digits.
     references = {"ONNX Runtime float": results["float"], "ONNX Runtime int8": results["float"]}
@@ -115,9 +165,9 @@ def variants(model: nn.Module, p: int, x: Tensor) -> dict[str, Callable[[Tensor]
 def measure(name: str, p: int, turns: int) -> dict[str, Any]:
     """Time all variants of one model in turn."""
     torch.manual_seed(0)
-    build, size = MODELS[name]
-    model, x = build().eval(), torch.randn(1, 3, size, size)
-    runs = variants(model, p, x)
+    network = MODELS[name]
+    model, x = network.build().eval(), torch.randn(network.shape)
+    runs = variants(model, tbn.TilingConfig(p=p, **network.options), x, bound=network.bound)
     times: dict[str, list[float]] = {variant: [] for variant in runs}
     for turn in range(turns + 2):
         for variant, run in runs.items():
@@ -127,7 +177,8 @@ def measure(name: str, p: int, turns: int) -> dict[str, Any]:
             if turn >= 2:  # the first turns fill the caches
                 times[variant].append(elapsed * 1e3)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    result: dict[str, Any] = {"model": name, "parameters": parameters, "p": p, "turns": turns}
+    result: dict[str, Any] = {"model": name, "title": network.title, "input": list(network.shape), "p": p}
+    result |= {"options": network.options, "parameters": parameters, "turns": turns}
     for variant, found in times.items():
         low, median, high = statistics.quantiles(found, n=4)
         row = {"median_ms": round(median, 3), "quartiles_ms": [round(low, 3), round(high, 3)]}
@@ -135,34 +186,56 @@ def measure(name: str, p: int, turns: int) -> dict[str, Any]:
     return result
 
 
+def fastest(row: dict[str, Any], names: Sequence[str] = FORMS[:3]) -> str:
+    """The peer with the lowest median."""
+    return min(names, key=lambda name: float(row[name]["median_ms"]))
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| model | form | median [ms] | middle half [ms] | against float |", "|---|---|---:|---:|---:|"]
+    """The rows as a Markdown table: medians in milliseconds, and ratios to the fastest peers."""
+    lines = [
+        f"| p = 4, one thread: ms | {' | '.join(FORMS)} | float over the best float | int8 over the best of all |",
+        f"|---|{'---:|' * (len(FORMS) + 2)}",
+    ]
     for row in rows:
-        for variant in FORMS:
-            found = row[variant]
-            low, high = found["quartiles_ms"]
-            times = f"{found['median_ms']:.2f} | {low:.2f} to {high:.2f} | {found['speedup']:.2f}x"
-            lines.append(f"| {row['model']}, p = {row['p']} | {variant} | {times} |")
+        times = [f"{row[name]['median_ms']:.3g}" for name in FORMS]
+        peers = (fastest(row, FORMS[:2]), "tiled"), (fastest(row), "tiled, int8")
+        ratios = [f"{row[peer]['median_ms'] / row[name]['median_ms']:.2f}x" for peer, name in peers]
+        lines.append(f"| {row['title']} | {' | '.join((*times, *ratios))} |")
     return "\n".join(lines)
+
+
+def merged(rows: list[dict[str, Any]], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """New rows in their places among those of the result file, if these are from the same machine and versions."""
+    old: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    without_date = [
+        {key: value for key, value in of.items() if key != "date"} for of in (old.get("machine", {}), found)
+    ]
+    by_name = {row["model"]: row for row in old.get("rows", [])} if without_date[0] == without_date[1] else {}
+    by_name |= {row["model"]: row for row in rows}
+    return [by_name[name] for name in MODELS if name in by_name]
 
 
 @torch.no_grad()
 def main() -> int:
     """Measure, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", choices=MODELS, action="append", help="default: both")
+    parser.add_argument("--model", choices=MODELS, action="append", help="may be repeated; default: all")
     parser.add_argument("--p", type=int, default=4, help="copies of each tile (default 4)")
     parser.add_argument("--turns", type=int, default=100, help="default 100")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
+    parser.add_argument("--dry-run", action="store_true", help="write no result file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = [measure(name, arguments.p, arguments.turns) for name in arguments.model or MODELS]
-    if not arguments.model:
-        RESULT.parent.mkdir(exist_ok=True)
-        found = machine(threads=arguments.threads, onnxruntime=onnxruntime.__version__)
-        result = {"machine": found, "rows": rows}
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    found = machine(threads=arguments.threads, onnxruntime=onnxruntime.__version__)
+    rows = []
+    for name in arguments.model or MODELS:
+        torch._dynamo.reset()
+        rows.append(measure(name, arguments.p, arguments.turns))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+        if not arguments.dry_run:
+            RESULT.parent.mkdir(exist_ok=True)
+            RESULT.write_text(json.dumps({"machine": found, "rows": merged(rows, found)}, indent=2) + "\n")
     print(table(rows))
     return 0
 

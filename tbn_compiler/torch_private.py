@@ -43,6 +43,7 @@ __all__ = [
     "compile_by_inductor",
     "compiling_fake_mode",
     "differentiated",
+    "drop_input_checks",
     "exported_functions",
     # What Dynamo writes for F.pad, which is a function of Python around it.
     "functional_pad",
@@ -62,6 +63,7 @@ __all__ = [
     "original_module",
     "size_guards",
     "static_fakes",
+    "takes_tensors_only",
     # Nested containers of inputs and results, as torch.export sees them; torch.utils has no public module for trees.
     "tree_leaves",
     "tree_map",
@@ -298,6 +300,31 @@ def input_structure(graph: fx.Graph) -> fx.graph.CodeGen | None:
     """What lets the code of a graph take nested inputs apart, for ``fx.Graph.set_codegen``; ``None`` if it does not."""
     codegen = graph._codegen
     return None if type(codegen) is fx.graph.CodeGen else codegen
+
+
+def takes_tensors_only(graph: fx.Graph) -> bool:
+    """Whether code that takes nested inputs apart has nothing to do: only positional tensors go in, and one comes out.
+
+    The code does it all the same, in functions of Python that take longer than a small network.
+    """
+    info = getattr(graph._codegen, "pytree_info", None)
+    if info is None or info.out_spec is None or not info.out_spec.is_leaf():
+        return False
+    if info.in_spec.num_children != 2:
+        return False
+    positional, named = info.in_spec.children()
+    return named.num_children == 0 and all(child.is_leaf() for child in positional.children())
+
+
+def drop_input_checks(gm: fx.GraphModule) -> None:
+    """Remove the hook by which a module of ``torch.export``'s compares its inputs with those that it was exported for.
+
+    It takes 40 us a call. What the code relies on, it checks itself (:func:`size_guards`).
+    """
+    for key, hook in list(gm._forward_pre_hooks.items()):
+        if getattr(hook, "__name__", "") == "_check_input_constraints_pre_hook":
+            del gm._forward_pre_hooks[key]
+            gm._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def has_usual_code(graph: fx.Graph) -> bool:

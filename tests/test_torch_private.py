@@ -441,6 +441,38 @@ def test_exported_functions() -> None:
     assert found["no_such_function"] is None
 
 
+def test_takes_tensors_only() -> None:
+    def found(*inputs: Any, **named: Any) -> bool:
+        return torch_private.takes_tensors_only(torch.export.export(Nested(), inputs, named).module().graph)
+
+    name, x = changed("what the code of a module of torch.export takes apart"), torch.ones(2)
+    assert found(x), name
+    assert found(x, x), name
+    assert not found(x, other=x), name
+    assert not found((x, x)), name
+    assert not found(x, x, x), name  # gives two
+    assert not torch_private.takes_tensors_only(fx.symbolic_trace(nn.Identity()).graph), name
+
+
+def test_drop_input_checks() -> None:
+    module = torch.export.export(nn.Linear(3, 2), (torch.ones(4, 3),)).module()
+    with pytest.raises((AssertionError, RuntimeError)):
+        module(torch.ones(5, 3))
+    before = len(module._forward_pre_hooks)
+    torch_private.drop_input_checks(module)
+    assert len(module._forward_pre_hooks) == before - 1, changed("the hook of modules of torch.export")
+    with pytest.raises((AssertionError, RuntimeError)):  # the code checks what it relies on
+        module(torch.ones(5, 3))
+
+
+class Nested(nn.Module):
+    """Takes one to three inputs."""
+
+    def forward(self, x: Any, other: Tensor | None = None, third: Tensor | None = None) -> Any:
+        total = sum(x) if isinstance(x, tuple) else x
+        return total + 1 if third is None else (total, third + 1)
+
+
 def test_mapped() -> None:
     def function(x: Tensor) -> Tensor:
         return torch.vmap(torch.sin)(x) + 1

@@ -44,7 +44,7 @@ def note_values(module: nn.Module, example_inputs: Any) -> None:
 def note_value(node: fx.Node, value: Tensor) -> None:
     """Note what the passes ask of a node's value: its number of dimensions, its dtype and its sizes."""
     node.meta[_RANK], node.meta[_DTYPE] = value.dim(), value.dtype
-    node.meta[_SIZES] = tuple(size if type(size) is int else None for size in value.shape)
+    node.meta[_SIZES] = _known_sizes(value)
 
 
 def rank(node: fx.Node) -> int | None:
@@ -61,8 +61,12 @@ def dtype(node: fx.Node) -> torch.dtype | None:
 
 def sizes(node: fx.Node) -> tuple[int | None, ...] | None:
     """Sizes of a node's value where it was captured, ``None`` for one that varies; passes may change its channels."""
-    found: tuple[int | None, ...] | None = node.meta.get(_SIZES)
-    return found
+    value = node.meta.get("val")
+    return node.meta.get(_SIZES, _known_sizes(value) if isinstance(value, Tensor) else None)
+
+
+def _known_sizes(value: Tensor) -> tuple[int | None, ...]:
+    return tuple(size if type(size) is int else None for size in value.shape)
 
 
 def describe(gm: fx.GraphModule, node: fx.Node) -> str:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tbn_compiler.backends.cpu import conv, declined, library, linear, prepare
+from tbn_compiler.backends.cpu.bind_layers import bind
 from tbn_compiler.backends.cpu.library import LEVELS, set_level, use_level
 from tbn_compiler.ops import reference
 from tbn_compiler.ops.calls import OPERATORS, TensorCall, make_kernel, register_kernel
 
-__all__ = ["LEVELS", "Info", "info", "register", "set_level", "use_level"]
+__all__ = ["LEVELS", "Info", "bind", "info", "register", "set_level", "use_level"]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 ``tbn_cpu::linear`` and ``tbn_cpu::conv`` take an input and a *plan*, a tensor of bytes (``struct tbn_bound``) that
 points to everything else: the prepared tile, alphas, bias, geometry. They compute what ``tbn::linear`` and
-``tbn::conv1d`` and ``2d`` compute, by the same kernels, for a tenth of what a call costs. A compiled graph can use
-them where it knows the operands (:mod:`tbn_compiler.backends.dynamo.bind_layers`); they have no gradients.
+``tbn::conv1d`` and ``2d`` compute, by the same kernels, for a tenth of what a call costs. A graph can use
+them where it knows the operands (:mod:`tbn_compiler.backends.cpu.bind_layers`); they have no gradients.
 
 The kernels are registered through C functions that libtorch exports (``src/torch_calls.c``). Where one is missing,
 :func:`unavailable` gives the reason, and the ``tbn::`` operators stay.

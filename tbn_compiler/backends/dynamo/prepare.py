@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx
 
-from tbn_compiler.backends.dynamo.bind_layers import bind_layers, find_bindings
+from tbn_compiler.backends.cpu.bind_layers import bind_layers, find_bindings
 from tbn_compiler.backends.dynamo.image_formats import keep_channels_last
 from tbn_compiler.backends.dynamo.records import make_records
 from tbn_compiler.backends.dynamo.report import LayerReport

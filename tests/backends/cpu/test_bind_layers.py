@@ -1,0 +1,108 @@
+"""Modules whose layers are bound to their operands without ``torch.compile``."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tbn_compiler as tbn
+from tbn_compiler.backends import cpu
+from tbn_compiler.backends.cpu import bound
+from tbn_compiler.backends.cpu.bind_layers import find_bindings
+from tbn_compiler.errors import LoweringError, TBNError
+from tbn_compiler.graph.calls import tiled_call
+from tbn_compiler.graph.records import graph_parts
+from tests import oracle
+
+CONFIG = tbn.TilingConfig(p=4, min_size=0)
+
+pytestmark = pytest.mark.skipif(bound.unavailable() is not None, reason=str(bound.unavailable()))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 8))
+    return tbn.lower(tbn.transform(model, CONFIG))
+
+
+def left(module: nn.Module) -> int:
+    """Layers that are not bound."""
+    return sum(tiled_call(node) is not None for _, part in graph_parts(module) for node in part.graph.nodes)
+
+
+@pytest.mark.parametrize("activation", ["float", "int8", "binary"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_results(whole: bool, activation: Any) -> None:
+    packed, example = network(), torch.randn(3, 24)
+    module = tbn.optimize(packed, example if whole else None, activation=activation)
+    fast = cpu.bind(module, None if whole else example)
+    assert left(fast) == 0
+    assert left(module) == 2
+    with torch.no_grad():
+        for size in (1, 3, 40):
+            x = torch.randn(size, 24)
+            oracle.assert_close(fast(x), module(x), rtol=1e-6)
+
+
+class Several(nn.Module):
+    """Takes a named tensor, and gives two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 32)
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.layer(x)
+        return y, y * scale
+
+
+def test_nested_inputs_and_results() -> None:
+    inputs = {"x": torch.randn(3, 24), "scale": torch.randn(3, 1)}
+    module = tbn.optimize(tbn.lower(tbn.transform(Several(), CONFIG)), inputs)
+    fast = cpu.bind(module)
+    with torch.no_grad():
+        for result, expected in zip(fast(**inputs), module(**inputs), strict=True):
+            assert torch.equal(result, expected)
+
+
+def test_sizes_are_still_checked() -> None:
+    fast = cpu.bind(tbn.optimize(network(), torch.randn(3, 24)))
+    with pytest.raises((RuntimeError, AssertionError)):
+        fast(torch.randn(3, 25))
+
+
+def test_values_are_those_of_the_time_of_binding() -> None:
+    packed, x = network(), torch.randn(3, 24)
+    fast = cpu.bind(packed, x)
+    with torch.no_grad():
+        expected = fast(x)
+        assert not set(fast.state_dict()) - set(packed.state_dict())
+        packed.load_state_dict({**packed.state_dict(), "0.weight_tile": 255 - packed[0].weight_tile})  # type: ignore[index]
+        assert not torch.equal(packed(x), expected)
+        again = cpu.bind(packed, x)
+        oracle.assert_close(again(x), packed(x), rtol=1e-6)
+        with pytest.raises(RuntimeError, match="not one that this process made"):
+            copy.deepcopy(again)(x)
+
+
+def test_layers_that_stay_are_computed_all_the_same() -> None:
+    packed, x = network().double(), torch.randn(3, 24, dtype=torch.float64)
+    fast = cpu.bind(packed, x)
+    assert left(fast) == 2
+    reasons = [reason for _, part in graph_parts(fast) for reason in find_bindings(part).values()]
+    assert reasons == ["float64 input"] * 2
+    with torch.no_grad():
+        assert torch.equal(fast(x), packed(x))
+
+
+def test_what_cannot_be_bound() -> None:
+    with pytest.raises(LoweringError, match="Linear has no lowered layer"):
+        cpu.bind(nn.Linear(3, 3), torch.ones(3))
+    with pytest.raises(LoweringError, match="has no lowered layer"):
+        cpu.bind(tbn.transform(nn.Linear(24, 32), CONFIG), torch.ones(24))
+    with pytest.raises(TBNError, match="does not run on example inputs"):
+        cpu.bind(network(), torch.randn(3, 25))
