@@ -6,7 +6,8 @@ layers are tiled whatever their size, the networks by the paper's default (``min
 binary). Times are medians, ratios are float over tiled.
 
 *State* are parameters, gradients and momentum: what stays from step to step. *Kept* are the tensors that autograd keeps
-between forward and backward, each storage once, without the parameters.
+between forward and backward, each storage once, without the parameters. A small network is bound by the calls of its
+operators; what ``torch.compile`` leaves of them is measured, too.
 
     python -m benchmarks.training            # prints a table, writes benchmarks/results/training.json
 
@@ -53,12 +54,26 @@ class Case:
         shape: of its input, batch first.
         options: of the tiling, beside ``p``.
         goal: how many times faster than float ``latent="tile"`` shall be at ``p=4``.
+        compiled: whether all forms run under ``torch.compile``.
     """
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     options: dict[str, Any]
     goal: float = 1 / 1.02
+    compiled: bool = False
+
+
+def _small_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """A network whose dropout does nothing: drawing its random numbers takes the same time in every form."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 CASES = {
@@ -67,10 +82,10 @@ CASES = {
     "conv 256 channels, 8 x 8, batch 32": Case(
         lambda: nn.Conv2d(256, 256, 3, padding=1, bias=False), (32, 256, 8, 8), _EVERYTHING, 2.2
     ),
-    "MLP 784-128-10, batch 128": Case(
-        lambda: nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10)), (128, 784), {}
-    ),
+    "MLP 784-128-10, batch 128": Case(_small_mlp, (128, 784), {}),
+    "MLP 784-128-10, batch 128, compiled": Case(_small_mlp, (128, 784), {}, compiled=True),
     "ViT CIFAR, batch 32": Case(ViT, (32, 3, 32, 32), {}, 2.3),
+    "ViT CIFAR without dropout, batch 32": Case(lambda: without_dropout(ViT()), (32, 3, 32, 32), {}, 2.3),
     "ResNet18 CIFAR, batch 16": Case(resnet18_cifar, (16, 3, 32, 32), {}, 1.6),
     "VGG-small, batch 16": Case(VGGSmall, (16, 3, 32, 32), {}),
     "decoder, width 256, 4 blocks, 8 x 128 tokens": Case(lambda: decoder(256, 4), (8, 128, 256), {}),
@@ -91,14 +106,15 @@ def first_tensor(result: Any) -> Tensor:
 class Step:
     """A training step of one network."""
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, compiled: bool = False) -> None:
         self.model, self.x = model.train(), x
+        self.forward: Callable[[Tensor], Any] = torch.compile(model) if compiled else model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
 
     def __call__(self) -> None:
         """Forward, backward, update."""
         self.optimizer.zero_grad(set_to_none=True)
-        first_tensor(self.model(self.x)).square().mean().backward()
+        first_tensor(self.forward(self.x)).square().mean().backward()
         self.optimizer.step()
 
     def state_bytes(self) -> int:
@@ -117,7 +133,7 @@ class Step:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            first_tensor(self.model(self.x))
+            first_tensor(self.forward(self.x))
         return sum(kept.values())
 
 
@@ -131,7 +147,7 @@ def steps(case: Case, p: int) -> dict[str, Step]:
     found = {}
     for name, form in forms.items():
         copy = case.build() if name == "float" else form
-        found[name] = Step(copy, x)
+        found[name] = Step(copy, x, case.compiled)
     return found
 
 

@@ -15,7 +15,7 @@ from tbn_compiler.errors import TransformError
 from tbn_compiler.graph.copying import copy_with_tensors
 from tbn_compiler.graph.records import LayerRecord, alpha_key, alpha_source_key, own_records
 from tbn_compiler.graph.shapes import split_inputs
-from tbn_compiler.ops.training import alphas_of
+from tbn_compiler.ops.latents import alphas_of
 
 _SMALLEST = 1e-3  # of the magnitude that a layer's alphas had: an alpha at 0 would never train
 

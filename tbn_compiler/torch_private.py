@@ -46,6 +46,7 @@ __all__ = [
     "drop_input_checks",
     "exported_functions",
     # What Dynamo writes for F.pad, which is a function of Python around it.
+    "forward_mode_is_active",
     "functional_pad",
     "functorch_is_active",
     "has_usual_code",
@@ -268,6 +269,14 @@ def below_autograd() -> AbstractContextManager[Any]:
 def functorch_is_active() -> bool:
     """Whether a transform of ``torch.func`` runs; an autograd kernel then cannot apply a function of its own."""
     return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode_is_active() -> bool:
+    """Whether code runs in a ``torch.autograd.forward_ad.dual_level``, which no function of one's own passes on.
+
+    Public is only the question whether one tensor has a tangent, which costs more.
+    """
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 EXPORT_LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch.onnx")

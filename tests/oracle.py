@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.graph.records import EXTRA_STATE, get_records, split_key
+from tbn_compiler.passes import ExposeAttention, ExposeLinears, Scope, TileWeights, run_passes
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -189,6 +190,13 @@ def layouts(draw: st.DrawFn, max_dims: int = 4) -> tuple[tuple[int, ...], int, i
 def whole_graph(model: nn.Module, config: tbn.TilingConfig) -> fx.GraphModule:
     """The model tiled as one graph, in which layers are calls of modules, functions and methods."""
     return tbn.transform(fx.symbolic_trace(model), config)
+
+
+def chain_graph(model: nn.Module, config: tbn.TilingConfig) -> fx.GraphModule:
+    """The model tiled as one graph in which every layer is a ``tile -> scale -> layer`` chain."""
+    gm = copy.deepcopy(fx.symbolic_trace(model))
+    run_passes(gm, [ExposeAttention(), ExposeLinears(), TileWeights(Scope(config))])
+    return gm
 
 
 # The two ways to tile a model: layer by layer, where the user's code stays, and as one graph.

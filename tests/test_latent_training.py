@@ -254,19 +254,21 @@ def test_exported_files_of_twins_are_equal(name: str, tmp_path: Path) -> None:
 def test_compiled_training(name: str, backend: str, latent: str) -> None:
     """One graph, for every batch size; results and gradients as in eager mode."""
     torch._dynamo.reset()
-    module = twins(name, torch.float32)[latent == "tile"]
+    # The gradient of a scale before a norm is nothing but rounding in single precision.
+    dtype = torch.float32 if backend == "inductor" else torch.float64
+    module = twins(name, dtype)[latent == "tile"]
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend=counter)
     for size in (4, 7):
-        x = torch.randn(size, *CASES[name][1][1:])
+        x = torch.randn(size, *CASES[name][1][1:], dtype=dtype)
         torch._dynamo.mark_dynamic(x, 0)
         results = []
         for run in (module, compiled):
             run.zero_grad()
             y = run(x)
-            (y * torch.linspace(-1, 2, y.numel()).reshape(y.shape)).sum().backward()
+            (y * torch.linspace(-1, 2, y.numel(), dtype=dtype).reshape(y.shape)).sum().backward()
             results.append((y, [p.grad for p in run.parameters()]))
-        oracle.assert_close(results[1], results[0], 1e-4)
+        oracle.assert_close(results[1], results[0], 1e-4 if dtype == torch.float32 else 1e-9)
     assert counter.frame_count == 1
 
 

@@ -494,3 +494,11 @@ def test_functorch_is_active() -> None:
     torch.func.grad(function)(torch.ones(2))
     function(torch.ones(2))
     assert seen == [True, False], changed("_are_functorch_transforms_active")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # by the first dual level
+def test_forward_mode_is_active() -> None:
+    assert not torch_private.forward_mode_is_active()
+    with torch.autograd.forward_ad.dual_level():
+        assert torch_private.forward_mode_is_active(), changed("forward_ad._current_level")
+    assert not torch_private.forward_mode_is_active()

@@ -15,19 +15,21 @@
 
 :mod:`schemas` holds names and types; :mod:`calls` what a call of an inference operator is: arguments by name, layout,
 checks, fakes; :mod:`reference` the kernels that run on any device; :mod:`formats` the number formats of activations and
-the functions behind a layer; :mod:`autograd` the gradients; :mod:`autocast` the dtype under autocast. A backend
-registers a faster kernel for its device with :func:`calls.register_kernel`.
+the functions behind a layer; :mod:`autograd` the gradients; :mod:`latents` what is trained, and :mod:`training` the
+layers that train it, on the rows that differ or on the :mod:`whole_weight`; :mod:`autocast` the dtype under autocast. A
+backend registers a faster kernel for its device with :func:`calls.register_kernel`.
 """
 
 from __future__ import annotations
 
-from tbn_compiler.ops import activations, autocast, autograd, calls, reference, training
+from tbn_compiler.ops import activations, autocast, autograd, calls, latents, reference, training
 from tbn_compiler.ops.schemas import LIBRARY
 
 calls.register_fakes()
 autograd.register()
 reference.register()
 autocast.register()
+latents.register()
 training.register()
 activations.register()
 

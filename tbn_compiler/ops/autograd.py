@@ -25,17 +25,18 @@ from tbn_compiler.torch_private import below_autograd, functorch_is_active, untr
 Grads = tuple[Tensor | None, ...]
 
 
+# No setup_context: torch.func, which needs one, does not come here, and apply looks its signature up at every call.
+
+
 class _Tile(torch.autograd.Function):
     """The gradient of ``tbn::tile``."""
 
     @staticmethod
-    def forward(weight: Tensor, p: int, p_in: int, shift: int, batch: int, hadamard: bool, binary: bool) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, p: int, p_in: int, shift: int, batch: int, hadamard: bool, binary: bool
+    ) -> Tensor:
+        ctx.layout, ctx.binary = make_layout(weight.shape, p, p_in, shift, batch, hadamard), binary
         return _below_autograd("tile", weight, p, p_in=p_in, shift=shift, batch=batch, hadamard=hadamard, binary=binary)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, p, p_in, shift, batch, hadamard, ctx.binary = inputs
-        ctx.layout = make_layout(weight.shape, p, p_in, shift, batch, hadamard)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
@@ -48,14 +49,10 @@ class _Scale(torch.autograd.Function):
     """The gradient of ``tbn::scale``."""
 
     @staticmethod
-    def forward(bits: Tensor, source: Tensor, num_alphas: int, p_in: int) -> Tensor:
-        return _below_autograd("scale", bits, source, num_alphas, p_in=p_in)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        bits, source, ctx.num_alphas, p_in = inputs
-        ctx.layout = make_layout(bits.shape, ctx.num_alphas, p_in)
+    def forward(ctx: Any, bits: Tensor, source: Tensor, num_alphas: int, p_in: int) -> Tensor:
+        ctx.layout, ctx.num_alphas = make_layout(bits.shape, num_alphas, p_in), num_alphas
         ctx.save_for_backward(bits, source)
+        return _below_autograd("scale", bits, source, num_alphas, p_in=p_in)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:

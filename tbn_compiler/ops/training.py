@@ -13,15 +13,11 @@ its gradients, and multiply the unique rows only. Write ``T [R, n]`` for the uni
 The products of (1) and (2) have ``R`` rows instead of ``m``. So has (3), where the *tile* is the parameter; the paper's
 gradient (4) of every weight element takes the whole product. The sum of (4) over the copies is (3).
 
-``weight`` is the latent weight ``W`` of the layout's shape, whose aggregated signs are the tile (Eq. 2, 3), or the
-aggregated tile ``s`` itself, ``q`` elements in any shape. ``source`` is ``A`` (or ``W``) of the weight's shape, whose
-mean magnitudes are the alphas (Eq. 7, 9), or one element for each alpha: then the alpha is its magnitude, and its
-gradient is divided by the ``N / k`` weights that each alpha scales. That is what one element of ``A`` gets, so that
-gradient descent moves the alpha as it moves the mean of ``A`` (until an element of ``A`` changes its sign).
+``weight`` is the latent weight or the tile, and ``source`` holds or gives the alphas: :mod:`tbn_compiler.ops.latents`.
 
 Rows with Hadamard signs differ, and share their products all the same (:mod:`tbn_compiler.ops.mixing`). Where no other
 rows repeat, alphas change within a row, or groups of a convolution read different inputs, the whole weight is
-multiplied.
+multiplied (:mod:`tbn_compiler.ops.whole_weight`).
 """
 
 from __future__ import annotations
@@ -37,44 +33,30 @@ import torch
 from torch import Tensor
 
 from tbn_compiler.ops.calls import TRAINING_OPERATORS, Operator, TiledCall, convolution_gradients
+from tbn_compiler.ops.latents import (
+    alpha_values,
+    alphas_of,
+    check_latents,
+    source_gradient,
+    takes_latent_weight,
+    used_weight,
+)
 from tbn_compiler.ops.mixing import mixed_layer
-from tbn_compiler.ops.schemas import LIBRARY, TRAINING_PREFIX, make_layout
+from tbn_compiler.ops.schemas import LIBRARY
+from tbn_compiler.ops.whole_weight import (
+    LARGE,
+    WholeWeight,
+    bias_gradient,
+    binary_signs,
+    blas_is_faster,
+    constant_weight,
+    differentiable_gradients,
+    dot,
+)
 from tbn_compiler.tiling import TiledProduct, TileLayout, tile_signs
-from tbn_compiler.torch_private import functorch_is_active, untraced
+from tbn_compiler.torch_private import forward_mode_is_active, functorch_is_active, untraced
 
 Grads = tuple[Tensor | None, ...]
-
-
-def takes_latent_weight(weight: Tensor, layout: TileLayout) -> bool:
-    """Whether ``weight`` is ``W``, not the aggregated tile; they are the same if there is one copy."""
-    return tuple(weight.shape) == layout.shape
-
-
-def alphas_of(source: Tensor, layout: TileLayout, num_alphas: int) -> Tensor:
-    """The alphas, ``[num_alphas]``, from ``A`` (Eq. 7, 9) or from one element for each."""
-    if source.numel() != num_alphas:
-        return layout.alphas(source, num_alphas)
-    count = layout.numel // num_alphas
-    magnitude = source.reshape(-1).abs()
-    return magnitude.detach() + (magnitude - magnitude.detach()) / count  # the second term is 0
-
-
-def used_weight(weight: Tensor, source: Tensor, layout: TileLayout, k: int, binary: bool) -> Tensor:
-    """The whole weight ``alpha * B`` of ``layout.shape``, differentiable as ``tbn::tile`` and ``tbn::scale`` are."""
-    if takes_latent_weight(weight, layout):
-        options = {"p_in": layout.p_in, "shift": layout.shift, "batch": layout.batch, "hadamard": layout.hadamard}
-        bits = torch.ops.tbn.tile.default(weight, layout.p, **options, binary=binary)
-    else:
-        tile = torch.ops.tbn.tile.default(weight.reshape(-1), 1, binary=binary)
-        bits = layout.replicate(tile)
-    if source.numel() != k:
-        used: Tensor = torch.ops.tbn.scale.default(bits, source, k, p_in=layout.alphas_in(k))
-        return used
-    return layout.scale(bits, alphas_of(source, layout, k).to(bits.dtype))
-
-
-def _whole_weight(call: TiledCall, weight: Tensor, source: Tensor) -> Tensor:
-    return used_weight(weight, source, call.layout, call.arguments["num_alphas"], call.arguments["binary"])
 
 
 def _product(call: TiledCall) -> TiledProduct:
@@ -132,12 +114,7 @@ def _tile_gradient(grad_rows: Tensor, product: TiledProduct) -> Tensor:
 
 def _scaled_tile(s: Tensor, scale: Tensor, binary: bool) -> Tensor:
     """The tile of aggregated values (Eq. 3) times a number, in the dtype of that."""
-    if not binary:
-        return s.to(scale.dtype) * scale
-    # torch.where would take ten times as long as all of this.
-    above = torch.gt(s, 0, out=torch.empty(s.shape, dtype=scale.dtype, device=s.device))
-    above.mul_(2 * scale).sub_(scale)
-    return above
+    return binary_signs(s, scale.dtype).mul_(scale) if binary else s.to(scale.dtype) * scale
 
 
 @dataclass(frozen=True)
@@ -173,10 +150,12 @@ class _Repeats:
         value = value.contiguous(memory_format=self.form)
         if self.last:
             value = value.movedim(1, -1)
-        axis = value.dim() - 1 - (0 if self.last else self.dims)
-        tokens, positions = math.prod(value.shape[:axis]), math.prod(value.shape[axis + 1 :])
-        repeats = value.shape[axis] // (self.product.groups * self.product.rows)
-        return value.view(tokens, self.product.groups, repeats, self.product.rows, positions)
+        shape, product, behind = value.shape, self.product, 0 if self.last else self.dims
+        axis = len(shape) - 1 - behind
+        tokens = shape[0] if axis == 1 else math.prod(shape[:axis])
+        positions = math.prod(shape[axis + 1 :]) if behind else 1
+        repeats = shape[axis] // (product.groups * product.rows)
+        return value.view(tokens, product.groups, repeats, product.rows, positions)
 
     def join(self, parts: Tensor, like: Tensor) -> Tensor:
         """The value, with the other sizes of ``like``, that was split into parts."""
@@ -213,9 +192,11 @@ class _Repeats:
         """The sum of all repeats, with a scale for each."""
         parts, product = self.split(value), self.product
         size = product.rows * parts.shape[-1]
+        if alpha is None and product.groups == 1 < product.repeats and blas_is_faster(parts) and size >= _LONG:
+            alpha = value.new_ones(product.repeats)
         if alpha is None:
             total = parts.sum(2, keepdim=True)
-        elif product.groups == 1 and product.alpha_per_repeat and isinstance(size, int) and size >= _LONG:
+        elif product.groups == 1 and len(alpha) == product.repeats and isinstance(size, int) and size >= _LONG:
             total = torch.matmul(alpha.view(1, 1, -1), parts.view(parts.shape[0], product.repeats, size))
             total = total.view(parts.shape[0], 1, 1, product.rows, parts.shape[-1])
         else:
@@ -224,11 +205,18 @@ class _Repeats:
 
     def dot(self, values: Tensor, once: Tensor) -> Tensor:
         """For each alpha, the sum over what it scales of values times those of one repeat; at least in float32."""
-        once = self.split(once)
+        k, product = self.product.num_alphas, self.product
+        parts, once = self.split(values), self.split(once)
+        if k == 1 and blas_is_faster(parts):
+            return dot(parts.view(-1), once.view(-1)).view(1)
         if once.dtype in (torch.float16, torch.bfloat16):
             once = once.float()
-        sums: Tensor = (self.split(values) * once).sum((0, 4))
-        return sums.reshape(self.product.num_alphas, -1).sum(1)
+        elif product.groups == 1 and product.alpha_per_repeat and blas_is_faster(parts) and parts.numel() >= LARGE:
+            tokens, _, repeats, rows, positions = parts.shape
+            if (size := rows * positions) >= _LONG // 2:  # the product of both is not written
+                return torch.matmul(parts.view(tokens, repeats, size), once.view(tokens, size, 1)).sum(0).view(-1)
+        sums: Tensor = (parts * once).sum((0, 4))
+        return sums.reshape(k, -1).sum(1)
 
 
 # A product with the alphas reads repeats once and writes no scaled ones; it is slow for many short ones.
@@ -259,9 +247,9 @@ class _Layer(torch.autograd.Function):
         ctx.call, ctx.product, ctx.dtype = call, product, dtype
         ctx.latent_weight = takes_latent_weight(weight, layout)
         s = layout.aggregate(weight) if ctx.latent_weight else weight.reshape(-1)
-        alpha = alphas_of(source, layout, product.num_alphas)
-        scale, relative = alpha.reshape(()) if len(alpha) == 1 else alpha.amax(), None
-        if len(alpha) > 1:
+        alpha = alpha_values(source, layout, product.num_alphas)
+        scale, relative = alpha.view(()) if product.num_alphas == 1 else alpha.amax(), None
+        if product.num_alphas > 1:
             scale = torch.where(scale > 0, scale, 1)
             relative = (alpha / scale).to(dtype)
         scale = scale.to(dtype)
@@ -285,7 +273,7 @@ class _Layer(torch.autograd.Function):
         input, weight, source, bias, rows, alpha, scale, relative, once = ctx.saved_tensors
         call, product, layout, needs = ctx.call, ctx.product, ctx.call.layout, ctx.needs_input_grad
         if torch.is_grad_enabled():  # the gradients will be differentiated, too
-            return (*_differentiable_gradients(ctx, grad, (input, weight, source, bias)), None, None, None)
+            return (*differentiable_gradients(ctx, grad, (input, weight, source, bias)), None, None, None)
         repeats: _Repeats = ctx.repeats
         dense = needs[1] and ctx.latent_weight and call.arguments["binary"]  # Eq. 6: of all rows
         wants_rows = needs[1] and not dense
@@ -314,8 +302,8 @@ class _Layer(torch.autograd.Function):
         return (
             grad_input,
             None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_alpha is None else _source_gradient(source, layout, grad_alpha / _nonzero(scale)),
-            _bias_gradient(grad, call.dims).to(bias.dtype) if needs[3] else None,
+            None if grad_alpha is None else source_gradient(source, layout, _divided(grad_alpha, scale)),
+            bias_gradient(grad, call.dims, bias, needs[3]),
             None,
             None,
             None,
@@ -343,45 +331,9 @@ def _spread(grad: Tensor, input: Tensor, dim: int) -> Tensor:
     return out
 
 
-def _nonzero(scale: Tensor) -> Tensor:
-    """A scale to divide by. One that is 0 is the mean of magnitudes that are all 0, and have no gradient."""
-    return torch.where(scale == 0, 1, scale)
-
-
-def _bias_gradient(grad: Tensor, dims: int) -> Tensor:
-    others = [axis for axis in range(grad.dim()) if axis != grad.dim() - 1 - dims]
-    return grad.sum(others) if others else grad
-
-
-def _source_gradient(source: Tensor, layout: TileLayout, grad_alpha: Tensor) -> Tensor:
-    """The gradient of ``A``, or of one element for each alpha, from that of the alphas."""
-    k = grad_alpha.numel()
-    grad_alpha = (grad_alpha / (layout.numel // k)).to(source.dtype)
-    if source.numel() == k:
-        return (source.reshape(-1).sign() * grad_alpha).reshape(source.shape)
-    signs = source.sign().contiguous()
-    groups = layout.alpha_groups(signs, k)
-    groups.mul_(grad_alpha.view(groups.shape[0], 1, groups.shape[2], 1))  # in place: the source can be large
-    return signs
-
-
-def _differentiable_gradients(
-    ctx: Any, grad: Tensor, operands: tuple[Tensor, Tensor, Tensor, Tensor | None]
-) -> list[Tensor | None]:
-    """The gradients by PyTorch's own operators on the whole weight, so that they can be differentiated again."""
-    # Views, so that each is differentiated by itself: one may be another, as the weight its source, or depend on it.
-    values = [None if value is None else value.view_as(value) for value in operands]
-    input, weight, source, bias = values
-    assert input is not None
-    assert weight is not None
-    assert source is not None
-    needs = ctx.needs_input_grad[: len(values)]
-    wanted = [value for value, needed in zip(values, needs, strict=True) if needed and value is not None]
-    with torch.autocast(input.device.type, enabled=False):
-        used = _whole_weight(ctx.call, weight, source).to(ctx.dtype)
-        out = ctx.call.function(input, used, None if bias is None else bias.to(ctx.dtype), *ctx.call.geometry)
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return [next(found) if needed else None for needed in needs]
+def _divided(grad_alpha: Tensor, scale: Tensor) -> Tensor:
+    """By a scale that may be 0: it is the mean of magnitudes that are all 0 then, and have no gradient."""
+    return grad_alpha / scale.to(grad_alpha.dtype).clamp_min(torch.finfo(grad_alpha.dtype).tiny)
 
 
 def _multiply_backward(
@@ -414,17 +366,45 @@ def _multiply_backward(
     return grad_input, grad_weight
 
 
-def train(call: TiledCall, input: Tensor, weight: Tensor, source: Tensor, bias: Tensor | None) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """How a call is computed: the same for every call with these arguments.
+
+    Attributes:
+        call: the call, without its operands.
+        product: what is multiplied, if it is less than the whole weight.
+        mixed: whether the copies have Hadamard signs and share products.
+    """
+
+    call: TiledCall
+    product: TiledProduct | None
+    mixed: bool
+
+    @classmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(cls, operator: Operator, further: tuple[Any, ...], options: tuple[tuple[str, Any], ...]) -> _Plan:
+        """The plan for the positional arguments behind the bias, and those by name."""
+        positional = dict(zip(operator.positional[4:], further, strict=False))
+        call = TiledCall(operator, {**operator.defaults, **positional, **dict(options)})
+        return cls(call, multiplied_rows(call), _product(call).mixes > 1)
+
+
+def train(plan: _Plan, input: Tensor, weight: Tensor, source: Tensor, bias: Tensor | None) -> Tensor:
     """The result of a training layer, differentiable."""
+    call = plan.call
     _check(call, input, weight, source, bias)
-    product = None if functorch_is_active() else multiplied_rows(call)
-    if product is None and not functorch_is_active() and _product(call).mixes > 1:
+    if functorch_is_active() or forward_mode_is_active():
+        used = used_weight(weight, source, call.layout, call.arguments["num_alphas"], call.arguments["binary"])
+        return call.function(input, used, bias, *call.geometry)
+    if plan.product is None and plan.mixed:
         return _mixed(call, input, weight, source, bias)
-    if product is None:
-        return call.function(input, _whole_weight(call, weight, source), bias, *call.geometry)
+    trains = torch.is_grad_enabled() and (weight.requires_grad or source.requires_grad)
+    if plan.product is None and not trains:  # PyTorch's layer keeps no more than it needs
+        return call.function(input, constant_weight(call, weight, source), bias, *call.geometry)
     device, dtype = input.device.type, weight.dtype
-    autocast = torch.amp.is_autocast_available(device)  # not on the meta device
-    if autocast and torch.is_autocast_enabled(device) and dtype != torch.float64:
+    # Autocast is not on the meta device.
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         if input.is_floating_point() and input.dtype != torch.float64:
             input = input.to(dtype)
@@ -434,15 +414,19 @@ def train(call: TiledCall, input: Tensor, weight: Tensor, source: Tensor, bias: 
     if input.dtype != dtype:
         dtypes = f"{input.dtype} and {weight.dtype}"
         raise RuntimeError(f"tbn::{call.operator.name}: input and weight must have the same dtype, got {dtypes}")
+    operands = (input, weight, source, bias)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        operands = (input, weight, source, bias)
-        result: Tensor = _Layer.apply(*operands, call, product, dtype)  # type: ignore[no-untyped-call]
+        result: Tensor
+        if plan.product is None:
+            result = WholeWeight.apply(*operands, call, dtype)  # type: ignore[no-untyped-call]
+        else:
+            result = _Layer.apply(*operands, call, plan.product, dtype)  # type: ignore[no-untyped-call]
     return result
 
 
 def _check(call: TiledCall, input: Tensor, weight: Tensor, source: Tensor, bias: Tensor | None) -> None:
     op = f"tbn::{call.operator.name}"
-    _check_weight(op, call.layout, call.arguments["num_alphas"], weight, source)
+    check_latents(op, call.layout, call.arguments["num_alphas"], weight, source)
     d, dims, shape = call.dims, input.dim(), tuple(input.shape)
     if dims < d + 1 or (d and dims > d + 2):
         raise RuntimeError(f"{op}: an input of shape {shape} has too {'few' if dims <= d else 'many'} dimensions")
@@ -453,47 +437,21 @@ def _check(call: TiledCall, input: Tensor, weight: Tensor, source: Tensor, bias:
         raise ValueError(f"{op}: bias must have shape ({call.outputs},), got {tuple(bias.shape)}")
 
 
-def _check_weight(op: str, layout: TileLayout, k: int, weight: Tensor, source: Tensor) -> None:
-    if not takes_latent_weight(weight, layout) and weight.numel() != layout.tile_size:
-        raise ValueError(
-            f"{op}: weight must have shape {layout.shape}, or the {layout.tile_size} elements of the tile, got shape "
-            f"{tuple(weight.shape)}"
-        )
-    if not layout.allows_alphas(k) or source.numel() not in (layout.numel, k):
-        raise ValueError(f"{op}: {k} alphas from a source of shape {tuple(source.shape)} of a weight {layout.shape}")
-
-
-def train_weight(
-    weight: Tensor,
-    source: Tensor,
-    shape: Sequence[int],
-    p: int,
-    num_alphas: int,
-    *,
-    p_in: int = 1,
-    shift: int = 0,
-    batch: int = 1,
-    hadamard: bool = False,
-    binary: bool = True,
-) -> Tensor:
-    """The whole weight ``alpha * B`` of a latent weight or tile, for what multiplies it in its own way."""
-    layout = make_layout(shape, p, p_in, shift, batch, hadamard)
-    _check_weight(f"tbn::{TRAINING_PREFIX}weight", layout, num_alphas, weight, source)
-    return used_weight(weight, source, layout, num_alphas, binary)
-
-
 def _kernel(operator: Operator) -> Callable[..., Tensor]:
     def kernel(
         input: Tensor, weight: Tensor, source: Tensor, bias: Tensor | None, *further: Any, **options: Any
     ) -> Tensor:
-        arguments = {**operator.defaults, **dict(zip(operator.positional[4:], further, strict=False)), **options}
-        return train(TiledCall(operator, arguments), input, weight, source, bias)
+        named = tuple((name, _hashable(value)) for name, value in options.items())
+        return train(_Plan.of(operator, tuple(map(_hashable, further)), named), input, weight, source, bias)
 
     return kernel
 
 
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def register() -> None:
     """Register the layers for every device; they are made of PyTorch's operators, and differentiated as such."""
-    LIBRARY.impl(f"{TRAINING_PREFIX}weight", untraced(train_weight), "CompositeImplicitAutograd")
     for operator in TRAINING_OPERATORS.values():
         LIBRARY.impl(operator.name, untraced(_kernel(operator)), "CompositeImplicitAutograd")

@@ -14,12 +14,12 @@ from tbn_compiler.passes.flow_replicas import FlowReplicas
 from tbn_compiler.passes.fold_batchnorm import FoldBatchNorm
 from tbn_compiler.passes.fuse_epilogue import FuseEpilogue
 from tbn_compiler.passes.fuse_unpack import FuseUnpack
+from tbn_compiler.passes.join_chains import JoinChains, attention_shares_rows
 from tbn_compiler.passes.lower_tiles import LowerTiles, Stored
 from tbn_compiler.passes.quantize_activations import QuantizeActivations
 from tbn_compiler.passes.quantize_inputs import QuantizeInputs
 from tbn_compiler.passes.remove_dead_nodes import RemoveDeadNodes
 from tbn_compiler.passes.remove_noops import RemoveNoOps
-from tbn_compiler.passes.share_rows import ShareRows, attention_shares_rows
 from tbn_compiler.passes.tile_weights import TileWeights
 
 
@@ -32,7 +32,7 @@ def training_pipeline(scope: Scope) -> list[GraphPass]:
         *(
             [BlendWeights()]
             if scope.config.gradual
-            else [DecomposeAttention(attention_shares_rows), ShareRows(), HoldTiles(scope)]
+            else [DecomposeAttention(attention_shares_rows), JoinChains(), HoldTiles(scope)]
         ),
         QuantizeInputs(),
     ]
@@ -74,6 +74,7 @@ __all__ = [
     "FuseUnpack",
     "GraphPass",
     "HoldTiles",
+    "JoinChains",
     "LowerTiles",
     "QuantizeActivations",
     "QuantizeInputs",
@@ -81,7 +82,6 @@ __all__ = [
     "RemoveDeadNodes",
     "RemoveNoOps",
     "Scope",
-    "ShareRows",
     "Stored",
     "TileWeights",
     "deployment_pipeline",

@@ -41,7 +41,7 @@ from tbn_compiler.graph.records import (
     split_key,
 )
 from tbn_compiler.graph.tiled_parameters import ReadForm, read_forms, read_tiled
-from tbn_compiler.ops.training import alphas_of
+from tbn_compiler.ops.latents import alphas_of
 from tbn_compiler.passes.base import GraphPass, copy_meta
 from tbn_compiler.passes.choose_tiling import Scope
 from tbn_compiler.passes.tile_weights import TileWeights

@@ -54,7 +54,7 @@ from tbn_compiler.graph.records import (
 )
 from tbn_compiler.graph.tiled_parameters import STRENGTH, ReadForm, decoded_weight, read_forms, read_tiled
 from tbn_compiler.ops.calls import OPERATORS
-from tbn_compiler.ops.training import alphas_of
+from tbn_compiler.ops.latents import alphas_of
 from tbn_compiler.packing import pack_bits
 from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, remove_dead_nodes
 from tbn_compiler.passes.blend_weights import check_strength

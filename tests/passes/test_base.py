@@ -181,7 +181,7 @@ def test_lowering_a_blended_graph() -> None:
 
 
 def test_an_error_names_the_passes_that_ran() -> None:
-    gm = oracle.whole_graph(model(), CONFIG.replace(p=1))
+    gm = oracle.chain_graph(model(), CONFIG)
     with pytest.raises(TBNError, match="pass LowerTiles requires") as caught:
         run_passes(gm, [RemoveNoOps(), BlendWeights(), LowerTiles()])
     if sys.version_info >= (3, 11):
@@ -359,7 +359,7 @@ def test_graphs_are_written_for_debugging(tmp_path: Path, monkeypatch: pytest.Mo
     gm = run_passes(packed, deployment_pipeline())
     files = sorted(folder.iterdir())
     names = [path.stem.split("_", 1) for path in files]
-    passes = ["TileWeights", "ShareRows", "LowerTiles", "RemoveNoOps", "FuseEpilogue"]
+    passes = ["TileWeights", "JoinChains", "LowerTiles", "RemoveNoOps", "FuseEpilogue"]
     assert [name for _, name in names] == [f"Sequential_{name}" for name in passes]
     numbers = [int(number) for number, _ in names]
     assert numbers == list(range(numbers[0], numbers[0] + 5))

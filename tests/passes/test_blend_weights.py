@@ -46,7 +46,7 @@ def test_one_blend_for_each_weight(transform: Any) -> None:
 
 
 def test_running_twice_changes_nothing() -> None:
-    qat = oracle.whole_graph(nn.Sequential(nn.Linear(8, 8)), CONFIG.replace(p=1))
+    qat = oracle.chain_graph(nn.Sequential(nn.Linear(8, 8)), CONFIG)
     assert BlendWeights()(qat).modified
     assert not BlendWeights()(qat).modified
     tbn.set_tiling_strength(qat, 1)

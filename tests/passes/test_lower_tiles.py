@@ -423,7 +423,7 @@ def test_refused_layers_stay_as_they_are() -> None:
 )
 def test_edited_subgraph_is_refused(read: Any) -> None:
     """Something beside the layer reads the bits or the scaled weight."""
-    qat, _ = prepared("mlp", ALL.replace(p=1))  # no rows repeat: the weight stands in the graph
+    qat, _ = prepared("mlp", ALL, oracle.chain_graph)
     node = next(node for node in qat.graph.nodes if node.target is read)
     (output,) = qat.graph.find_nodes(op="output")
     output.args = ((output.args[0], node),)

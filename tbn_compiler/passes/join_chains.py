@@ -1,4 +1,4 @@
-"""Train layers on the rows that differ: multiply them once for all copies.
+"""Train each layer by one operator, which multiplies the rows that differ once for all copies.
 
 Before::
 
@@ -12,10 +12,11 @@ After::
 
 The result and all gradients are equal up to rounding; :mod:`tbn_compiler.ops.training` has the algebra. With ``p``
 copies that hold whole rows, the products of the forward and of the input's gradient are ``p`` times smaller. So they
-are where copies have Hadamard signs, whose rows differ.
+are where copies have Hadamard signs, whose rows differ. Where no row repeats (rolled copies, misaligned ones with an
+alpha each, ``p = 1``) the operator saves the steps in between, and what they keep for the backward.
 
-Left alone: weights of which no row repeats (rolled copies, misaligned ones with an alpha each, ``p = 1``), alphas that
-change along the input, weights that are blended with their float form (gradual tiling), or that an attention reads.
+Left alone: weights that are blended with their float form (gradual tiling), that an attention reads, or that several
+layers read of which no row repeats.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, norma
 from tbn_compiler.passes.tile_weights import TileWeights
 
 
-class ShareRows(GraphPass):
-    """Turn ``tile -> scale -> layer`` into one operator wherever rows repeat."""
+class JoinChains(GraphPass):
+    """Turn ``tile -> scale -> layer`` into one operator."""
 
     after = (TileWeights,)
 
@@ -52,18 +53,20 @@ class ShareRows(GraphPass):
         modified = False
         for call in list(layer_calls(gm)):
             record = find_record(records, call) if call.form == "tiled" else None
-            if record is not None and _shares(call, record):
+            if record is not None and _joins(call, record):
                 _rewrite(gm, call, record)
                 modified = True
         return modified
 
 
-def _shares(call: LayerCall, record: LayerRecord) -> bool:
+def _joins(call: LayerCall, record: LayerRecord) -> bool:
     if record.spec is None or call.kind not in TRAINING_OPERATORS or blend_strength(call.weight_node) is not None:
         return False
-    if weight_chain(call.weight_node) is None or "weight" not in function_arguments(call.node):
+    arguments = function_arguments(call.node)
+    if weight_chain(call.weight_node) is None or "weight" not in arguments:
         return False
-    return shares_products(_described(call.kind, record, function_arguments(call.node)))
+    # A whole weight with several readers is computed once.
+    return len(call.weight_node.users) == 1 or shares_products(_described(call.kind, record, arguments))
 
 
 def _described(kind: str, record: LayerRecord, arguments: Mapping[str, Any]) -> TiledCall:

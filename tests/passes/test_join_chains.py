@@ -1,8 +1,7 @@
-"""``ShareRows``: which layers become one operator that multiplies the rows that differ, and which stay a chain."""
+"""``JoinChains``: which layers become one operator, and which stay a chain."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,8 @@ import tbn_compiler as tbn
 from tbn_compiler import TilingConfig
 from tbn_compiler.graph.calls import training_call
 from tbn_compiler.graph.layers import layer_calls
-from tbn_compiler.ops.training import used_weight
-from tbn_compiler.passes import ExposeAttention, ExposeLinears, Scope, ShareRows, TileWeights, run_passes
+from tbn_compiler.ops.latents import used_weight
+from tbn_compiler.passes import JoinChains
 from tests import oracle
 
 ALL = TilingConfig(p=4, min_size=0)
@@ -24,9 +23,7 @@ ALL = TilingConfig(p=4, min_size=0)
 
 def tiled(model: nn.Module, config: TilingConfig = ALL) -> fx.GraphModule:
     """The graph before the pass."""
-    gm = copy.deepcopy(fx.symbolic_trace(model))
-    run_passes(gm, [ExposeAttention(), ExposeLinears(), TileWeights(Scope(config))])
-    return gm
+    return oracle.chain_graph(model, config)
 
 
 def shared(gm: fx.GraphModule) -> list[str]:
@@ -49,6 +46,12 @@ SHARED: dict[str, tuple[Build, tuple[int, ...], TilingConfig]] = {
     "padding by name": (lambda: nn.Conv2d(4, 8, 3, padding="same"), (2, 4, 6, 5), ALL),
     "no padding by name": (lambda: nn.Conv1d(4, 8, 4, padding="valid"), (2, 4, 9), ALL),
     "padding with a mode": (lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), (2, 4, 6, 5), ALL),
+    "one copy": (lambda: nn.Linear(12, 16), (3, 12), ALL.replace(p=1)),
+    "rolled": (lambda: nn.Linear(12, 16), (3, 12), ALL.replace(replicate="roll")),
+    "an alpha within rows": (lambda: nn.Linear(8, 10), (3, 8), ALL.replace(alpha="tile")),
+    "alphas along the inputs": (lambda: nn.Linear(12, 16), (3, 12), ALL.replace(p=(2, 2), alpha="tile")),
+    "groups read other inputs": (lambda: nn.Conv2d(8, 16, 3, groups=4), (2, 8, 5, 5), ALL),
+    "transpose in groups": (lambda: nn.ConvTranspose2d(8, 4, 3, groups=2), (2, 8, 4, 5), ALL),
     "transpose": (lambda: nn.ConvTranspose2d(8, 4, 3, stride=2, output_padding=1), (2, 8, 4, 5), ALL),
 }
 
@@ -69,65 +72,63 @@ def test_shared(name: str) -> None:
 
     before = run()
     keys = list(gm.state_dict())
-    result = ShareRows().call(gm)
+    result = JoinChains().call(gm)
     assert result.modified
     assert len(shared(gm)) == 1
     assert not gm.graph.find_nodes(op="call_function", target=torch.ops.tbn.tile.default)
     assert list(gm.state_dict()) == keys
     oracle.assert_close(run(), before, 1e-5)
-    assert not ShareRows().call(gm).modified
+    assert not JoinChains().call(gm).modified
+
+
+class Twice(nn.Module):
+    """A layer whose weight another one reads, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.fc.weight
+        return F.linear(F.linear(x, weight, self.fc.bias), weight)
 
 
 LEFT: dict[str, tuple[Build, TilingConfig]] = {
-    "one copy": (lambda: nn.Linear(12, 16), ALL.replace(p=1)),
-    "rolled": (lambda: nn.Linear(12, 16), ALL.replace(replicate="roll")),
-    "an alpha within rows": (lambda: nn.Linear(4, 6), ALL.replace(alpha="tile")),
-    "alphas along the inputs": (lambda: nn.Linear(12, 16), ALL.replace(p=(2, 2), alpha="tile")),
-    "groups read other inputs": (lambda: nn.Conv2d(8, 16, 3, groups=4), ALL),
-    "transpose in groups": (lambda: nn.ConvTranspose2d(8, 4, 3, groups=2), ALL),
     "float": (lambda: nn.Linear(12, 16), ALL.replace(float_layers=("*",))),
+    "a whole weight with two readers": (Twice, ALL.replace(p=1)),
 }
 
 
 @pytest.mark.parametrize("name", LEFT)
 def test_left_alone(name: str) -> None:
     build, config = LEFT[name]
-    gm = tiled(nn.Sequential(build()), config)
+    gm = tiled(build(), config)
     code = gm.code
-    assert not ShareRows().call(gm).modified
+    assert not JoinChains().call(gm).modified
     assert gm.code == code
 
 
 def test_gradual_weights_are_left_alone() -> None:
     gm = oracle.whole_graph(nn.Sequential(nn.Linear(12, 16)), ALL.replace(gradual=True))
     assert not shared(gm)
-    assert not ShareRows().call(gm).modified
+    assert not JoinChains().call(gm).modified
 
 
 def test_an_attentions_weights() -> None:
     """The four linears that it is made of share their rows."""
     gm = tbn.transform(nn.MultiheadAttention(16, 4, batch_first=True), ALL)
     assert shared(gm) == ["linear"] * 4
-    assert not ShareRows().call(gm).modified
+    assert not JoinChains().call(gm).modified
     x = torch.randn(2, 5, 16)
     oracle.assert_close(gm(x, x, x), tbn.lower(gm)(x, x, x), 1e-5)
 
 
 def test_weights_with_several_readers() -> None:
-    """Each call is rewritten; the weight is tiled in each."""
-
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(self.fc(x), self.fc.weight)
-
+    """Each call is rewritten where rows repeat; the weight is tiled in each."""
     gm = tiled(Twice())
     x = torch.randn(3, 16)
     before = gm(x)
-    assert ShareRows().call(gm).modified
+    assert JoinChains().call(gm).modified
     assert shared(gm) == ["linear", "linear"]
     oracle.assert_close(gm(x), before, 1e-5)
 
@@ -146,7 +147,7 @@ def test_geometry_that_is_computed() -> None:
     gm = tiled(Model())
     x = torch.randn(2, 4, 7)
     before = gm(x)
-    assert ShareRows().call(gm).modified
+    assert JoinChains().call(gm).modified
     assert shared(gm) == ["conv1d", "conv1d"]
     oracle.assert_close(gm(x), before, 1e-5)
 
@@ -155,7 +156,7 @@ def test_meta_data_is_kept() -> None:
     gm = tiled(nn.Sequential(nn.Linear(12, 16)))
     (node,) = (call.node for call in layer_calls(gm))
     node.meta["mine"] = 1
-    ShareRows().call(gm)
+    JoinChains().call(gm)
     (node,) = (call.node for call in layer_calls(gm))
     assert node.meta["mine"] == 1
 
