@@ -56,9 +56,9 @@ def deployment_pipeline(activation: str = "float") -> list[GraphPass]:
         ExposeLinears(),
         FuseUnpack(),
         FoldBatchNorm(),
+        *([QuantizeActivations(activation)] if activation != "float" else []),
         FlowReplicas(),
         FuseEpilogue(),
-        *([QuantizeActivations(activation)] if activation != "float" else []),
     ]
 
 

@@ -29,7 +29,8 @@ inputs), with an alpha per row, with a negative alpha, with an alpha along the i
 it; a reader that is none of the above, or that brings its input into another number format; a two-axis layer whose
 neighbours that share a weight lie in different copies, or one whose copies have Hadamard signs and whose column groups
 do not lie alike in all of them. The rows of rolled copies, and of copies with signs, differ: such layers have nothing
-to carry. :class:`RemoveNoOps` and :class:`FoldBatchNorm` run before; they leave less in the way.
+to carry. :class:`RemoveNoOps` and :class:`FoldBatchNorm` run before; they leave less in the way. So does
+:class:`QuantizeActivations`, which says who takes a scale.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from tbn_compiler.graph.records import get_records, join_key, split_key
 from tbn_compiler.passes.base import GraphPass
 from tbn_compiler.passes.deployment import describe, record_refusal, register_buffer, weight_name
 from tbn_compiler.passes.fold_batchnorm import FoldBatchNorm
+from tbn_compiler.passes.quantize_activations import QuantizeActivations
 from tbn_compiler.passes.remove_noops import RemoveNoOps
 from tbn_compiler.passes.replicas import Replicas, carry, is_size_query
 
@@ -51,7 +53,7 @@ _REFUSAL = "its copies are not carried on"
 class FlowReplicas(GraphPass):
     """Let tiled layers compute their unique rows only, and the layers behind them sum column blocks."""
 
-    after = (RemoveNoOps, FoldBatchNorm)
+    after = (RemoveNoOps, FoldBatchNorm, QuantizeActivations)
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Analyse, decide, rewrite."""

@@ -9,8 +9,8 @@ After::
     y = tbn.linear(x, tile, alpha, bias, n, m, p, activation="int8")
 
 This changes results, within the rounding of the format (:mod:`tbn_compiler.ops.schemas` defines it), so it is no part
-of any default pipeline. It runs after :class:`FlowReplicas`: a layer that sums copies then takes its scale from the
-values before they are copied.
+of any default pipeline. It runs before :class:`FlowReplicas`, which carries no copies on to such a layer: the scale is
+that of all its inputs, as in training, and kernels multiply integers by signs alone.
 
 Left alone, with the reason in the note of the layer's record: transpose convolutions, whose operators take floating
 point only. A layer that has a format already keeps it.
@@ -24,7 +24,6 @@ from tbn_compiler.graph.calls import tiled_call
 from tbn_compiler.graph.layers import layer_calls
 from tbn_compiler.passes.base import GraphPass
 from tbn_compiler.passes.deployment import record_refusal
-from tbn_compiler.passes.flow_replicas import FlowReplicas
 
 
 class QuantizeActivations(GraphPass):
@@ -33,8 +32,6 @@ class QuantizeActivations(GraphPass):
     Args:
         activation: ``"int8"`` or ``"binary"``.
     """
-
-    after = (FlowReplicas,)  # which does not pass copies on to a layer that takes a scale from its input
 
     def __init__(self, activation: str) -> None:
         self.activation = activation

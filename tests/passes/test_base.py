@@ -83,7 +83,7 @@ def test_the_pipelines_are_in_order() -> None:
         (FlowReplicas(), RemoveNoOps()),
         (FuseEpilogue(), FoldBatchNorm()),
         (FuseEpilogue(), FlowReplicas()),
-        (QuantizeActivations("int8"), FlowReplicas()),
+        (FlowReplicas(), QuantizeActivations("int8")),
     ],
 )
 def test_wrong_order(first: GraphPass, second: GraphPass) -> None:

@@ -61,14 +61,17 @@ def test_copies_are_not_passed_to_a_layer_with_a_format(transform: Any) -> None:
 @torch.no_grad()
 @both_forms
 @pytest.mark.parametrize("activation", ["int8", "binary"])
-def test_optimize_takes_the_format(activation: Activation, transform: Any) -> None:
-    """With and without a graph of the whole model."""
-    model = lowered(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)), transform)
+@pytest.mark.parametrize("bias", [True, False])
+def test_optimize_takes_the_format(bias: bool, activation: Activation, transform: Any) -> None:
+    """With and without a graph of the whole model; copies that could be passed on change nothing."""
+    chain = nn.Sequential(nn.Linear(16, 32, bias=bias), nn.ReLU(), nn.Linear(32, 8))
+    model = lowered(chain, transform, alpha="tile")
     x = torch.randn(3, 16)
     for quantized in (optimize(model, x, activation=activation), optimize(model, activation=activation)):
         nodes = [node for _, part in graph_parts(quantized) for node in part.graph.nodes]
         calls = [call for node in nodes if (call := tiled_call(node))]
         assert [call.arguments["activation"] for call in calls] == [activation] * 2
+        assert all(call.arguments["input_alpha"] is None for call in calls)
         assert not torch.equal(quantized(x), optimize(model, x)(x))
         oracle.assert_close(quantized(x), quantized_alone(model, activation)(x))
     with pytest.raises(ConfigError, match="activation='int4' is not one of 'float', 'int8', 'binary'"):
