@@ -43,7 +43,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
-from benchmarks.machine import machine
+from benchmarks.machine import machine, with_rows
 from benchmarks.models import ViT, resnet18
 from tbn_compiler.backends import cpu
 
@@ -205,17 +205,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def merged(rows: list[dict[str, Any]], found: dict[str, Any]) -> list[dict[str, Any]]:
-    """New rows in their places among those of the result file, if these are from the same machine and versions."""
-    old: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    without_date = [
-        {key: value for key, value in of.items() if key != "date"} for of in (old.get("machine", {}), found)
-    ]
-    by_name = {row["model"]: row for row in old.get("rows", [])} if without_date[0] == without_date[1] else {}
-    by_name |= {row["model"]: row for row in rows}
-    return [by_name[name] for name in MODELS if name in by_name]
-
-
 @torch.no_grad()
 def main() -> int:
     """Measure, print and write the result."""
@@ -235,7 +224,9 @@ def main() -> int:
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         if not arguments.dry_run:
             RESULT.parent.mkdir(exist_ok=True)
-            RESULT.write_text(json.dumps({"machine": found, "rows": merged(rows, found)}, indent=2) + "\n")
+            merged = with_rows(RESULT, found, rows, lambda row: row["model"])
+            merged.sort(key=lambda row: list(MODELS).index(row["model"]))
+            RESULT.write_text(json.dumps({"machine": found, "rows": merged}, indent=2) + "\n")
     print(table(rows))
     return 0
 
