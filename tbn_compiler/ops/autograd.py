@@ -20,7 +20,7 @@ from tbn_compiler.ops.calls import OPERATORS, Operator, TiledCall, convolution_g
 from tbn_compiler.ops.reference import decode, dense_weight, fold_replicas
 from tbn_compiler.ops.schemas import LIBRARY, make_layout
 from tbn_compiler.tiling import TileLayout, tile_vector
-from tbn_compiler.torch_private import below_autograd, functorch_is_active, untraced
+from tbn_compiler.torch_private import below_autograd, forward_mode_is_active, functorch_is_active, untraced
 
 Grads = tuple[Tensor | None, ...]
 
@@ -84,7 +84,7 @@ def _tile(
     hadamard: bool = False,
     binary: bool = True,
 ) -> Tensor:
-    if functorch_is_active():
+    if functorch_is_active() or forward_mode_is_active():
         # torch.func differentiates PyTorch's own operators only. The first two terms are 0, and carry the gradient.
         layout = make_layout(weight.shape, p, p_in, shift, batch, hadamard)
         if not binary:
@@ -98,7 +98,7 @@ def _tile(
 
 
 def _scale(bits: Tensor, source: Tensor, num_alphas: int, *, p_in: int = 1) -> Tensor:
-    if functorch_is_active():
+    if functorch_is_active() or forward_mode_is_active():
         layout = make_layout(bits.shape, num_alphas, p_in)
         return layout.scale(bits, layout.alphas(source, num_alphas).to(bits.dtype))
     if torch.is_grad_enabled() and (bits.requires_grad or source.requires_grad):

@@ -41,7 +41,7 @@ from torch import fx
 from tbn_compiler.graph.calls import InferenceCall, tiled_call
 from tbn_compiler.graph.records import get_records, join_key, split_key
 from tbn_compiler.passes.base import GraphPass
-from tbn_compiler.passes.deployment import describe, record_refusal, register_buffer, weight_name
+from tbn_compiler.passes.deployment import describe, note_value, record_refusal, register_buffer, weight_name
 from tbn_compiler.passes.fold_batchnorm import FoldBatchNorm
 from tbn_compiler.passes.quantize_activations import QuantizeActivations
 from tbn_compiler.passes.remove_noops import RemoveNoOps
@@ -67,7 +67,9 @@ class FlowReplicas(GraphPass):
                 record_refusal(gm, weight_name(call), f"{_REFUSAL}: {reason}")
         # Readers first: they take their factors from the alphas that the producers still have.
         for node, replicas in carried.items():
-            node.meta.pop("val", None)
+            value = node.meta.pop("val", None)
+            if isinstance(value, torch.Tensor):
+                note_value(node, value)  # all of it holds but the number of channels
             for user in list(node.users):
                 consumer = tiled_call(user)
                 if consumer is not None:

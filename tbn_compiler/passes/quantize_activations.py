@@ -10,7 +10,8 @@ After::
 
 This changes results, within the rounding of the format (:mod:`tbn_compiler.ops.schemas` defines it), so it is no part
 of any default pipeline. It runs before :class:`FlowReplicas`, which carries no copies on to such a layer: the scale is
-that of all its inputs, as in training, and kernels multiply integers by signs alone.
+that of all its inputs, as in training, and kernels multiply integers by signs alone. In a graph that was optimised in
+float before, copies are carried already: such a layer takes its scale from one of them, and PyTorch computes it.
 
 Left alone, with the reason in the note of the layer's record: transpose convolutions, whose operators take floating
 point only. A layer that has a format already keeps it.

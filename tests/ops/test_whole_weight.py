@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+import tbn_compiler as tbn
 from tbn_compiler.ops import training, whole_weight
 from tbn_compiler.ops.latents import used_weight
 from tbn_compiler.ops.training import multiplied_rows
@@ -231,6 +232,33 @@ def test_forward_mode(name: str, held: bool) -> None:
         y = layer(forward_ad.make_dual(x.detach(), direction), weight, source, bias, 1)
         tangent = forward_ad.unpack_dual(y).tangent
     oracle.assert_close(tangent, layer(direction, weight, source, None, 1).detach(), 1e-12)
+
+
+FORMS: list[dict[str, Any]] = [
+    {"p": 1},
+    {"p": 4},
+    {"p": 4, "latent": "tile"},
+    {"p": 4, "replicate": "hadamard"},
+    {"p": 4, "replicate": "roll", "shift": 3},
+    {"p": 4, "tile_dtype": "float"},
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_forward_mode_of_what_is_trained(options: dict[str, Any], requires_grad: bool) -> None:
+    """The derivative in a direction is that of the gradient."""
+    model = tbn.transform(torch.nn.Linear(16, 16), tbn.TilingConfig(min_size=0, **options)).double()
+    x = torch.randn(3, 16, dtype=torch.float64)
+    for name, parameter in model.named_parameters():
+        direction = torch.randn_like(parameter)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(parameter.detach().requires_grad_(requires_grad), direction)
+            tangent = forward_ad.unpack_dual(torch.func.functional_call(model, {name: dual}, (x,))).tangent
+        assert tangent is not None, name
+        (gradient,) = torch.autograd.grad(model(x).sum(), parameter)
+        oracle.assert_close(tangent.sum().detach(), (gradient * direction).sum(), 1e-9)
 
 
 # Sums by BLAS

@@ -16,6 +16,7 @@ they do not have, become operations of the graph, which Inductor fuses.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,12 +84,19 @@ def _image(layer: TensorCall, x: fx.Node) -> Sequence[int | None]:
     return (None,) * layer.dims if known is None else known[len(known) - layer.dims :]
 
 
-def bind_layers(gm: fx.GraphModule, found: Mapping[fx.Node, TensorCall | str]) -> bool:
-    """Bind what :func:`find_bindings` found, in place; whether there was anything."""
+def bind_layers(gm: fx.GraphModule, found: Mapping[fx.Node, TensorCall | str], *, sizes_vary: bool = False) -> bool:
+    """Bind what :func:`find_bindings` found, in place; whether there was anything.
+
+    Args:
+        gm: the graph.
+        found: its layers.
+        sizes_vary: whether inputs may have other sizes than those that were noted.
+    """
     layers = {node: layer for node, layer in found.items() if not isinstance(layer, str)}
-    for number, (node, layer) in enumerate(layers.items()):
-        name = f"tbn_plan_{number}"
-        gm.register_buffer(name, bound.bind(layer, _tokens(layer, node)), persistent=False)
+    names = (name for number in itertools.count() if not hasattr(gm, name := f"tbn_plan_{number}"))
+    for node, layer in layers.items():
+        name, tokens = next(names), None if sizes_vary else _tokens(layer, node)
+        gm.register_buffer(name, bound.bind(layer, tokens), persistent=False)
         with gm.graph.inserting_before(node):
             _replace(gm.graph, node, layer, name)
     if layers:
@@ -102,7 +110,8 @@ def bind(module: nn.Module, example_inputs: Any = None) -> nn.Module:
     """Bind the layers of a module, for calls of small networks without ``torch.compile``.
 
     A call of a layer then takes 2 us instead of 15. The module is for inference in this process, with the values that
-    its weights have now. It is not to be saved, copied or moved: that makes its plans useless, and calls raise.
+    its layers have now, in float32 also under autocast, and without gradients: an input that needs one is an error. It
+    is not to be saved or copied: that makes its plans useless, and calls raise.
 
     Args:
         module: the result of :func:`tbn_compiler.lower` or :func:`tbn_compiler.optimize`. It is not changed.
@@ -114,7 +123,7 @@ def bind(module: nn.Module, example_inputs: Any = None) -> nn.Module:
         :func:`find_bindings` gives the reasons.
 
     Raises:
-        LoweringError: the module has no lowered layer.
+        LoweringError: the module has no lowered layer, or none that can be bound.
         TBNError: the module does not run on the example inputs.
     """
     copied = share_tensors_copy(unwrap(module, LoweringError))
@@ -123,15 +132,31 @@ def bind(module: nn.Module, example_inputs: Any = None) -> nn.Module:
     parts = [part for _, part in graph_parts(copied)]
     if not any(tiled_call(node) for part in parts for node in part.graph.nodes):
         raise LoweringError(f"{type(module).__name__} has no lowered layer: pass the result of lower or optimize")
+    reasons: list[str] = []
+    bound_any = False
     for part in parts:
-        bind_layers(part, find_bindings(part))
+        found = find_bindings(part)
+        reasons += [layer for layer in found.values() if isinstance(layer, str)]
+        bound_any |= bind_layers(part, found, sizes_vary=True)
         if takes_tensors_only(part.graph):
             (output,) = part.graph.find_nodes(op="output")
             output.args = (output.args[0][0],)
             part.graph.set_codegen(fx.graph.CodeGen())
             drop_input_checks(part)
             part.recompile()
+    if not bound_any:
+        hint = "" if example_inputs is not None else "; pass example_inputs"
+        raise LoweringError(
+            f"no layer of {type(module).__name__} can be bound: {', '.join(dict.fromkeys(reasons))}{hint}"
+        )
+    copied.register_forward_pre_hook(_refuse_gradients, with_kwargs=True)
     return copied.eval()
+
+
+def _refuse_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    inputs = (*args, *kwargs.values())
+    if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
+        raise RuntimeError("a module that was bound has no gradients: differentiate the lowered one")
 
 
 def _tokens(layer: TensorCall, node: fx.Node) -> int | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from tbn_compiler.backends.cpu import conv, library, linear, prepare
 from tbn_compiler.backends.cpu.operands import as_vector, reason_against
 from tbn_compiler.ops.calls import TensorCall, channels_last, conv_sizes
-from tbn_compiler.ops.schemas import CONV_OPS
+from tbn_compiler.ops.schemas import CONV_OPS, check_stored
 from tbn_compiler.torch_private import exported_functions
 
 # Sizes stand one by one, height first: the C interface passes numbers at the least cost. Only fakes read them.
@@ -56,9 +57,17 @@ class _Torch(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in _FUNCTIONS)
 
 
-@functools.cache
 def unavailable() -> str | None:
     """Why the operators cannot be used, or ``None``; registers their kernels."""
+    with _lock:
+        return _registered()
+
+
+_lock = threading.Lock()
+
+
+@functools.cache
+def _registered() -> str | None:
     lib, reason = library.load()
     if lib is None:
         return reason
@@ -81,17 +90,30 @@ def why_not(call: TensorCall, image: Sequence[int | None]) -> str | None:
     """
     if call.kind not in ("linear", *(CONV_OPS[d] for d in (1, 2))):
         return "no native kernel computes it"
-    reason = unavailable() or reason_against(call)
+    reason = unavailable() or _misfit(call) or reason_against(call)
     if reason is None and call.dims:
         reason = conv.reason_against_image(call, image) or conv.reason_against_layer(call)
     return reason
 
 
+def _misfit(call: TensorCall) -> str | None:
+    """What is wrong with the stored operands: the operator raises it as an error."""
+    try:
+        check_stored(call.kind, call.tile, call.alpha, call.layout)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    if call.bias is not None and tuple(call.bias.shape) != (call.outputs,):
+        return f"its bias has shape {tuple(call.bias.shape)}"
+    if not all(value.is_cpu for value in (call.tile, call.alpha, call.bias) if value is not None):
+        return "its operands are on different devices"
+    return None
+
+
 def bind(call: TensorCall, tokens: int | None = None) -> Tensor:
     """The plan of a layer: ``uint8``, as the operators of this module take it.
 
-    It is good for as long as the operands keep their values, and keeps them alive. The input that it is used with is
-    that of the call in float32, with its replicas side by side and its neighbours summed.
+    It has the values that the operands have now. The input that it is used with is that of the call in float32, with
+    its replicas side by side and its neighbours summed.
 
     Args:
         call: a call that :func:`why_not` gives no reason against; its input is not read.
@@ -99,11 +121,11 @@ def bind(call: TensorCall, tokens: int | None = None) -> Tensor:
     """
     if call.dims:
         forms = _conv_forms(call)
-        alpha = as_vector(call.alpha)
+        alpha = as_vector(call.alpha).detach().clone()  # of its own: a parameter's memory goes when its dtype changes
     else:
-        alpha = as_vector(linear.kernel_alphas(call))
+        alpha = as_vector(linear.kernel_alphas(call)).detach().clone()
         forms = _linear_forms(call, alpha, tokens)
-    bias = None if call.bias is None else as_vector(call.bias)
+    bias = None if call.bias is None else as_vector(call.bias).detach().clone()
     bound = library.BoundLayer(
         forms=(library.Form * 2)(*(library.Form(*_form(plan)) for plan in forms)),
         alpha=alpha.data_ptr(),

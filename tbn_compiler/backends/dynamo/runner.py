@@ -84,14 +84,15 @@ class Runner:
         self._compiled = {first.signature: compiled}
         self._lock = threading.Lock()
         self._states: dict[tuple[int, ...], tuple[_State, tuple[weakref.ref[Tensor], ...]]] = {}
-        self._store(first, example_inputs)
+        self._store(first, example_inputs, level())
 
     def __call__(self, *inputs: Any) -> Any:
         """Run on the inputs of Dynamo's graph."""
         state = self._current(inputs)
         if state is None:
             with self._lock:
-                state = self._current(inputs) or self._store(self._prepare(inputs), inputs)
+                used = level()  # before plans are made for it
+                state = self._current(inputs) or self._store(self._prepare(inputs), inputs, used)
         return state.compiled(*[inputs[index] for index in state.kept], *state.computed)
 
     def weight_sets(self) -> list[set[int]]:
@@ -106,7 +107,7 @@ class Runner:
             return None
         return found[0]
 
-    def _store(self, graph: LoweredGraph, inputs: Sequence[Any]) -> _State:
+    def _store(self, graph: LoweredGraph, inputs: Sequence[Any], used: str | None) -> _State:
         compiled = self._compiled.get(graph.signature)
         if compiled is None:
             _logger.info("the values of the weights allow another graph than before: it is compiled anew")
@@ -115,7 +116,7 @@ class Runner:
         weights = [inputs[index] for index in self._weights]
         key, states = tuple(map(id, weights)), self._states
         marks = tuple(map(_Mark, weights)) if self._tracked else ()
-        state = _State(marks, level(), graph.computed, graph.kept, compiled)
+        state = _State(marks, used, graph.computed, graph.kept, compiled)
         # An id may be given to another tensor once its own is gone, so the entry goes with it.
         refs = tuple(weakref.ref(weight, lambda _: states.pop(key, None)) for weight in weights)
         states[key] = (state, refs)

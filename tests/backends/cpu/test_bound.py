@@ -149,7 +149,7 @@ _REASONS = ("fewer than 64 different filters in a group",
 
 def test_without_the_functions_of_libtorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bound, "exported_functions", lambda names: dict.fromkeys(names))
-    reason = bound.unavailable.__wrapped__()
+    reason = bound._registered.__wrapped__()
     assert reason == f"torch {torch.__version__} does not export aoti_torch_library_init_impl"
 
 
