@@ -41,11 +41,14 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import tbn_compiler as tbn
 from benchmarks.machine import machine, with_rows
 from benchmarks.models import ViT, resnet18
 from tbn_compiler.backends import cpu
+from tbn_compiler.backends.cpu import bound
+from tbn_compiler.ops.calls import OPERATORS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the paper's networks stand beside its scripts
 from paper.convnets import VGGSmall, resnet18_cifar
@@ -136,7 +139,7 @@ def onnxruntime_forms(model: nn.Module, x: Tensor, threads: int) -> dict[str, Ca
 
 
 def variants(
-    model: nn.Module, config: tbn.TilingConfig, x: Tensor, *, bound: bool = False
+    model: nn.Module, config: tbn.TilingConfig, x: Tensor, *, without_compiling: bool = False
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """The forms of a model by name, each called once."""
     packed = tbn.lower(tbn.transform(model, config))
@@ -147,7 +150,7 @@ def variants(
         **onnxruntime_forms(model, x, torch.get_num_threads()),
     }
     for name, activation in (("tiled", "float"), ("tiled, int8", "int8")):
-        if bound:
+        if without_compiling:
             found[name] = cpu.bind(tbn.optimize(packed, x, activation=activation))  # type: ignore[arg-type]
         else:
             found[name] = torch.compile(packed, backend="tbn", options={"activation": activation})
@@ -167,7 +170,7 @@ def measure(name: str, p: int, turns: int) -> dict[str, Any]:
     torch.manual_seed(0)
     network = MODELS[name]
     model, x = network.build().eval(), torch.randn(network.shape)
-    runs = variants(model, tbn.TilingConfig(p=p, **network.options), x, bound=network.bound)
+    runs = variants(model, tbn.TilingConfig(p=p, **network.options), x, without_compiling=network.bound)
     times: dict[str, list[float]] = {variant: [] for variant in runs}
     for turn in range(turns + 2):
         for variant, run in runs.items():
@@ -189,6 +192,36 @@ def measure(name: str, p: int, turns: int) -> dict[str, Any]:
 def fastest(row: dict[str, Any], names: Sequence[str] = FORMS[:3]) -> str:
     """The peer with the lowest median."""
     return min(names, key=lambda name: float(row[name]["median_ms"]))
+
+
+def calls(repeats: int = 20_000) -> dict[str, float]:
+    """Microseconds of one call of a 64 x 64 layer for one token, by operator; medians of hundreds of calls in turn."""
+    x, weight, bias = torch.randn(1, 64), torch.randn(64, 64), torch.randn(64)
+    packed = tbn.lower(tbn.transform(nn.Linear(64, 64), tbn.TilingConfig(p=4, min_size=0)))
+    tile, alpha = packed.get_buffer("weight_tile"), packed.get_buffer("weight_alpha")
+    layer = OPERATORS["linear"].bind((x, tile, alpha, bias, 64, 64, 4), {}).checked()
+    reason = bound.why_not(layer, ())
+    if reason is not None:
+        raise SystemExit(f"layers cannot be bound: {reason}")
+    plan = bound.bind(layer)
+    functions: dict[str, Callable[[], Tensor]] = {
+        "F.linear": lambda: F.linear(x, weight, bias),
+        "tbn::linear": lambda: torch.ops.tbn.linear.default(x, tile, alpha, bias, 64, 64, 4),
+        "tbn_cpu::linear": lambda: torch.ops.tbn_cpu.linear.default(x, plan, 64),
+    }
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats // 200):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(200):
+                function()
+            times[name].append((time.perf_counter() - start) / 200 * 1e6)
+    return {name: round(statistics.median(found), 2) for name, found in times.items()}
+
+
+def calls_table(found: dict[str, float]) -> str:
+    """What calls cost, as a Markdown table."""
+    return "\n".join(["| operator | us |", "|---|---:|", *(f"| `{name}` | {us:.1f} |" for name, us in found.items())])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -217,6 +250,8 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     found = machine(threads=arguments.threads, onnxruntime=onnxruntime.__version__)
+    costs = calls()
+    print(calls_table(costs))
     rows = []
     for name in arguments.model or MODELS:
         torch._dynamo.reset()
@@ -226,7 +261,8 @@ def main() -> int:
             RESULT.parent.mkdir(exist_ok=True)
             merged = with_rows(RESULT, found, rows, lambda row: row["model"])
             merged.sort(key=lambda row: list(MODELS).index(row["model"]))
-            RESULT.write_text(json.dumps({"machine": found, "rows": merged}, indent=2) + "\n")
+            result = {"machine": found, "calls_us": costs, "rows": merged}
+            RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(table(rows))
     return 0
 

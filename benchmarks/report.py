@@ -177,6 +177,7 @@ def documents() -> dict[Path, dict[str, Callable[[], str]]]:
         },
         ROOT / "docs" / "cpu.md": {
             "machine": lambda: machine(read("cpu")),
+            "table: calls": lambda: end_to_end.calls_table(read("end_to_end")["calls_us"]),
             "table: goals": lambda: cpu_goals(read("cpu")),
             "table: linear": lambda: cpu_linear(read("cpu")),
             "table: copies": lambda: cpu_copies(read("cpu")),

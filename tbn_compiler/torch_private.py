@@ -328,7 +328,7 @@ def takes_tensors_only(graph: fx.Graph) -> bool:
 def drop_input_checks(gm: fx.GraphModule) -> None:
     """Remove the hook by which a module of ``torch.export``'s compares its inputs with those that it was exported for.
 
-    It takes 40 us a call. What the code relies on, it checks itself (:func:`size_guards`).
+    It takes longer than a small network. What the code relies on, it checks itself (:func:`size_guards`).
     """
     for key, hook in list(gm._forward_pre_hooks.items()):
         if getattr(hook, "__name__", "") == "_check_input_constraints_pre_hook":

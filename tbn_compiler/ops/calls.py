@@ -332,7 +332,7 @@ class TensorCall(TiledCall):
             ValueError: other operands do not fit.
             TypeError: an operand has a dtype that is not supported.
         """
-        op, d, input, bias = f"tbn::{self.kind}", self.dims, self.input, self.bias
+        op, d, input = f"tbn::{self.kind}", self.dims, self.input
         if d == 0 and input.dim() == 0:
             raise RuntimeError(f"{op}: input must have at least one dimension")
         if d and input.dim() not in (d + 1, d + 2):
@@ -340,21 +340,30 @@ class TensorCall(TiledCall):
         self._check_inputs(op)
         if d:
             self._check_geometry(op)
-        layout = self.layout
         for name, choices in (("activation", ACTIVATIONS), ("epilogue", EPILOGUES)):
             if (value := self.arguments.get(name, choices[0])) not in choices:
                 raise ValueError(f"{op}: {name}={value!r} is not one of {', '.join(map(repr, choices))}")
         if not input.is_floating_point():
             raise TypeError(f"{op}: input must be floating point, got {input.dtype}")
-        check_stored(self.kind, self.tile, self.alpha, layout)
-        if bias is not None and tuple(bias.shape) != (self.outputs,):
-            raise ValueError(f"{op}: bias must have shape ({self.outputs},), got {tuple(bias.shape)}")
+        self.check_operands()
         device = input.device
         for name in ("tile", "alpha", "bias", "input_alpha"):
             operand = self.arguments.get(name)
             if operand is not None and operand.device != device:
                 raise ValueError(f"{op}: {name} is on {operand.device}, input on {device}")
         return self
+
+    def check_operands(self) -> None:
+        """Check tile, alphas and bias, without the input.
+
+        Raises:
+            ValueError: one does not fit the layer.
+            TypeError: the tile has a dtype that is not supported.
+        """
+        check_stored(self.kind, self.tile, self.alpha, self.layout)
+        if self.bias is not None and tuple(self.bias.shape) != (self.outputs,):
+            shape = tuple(self.bias.shape)
+            raise ValueError(f"tbn::{self.kind}: bias must have shape ({self.outputs},), got {shape}")
 
     def _check_inputs(self, op: str) -> None:
         """Check the number of features or channels of the input, ``1 / k`` of the layer's for ``k`` replicas."""

@@ -109,9 +109,9 @@ def bind_layers(gm: fx.GraphModule, found: Mapping[fx.Node, TensorCall | str], *
 def bind(module: nn.Module, example_inputs: Any = None) -> nn.Module:
     """Bind the layers of a module, for calls of small networks without ``torch.compile``.
 
-    A call of a layer then takes 2 us instead of 15. The module is for inference in this process, with the values that
-    its layers have now, in float32 also under autocast, and without gradients: an input that needs one is an error. It
-    is not to be saved or copied: that makes its plans useless, and calls raise.
+    The module is for inference in this process, with the values that its layers have now, in float32 also under
+    autocast, and without gradients: an input that needs one is an error. It is not to be saved or copied: that makes
+    its plans useless, and calls raise.
 
     Args:
         module: the result of :func:`tbn_compiler.lower` or :func:`tbn_compiler.optimize`. It is not changed.

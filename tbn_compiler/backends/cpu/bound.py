@@ -2,8 +2,8 @@
 
 ``tbn_cpu::linear`` and ``tbn_cpu::conv`` take an input and a *plan*, a tensor of bytes (``struct tbn_bound``) that
 points to everything else: the prepared tile, alphas, bias, geometry. They compute what ``tbn::linear`` and
-``tbn::conv1d`` and ``2d`` compute, by the same kernels, for a tenth of what a call costs. A graph can use
-them where it knows the operands (:mod:`tbn_compiler.backends.cpu.bind_layers`); they have no gradients.
+``tbn::conv1d`` and ``2d`` compute, by the same kernels. A graph can use them where it
+knows the operands (:mod:`tbn_compiler.backends.cpu.bind_layers`); they have no gradients.
 
 The kernels are registered through C functions that libtorch exports (``src/torch_calls.c``). Where one is missing,
 :func:`unavailable` gives the reason, and the ``tbn::`` operators stay.
@@ -23,7 +23,7 @@ from torch import Tensor
 from tbn_compiler.backends.cpu import conv, library, linear, prepare
 from tbn_compiler.backends.cpu.operands import as_vector, reason_against
 from tbn_compiler.ops.calls import TensorCall, channels_last, conv_sizes
-from tbn_compiler.ops.schemas import CONV_OPS, check_stored
+from tbn_compiler.ops.schemas import CONV_OPS
 from tbn_compiler.torch_private import exported_functions
 
 # Sizes stand one by one, height first: the C interface passes numbers at the least cost. Only fakes read them.
@@ -99,11 +99,9 @@ def why_not(call: TensorCall, image: Sequence[int | None]) -> str | None:
 def _misfit(call: TensorCall) -> str | None:
     """What is wrong with the stored operands: the operator raises it as an error."""
     try:
-        check_stored(call.kind, call.tile, call.alpha, call.layout)
+        call.check_operands()
     except (TypeError, ValueError) as error:
         return str(error)
-    if call.bias is not None and tuple(call.bias.shape) != (call.outputs,):
-        return f"its bias has shape {tuple(call.bias.shape)}"
     if not all(value.is_cpu for value in (call.tile, call.alpha, call.bias) if value is not None):
         return "its operands are on different devices"
     return None
