@@ -6,6 +6,7 @@ is the loss of one process.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before a group is made: see `examples/paper/devices.py`
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -155,6 +157,8 @@ def _process(rank: int, folder: str) -> None:
                 results[name]["error"] = str(error)
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
+    del module, wrapped
+    gc.collect()
     dist.destroy_process_group()
 
 

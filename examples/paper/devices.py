@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -58,10 +60,14 @@ def joined_world(device: str, *, fast: bool = False) -> Iterator[World]:
     if size == 1:
         yield World(device=place)
         return
+    # Imported later (DistributedDataParallel does), this module's default arguments would hold the group for good, and
+    # its threads with it: one that lets go of a tensor while Python ends is killed, and the process with it.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         yield World(rank, size, place)
     finally:
+        gc.collect()  # DistributedDataParallel refers to itself, and to the group
         dist.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ EXAMPLES = ROOT / "examples"
 # At import, so that cases can be the recipes; the path is left as it was.
 sys.path.insert(0, str(EXAMPLES))
 import train as program  # noqa: E402
-from paper import runs, tasks, training  # noqa: E402
+from paper import devices, runs, tasks, training  # noqa: E402
 from paper.recipes import RECIPES, SETTABLE, Recipe, RecipeError  # noqa: E402
 
 sys.path.remove(str(EXAMPLES))
@@ -333,11 +334,16 @@ def test_processes_end_with_the_same_parameters(tmp_path):
             torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-4)
 
 
-def _rank(rank, folder):
-    """Trains a network with batch-norm and dropout, killed after 3 steps, then resumed; writes what each rank has."""
+def _rank(folder):
+    """As `torchrun` would: trains twice, and leaves no thread of the group behind."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    world = training.World(rank, 2)
+    with devices.joined_world("cpu") as world:
+        _train_and_resume(world, folder)
+    assert not [path for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
+
+
+def _train_and_resume(world, folder):
+    """Trains a network with batch-norm and dropout, killed after 3 steps, then resumed; writes what each rank has."""
     recipe = small("pointnet-modelnet10", epochs="2")
     options = training.Options("pointnet-modelnet10", recipe, subset=8, test_subset=8)
     task = tasks.synthetic_task(recipe)
@@ -355,19 +361,25 @@ def _rank(rank, folder):
     except Killed:
         torch.distributed.barrier()
         go(training.Files(Path(folder) / "parts", steps=1), observer=Look(0), resume=True)
-    Path(f"{folder}/digests{rank}.json").write_text(json.dumps(digests))
-    torch.distributed.destroy_process_group()
+    Path(f"{folder}/digests{world.rank}.json").write_text(json.dumps(digests))
 
 
 def test_ranks_agree_at_every_step_and_resume(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("torch was built without torch.distributed")
     code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from tests.examples.test_train import _rank; " \
-           f"_rank(int(sys.argv[1]), {str(tmp_path)!r})"  # fmt: skip
+           f"_rank({str(tmp_path)!r})"  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | world | {"RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
         for rank in range(2)
-    ]
+    ]  # fmt: skip
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     zero, one = (json.loads((tmp_path / f"digests{rank}.json").read_text()) for rank in range(2))
