@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tbn_compiler import backends
-from tbn_compiler.calibration import calibrate
+from tbn_compiler.calibration import calibrate, calibrate_inputs
 from tbn_compiler.compiler import lower, optimize, transform
 from tbn_compiler.config import LayerInfo, TilingConfig
 from tbn_compiler.errors import (
@@ -123,6 +123,7 @@ __all__ = [
     "TransformError",
     "__version__",
     "calibrate",
+    "calibrate_inputs",
     "convert_latent",
     "explain",
     "export_c",

@@ -1,7 +1,8 @@
-"""Fitting the alphas of tiled layers to a float model, layer after layer, without training."""
+"""Fitting a tiled network to what it will meet, without training: alphas to a float model, input scales to inputs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,18 @@ from torch import Tensor, fx, nn
 from tbn_compiler.compiler import lower, unwrap
 from tbn_compiler.errors import TransformError
 from tbn_compiler.graph.copying import copy_with_tensors
-from tbn_compiler.graph.records import LayerRecord, alpha_key, alpha_source_key, own_records
+from tbn_compiler.graph.records import (
+    LayerRecord,
+    alpha_key,
+    alpha_source_key,
+    get_records,
+    input_log_scale_key,
+    input_scale_key,
+    own_records,
+    split_key,
+)
 from tbn_compiler.graph.shapes import split_inputs
+from tbn_compiler.input_scales import find_scales
 from tbn_compiler.ops.latents import alphas_of
 
 _SMALLEST = 1e-3  # of the magnitude that a layer's alphas had: an alpha at 0 would never train
@@ -83,6 +94,59 @@ def calibrate(module: nn.Module, source: nn.Module, batches: Iterable[Any]) -> t
     with _evaluating(module), _evaluating(source):
         order = _layers_in_order(module, kept[0])
         return tuple(_fit(module, source, name, reason, kept) for name, reason in order)
+
+
+@torch.no_grad()
+def calibrate_inputs(module: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+    """Set the scales of the inputs of layers with ``input_scale="layer"`` to what the inputs are.
+
+    Each becomes the one with the least mean square error of all elements, those beyond its range included, over all
+    batches: ``int8`` ranges are chosen from a histogram of magnitudes, and a ``"binary"`` scale is the mean magnitude.
+    The network runs once over the batches, in evaluation mode and with these layers' inputs in floating point. Do it
+    before training, after :func:`~tbn_compiler.init_from_float` if that is used.
+
+    Args:
+        module: the result of :func:`~tbn_compiler.transform` or :func:`~tbn_compiler.lower`, changed in place.
+        batches: inputs: each a tensor, a tuple of the arguments of ``forward``, or a dictionary of them by name.
+
+    Returns:
+        The scale of each layer by its name. A layer that no batch reaches with anything but zeros keeps its own, and is
+        not among them.
+
+    Raises:
+        TransformError: no layer has such a scale.
+        TBNError: ``batches`` is empty, or an input of a layer is not finite.
+
+    Example:
+        >>> import tbn_compiler as tbn
+        >>> config = tbn.TilingConfig(min_size=0, activation="int8", input_scale="layer")
+        >>> qat = tbn.transform(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), config)
+        >>> scales = tbn.calibrate_inputs(qat, [torch.randn(32, 64)])
+        >>> list(scales)
+        ['0', '2']
+    """
+    module = unwrap(module, TransformError)
+    names: dict[Tensor, str] = {}
+    for record in get_records(module) or ():
+        if record.spec is not None and record.spec.input_scale == "layer":
+            for key in (input_log_scale_key(record.weight), input_scale_key(record.weight)):
+                path, name = split_key(key)
+                value = getattr(module.get_submodule(path), name, None)
+                if isinstance(value, Tensor):
+                    names.setdefault(value, record.name)
+    if not names:
+        raise TransformError(
+            f"no layer of {type(module).__name__} has one scale for its inputs: transform it with "
+            "TilingConfig(activation=..., input_scale='layer')"
+        )
+    with _evaluating(module):
+        found = find_scales(module, batches, list(names))
+    scales = {}
+    for (tensor, name), scale in zip(names.items(), found, strict=True):
+        if scale is not None:
+            tensor.fill_(math.log(scale) if isinstance(tensor, nn.Parameter) else scale)
+            scales[name] = scale
+    return scales
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
@@ -14,12 +14,21 @@ from tbn_compiler.errors import ConfigError, LoweringError, TransformError
 from tbn_compiler.graph.capture import capture, exported_module
 from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.layer_graph import TiledGraph, adopt
-from tbn_compiler.graph.records import alpha_key, get_records, graph_parts, layer_name, tile_key
+from tbn_compiler.graph.records import (
+    alpha_key,
+    get_records,
+    graph_parts,
+    input_scale_key,
+    layer_name,
+    tile_key,
+)
+from tbn_compiler.input_scales import find_scales
 from tbn_compiler.ops.schemas import ACTIVATIONS, Activation
 from tbn_compiler.passes import Scope, deployment_pipeline, inference_pipeline, run_passes, training_pipeline
 from tbn_compiler.passes.deployment import note_values
 from tbn_compiler.passes.expose_attention import disable_fast_paths
 from tbn_compiler.passes.lower_tiles import Stored, lower_parameters
+from tbn_compiler.passes.quantize_activations import Scales, drop_scale
 from tbn_compiler.passes.tile_modules import tile_modules
 from tbn_compiler.tiling import TileSpec
 from tbn_compiler.torch_private import original_module
@@ -192,7 +201,13 @@ def _under_all_names(module: nn.Module, stored: Mapping[str, Tensor]) -> dict[st
     }
 
 
-def optimize(module: nn.Module, example_inputs: Any = None, *, activation: Activation = "float") -> nn.Module:
+def optimize(
+    module: nn.Module,
+    example_inputs: Any = None,
+    *,
+    activation: Activation = "float",
+    calibration: Iterable[Any] | None = None,
+) -> nn.Module:
     """Rewrite a lowered module for the least arithmetic; results are equal up to rounding.
 
     With example inputs, ``torch.export`` gives the graph of the whole model. In it batch-norm is folded into the tiled
@@ -213,6 +228,9 @@ def optimize(module: nn.Module, example_inputs: Any = None, *, activation: Activ
         activation: number format of the inputs of tiled layers. Any but ``"float"`` changes results: ``"int8"``, with
             one scale for each token (linear) or sample (convolution), or ``"binary"``. Transpose convolutions
             keep float, with a note.
+        calibration: batches of inputs (each as ``example_inputs``) from which each layer gets one scale for all its
+            inputs, with the least mean square error, in place of one for each token. They run through the network once,
+            in floating point. Layers that train with a format keep the scales that they have.
 
     Returns:
         A ``GraphModule`` that is called as the model is, in evaluation mode; it can be copied and pickled. Where
@@ -220,20 +238,31 @@ def optimize(module: nn.Module, example_inputs: Any = None, *, activation: Activ
         says why.
 
     Raises:
-        ConfigError: ``activation`` is not one of the formats.
+        ConfigError: ``activation`` is not one of the formats, or ``"float"`` with ``calibration``.
         LoweringError: the module was not transformed.
-        TBNError: the module does not run on the example inputs.
+        TBNError: the module does not run on the example inputs, there are no calibration batches, or an input of a
+            layer is not finite.
     """
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation={activation!r} is not one of {', '.join(map(repr, ACTIVATIONS))}")
-    optimized, reason = deploy(lower(module), example_inputs, activation)
+    if activation == "float" and calibration is not None:
+        raise ConfigError("calibration finds the scales of integer inputs: give activation='int8' or 'binary' too")
+    scales: Scales | None = None if calibration is None else {}
+    optimized, reason = deploy(lower(module), example_inputs, activation, scales=scales)
+    if calibration is not None and scales:
+        _calibrate(optimized, calibration, scales)
     if reason is not None:
         warnings.warn(f"optimised layer by layer only: {reason}", stacklevel=2)
     return optimized
 
 
 def deploy(
-    packed: nn.Module, example_inputs: Any = None, activation: Activation = "float", *, free_sizes: bool = True
+    packed: nn.Module,
+    example_inputs: Any = None,
+    activation: Activation = "float",
+    *,
+    free_sizes: bool = True,
+    scales: Scales | None = None,
 ) -> tuple[nn.Module, str | None]:
     """Run the deployment pipeline on a lowered module that the caller owns.
 
@@ -242,6 +271,7 @@ def deploy(
         example_inputs: as for :func:`optimize`.
         activation: as for :func:`optimize`.
         free_sizes: whether inputs may have other sizes later.
+        scales: takes the layers whose inputs have one scale, which is NaN still; ``None``: each token has its own.
 
     Returns:
         The result, and why it is not the graph of the whole model although there are example inputs.
@@ -255,8 +285,19 @@ def deploy(
     if example_inputs is not None:
         captured = capture(packed, example_inputs, free_sizes=free_sizes)
         if isinstance(captured, fx.GraphModule):
-            return run_passes(captured, deployment_pipeline(activation)), None
+            return run_passes(captured, deployment_pipeline(activation, scales)), None
         reason = captured
     for _, part in graph_parts(packed):
-        run_passes(part, deployment_pipeline(activation))
+        run_passes(part, deployment_pipeline(activation, scales))
     return packed, reason
+
+
+def _calibrate(module: nn.Module, batches: Iterable[Any], layers: Scales) -> None:
+    """Set the scales of layers that :func:`deploy` has given one."""
+    buffers = [gm.get_buffer(input_scale_key(weight)) for gm, weight in layers]
+    found = find_scales(module, batches, buffers)
+    for (gm, weight), buffer, scale in zip(layers, buffers, found, strict=True):
+        if scale is None:
+            drop_scale(gm, weight, "no calibration batch reached it: each token has a scale of its own")
+        else:
+            buffer.fill_(scale)

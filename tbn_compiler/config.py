@@ -19,6 +19,7 @@ SmallLayers = Literal["binary", "float"]
 Replication = Literal["repeat", "roll", "hadamard"]
 Latent = Literal["weight", "tile"]
 Activation = Literal["float", "int8", "binary"]
+InputScale = Literal["token", "layer"]
 AlphaStart = Literal["uniform", "weight"]
 AttentionSize = Literal["separate", "packed"]
 
@@ -27,7 +28,7 @@ Overrides = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 # The fields that `overrides` may set for the layers a pattern matches.
 _PER_LAYER = (
     *("p", "alpha", "alpha_source", "tile_dtype", "min_size", "small", "replicate", "shift"),
-    *("latent", "activation", "attention"),
+    *("latent", "activation", "input_scale", "attention"),
 )
 
 
@@ -97,6 +98,7 @@ class LayerOptions:
     shift: int
     latent: Latent
     activation: Activation
+    input_scale: InputScale
     attention: AttentionSize
 
 
@@ -129,9 +131,13 @@ class TilingConfig:
             optimiser state are ``2 p`` times smaller, and the tile's gradient takes ``p`` times fewer operations. Under
             stochastic gradient descent both give the same binary tiles. Needs ``alpha_source="A"``, and no
             ``gradual``.
-        activation: number format of the inputs of tiled layers, ``"float"``, ``"int8"`` or ``"binary"`` (one scale for
-            each token, as in inference): they train with it, straight through, and are lowered with it. Transpose
-            convolutions, attentions and weights that functions use take floating point only.
+        activation: number format of the inputs of tiled layers, ``"float"``, ``"int8"`` or ``"binary"``: they train
+            with it, straight through, and are lowered with it. Transpose convolutions, attentions and weights that
+            functions use take floating point only.
+        input_scale: the scale of that format: ``"token"``, each token (sample of a convolution) has that of its own
+            largest or mean magnitude, or ``"layer"``, one number for all, which is trained (LSQ, arXiv 1902.08153) by
+            its logarithm, ``<layer>.input_log_scale``, so that it stays positive (TQT, arXiv 1903.08066). It starts for
+            inputs of unit variance: :func:`~tbn_compiler.calibrate_inputs` sets it to what the inputs are.
         small: what becomes of layers under ``min_size``: ``"binary"`` (``p=1``, as in the paper) or ``"float"``.
         float_layers: name patterns (``fnmatch``) of layers to keep in full precision.
         tile_parameters: name patterns of parameters to tile although no product with them is seen in the model's code.
@@ -169,6 +175,7 @@ class TilingConfig:
     shift: int = 1
     latent: Latent = "weight"
     activation: Activation = "float"
+    input_scale: InputScale = "token"
     attention: AttentionSize = "separate"
     float_layers: tuple[str, ...] = ()
     tile_parameters: tuple[str, ...] = ()
@@ -205,6 +212,7 @@ class TilingConfig:
         _check_choice("alpha_start", self.alpha_start, get_args(AlphaStart))
         _check_choice("latent", self.latent, get_args(Latent))
         _check_choice("activation", self.activation, get_args(Activation))
+        _check_choice("input_scale", self.input_scale, get_args(InputScale))
         _check_choice("attention", self.attention, get_args(AttentionSize))
         if self.latent == "tile" and self.alpha_source == "W":
             raise ConfigError("latent='tile' keeps no weight to take alphas from: use alpha_source='A'")

@@ -7,7 +7,8 @@ The header entry ``tbn`` is an object with these fields, all required:
 ``layers``
     By weight name, each stored tile: ``shape`` of the weight, ``p``, ``p_in``, ``shift``, ``alphas`` (their number),
     ``alpha_source``, ``tile_dtype`` as in :class:`~tbn_compiler.tiling.TileSpec`, and ``note``; further options of its
-    :class:`~tbn_compiler.tiling.TileLayout` (``batch``, ``hadamard``) only where they are not the usual ones.
+    :class:`~tbn_compiler.tiling.TileLayout` (``batch``, ``hadamard``) and of its inputs (``activation``,
+    ``input_scale``) only where they are not the usual ones.
 ``left_alone``
     By weight name, why each other layer is in float.
 ``aliases``
@@ -15,7 +16,8 @@ The header entry ``tbn`` is an object with these fields, all required:
 ``sha256``
     Of the other fields and all tensors: a file is read as it was written, or not at all.
 
-Tensors keep their ``state_dict`` names; ``<weight>_tile`` and ``<weight>_alpha`` hold a layer's stored form.
+Tensors keep their ``state_dict`` names; ``<weight>_tile`` and ``<weight>_alpha`` hold a layer's stored form, and
+``<weight>_input_scale`` the scale of its inputs where ``input_scale`` is ``"layer"``.
 
 Compatibility: a field that this version does not know may change what a tile means, so it is refused, wherever it
 stands. A later version can still add an option of a layout without a new format version: files that do not use it read
@@ -39,7 +41,7 @@ from torch import Tensor
 
 from tbn_compiler.errors import ConfigError, SerializationError
 from tbn_compiler.files import replacing
-from tbn_compiler.graph.records import alpha_key, tile_key
+from tbn_compiler.graph.records import alpha_key, input_scale_key, tile_key
 from tbn_compiler.graph.tiling_data import (
     OPTIONS,
     SPEC_FIELDS,
@@ -49,6 +51,7 @@ from tbn_compiler.graph.tiling_data import (
     spec_from_data,
     spec_to_data,
 )
+from tbn_compiler.ops.schemas import INT8_TINY
 from tbn_compiler.packing import packed_size
 from tbn_compiler.tiling import TileSpec
 
@@ -191,15 +194,18 @@ def write_file(path: Any, contents: PackedHeader, tensors: Mapping[str, Tensor])
 def _read_layer(name: str, layer: Any, version: int, tensors: Mapping[str, Tensor]) -> StoredLayer:
     """Check one layer's header entry, alone and against its tensors."""
     try:
-        check_fields("its entry", layer, _LAYER_FIELDS, () if version == 1 else (*OPTIONS, "activation"))
+        check_fields("its entry", layer, _LAYER_FIELDS, () if version == 1 else (*OPTIONS, "activation", "input_scale"))
         spec = spec_from_data(layer)
         if layer["note"] is not None and not isinstance(layer["note"], str):
             raise SerializationError(f"note is {shorten(layer['note'])}, not a text")
-        missing = [key for key in (tile_key(name), alpha_key(name)) if key not in tensors]
+        keys = (tile_key, alpha_key, *([input_scale_key] if spec.input_scale == "layer" else []))
+        missing = [key(name) for key in keys if key(name) not in tensors]
         if missing:
             raise SerializationError(f"the file lacks its tensor {', '.join(map(repr, missing))}")
         _check_tile(tensors[tile_key(name)], spec)
         _check_alpha(tensors[alpha_key(name)], spec)
+        if spec.input_scale == "layer":
+            _check_input_scale(tensors[input_scale_key(name)])
     except (SerializationError, ConfigError) as error:
         raise SerializationError(f"layer {name!r}: {error}") from error
     return StoredLayer(spec, layer["note"])
@@ -225,6 +231,13 @@ def _check_alpha(alpha: Tensor, spec: TileSpec) -> None:
         raise SerializationError(f"its alpha is {_kind(alpha)}, not {spec.num_alphas} floating-point numbers")
     if not (alpha.isfinite() & (alpha >= 0)).all():
         raise SerializationError("its alphas are no means of absolute values: one is negative, NaN or infinite")
+
+
+def _check_input_scale(scale: Tensor) -> None:
+    if scale.dtype not in _FLOATS or scale.numel() != 1:
+        raise SerializationError(f"its input scale is {_kind(scale)}, not one floating-point number")
+    if not (scale.isfinite() & (scale >= INT8_TINY)).all():
+        raise SerializationError("its input scale is no number that inputs can be divided by")
 
 
 def _kind(tensor: Tensor) -> str:

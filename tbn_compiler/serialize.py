@@ -30,6 +30,7 @@ from tbn_compiler.graph.records import (
     alpha_key,
     get_records,
     graph_parts,
+    input_scale_key,
     is_tiling_record,
     join_key,
     own_records,
@@ -197,7 +198,12 @@ def _difference(node: fx.Node, arguments: Mapping[str, Any], record: LayerRecord
     for name, usual in options.items():
         if arguments.get(name, usual) != usual:
             return f"{name}={arguments[name]}, not {usual}"
-    for name, key in (("tile", tile_key(record.weight)), ("alpha", alpha_key(record.weight))):
+    stored = {"tile": tile_key(record.weight), "alpha": alpha_key(record.weight)}
+    if record.spec.input_scale == "layer":
+        stored["input_scale"] = input_scale_key(record.weight)
+    elif arguments.get("input_scale") is not None:
+        return f"input_scale={arguments['input_scale']}, not None"
+    for name, key in stored.items():
         operand = arguments[name]
         if not isinstance(operand, fx.Node) or operand.op != "get_attr" or operand.target != key:
             return f"its {name} is {getattr(operand, 'target', operand)}, not {key}"
@@ -323,7 +329,7 @@ def _further_state(gm: nn.Module, own: Mapping[str, Any], tensors: Mapping[str, 
                 found[name] = with_user_extra_state(value, tensors[name])
     for record in get_records(gm) or ():
         for weight in record.tied_weights if record.spec else ():
-            for key in (tile_key, alpha_key):
+            for key in (tile_key, alpha_key, input_scale_key):
                 if key(weight) in own and key(weight) not in tensors:
                     found[key(weight)] = tensors[key(record.weight)]
     return found

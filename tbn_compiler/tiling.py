@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tbn_compiler.config import Activation, AlphaSource, Latent, TileDType
+from tbn_compiler.config import Activation, AlphaSource, InputScale, Latent, TileDType
 from tbn_compiler.errors import ConfigError
 
 LayoutKind = Literal["flat", "two-axis", "staggered", "hadamard"]
@@ -555,6 +555,7 @@ class TileSpec:
         tile_dtype: ``"binary"`` (the sign, 1 bit) or ``"float"`` (the sum itself, 32 bits).
         latent: what is trained, ``"weight"`` or ``"tile"``; ``"weight"`` once it is stored.
         activation: number format of the layer's input.
+        input_scale: whose scale that has: each token's own, or one of the layer. ``"token"`` where it is float.
     """
 
     layout: TileLayout
@@ -563,6 +564,7 @@ class TileSpec:
     tile_dtype: TileDType = "binary"
     latent: Latent = "weight"
     activation: Activation = "float"
+    input_scale: InputScale = "token"
 
     @property
     def tile_bits(self) -> int:

@@ -79,6 +79,17 @@ def alpha_key(weight: str) -> str:
     return f"{weight}_alpha"
 
 
+def input_log_scale_key(weight: str) -> str:
+    """Name of the trained logarithm of the scale of a layer's inputs: ``<layer>.input_log_scale``."""
+    path, name = split_key(weight)
+    return join_key(path, "input_log_scale" if name == "weight" else f"{name}_input_log_scale")
+
+
+def input_scale_key(weight: str) -> str:
+    """Name of the stored scale of a layer's inputs in a lowered module."""
+    return f"{weight}_input_scale"
+
+
 @dataclass(frozen=True)
 class LayerRecord:
     """One linear or convolution weight of a model: how it is tiled, or why it is not.

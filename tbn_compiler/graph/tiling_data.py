@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, get_args
 
-from tbn_compiler.config import Activation, AlphaSource, Latent, TileDType
+from tbn_compiler.config import Activation, AlphaSource, InputScale, Latent, TileDType
 from tbn_compiler.errors import SerializationError
 from tbn_compiler.tiling import TileLayout, TileSpec
 
@@ -17,12 +17,13 @@ SPEC_FIELDS = ("shape", "p", "p_in", "shift", "alphas", "alpha_source", "tile_dt
 OPTIONS: dict[str, Any] = {field.name: field.default for field in fields(TileLayout) if field.default is not MISSING}
 
 # Fields that are written where they have another value.
-FURTHER: dict[str, Any] = {"latent": "weight", "activation": "float"}
+FURTHER: dict[str, Any] = {"latent": "weight", "activation": "float", "input_scale": "token"}
 _CHOICES = {
     "alpha_source": get_args(AlphaSource),
     "tile_dtype": get_args(TileDType),
     "latent": get_args(Latent),
     "activation": get_args(Activation),
+    "input_scale": get_args(InputScale),
 }
 
 
@@ -36,7 +37,9 @@ def describe_spec(spec: TileSpec) -> str:
     alphas = f"{spec.num_alphas} alpha{'s' if spec.num_alphas > 1 else ''} from {spec.alpha_source}"
     parts += [alphas, *(["full-precision tile"] if spec.tile_dtype == "float" else [])]
     parts += ["latent='tile'"] if spec.latent == "tile" else []
-    return ", ".join([*parts, *([f"{spec.activation} inputs"] if spec.activation != "float" else [])])
+    if spec.activation != "float":
+        parts.append(f"{spec.activation} inputs" + (" of one scale" if spec.input_scale == "layer" else ""))
+    return ", ".join(parts)
 
 
 def spec_to_data(spec: TileSpec) -> dict[str, Any]:
@@ -85,6 +88,8 @@ def spec_from_data(data: Mapping[str, Any]) -> TileSpec:
     layout = TileLayout(tuple(shape), data["p"], **options)
     if not layout.allows_alphas(data["alphas"]):
         raise SerializationError(f"alphas={data['alphas']} is no number of alphas of {layout}")
+    if named["input_scale"] != "token" and named["activation"] == "float":
+        raise SerializationError(f"input_scale is {named['input_scale']!r} where inputs are float")
     return TileSpec(layout, data["alphas"], **named)
 
 

@@ -314,6 +314,12 @@ class TensorCall(TiledCall):
         value: Tensor | None = self.arguments.get("input_alpha")
         return value
 
+    @property
+    def input_scale(self) -> Tensor | None:
+        """The scale of the input's number format, one element; ``None`` where each token has its own."""
+        value: Tensor | None = self.arguments.get("input_scale")
+        return value
+
     @cached_property
     def product(self) -> TiledProduct:
         """What the call multiplies; the operands must be those that :meth:`checked` lets pass."""
@@ -347,14 +353,14 @@ class TensorCall(TiledCall):
             raise TypeError(f"{op}: input must be floating point, got {input.dtype}")
         self.check_operands()
         device = input.device
-        for name in ("tile", "alpha", "bias", "input_alpha"):
+        for name in ("tile", "alpha", "bias", "input_alpha", "input_scale"):
             operand = self.arguments.get(name)
             if operand is not None and operand.device != device:
                 raise ValueError(f"{op}: {name} is on {operand.device}, input on {device}")
         return self
 
     def check_operands(self) -> None:
-        """Check tile, alphas and bias, without the input.
+        """Check tile, alphas, bias and scale, without the input.
 
         Raises:
             ValueError: one does not fit the layer.
@@ -364,6 +370,15 @@ class TensorCall(TiledCall):
         if self.bias is not None and tuple(self.bias.shape) != (self.outputs,):
             shape = tuple(self.bias.shape)
             raise ValueError(f"tbn::{self.kind}: bias must have shape ({self.outputs},), got {shape}")
+        scale = self.input_scale
+        if scale is not None:
+            if self.activation == "float":
+                raise ValueError(f"tbn::{self.kind}: input_scale needs activation='int8' or 'binary'")
+            if scale.numel() != 1 or not scale.is_floating_point():
+                raise ValueError(
+                    f"tbn::{self.kind}: input_scale must be one floating-point number, got {scale.dtype} "
+                    f"{tuple(scale.shape)}"
+                )
 
     def _check_inputs(self, op: str) -> None:
         """Check the number of features or channels of the input, ``1 / k`` of the layer's for ``k`` replicas."""

@@ -51,6 +51,24 @@ def binarize(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.where(x > 0, 1.0, -1.0).to(x.dtype), x.abs().mean(dims, keepdim=True)
 
 
+def with_fixed_scale(x: Tensor, activation: str, scale: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The values of ``x`` in a format with a given scale, and that scale, or NaN where a token holds one.
+
+    Args:
+        x: floating point, any shape.
+        activation: ``"int8"`` or ``"binary"``.
+        scale: one element, at least :data:`INT8_TINY` and finite; all becomes NaN with another one.
+        dims: dimensions of a token, which have size 1 in the second result.
+    """
+    scale = scale.reshape(()).to(x.dtype)
+    scale = torch.where((scale >= INT8_TINY) & scale.isfinite(), scale, torch.nan)
+    if activation == "int8":
+        values = torch.round(x * scale.reciprocal()).clamp(-127, 127)
+    else:
+        values = torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+    return values, torch.where(x.isnan().any(dims, keepdim=True), torch.nan, scale)
+
+
 def in_format(
     layer: Callable[[Tensor, Tensor | None], Tensor],
     input: Tensor,
@@ -58,6 +76,7 @@ def in_format(
     activation: str,
     token_dims: tuple[int, ...],
     terms: int,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """Run a layer on its input in a number format.
 
@@ -69,6 +88,7 @@ def in_format(
         token_dims: dimensions of the input that share a scale, the last ones; as many as the output has of features
             or channels and spatial sizes.
         terms: products that an output sums; with it, integers that float32 would round are summed in float64.
+        input_scale: one scale for all tokens; ``None``: each has its own.
 
     Returns:
         The output, in the dtype of ``input``.
@@ -77,7 +97,10 @@ def in_format(
         return layer(input, bias)
     # The scale comes from float32 at least: half precision has too few digits for 127 / max|x|.
     wide = input if input.dtype == torch.float64 else input.float()
-    values, scale = (quantize_int8 if activation == "int8" else binarize)(wide, token_dims)
+    if input_scale is None:
+        values, scale = (quantize_int8 if activation == "int8" else binarize)(wide, token_dims)
+    else:
+        values, scale = with_fixed_scale(wide, activation, input_scale, token_dims)
     out = layer(values if 127 * terms < 2**24 else values.double(), None) * scale
     if bias is not None:
         out = out + bias.to(out.dtype).view(-1, *[1] * (len(token_dims) - 1))

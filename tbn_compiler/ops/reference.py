@@ -219,6 +219,7 @@ def compute(call: TensorCall) -> Tensor:
         call.activation,
         token_dims=call.token_dims,
         terms=call.layout.row_size,
+        input_scale=call.input_scale,
     )
     return apply_epilogue(out, call.epilogue)
 

@@ -12,12 +12,18 @@ the other along the features or channels: ``cat([a * z for a in input_alpha])``.
 column blocks of its weight, times the ``input_alpha``, instead of reading the copies.
 
 ``activation`` is the number format that the input is brought into first, with one scale per token (per vector of the
-last axis in a linear layer, per sample in a convolution); the scale multiplies the result again:
+last axis in a linear layer, per sample in a convolution), or with ``input_scale``, one number for all; the scale
+multiplies the result again:
 
 - ``"float"``: as it is.
 - ``"int8"``: symmetric, scale ``max|x| / 127``, integers ``round_half_even(x * (127 / max|x|))``; a token whose largest
   magnitude is below :data:`INT8_TINY` counts as zero. Products of an integer input with a packed tile are exact.
 - ``"binary"``: ``sign(x)`` (0 gives -1, as Eq. 3), scale ``mean|x|``.
+
+With ``input_scale`` (one element ``s``, at least :data:`INT8_TINY` and finite), int8 integers are
+``round_half_even(x * (1 / s))``, at least -127 and at most 127, where infinities end too.
+
+A token with a NaN in it gives NaN throughout, with either scale.
 
 ``epilogue`` is a function applied to the result, after alphas and bias.
 """
@@ -47,8 +53,8 @@ INT8_TINY = 2.0**-100  # 127 divided by anything smaller would come near the end
 
 _CONV_SCHEMA = (
     "{name}(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int in_channels, int out_channels, "
-    "int[{d}] kernel_size, int p, Tensor? input_alpha=None, *, int p_in=1, int shift=0, bool hadamard=False, "
-    "int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1, "
+    "int[{d}] kernel_size, int p, Tensor? input_alpha=None, Tensor? input_scale=None, *, int p_in=1, int shift=0, "
+    "bool hadamard=False, int[{d}] stride=1, int[{d}] padding=0, int[{d}] dilation=1, int groups=1, "
     'str activation="float", str epilogue="none") -> Tensor'
 )
 
@@ -88,7 +94,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "linear(Tensor input, Tensor tile, Tensor alpha, Tensor? bias, int in_features, int out_features, int p, "
-    "Tensor? input_alpha=None, *, int p_in=1, int shift=0, bool hadamard=False, "
+    "Tensor? input_alpha=None, Tensor? input_scale=None, *, int p_in=1, int shift=0, bool hadamard=False, "
     'str activation="float", str epilogue="none") -> Tensor'
 )
 LIBRARY.define(

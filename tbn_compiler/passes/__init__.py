@@ -16,7 +16,7 @@ from tbn_compiler.passes.fuse_epilogue import FuseEpilogue
 from tbn_compiler.passes.fuse_unpack import FuseUnpack
 from tbn_compiler.passes.join_chains import JoinChains, attention_shares_rows
 from tbn_compiler.passes.lower_tiles import LowerTiles, Stored
-from tbn_compiler.passes.quantize_activations import QuantizeActivations
+from tbn_compiler.passes.quantize_activations import QuantizeActivations, Scales
 from tbn_compiler.passes.quantize_inputs import QuantizeInputs
 from tbn_compiler.passes.remove_dead_nodes import RemoveDeadNodes
 from tbn_compiler.passes.remove_noops import RemoveNoOps
@@ -34,7 +34,7 @@ def training_pipeline(scope: Scope) -> list[GraphPass]:
             if scope.config.gradual
             else [DecomposeAttention(attention_shares_rows), JoinChains(), HoldTiles(scope)]
         ),
-        QuantizeInputs(),
+        QuantizeInputs(scope),
     ]
 
 
@@ -48,15 +48,20 @@ def inference_pipeline(stored: Stored | None = None) -> list[GraphPass]:
     ]
 
 
-def deployment_pipeline(activation: str = "float") -> list[GraphPass]:
-    """From stored tiles, which a file can hold, to the least arithmetic, which it cannot."""
+def deployment_pipeline(activation: str = "float", scales: Scales | None = None) -> list[GraphPass]:
+    """From stored tiles, which a file can hold, to the least arithmetic, which it cannot.
+
+    Args:
+        activation: number format of the inputs of tiled layers.
+        scales: as for :class:`QuantizeActivations`.
+    """
     return [
         RemoveDeadNodes(),
         RemoveNoOps(),
         ExposeLinears(),
         FuseUnpack(),
         FoldBatchNorm(),
-        *([QuantizeActivations(activation)] if activation != "float" else []),
+        *([QuantizeActivations(activation, scales)] if activation != "float" else []),
         FlowReplicas(),
         FuseEpilogue(),
     ]

@@ -28,6 +28,7 @@ class Scope:
         held: by id of a parameter, why its other places need it in float.
         sources: by id of a parameter and view, the alpha source of its tiling, which all its places share.
         latents: by id of a parameter and view, the tile and the alphas that are trained in its place.
+        input_scales: by id of a parameter and view, the trained scale of its inputs, which all its places share.
     """
 
     config: TilingConfig
@@ -37,10 +38,11 @@ class Scope:
     held: Mapping[int, str] = field(default_factory=dict)
     sources: dict[tuple[int, str], nn.Parameter] = field(default_factory=dict)
     latents: dict[tuple[int, str], tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
+    input_scales: dict[tuple[int, str], nn.Parameter] = field(default_factory=dict)
 
     def at(self, path: str) -> Scope:
         """The same for another place in the model."""
-        return Scope(self.config, self.specs, path, self.keys, self.held, self.sources, self.latents)
+        return replace(self, path=path)
 
     def all_keys(self, parameter: nn.Parameter, weight: str, tied: tuple[str, ...] = ()) -> tuple[str, ...]:
         """All full keys of a weight; ``weight`` and ``tied`` are those seen from the path."""
@@ -106,7 +108,10 @@ def _choose(
     if layout.p > 1 and layout.tile_size // batch < _MIN_TILE:
         return None, f"p={layout.p} leaves a tile of {layout.tile_size // batch} weights, under {_MIN_TILE}"
     num_alphas = batch * {"layer": 1, "output": layout.p_out, "tile": layout.p}[options.alpha]
-    spec = TileSpec(layout, num_alphas, options.alpha_source, options.tile_dtype, options.latent, options.activation)
+    scale = "token" if options.activation == "float" else options.input_scale
+    spec = TileSpec(
+        layout, num_alphas, options.alpha_source, options.tile_dtype, options.latent, options.activation, scale
+    )
     if spec.activation != "float" and is_transposed(kind):
         return with_float_input(spec, note, "a transpose convolution")
     return spec, note
@@ -117,7 +122,7 @@ def with_float_input(spec: TileSpec, note: str | None, place: str) -> tuple[Tile
     if spec.activation == "float":
         return spec, note
     told = f"its input stays in float: {place} has no {spec.activation} form"
-    return replace(spec, activation="float"), "; ".join(filter(None, (note, told)))
+    return replace(spec, activation="float", input_scale="token"), "; ".join(filter(None, (note, told)))
 
 
 def with_heads(spec: TileSpec, note: str | None, heads: int) -> str | None:

@@ -10,6 +10,7 @@ After::
 
     y = tbn.linear(x, weight_tile, weight_alpha, bias, out_features, p)
 
+and with a trained scale of the input (:class:`QuantizeInputs`) ``weight_input_scale`` besides.
 ``weight_tile`` holds the packed tile (``uint8 [ceil(q / 8)]``; ``[q]`` floats for a full-precision tile) and
 ``weight_alpha`` the ``k`` alphas. The float weight and its alpha source are removed under every name they have.
 Layers left in float are not touched.
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tbn_compiler.errors import LoweringError
-from tbn_compiler.graph.calls import training_call
+from tbn_compiler.graph.calls import attribute, training_call
 from tbn_compiler.graph.layers import (
     LayerCall,
     apply_view,
@@ -46,6 +47,8 @@ from tbn_compiler.graph.records import (
     alpha_source_key,
     attach_records,
     get_records,
+    input_log_scale_key,
+    input_scale_key,
     join_key,
     own_records,
     set_records,
@@ -55,11 +58,12 @@ from tbn_compiler.graph.records import (
 from tbn_compiler.graph.tiled_parameters import STRENGTH, ReadForm, decoded_weight, read_forms, read_tiled
 from tbn_compiler.ops.calls import OPERATORS
 from tbn_compiler.ops.latents import alphas_of
+from tbn_compiler.ops.schemas import INT8_TINY
 from tbn_compiler.packing import pack_bits
 from tbn_compiler.passes.base import GraphPass, copy_meta, layout_options, remove_dead_nodes
 from tbn_compiler.passes.blend_weights import check_strength
 from tbn_compiler.passes.facts import Fact
-from tbn_compiler.passes.quantize_inputs import quantized_input
+from tbn_compiler.passes.quantize_inputs import layer_input, quantized_input
 from tbn_compiler.tiling import TileSpec, tile_signs
 
 
@@ -91,15 +95,21 @@ class Stored:
         tensors: tiles and alphas by full ``state_dict`` key, as read from a file; ``None``: computed from the weights.
         path: where the graph or module stands in the model.
         computed: by id of a parameter and view, what was computed: all its places share it.
+        scales: by id of a parameter, the input scale that it is the logarithm of.
     """
 
     tensors: Mapping[str, Tensor] | None = None
     path: str = ""
     computed: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    scales: dict[int, Tensor] = field(default_factory=dict)
 
     def at(self, path: str) -> Stored:
         """The same for another place in the model."""
-        return Stored(self.tensors, path, self.computed)
+        return replace(self, path=path)
+
+    def scale(self, logarithm: nn.Parameter) -> Tensor:
+        """The scale of a layer's inputs, one tensor for all places of its logarithm."""
+        return self.scales.setdefault(id(logarithm), logarithm.detach().exp())
 
     def get(
         self, record: LayerRecord, parameter: nn.Parameter, compute: Callable[[], tuple[Tensor, Tensor]]
@@ -147,7 +157,7 @@ class LowerTiles(GraphPass):
         for weight, (_, record) in first.items():
             _place(gm, record, tensors[weight])
         for call, record in work:
-            _lower_call(gm, call, record)
+            _lower_call(gm, call, record, self.stored)
         remove_dead_nodes(gm.graph)
         done = [record for _, record in first.values()]
         _remove_float_weights(gm, done)
@@ -164,6 +174,7 @@ class LowerTiles(GraphPass):
                 record = _check(call, records, self.stored.path)
                 if self.stored.tensors is None:
                     _check_finite(gm, record, self.stored.path)
+                    _check_input_scale(gm, call, record, self.stored.path)
                 work.append((call, record))
             except LoweringError as error:  # noqa: PERF203 (each call is refused by itself)
                 if self.refusals is None:
@@ -224,6 +235,29 @@ def _check_finite(gm: nn.Module, record: LayerRecord, path: str) -> None:
                 f"{join_key(path, key)} of shape {tuple(tensor.shape)} has {bad} non-finite values (NaN or infinity): "
                 "its tile is not defined. Check the training run before lowering."
             )
+
+
+def _check_input_scale(gm: fx.GraphModule, call: LayerCall, record: LayerRecord, path: str) -> None:
+    """Refuse a scale of the inputs that is no parameter's exponential, or no positive number."""
+    found = quantized_input(layer_input(call))
+    if found is None or found[2] is None:
+        return
+    logarithm = _logarithm(gm, found[2])
+    if logarithm is None:
+        raise LoweringError(f"layer {record.inside(path).name!r}: the scale of its inputs is not exp of a parameter")
+    scale = logarithm.detach().exp()
+    if not scale.is_meta and not bool((scale.isfinite() & (scale >= INT8_TINY)).all()):
+        raise LoweringError(
+            f"layer {record.inside(path).name!r}: the scale of its inputs is exp({logarithm.item():g}), too "
+            "small or too large. Check the training run before lowering."
+        )
+
+
+def _logarithm(gm: fx.GraphModule, scale: fx.Node) -> nn.Parameter | None:
+    """The parameter whose exponential a scale is."""
+    exp = scale.target in (torch.exp, "exp", torch.ops.aten.exp.default)
+    value = attribute(gm, scale.args[0]) if exp and scale.args else None
+    return value if isinstance(value, nn.Parameter) else None
 
 
 def _source_key(record: LayerRecord) -> str:
@@ -324,7 +358,7 @@ def _replace_by_holder(gm: fx.GraphModule, module: nn.Module, record: LayerRecor
                 parent._modules[name] = holder
 
 
-def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> None:
+def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord, stored: Stored) -> None:
     graph, node, spec = gm.graph, call.node, record.spec
     assert spec is not None
     trained = training_call(node)
@@ -333,7 +367,7 @@ def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> Non
         tile, alpha = graph.get_attr(tile_key(record.weight)), graph.get_attr(alpha_key(record.weight))
         sizes = OPERATORS[call.kind].channels(record.shape, record.groups)
         found = quantized_input(arguments["input"])
-        x, activation = found or (arguments["input"], "float")
+        x, activation, scale = found or (arguments["input"], "float", None)
         operands: tuple[Any, ...] = (x, tile, alpha, arguments.get("bias"), *sizes)
         options = layout_options(spec.layout)
         if call.kind != "linear":
@@ -342,14 +376,27 @@ def _lower_call(gm: fx.GraphModule, call: LayerCall, record: LayerRecord) -> Non
             options |= {name: arguments[name] for name in names if name in arguments}
         if activation != "float":
             options["activation"] = activation
+        if scale is not None:
+            options["input_scale"] = _place_input_scale(gm, scale, record, stored)
         new = graph.call_function(OPERATORS[call.kind].overload, (*operands, spec.layout.p), options)
     copy_meta(node, new)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 
 
+def _place_input_scale(gm: fx.GraphModule, scale: fx.Node, record: LayerRecord, stored: Stored) -> fx.Node:
+    """Register the scale of a layer's inputs beside its stored tile, in place of its logarithm."""
+    logarithm = _logarithm(gm, scale)
+    assert logarithm is not None
+    key = input_scale_key(record.weight)
+    path, name = split_key(key)
+    gm.get_submodule(path).register_buffer(name, stored.scale(logarithm))
+    return gm.graph.get_attr(key)
+
+
 def _remove_float_weights(gm: fx.GraphModule, records: list[LayerRecord]) -> None:
     for record in records:
-        for key in {record.parameter, record.trained, *record.tied, alpha_source_key(record.weight)}:
+        more = (alpha_source_key(record.weight), input_log_scale_key(record.weight))
+        for key in {record.parameter, record.trained, *record.tied, *more}:
             for owner in _owners(gm, (key,)):
                 owner._parameters.pop(split_key(key)[1], None)

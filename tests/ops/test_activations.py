@@ -88,6 +88,47 @@ def test_compiles_without_a_break(activation: str) -> None:
     torch.testing.assert_close(*grads)
 
 
+def one_scale(x: Tensor, scale: Tensor, activation: str) -> Tensor:
+    """The definition, from functions whose derivatives are the ones that straight-through estimators pass on."""
+    if activation == "binary":
+        sign = torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+        through = x.clamp(-1, 1)
+        return scale * (sign + through - through.detach())
+    v = (x / scale).clamp(-127, 127)
+    return scale * (v + (v.round() - v).detach())
+
+
+@pytest.mark.parametrize("activation", FORMATS)
+def test_gradients_of_one_scale(activation: str) -> None:
+    x, g = (torch.randn(3, 4, 5, dtype=torch.float64) * 2 for _ in range(2))
+    scale = torch.tensor([0.02], dtype=torch.float64)  # clips beyond 2.54
+
+    def loss(x: Tensor, scale: Tensor) -> Tensor:
+        return (quantize(x, activation, 1, scale) * g).sum()
+
+    found, expected = ([value.clone().requires_grad_() for value in (x, scale)] for _ in range(2))
+    result, right = quantize(found[0], activation, 1, found[1]), one_scale(*expected, activation)
+    torch.testing.assert_close(result, right)
+    grads = torch.autograd.grad(result, found, g)
+    torch.testing.assert_close(grads, torch.autograd.grad(right, expected, g))
+    torch.testing.assert_close(torch.func.grad(loss, (0, 1))(x, scale), grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", FORMATS)
+def test_one_scale_has_its_own_dtype(activation: str, dtype: torch.dtype) -> None:
+    """The sum of its gradient has as many terms as the input has elements: it is not made in half precision."""
+    x, scale = torch.ones(1, 1 << 16).to(dtype).requires_grad_(), torch.tensor([1 / 64]).requires_grad_()
+    y = quantize(x, activation, 1, scale)
+    y.backward(torch.ones_like(y))
+    assert y.dtype == dtype
+    assert x.grad is not None
+    assert scale.grad is not None
+    assert (x.grad.dtype, scale.grad.dtype) == (dtype, torch.float32)
+    # 64 steps, rounded exactly: nothing to gain by another scale; the sign's derivative is 1 for each.
+    assert scale.grad.item() == (0 if activation == "int8" else 1 << 16)
+
+
 @pytest.mark.parametrize("activation", FORMATS)
 def test_zeros_and_nothing(activation: str) -> None:
     x = torch.zeros(2, 3, requires_grad=True)
@@ -107,6 +148,7 @@ def test_zeros_and_nothing(activation: str) -> None:
         ((torch.ones(2), "int8", 2), ValueError),
         ((torch.ones(2), "int8", 0), ValueError),
         ((torch.ones(2, dtype=torch.int64), "int8", 1), TypeError),
+        ((torch.ones(2), "int8", 1, torch.ones(2)), ValueError),
     ],
 )
 def test_other_arguments_are_refused(arguments: Any, error: type[Exception]) -> None:

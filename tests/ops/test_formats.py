@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import tbn_compiler  # noqa: F401  (registers the operators)
+from tbn_compiler.backends import cpu
 from tbn_compiler.ops.formats import quantize_int8
 from tests import oracle
 
@@ -27,9 +27,15 @@ FUNCTIONS: dict[str, Any] = {
 }
 
 
-def quantized(x: np.ndarray, activation: str, token_axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def quantized(
+    x: np.ndarray, activation: str, token_axes: tuple[int, ...], scale: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """``(integers, scales)`` of one input, in float32 arithmetic as the schema defines it."""
     magnitude = np.abs(x)
+    if scale is not None:
+        factor = np.float32(1) / np.float32(scale)
+        integers = np.where(x > 0, 1, -1) if activation == "binary" else np.clip(np.rint(x * factor), -127, 127)
+        return integers.astype(np.int64), np.full_like(x.max(token_axes, keepdims=True), np.float32(scale))
     if activation == "binary":
         return np.where(x > 0, 1, -1), magnitude.mean(token_axes, keepdims=True)
     largest = magnitude.max(token_axes, keepdims=True)
@@ -54,25 +60,27 @@ def run(
     return op(x, tile, alpha, bias, shape[1], shape[0], shape[2:], p, **kw)
 
 
+@pytest.mark.parametrize("scale", [None, 0.03])  # clips beyond 3.8
 @pytest.mark.parametrize("activation", ["int8", "binary"])
 @pytest.mark.parametrize("p", [1, 4, 3])  # 3: misaligned
 @pytest.mark.parametrize("d", [0, 1, 2, 3])
-def test_products_are_exact_integers(d: int, p: int, activation: str) -> None:
+def test_products_are_exact_integers(d: int, p: int, activation: str, scale: float | None) -> None:
     shape = (8, 30, *(3, 2, 2)[:d])
     tile, alpha, weight = layer(shape, p, p)
     x = torch.randn(3, 30, *(7, 6, 5)[:d], generator=torch.Generator().manual_seed(0)) * 5
     token_axes = tuple(range(1, x.dim()))
-    integers, scales = quantized(x.numpy(), activation, token_axes)
+    integers, scales = quantized(x.numpy(), activation, token_axes, scale)
+    options = {"activation": activation, "input_scale": None if scale is None else torch.tensor([scale])}
     q = torch.from_numpy(integers).double()
     dense = torch.from_numpy(weight).double()
     # Integers times alphas of a few bits: exact in float64.
     exact = F.linear(q, dense) if d == 0 else (F.conv1d, F.conv2d, F.conv3d)[d - 1](q, dense)
     bias = torch.randn(8, generator=torch.Generator().manual_seed(1))
     expected = exact * torch.from_numpy(scales).double()
-    got = run(OPS[d], x, shape, p, tile, alpha, None, activation=activation)
+    got = run(OPS[d], x, shape, p, tile, alpha, None, **options)
     # One rounding for the alpha, one for the scale; a misaligned tile adds products of alphas exactly.
     torch.testing.assert_close(got.double(), expected, rtol=3 * 2.0**-24, atol=0)
-    got = run(OPS[d], x, shape, p, tile, alpha, bias, activation=activation)
+    got = run(OPS[d], x, shape, p, tile, alpha, bias, **options)
     view = bias.double().view(-1, *[1] * d)
     bound = 4 * 2.0**-24 * (expected.abs() + view.abs())
     assert bool(((got.double() - (expected + view)).abs() <= bound).all())
@@ -175,6 +183,61 @@ def test_half_precision_does_not_overflow(dtype: torch.dtype) -> None:
 def test_empty_batch(activation: str) -> None:
     tile, alpha, _ = layer((4, 8), 2, 1)
     assert tbn.linear(torch.ones(0, 8), tile, alpha, None, 8, 4, 2, activation=activation).shape == (0, 4)
+
+
+@pytest.mark.parametrize("level", ["none", *cpu.info().available])
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_one_scale_at_the_ends(tokens: int, level: str) -> None:
+    """Halves go to even, infinities end at the range, a NaN takes its token, and a scale of nothing takes all."""
+    x = torch.zeros(tokens, 64)
+    x[0, :8] = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 1000.0, math.inf, -math.inf])
+    x[1, 5] = math.nan
+    tile, one = torch.full((8 * 8,), 255, dtype=torch.uint8), torch.ones(1)
+
+    def linear(scale: float) -> Tensor:
+        with cpu.use_level(level):
+            given = torch.tensor([scale])
+            return tbn.linear(x, tile, one, None, 64, 8, 1, input_scale=given, activation="int8")
+
+    got = linear(1.0)
+    assert torch.equal(got[0], torch.full((8,), 0.0 + 2 + 2 - 0 - 2 + 127))
+    assert got[1].isnan().all()
+    assert torch.equal(got[2:], torch.zeros(tokens - 2, 8))
+    for scale in (0.0, -1.0, math.nan, math.inf, 2.0**-101):
+        assert linear(scale).isnan().all()
+
+
+@pytest.mark.parametrize("level", ["none", *cpu.info().available])
+@pytest.mark.parametrize("activation", ["int8", "binary"])
+@pytest.mark.parametrize("d", [0, 1, 2])
+def test_one_scale_at_every_level(d: int, activation: str, level: str) -> None:
+    shape = (64, 16, *(3, 3)[:d])
+    tile, alpha, _ = layer(shape, 4, 4)
+    x, scale = torch.randn(17, 16, *(9, 8)[:d]), torch.tensor([0.02])
+    x[3].view(-1)[7] = math.nan
+    options: dict[str, Any] = {"activation": activation, "input_scale": scale}
+    arguments = (16, 64, *([shape[2:]] if d else []), 4)
+    images = [x, x.contiguous(memory_format=torch.channels_last)] if d == 2 else [x]
+    for values in images:
+        with cpu.use_level("none"):
+            expected = OPS[d](values, tile, alpha, None, *arguments, **options)
+        with cpu.use_level(level):
+            got = OPS[d](values, tile, alpha, None, *arguments, **options)
+        assert torch.equal(got[3].isnan(), torch.ones_like(got[3], dtype=torch.bool))
+        assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+        half = OPS[d](values.half(), tile, alpha, None, *arguments, **{**options, "input_scale": scale.double()})
+        assert half.dtype == torch.float16
+
+
+def test_one_scale_that_does_not_fit_is_refused() -> None:
+    tile, alpha, _ = layer((4, 8), 2, 1)
+    for scale, activation, message in (
+        (torch.ones(2), "int8", r"input_scale must be one floating-point number, got torch.float32 \(2,\)"),
+        (torch.ones(1, dtype=torch.int32), "int8", "input_scale must be one floating-point number"),
+        (torch.ones(1), "float", "input_scale needs activation='int8' or 'binary'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tbn.linear(torch.ones(2, 8), tile, alpha, None, 8, 4, 2, input_scale=scale, activation=activation)
 
 
 def test_wrong_names_are_refused() -> None:

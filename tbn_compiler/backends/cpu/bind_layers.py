@@ -35,7 +35,7 @@ from tbn_compiler.passes.base import copy_meta, remove_dead_nodes
 from tbn_compiler.passes.deployment import dtype, note_values, sizes
 from tbn_compiler.torch_private import differentiated, drop_input_checks, mapped, takes_tensors_only
 
-_OPERANDS = ("tile", "alpha", "bias", "input_alpha")
+_OPERANDS = ("tile", "alpha", "bias", "input_alpha", "input_scale")
 
 _FUNCTIONS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "gelu": (F.gelu, {}),

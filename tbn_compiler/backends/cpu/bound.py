@@ -102,7 +102,7 @@ def _misfit(call: TensorCall) -> str | None:
         call.check_operands()
     except (TypeError, ValueError) as error:
         return str(error)
-    if not all(value.is_cpu for value in (call.tile, call.alpha, call.bias) if value is not None):
+    if not all(value.is_cpu for value in (call.tile, call.alpha, call.bias, call.input_scale) if value is not None):
         return "its operands are on different devices"
     return None
 
@@ -123,17 +123,20 @@ def bind(call: TensorCall, tokens: int | None = None) -> Tensor:
     else:
         alpha = as_vector(linear.kernel_alphas(call)).detach().clone()
         forms = _linear_forms(call, alpha, tokens)
-    bias = None if call.bias is None else as_vector(call.bias).detach().clone()
+    bias, scale = (
+        None if value is None else as_vector(value).detach().clone() for value in (call.bias, call.input_scale)
+    )
     bound = library.BoundLayer(
         forms=(library.Form * 2)(*(library.Form(*_form(plan)) for plan in forms)),
         alpha=alpha.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
+        scale=None if scale is None else scale.data_ptr(),
         inputs=call.inputs // call.product.neighbours,
         outputs=call.outputs,
         dims=call.dims,
     )
     bound.self = ctypes.addressof(bound)
-    bound.operands = (forms, alpha, bias)  # what it points to
+    bound.operands = (forms, alpha, bias, scale)  # what it points to
     return torch.frombuffer(bound, dtype=torch.uint8)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tbn_compiler.backends.cpu import library, operands, prepare
 from tbn_compiler.backends.cpu.declined import decline
-from tbn_compiler.backends.cpu.operands import as_vector, expand_replicas, is_vector
+from tbn_compiler.backends.cpu.operands import as_vector, expand_replicas, is_scale, is_vector
 from tbn_compiler.ops import reference
 from tbn_compiler.ops.calls import OPERATORS, TensorCall, conv_sizes
 from tbn_compiler.ops.formats import apply_epilogue
@@ -58,6 +58,7 @@ def make_conv(d: int) -> Callable[..., Tensor]:
         kernel_size: Sequence[int],
         p: int,
         input_alpha: Tensor | None = None,
+        input_scale: Tensor | None = None,
         *,
         p_in: int = 1,
         shift: int = 0,
@@ -79,6 +80,7 @@ def make_conv(d: int) -> Callable[..., Tensor]:
         if (
             p_in == 1
             and input_alpha is None
+            and (input_scale is None or (activation != "float" and is_scale(input_scale)))
             and input.dtype is _float32
             and input.dim() == d + 2
             and input.shape[1] == in_channels
@@ -90,9 +92,9 @@ def make_conv(d: int) -> Callable[..., Tensor]:
             if plan is not None:
                 sizes = conv_sizes(input.shape[-d:], kernel_size, stride, padding, dilation)
                 if min(sizes) >= 1 and 0 not in input.shape[-d:] and input.shape[-1] + 2 * padding[-1] <= MAX_WIDTH:
-                    return _run(op, plan, input, alpha, bias, sizes, out_channels, epilogue, last=last)
+                    return _run(op, plan, input, alpha, bias, input_scale, sizes, out_channels, epilogue, last=last)
         call = operator.bind(
-            (input, tile, alpha, bias, in_channels, out_channels, kernel_size, p, input_alpha),
+            (input, tile, alpha, bias, in_channels, out_channels, kernel_size, p, input_alpha, input_scale),
             {
                 "p_in": p_in, "shift": shift, "hadamard": hadamard, "stride": stride, "padding": padding,
                 "dilation": dilation, "groups": groups, "activation": activation, "epilogue": epilogue,
@@ -119,7 +121,8 @@ def _compute(call: TensorCall) -> Tensor:
     x = x if last else x.contiguous()
     plan = find_plan(call, last=last)
     bias = None if call.bias is None else as_vector(call.bias)
-    out = _run(call.kind, plan, x, as_vector(call.alpha), bias, sizes, call.outputs, call.epilogue, last=last)
+    scale = None if call.input_scale is None else as_vector(call.input_scale)
+    out = _run(call.kind, plan, x, as_vector(call.alpha), bias, scale, sizes, call.outputs, call.epilogue, last=last)
     return out.to(call.input.dtype).contiguous(memory_format=form)
 
 
@@ -169,6 +172,7 @@ def _run(
     input: Tensor,
     alpha: Tensor,
     bias: Tensor | None,
+    scale: Tensor | None,
     sizes: Sequence[int],
     out_channels: int,
     epilogue: str,
@@ -189,6 +193,7 @@ def _run(
         input.shape[-1],
         alpha.data_ptr(),
         None if bias is None else bias.data_ptr(),
+        None if scale is None else scale.data_ptr(),
         _get_num_threads(),
     )
     if failed:

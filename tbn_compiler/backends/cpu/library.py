@@ -19,7 +19,7 @@ products of bytes for integer activations, by AMX tiles or by VNNI."""
 LEVEL_VARIABLE = "TBN_CPU_LEVEL"
 """Environment variable that names the level to use instead of the best; ``none`` turns the native kernels off."""
 
-INTERFACE = 5
+INTERFACE = 6
 """Version of the interface in ``src/tbn_cpu.h`` (``TBN_INTERFACE``)."""
 
 _STEM = "_tbn_cpu"
@@ -83,14 +83,15 @@ class BoundLayer(ctypes.Structure):
         ("forms", Form * 2),
         ("alpha", _pointer),
         ("bias", _pointer),
+        ("scale", _pointer),
         ("inputs", _size),
         ("outputs", _size),
         ("dims", ctypes.c_int64),
     )
 
 
-_LINEAR = [_pointer, _pointer, _pointer, _size, _pointer, _pointer, _size]
-_CONV = [_pointer, _pointer, _pointer, _size, _size, _size, _pointer, _pointer, _size]
+_LINEAR = [_pointer, _pointer, _pointer, _size, _pointer, _pointer, _pointer, _size]
+_CONV = [_pointer, _pointer, _pointer, _size, _size, _size, _pointer, _pointer, _pointer, _size]
 
 _FUNCTIONS = {
     "tbn_interface": (ctypes.c_int, []),

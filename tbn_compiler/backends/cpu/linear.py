@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tbn_compiler.backends.cpu import library, prepare
 from tbn_compiler.backends.cpu.declined import decline
-from tbn_compiler.backends.cpu.operands import as_vector, expand_replicas, is_vector, reason_against
+from tbn_compiler.backends.cpu.operands import as_vector, expand_replicas, is_scale, is_vector, reason_against
 from tbn_compiler.ops import reference
 from tbn_compiler.ops.calls import OPERATORS, TensorCall
 from tbn_compiler.ops.formats import apply_epilogue
@@ -33,6 +33,7 @@ def linear(
     out_features: int,
     p: int,
     input_alpha: Tensor | None = None,
+    input_scale: Tensor | None = None,
     *,
     p_in: int = 1,
     shift: int = 0,
@@ -45,6 +46,7 @@ def linear(
     if (
         p_in == 1
         and input_alpha is None
+        and (input_scale is None or (activation != "float" and is_scale(input_scale)))
         and input.dtype is _float32
         and input.dim() > 0
         and input.shape[-1] == in_features > 0
@@ -59,9 +61,9 @@ def linear(
         )  # fmt: skip
         plan = prepare.find(tile, use)
         if plan is not None:
-            return _run(plan, input, alpha, bias, tokens, out_features, epilogue)
+            return _run(plan, input, alpha, bias, input_scale, tokens, out_features, epilogue)
     call = OPERATORS["linear"].bind(
-        (input, tile, alpha, bias, in_features, out_features, p, input_alpha),
+        (input, tile, alpha, bias, in_features, out_features, p, input_alpha, input_scale),
         {"p_in": p_in, "shift": shift, "hadamard": hadamard, "activation": activation, "epilogue": epilogue},
     )
     return _compute(call.checked())
@@ -72,6 +74,7 @@ def _run(
     input: Tensor,
     alpha: Tensor,
     bias: Tensor | None,
+    scale: Tensor | None,
     tokens: int,
     out_features: int,
     epilogue: str,
@@ -84,6 +87,7 @@ def _run(
         tokens,
         alpha.data_ptr(),
         None if bias is None else bias.data_ptr(),
+        None if scale is None else scale.data_ptr(),
         _get_num_threads(),
     )
     if failed:
@@ -103,7 +107,8 @@ def _compute(call: TensorCall) -> Tensor:
     tokens = x.numel() // x.shape[-1]
     plan = find_plan(call, alpha, many=tokens >= MIN_BATCH)
     bias = None if call.bias is None else as_vector(call.bias)
-    return _run(plan, x, as_vector(alpha), bias, tokens, call.outputs, call.epilogue).to(call.input.dtype)
+    scale = None if call.input_scale is None else as_vector(call.input_scale)
+    return _run(plan, x, as_vector(alpha), bias, scale, tokens, call.outputs, call.epilogue).to(call.input.dtype)
 
 
 def kernel_alphas(call: TensorCall) -> Tensor:

@@ -16,8 +16,13 @@ def is_vector(operand: Tensor) -> bool:
     return operand.dtype is _float32 and operand.dim() == 1 and operand.is_contiguous() and operand.is_cpu
 
 
+def is_scale(operand: Tensor) -> bool:
+    """Whether the kernels can read an input scale as it is."""
+    return operand.dtype is _float32 and operand.numel() == 1 and operand.is_cpu
+
+
 def as_vector(operand: Tensor) -> Tensor:
-    """An alpha or bias as the kernels read it."""
+    """An alpha, bias or input scale as the kernels read it."""
     return operand.to(_float32).contiguous()
 
 

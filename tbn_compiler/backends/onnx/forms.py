@@ -228,6 +228,8 @@ def use_dense(gm: fx.GraphModule) -> None:
             stored = _stored(gm, f"{name}_dense", weight.detach())
             operands = (call.arguments["input"], stored, call.arguments["bias"], call.kind, call.geometry)
             options: dict[str, Any] = {"activation": call.activation, "epilogue": call.epilogue}
+            if call.arguments.get("input_scale") is not None:
+                options["input_scale"] = call.arguments["input_scale"]
             _replace(call.node, gm.graph.call_function(dense_layer, operands, options))
     for node, name, arguments in unpack_calls(gm):
         tile, alpha = (attribute(gm, arguments[key]) for key in ("tile", "alpha"))
@@ -260,6 +262,7 @@ def dense_layer(
     geometry: list[Any],
     *,
     activation: str = "float",
+    input_scale: Tensor | None = None,
     epilogue: str = "none",
 ) -> Tensor:
     """A linear layer or convolution on a float weight; ``geometry`` holds the function's arguments after ``bias``."""
@@ -270,6 +273,7 @@ def dense_layer(
         activation,
         token_dims=tuple(range(1 - weight.dim(), 0)) if geometry else (-1,),
         terms=weight[0].numel(),
+        input_scale=input_scale,
     )
     return apply_epilogue(out, epilogue)
 

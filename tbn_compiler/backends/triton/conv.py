@@ -111,7 +111,13 @@ class Layer:
     kept: Kept = dataclasses.field(default_factory=dict)
 
     def __call__(
-        self, input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, input_alpha: Tensor | None
+        self,
+        input: Tensor,
+        tile: Tensor,
+        alpha: Tensor,
+        bias: Tensor | None,
+        input_alpha: Tensor | None,
+        input_scale: Tensor | None,
     ) -> Tensor:
         """``input [N, C, *sizes] -> [N, M, *sizes]``, or without ``N``."""
         result = torch.empty(self.shape, dtype=input.dtype, device=input.device, memory_format=self.memory_format)
@@ -124,7 +130,7 @@ class Layer:
             x = x.unflatten(1, (-1, plan.sum_inputs)).sum(2)
         image_scale = None
         if self.activation != "float":
-            x, image_scale = quantize_images(x, self.activation)
+            x, image_scale = quantize_images(x, self.activation, input_scale)
         operands = Operands(
             x=x,
             tile=tile.view(torch.int32) if plan.kind == "words" else tile.contiguous(),
@@ -208,8 +214,8 @@ def _as_linear(call: TensorCall) -> Prepared:
     }
     layer = prepare_linear(TensorCall(operator, arguments))
 
-    def compute(input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, input_alpha: Tensor | None) -> Tensor:
-        return layer(input.movedim(1, -1), tile, alpha, bias, input_alpha).movedim(-1, 1)
+    def compute(input: Tensor, *operands: Any) -> Tensor:
+        return layer(input.movedim(1, -1), *operands).movedim(-1, 1)
 
     return compute
 
@@ -248,13 +254,13 @@ def format_name(x: Tensor) -> str:
     return "last" if x.movedim(1, -1).is_contiguous() else "x".join(map(str, x.stride()))
 
 
-def quantize_images(x: Tensor, number_format: str) -> tuple[Tensor, Tensor]:
+def quantize_images(x: Tensor, number_format: str, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``x [N, C, *sizes]`` as ``int8``, in the same memory format, and the float32 scales ``[N]`` of the images."""
     last = x.movedim(1, -1)
     keeps_last = last.is_contiguous() and not x.is_contiguous()
     image = last if keeps_last else x
     flat = image.reshape(x.shape[0], -1)
-    values, scale = quantize(flat if flat.stride(1) == 1 else flat.contiguous(), number_format)
+    values, scale = quantize(flat if flat.stride(1) == 1 else flat.contiguous(), number_format, given)
     values = values.view(image.shape)
     return (values.movedim(-1, 1) if keeps_last else values), scale
 

@@ -84,9 +84,9 @@ def start(kept: Kept | None, kernel: Any, grid: tuple[int, int, int], *args: Any
         kept[kernel] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
 
 
-# What is prepared of a call, given the tensors of another one like it: input, tile, alpha, bias, input_alpha.
-Prepared = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-_TENSORS = ("input", "tile", "alpha", "bias", "input_alpha")
+# What is prepared of a call, given the tensors of another one like it in this order.
+Prepared = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+_TENSORS = ("input", "tile", "alpha", "bias", "input_alpha", "input_scale")
 
 
 _prepared: list[dict[Any, Prepared | str]] = []

@@ -103,7 +103,13 @@ class Layer:
     kept: Kept = dataclasses.field(default_factory=dict)
 
     def __call__(
-        self, input: Tensor, tile: Tensor, alpha: Tensor, bias: Tensor | None, input_alpha: Tensor | None
+        self,
+        input: Tensor,
+        tile: Tensor,
+        alpha: Tensor,
+        bias: Tensor | None,
+        input_alpha: Tensor | None,
+        input_scale: Tensor | None,
     ) -> Tensor:
         """``input [..., n] -> [..., m]``, contiguous."""
         out = input.new_empty((*input.shape[:-1], self.outputs))
@@ -119,7 +125,7 @@ class Layer:
         token_scale = None
         signs = activation == "binary" and plan.whole_words and plan.mixes == 1 and tokens <= POPCOUNT_TOKENS
         if activation != "float":
-            x, token_scale = quantize(x, "signs" if signs else activation)
+            x, token_scale = quantize(x, "signs" if signs else activation, input_scale)
         operands = Operands(
             x=x,
             tile=tile.view(torch.int32) if plan.kind == "words" else tile.contiguous(),

@@ -17,12 +17,13 @@ PART = 4096
 MAX_PARTS = 256  # each program of the second kernel reads what the first has found in all parts
 
 
-def quantize(x: Tensor, number_format: str) -> tuple[Tensor, Tensor]:
-    """An input in another number format, one scale a token.
+def quantize(x: Tensor, number_format: str, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """An input in another number format, and the scale of each token.
 
     Args:
         x: ``[tokens, size]``, the last axis contiguous.
         number_format: "int8"; "binary", +1 and -1; "signs", the same as packed bits.
+        given: one scale for all tokens; ``None``: each has its own.
 
     Returns:
         ``int8 [tokens, size]`` (``uint8 [tokens, size / 8]`` for "signs") and float32 ``[tokens]``.
@@ -34,8 +35,8 @@ def quantize(x: Tensor, number_format: str) -> tuple[Tensor, Tensor]:
     if signs or size <= ONE_PROGRAM:
         # Fused, a product would be rounded together with what follows: not as the formats say.
         convert.quantize_tokens[(tokens,)](
-            x, values, scale, size, x.stride(0),
-            TINY=INT8_TINY, FORMAT=number_format, BLOCK=min(2048, max(32, power_of_two(size))),
+            x, values, scale, given, size, x.stride(0),
+            TINY=INT8_TINY, FORMAT=number_format, GIVEN=given is not None, BLOCK=min(2048, max(32, power_of_two(size))),
             enable_fp_fusion=False,
         )  # fmt: skip
         return values, scale
@@ -43,11 +44,12 @@ def quantize(x: Tensor, number_format: str) -> tuple[Tensor, Tensor]:
     parts = triton.cdiv(size, part_size)
     partial = x.new_empty((tokens, parts), dtype=torch.float32)
     convert.measure_parts[(tokens * parts,)](
-        x, partial, size, x.stride(0), parts, part_size, FORMAT=number_format, BLOCK=PART, num_warps=8
-    )
+        x, partial, size, x.stride(0), parts, part_size,
+        FORMAT=number_format, GIVEN=given is not None, BLOCK=PART, num_warps=8,
+    )  # fmt: skip
     convert.quantize_parts[(tokens * parts,)](
-        x, values, scale, partial, size, x.stride(0), parts, part_size,
-        TINY=INT8_TINY, FORMAT=number_format, PARTS=power_of_two(parts), BLOCK=PART,
+        x, values, scale, given, partial, size, x.stride(0), parts, part_size,
+        TINY=INT8_TINY, FORMAT=number_format, GIVEN=given is not None, PARTS=power_of_two(parts), BLOCK=PART,
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return values, scale

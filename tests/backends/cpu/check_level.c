@@ -64,14 +64,20 @@ static double finish(double sum, int activation, float alpha, float scale, float
                                    : (double)((float)sum * alpha * scale + bias);
 }
 
+/* The scale that all inputs have, or NULL. */
+static const float *some_scale(int activation) {
+    static const float scales[] = {1.0f / 128.0f, 0.01f, 0x1p120f};
+    return activation == TBN_FLOAT || random_below(2) ? NULL : &scales[random_below(3)];
+}
+
 /* Integers and scale of one token, as the library quantises them at its lowest level. */
-static float to_integers(const float *x, size_t count, int activation, float *values) {
+static float to_integers(const float *x, size_t count, int activation, const float *fixed, float *values) {
     if (activation == TBN_FLOAT) {
         memcpy(values, x, count * sizeof(float));
         return 1.0f;
     }
     int16_t *q = memory(count * sizeof *q);
-    const float scale = tbn_level("portable")->quantize(x, count, activation == TBN_BINARY, q);
+    const float scale = tbn_level("portable")->quantize(x, count, activation == TBN_BINARY, fixed, q);
     for (size_t i = 0; i < count; i++)
         values[i] = (float)q[i];
     free(q);
@@ -123,6 +129,7 @@ static int check_linear(const struct tbn_kernels *kernels, int activation) {
     int8_t *signs = random_signs(rows * inputs); /* [column group][row][column] */
     float *x = random_floats(tokens * inputs), *alpha = random_floats(outputs), *bias = random_floats(outputs);
     float *out = memory(tokens * outputs * sizeof(float)), *values = memory(inputs * sizeof(float));
+    const float *scale_of_all = some_scale(activation);
     const size_t bytes = tbn_pack_bytes(kernels, activation != TBN_FLOAT, rows, columns);
     const size_t sums_bytes = tbn_pack_sums_bytes(rows, columns);
     char *index = memory(mixes * bytes), *sums_index = memory(mixes * sums_bytes);
@@ -148,12 +155,12 @@ static int check_linear(const struct tbn_kernels *kernels, int activation) {
         int32_t *corrections = dot_corrections(spread, mixes, rows, row_bytes);
         dots.index = order;
         dots.corrections = corrections;
-        wrong += tbn_linear_dots(&dots, x, out, tokens, alpha, bias, between(1, 3)) != TBN_OK;
+        wrong += tbn_linear_dots(&dots, x, out, tokens, alpha, bias, scale_of_all, between(1, 3)) != TBN_OK;
         free(spread), free(order), free(corrections);
     } else
-        wrong += tbn_linear(&layer, x, out, tokens, alpha, bias, between(1, 3)) != TBN_OK;
+        wrong += tbn_linear(&layer, x, out, tokens, alpha, bias, scale_of_all, between(1, 3)) != TBN_OK;
     for (size_t token = 0; token < tokens; token++) {
-        const float scale = to_integers(x + token * inputs, inputs, activation, values);
+        const float scale = to_integers(x + token * inputs, inputs, activation, scale_of_all, values);
         for (size_t output = 0; output < outputs; output++) {
             double sum = 0.0;
             for (size_t i = 0; i < inputs; i++) {
@@ -173,7 +180,7 @@ static int check_linear(const struct tbn_kernels *kernels, int activation) {
 
 /* The same layer as products of bytes, its images in one of the two orders, and folded or not. */
 static int conv_dots(struct tbn_conv *layer, const int8_t *signs, size_t group, const float *x, float *out,
-                     size_t samples, size_t height, size_t width, float alpha) {
+                     size_t samples, size_t height, size_t width, float alpha, const float *scale) {
     const size_t mixes = layer->mixes, rows = layer->rows, taps = layer->kernel[0] * layer->kernel[1];
     const size_t padded = (layer->channels + 3) / 4 * 4, columns = (layer->channels + group - 1) / group * taps * group;
     const size_t folded = random_below(2), width_places = layer->dilation[1] == 1 ? layer->kernel[1] : 1;
@@ -205,7 +212,7 @@ static int conv_dots(struct tbn_conv *layer, const int8_t *signs, size_t group, 
     for (size_t i = 0; i < samples * channels * plane; i++)
         last[(i / plane / channels * plane + i % plane) * channels + i / plane % channels] = x[i];
     const int status = tbn_conv_dots(&dots, dots.channels_last ? last : x, out, samples, height, width, &alpha, NULL,
-                                     between(1, 3));
+                                     scale, between(1, 3));
     free(bytes), free(order), free(corrections), free(last);
     return status != TBN_OK;
 }
@@ -236,21 +243,21 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
     const size_t size = mixes * channels * height * width, plane = sizes[0] * sizes[1], outputs = mixes * rows * plane;
     float *x = random_floats(samples * size), *out = memory(samples * outputs * sizeof(float));
     float *values = memory(size * sizeof(float));
-    const float alpha = 0.75f;
+    const float alpha = 0.75f, *scale_of_all = some_scale(activation);
     for (size_t sample = 0; sample < samples; sample++)
         make_special(x + sample * size, size);
     int wrong = 0;
     size_t position = 1, channel_step = plane; /* between outputs of one channel, and of one position */
     if (integer && tbn_has_dots(kernels) && random_below(2)) {
-        wrong += conv_dots(&layer, signs, group, x, out, samples, height, width, alpha);
+        wrong += conv_dots(&layer, signs, group, x, out, samples, height, width, alpha, scale_of_all);
         if (layer.channels_last) {
             position = mixes * rows;
             channel_step = 1;
         }
     } else
-        wrong += tbn_conv(&layer, x, out, samples, height, width, &alpha, NULL, between(1, 3)) != TBN_OK;
+        wrong += tbn_conv(&layer, x, out, samples, height, width, &alpha, NULL, scale_of_all, between(1, 3)) != TBN_OK;
     for (size_t sample = 0; sample < samples; sample++) {
-        const float scale = to_integers(x + sample * size, size, activation, values);
+        const float scale = to_integers(x + sample * size, size, activation, scale_of_all, values);
         for (size_t i = 0; i < outputs; i++) {
             const size_t copy = i / plane / rows, filter = i / plane % rows;
             const size_t out_y = i % plane / sizes[1], out_x = i % sizes[1];

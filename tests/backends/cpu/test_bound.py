@@ -65,6 +65,17 @@ def test_equal_the_operators(name: str, level: str, activation: str) -> None:
         assert torch.equal(run(call, plan, strided), result)
 
 
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_one_scale_belongs_to_the_plan(name: str) -> None:
+    scale = torch.tensor([0.02])
+    call = CALLS[name].replaced(activation="int8", input_scale=scale)
+    if bound.why_not(call, call.input.shape[call.input.dim() - call.dims :]) is not None:
+        pytest.skip("PyTorch computes it at this level")
+    plan, right = bound.bind(call), expected(call, call.input)
+    scale.zero_()
+    assert torch.equal(run(call, plan, call.input), right)
+
+
 @pytest.mark.parametrize("activation", ["float", "int8"])
 def test_images_keep_their_format(activation: str) -> None:
     call = CALLS["conv2d"].replaced(activation=activation)
@@ -154,7 +165,7 @@ def test_without_the_functions_of_libtorch(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_structure_has_the_fields_of_the_header() -> None:
-    sizes = {"BoundLayer": 9 * 8 + 8, "Form": 16}
+    sizes = {"BoundLayer": 10 * 8 + 8, "Form": 16}
     assert {name: library.ctypes.sizeof(getattr(library, name)) for name in sizes} == sizes
     names = list(torch_private.exported_functions(bound._FUNCTIONS.values()))
     assert names == list(bound._FUNCTIONS.values())

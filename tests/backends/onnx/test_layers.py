@@ -192,6 +192,15 @@ def test_number_formats(form: str, activation: str, epilogue: str, tmp_path: Pat
     assert ("2.weight" in written.reasons) == (form == "nbits" and activation != "float")
 
 
+@pytest.mark.parametrize("form", ["bits", "dense"])
+def test_one_scale_of_inputs(form: str, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(72, 16))
+    config = tbn.TilingConfig(p=4, min_size=0, activation="int8", input_scale="layer")
+    packed = tbn.lower(tbn.transform(net, config))
+    inputs = {"input": torch.randint(-160, 161, (5, 3, 5, 5)) / 32}  # some of them beyond the range
+    check(packed, inputs, tmp_path / "net.onnx", weights=form)
+
+
 def test_accuracy_level_rounds_the_input_and_nothing_else(tmp_path: Path) -> None:
     """With int8 inputs the result is close, not equal; a wrong bit would be far off."""
     qat = tbn.transform(nn.Sequential(nn.Linear(256, 64)), tbn.TilingConfig(p=4, min_size=0)).eval()

@@ -379,11 +379,13 @@ def test_images_are_read_and_written_in_whole_lines(monkeypatch: pytest.MonkeyPa
     assert "st.global.v4" in assembly(kernels[-1])
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("size", [3, 14])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_quantising_rounds_twice(monkeypatch: pytest.MonkeyPatch, target: str, size: int) -> None:
+def test_quantising_rounds_twice(monkeypatch: pytest.MonkeyPatch, target: str, size: int, given: bool) -> None:
     """A product and its rounding fused would decide ties by the error of the factor, unlike the reference."""
     options = {"dtype": torch.float32, "activation": "int8", "size": size}
+    options |= {"input_scale": torch.ones(1)} if given else {}
     kernels = next(iter(compile_conv(monkeypatch, target, "implicit", **options).values()))
     (kernel,) = (kernel for kernel in kernels if kernel.metadata.name.startswith("quantize"))
     assert kernel.metadata.name == ("quantize_tokens" if size == 3 else "quantize_parts")

@@ -258,8 +258,8 @@ TARGET static int all_finite(const float *z, size_t count) {
     return are_finite(z, count);
 }
 
-TARGET static float quantize(const float *x, size_t count, int binary, int16_t *q) {
-    return quantize_token(x, count, binary, q);
+TARGET static float quantize(const float *x, size_t count, int binary, const float *fixed, int16_t *q) {
+    return quantize_token(x, count, binary, fixed, q);
 }
 
 const struct tbn_kernels tbn_avx2 = {

@@ -330,8 +330,8 @@ static void plan(struct call *call, size_t samples, size_t threads) {
     call->units = samples * layer->groups * call->bands;
 }
 
-/* Quantises the samples; returns the memory that holds integers and scales, or NULL. */
-static void *quantize(struct call *call, size_t samples) {
+/* Quantises the samples, with one scale for all unless it is NULL; returns the memory that holds integers and scales, or NULL. */
+static void *quantize(struct call *call, size_t samples, const float *scale) {
     const struct tbn_conv *layer = call->layer;
     const size_t size = layer->groups * layer->channels * layer->mixes * call->height * call->width;
     const size_t bytes = tbn_round_up(samples * size * sizeof(int16_t), TBN_ALIGN);
@@ -341,7 +341,7 @@ static void *quantize(struct call *call, size_t samples) {
     int16_t *integers = (int16_t *)(void *)memory;
     float *scales = (float *)(void *)(memory + bytes);
     for (size_t sample = 0; sample < samples; sample++)
-        scales[sample] = layer->kernels->quantize(call->x + sample * size, size, layer->activation == TBN_BINARY,
+        scales[sample] = layer->kernels->quantize(call->x + sample * size, size, layer->activation == TBN_BINARY, scale,
                                                   integers + sample * size);
     call->integers = integers;
     call->scales = scales;
@@ -349,7 +349,7 @@ static void *quantize(struct call *call, size_t samples) {
 }
 
 int tbn_conv(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height, size_t width,
-             const float *alpha, const float *bias, size_t threads) {
+             const float *alpha, const float *bias, const float *scale, size_t threads) {
     const int integer = layer->activation != TBN_FLOAT;
     const struct tbn_format *format = integer ? &layer->kernels->i16 : &layer->kernels->f32;
     struct call call = {
@@ -373,7 +373,7 @@ int tbn_conv(const struct tbn_conv *layer, const float *x, float *out, size_t sa
     call.row_size = call.phase_size * layer->stride[1];
     call.words = tbn_ceil_divide(call.channel_groups * call.taps, format->groups);
     void *quantized = NULL;
-    if (integer && !(quantized = quantize(&call, samples)))
+    if (integer && !(quantized = quantize(&call, samples, scale)))
         return TBN_OUT_OF_MEMORY;
     plan(&call, samples, threads);
     tbn_parallel(tbn_min(threads, call.units), run, &call);

@@ -27,6 +27,7 @@ struct call {
     float *out;
     const float *alphas; /* one for each output */
     const float *bias;
+    const float *scale; /* of all inputs, or NULL */
     /* Images [sample][group][column group][height][width][channel], or [column group][token][column]. */
     uint8_t *bytes;
     float *scales;       /* of the samples, or tokens */
@@ -218,7 +219,7 @@ static void fill_images(const struct call *call, size_t sample, uint8_t *to) {
     const size_t channels = images * layer->channels;
     const float *x = call->x + sample * channels * plane;
     float factor;
-    call->scales[sample] = call->dots->measure(x, channels * plane, binary, &factor);
+    call->scales[sample] = call->dots->measure(x, channels * plane, binary, call->scale, &factor);
     for (size_t y = 0; y < call->height; y++) {
         uint8_t *row = to + (y + layer->padding[0]) * call->unfolded_row + layer->padding[1] * call->unfolded_pixel;
         if (!layer->channels_last) {
@@ -293,7 +294,7 @@ static void fill_token(const struct call *call, size_t token) {
     const int binary = layer->activation == TBN_BINARY;
     const float *x = call->x + token * layer->inputs;
     float factor;
-    call->scales[token] = call->dots->measure(x, layer->inputs, binary, &factor);
+    call->scales[token] = call->dots->measure(x, layer->inputs, binary, call->scale, &factor);
     uint8_t *out = call->bytes + token * call->pixel_bytes;
     call->dots->bytes(x, layer->inputs, binary, factor, call->mixes == 1 ? out : call->whole);
     if (call->mixes > 1)
@@ -373,10 +374,11 @@ static int compute(struct call *call, size_t threads, const float *alpha, size_t
 }
 
 int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, size_t tokens, const float *alpha,
-                    const float *bias, size_t threads) {
+                    const float *bias, const float *scale, size_t threads) {
     const size_t columns = layer->inputs / layer->mixes, outputs = layer->copies * layer->rows;
     struct call call = {
         .dots = layer->kernels->dots, .kernels = layer->kernels, .linear = layer, .x = x, .out = out, .bias = bias,
+        .scale = scale,
         .rows = layer->rows, .blocks = tbn_ceil_divide(layer->rows, TBN_DOT_ROWS), .groups = 1, .mixes = layer->mixes,
         .samples = tokens, .pixel_bytes = tbn_round_up(columns, TBN_DOT_BYTES),
     };
@@ -393,9 +395,10 @@ int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, 
 }
 
 int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
-                  size_t width, const float *alpha, const float *bias, size_t threads) {
+                  size_t width, const float *alpha, const float *bias, const float *scale, size_t threads) {
     struct call call = {
         .dots = layer->kernels->dots, .kernels = layer->kernels, .conv = layer, .x = x, .out = out, .bias = bias,
+        .scale = scale,
         .rows = layer->rows, .blocks = tbn_ceil_divide(layer->rows, TBN_DOT_ROWS), .groups = layer->groups,
         .mixes = layer->mixes, .samples = samples, .height = height, .width = width,
         .out_height = tbn_output_size(layer, 0, height), .out_width = tbn_output_size(layer, 1, width),

@@ -78,27 +78,22 @@ TARGET static void multiply_vnni(const struct tbn_dot *job) {
     }
 }
 
-/* 16 integers as floats are made of them, in float's rounding of halves to even. */
+/* 16 integers from -127 to 127 as floats are made of them, in float's rounding of halves to even. */
 INLINE __m512i integers_of(__m512 x, int binary, __m512 factor) {
     if (binary)
         return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_set1_epi32(-1),
                                        _mm512_set1_epi32(1));
-    return _mm512_cvt_roundps_epi32(_mm512_mul_ps(x, factor), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 most = _mm512_set1_ps(127.0f), least = _mm512_set1_ps(-127.0f);
+    x = _mm512_max_ps(_mm512_min_ps(_mm512_mul_ps(x, factor), most), least);
+    return _mm512_cvt_roundps_epi32(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 INLINE __mmask16 first_lanes(size_t count) {
     return count < 16 ? (__mmask16)((1u << count) - 1u) : (__mmask16)0xffff;
 }
 
-TARGET static float measure(const float *x, size_t count, int binary, float *factor) {
-    *factor = 0.0f;
-    if (binary) {
-        double sum = 0.0;
-        for (size_t i = 0; i < count; i++)
-            sum += (double)fabsf(x[i]);
-        return (float)(sum / (double)count);
-    }
-    return scale_of(largest_magnitude(x, count), factor);
+TARGET static float measure(const float *x, size_t count, int binary, const float *fixed, float *factor) {
+    return measure_token(x, count, binary, fixed, factor);
 }
 
 TARGET static void bytes(const float *x, size_t count, int binary, float factor, uint8_t *out) {

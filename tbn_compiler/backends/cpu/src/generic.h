@@ -68,9 +68,10 @@ TBN_INLINE void finish_channel(const float *z, size_t count, float alpha, float 
 TBN_MIX(mix_floats, float)
 TBN_MIX(mix_integers, int32_t)
 
-/* Adding and subtracting 1.5 * 2^23 rounds to an integer, half to even, where |x| < 2^22. */
-TBN_INLINE int16_t round_half_even(float x) {
+/* An int8 value, not outside [-127, 127]. Adding and subtracting 1.5 * 2^23 rounds to an integer, half to even. */
+TBN_INLINE int16_t int8_value(float x) {
     const float shift = 12582912.0f;
+    x = x < -127.0f ? -127.0f : x > 127.0f ? 127.0f : x;
     return (int16_t)((x + shift) - shift);
 }
 
@@ -101,22 +102,35 @@ TBN_INLINE float scale_of(uint32_t largest_bits, float *factor) {
     return largest / 127.0f;
 }
 
-TBN_INLINE float quantize_token(const float *x, size_t count, int binary, int16_t *q) {
+/* The scale of inputs, or `*fixed` unless that is NULL, and the factor that makes int8 values of them; see schemas.py. */
+TBN_INLINE float measure_token(const float *x, size_t count, int binary, const float *fixed, float *factor) {
+    *factor = 0.0f;
+    if (fixed) {
+        if (!(*fixed >= 0x1p-100f && *fixed < INFINITY) || largest_magnitude(x, count) > 0x7f800000u) /* a NaN */
+            return NAN;
+        *factor = 1.0f / *fixed;
+        return *fixed;
+    }
     if (binary) {
         double sum = 0.0;
-        for (size_t i = 0; i < count; i++) {
+        for (size_t i = 0; i < count; i++)
             sum += (double)fabsf(x[i]);
-            q[i] = x[i] > 0.0f ? 1 : -1;
-        }
         return (float)(sum / (double)count);
     }
+    return scale_of(largest_magnitude(x, count), factor);
+}
+
+TBN_INLINE float quantize_token(const float *x, size_t count, int binary, const float *fixed, int16_t *q) {
     float factor;
-    const float scale = scale_of(largest_magnitude(x, count), &factor);
-    if (factor == 0.0f)
+    const float scale = measure_token(x, count, binary, fixed, &factor);
+    if (binary)
+        for (size_t i = 0; i < count; i++)
+            q[i] = x[i] > 0.0f ? 1 : -1;
+    else if (factor == 0.0f)
         memset(q, 0, count * sizeof *q);
     else
         for (size_t i = 0; i < count; i++)
-            q[i] = round_half_even(x[i] * factor);
+            q[i] = int8_value(x[i] * factor);
     return scale;
 }
 

@@ -118,8 +118,9 @@ struct tbn_dots {
     void (*begin)(void);
     void (*end)(void);
     void (*multiply)(const struct tbn_dot *job);
-    /* What stands for inputs: the scale, and the factor that makes them integers, 0 where all of them become 0. */
-    float (*measure)(const float *x, size_t count, int binary, float *factor);
+    /* What stands for inputs: the scale, `*fixed` unless that is NULL, and the factor that makes them integers, 0 where
+       all of them become 0. */
+    float (*measure)(const float *x, size_t count, int binary, const float *fixed, float *factor);
     void (*bytes)(const float *x, size_t count, int binary, float factor, uint8_t *out);
     /* Bytes of `channels` planes `plane` elements apart, those of one position side by side, positions `stride` apart. */
     void (*bytes_of_planes)(const float *x, size_t plane, size_t channels, size_t positions, int binary, float factor,
@@ -154,8 +155,8 @@ struct tbn_kernels {
                          float *out);
     /* Whether no sum is an infinity or a NaN. */
     int (*all_finite)(const float *z, size_t count);
-    /* Integers of one token and the scale that they stand for; see tbn_compiler/ops/schemas.py. */
-    float (*quantize)(const float *x, size_t count, int binary, int16_t *q);
+    /* Integers of one token and the scale that they stand for, `*fixed` unless that is NULL; see ops/schemas.py. */
+    float (*quantize)(const float *x, size_t count, int binary, const float *fixed, int16_t *q);
 };
 
 extern const struct tbn_kernels tbn_portable;

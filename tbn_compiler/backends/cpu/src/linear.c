@@ -27,6 +27,7 @@ struct call {
     const struct tbn_linear *layer;
     struct tbn_finish finish;
     const float *x;
+    const float *scale; /* of all inputs, or NULL */
     float *out;
     size_t columns; /* inputs of a column group */
     size_t tokens;
@@ -220,7 +221,7 @@ static float quantize(const struct call *call, const struct buffers *buffers, si
     const float *x = call->x + (token + lane) * layer->inputs;
     int16_t *integers = buffers->integers + lane * padded;
     int16_t *whole = mixes > 1 ? buffers->whole : integers;
-    const float scale = layer->kernels->quantize(x, layer->inputs, layer->activation == TBN_BINARY, whole);
+    const float scale = layer->kernels->quantize(x, layer->inputs, layer->activation == TBN_BINARY, call->scale, whole);
     for (size_t j = 0; j < mixes; j++, integers += lanes * padded) {
         for (size_t i = 0; mixes > 1 && i < call->columns; i++)
             integers[i] = whole[i * mixes + j];
@@ -349,13 +350,14 @@ static void run(void *argument) {
 }
 
 int tbn_linear(const struct tbn_linear *layer, const float *x, float *out, size_t tokens, const float *alpha,
-               const float *bias, size_t threads) {
+               const float *bias, const float *scale, size_t threads) {
     const struct tbn_format *format = is_integer(layer) ? &layer->kernels->i16 : &layer->kernels->f32;
     struct call call = {
         .layer = layer,
         .finish = {layer->rows, layer->copies, alpha, layer->alpha_copy_stride, layer->alpha_row_stride, bias,
                    layer->relu},
         .x = x,
+        .scale = scale,
         .out = out,
         .columns = layer->inputs / layer->mixes,
         .tokens = tokens,

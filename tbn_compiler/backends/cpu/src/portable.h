@@ -111,8 +111,8 @@ static int all_finite(const float *z, size_t count) {
     return are_finite(z, count);
 }
 
-static float quantize(const float *x, size_t count, int binary, int16_t *q) {
-    return quantize_token(x, count, binary, q);
+static float quantize(const float *x, size_t count, int binary, const float *fixed, int16_t *q) {
+    return quantize_token(x, count, binary, fixed, q);
 }
 
 #endif

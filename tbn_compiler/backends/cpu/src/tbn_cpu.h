@@ -9,7 +9,7 @@
 #define TBN_EXPORT __attribute__((visibility("default")))
 
 /* Changes with anything below: a library left over from another version is not used. */
-enum { TBN_INTERFACE = 5 };
+enum { TBN_INTERFACE = 6 };
 
 TBN_EXPORT int tbn_interface(void);
 
@@ -79,13 +79,16 @@ TBN_EXPORT void tbn_pack(const struct tbn_kernels *kernels, int integer, const i
                          size_t columns, void *index);
 TBN_EXPORT void tbn_pack_sums(const int8_t *signs, size_t rows, size_t columns, void *index);
 
-/* x [tokens][inputs] -> out [tokens][copies * rows]; returns TBN_OK or TBN_OUT_OF_MEMORY. */
+/*
+ * x [tokens][inputs] -> out [tokens][copies * rows]; returns TBN_OK or TBN_OUT_OF_MEMORY. `scale` is that of all inputs in
+ * another number format, or NULL: each token has its own.
+ */
 TBN_EXPORT int tbn_linear(const struct tbn_linear *layer, const float *x, float *out, size_t tokens,
-                          const float *alpha, const float *bias, size_t threads);
+                          const float *alpha, const float *bias, const float *scale, size_t threads);
 
 /* x [samples][groups * channels * mixes][height][width] -> out, in the same order; returns TBN_OK or TBN_OUT_OF_MEMORY. */
 TBN_EXPORT int tbn_conv(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
-                        size_t width, const float *alpha, const float *bias, size_t threads);
+                        size_t width, const float *alpha, const float *bias, const float *scale, size_t threads);
 
 /*
  * The same for int8 and binary activations with kernels that have `dots`. The index (struct tbn_dot) is one for each group,
@@ -96,9 +99,9 @@ TBN_EXPORT int tbn_conv(const struct tbn_conv *layer, const float *x, float *out
  * bytes to whole steps; bits that fill up are those of weights that inputs of 0 meet, and corrections know them.
  */
 TBN_EXPORT int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, size_t tokens,
-                               const float *alpha, const float *bias, size_t threads);
+                               const float *alpha, const float *bias, const float *scale, size_t threads);
 TBN_EXPORT int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
-                             size_t width, const float *alpha, const float *bias, size_t threads);
+                             size_t width, const float *alpha, const float *bias, const float *scale, size_t threads);
 
 /* Whether kernels have `dots`. */
 TBN_EXPORT int tbn_has_dots(const struct tbn_kernels *kernels);
@@ -111,9 +114,9 @@ struct tbn_form {
     const void *layer; /* struct tbn_linear or tbn_conv, or NULL */
     union {
         int (*linear)(const struct tbn_linear *layer, const float *x, float *out, size_t tokens, const float *alpha,
-                      const float *bias, size_t threads);
+                      const float *bias, const float *scale, size_t threads);
         int (*conv)(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
-                    size_t width, const float *alpha, const float *bias, size_t threads);
+                    size_t width, const float *alpha, const float *bias, const float *scale, size_t threads);
     };
 };
 
@@ -121,7 +124,7 @@ struct tbn_bound {
     const void *self;         /* its own address */
     struct tbn_form forms[2]; /* linear: for fewer than TBN_MIN_BATCH tokens, and from there on; conv: for images in planes,
                                  and with their channels innermost (NULL: they are brought into planes) */
-    const float *alpha, *bias;
+    const float *alpha, *bias, *scale; /* `bias` and `scale` may be NULL */
     size_t inputs, outputs; /* features, or channels of all groups */
     int64_t dims;           /* of positions: 0, 1 or 2 */
 };

@@ -136,7 +136,7 @@ void tbn_call_linear(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
     const struct tbn_form *form = &bound->forms[tokens >= TBN_MIN_BATCH];
     void *out = make(&call, sizes, false);
     int status = form->linear(form->layer, data(&call, call.input), data(&call, out), tokens, bound->alpha, bound->bias,
-                              threads());
+                              bound->scale, threads());
     end(&call, stack, out, status);
 }
 
@@ -180,7 +180,7 @@ void tbn_call_conv(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
     void *out = make(&call, sizes, direct);
     int status = form->conv(layer, data(&call, call.input), data(&call, out), channels ? (size_t)call.sizes[0] : 1,
                             d == 2 ? (size_t)call.sizes[channels + 1] : 1, (size_t)call.sizes[call.dims - 1],
-                            bound->alpha, bound->bias, threads());
+                            bound->alpha, bound->bias, bound->scale, threads());
     if (status == TBN_OK && last && !direct) out = interleave(&call, out, sizes);
     end(&call, stack, out, status);
 }

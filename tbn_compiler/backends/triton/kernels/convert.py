@@ -35,20 +35,58 @@ def _int8_scale(highest, TINY: tl.constexpr):
 
 
 @triton.jit
+def _given_scale(given, nans, TINY: tl.constexpr):
+    """Factor and scale of a token from the scale of all, where a NaN spreads to the whole token."""
+    value = tl.load(given).to(tl.float32)
+    used = (value >= TINY) & (value < float("inf")) & (nans == 0)
+    factor = tl.where(used, tl.math.div_rn(1.0, tl.where(used, value, 1.0)), 0.0)
+    return factor, tl.where(used, value, float("nan"))
+
+
+@triton.jit
 def _to_int8(value, factor):
     finite = tl.where(tl.abs(value) < float("inf"), value, 0.0)
     return _round_half_even(finite * factor).to(tl.int8)
 
 
 @triton.jit
-def quantize_tokens(x, values, scale, size, x_stride, TINY: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+def _clipped_int8(value, factor):
+    return _round_half_even(tl.minimum(tl.maximum(value * factor, -127.0), 127.0)).to(tl.int8)
+
+
+@triton.jit
+def quantize_tokens(
+    x,
+    values,
+    scale,
+    given,
+    size,
+    x_stride,
+    TINY: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GIVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program a token: ``int8`` values and a float32 scale, as :mod:`tbn_compiler.ops.formats` defines them.
 
-    ``FORMAT``: "int8"; "binary", +1 and -1 with the mean magnitude; "signs", the same packed, eight a byte.
+    ``FORMAT``: "int8"; "binary", +1 and -1 with the mean magnitude; "signs", the same packed, eight a byte. With
+    ``GIVEN`` the scale is the number at ``given``.
     """
     token = tl.program_id(0).to(tl.int64)
     source = x + token * x_stride
-    if FORMAT == "int8":
+    if FORMAT == "int8" and GIVEN:
+        nans = tl.zeros([BLOCK], dtype=tl.int32)
+        for first in range(0, size, BLOCK):
+            k = first + tl.arange(0, BLOCK)
+            value = tl.load(source + k, mask=k < size, other=0).to(tl.float32)
+            nans += (value != value).to(tl.int32)
+        factor, result = _given_scale(given, tl.sum(nans, 0), TINY)
+        tl.store(scale + token, result)
+        for first in range(0, size, BLOCK):
+            k = first + tl.arange(0, BLOCK)
+            value = tl.load(source + k, mask=k < size, other=0).to(tl.float32)
+            tl.store(values + token * size + k, _clipped_int8(value, factor), mask=k < size)
+    elif FORMAT == "int8":
         largest = tl.zeros([BLOCK], dtype=tl.float32)
         for first in range(0, size, BLOCK):
             k = first + tl.arange(0, BLOCK)
@@ -73,14 +111,21 @@ def quantize_tokens(x, values, scale, size, x_stride, TINY: tl.constexpr, FORMAT
                 tl.store(values + token * (size // 8) + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte < size // 8)
             else:
                 tl.store(values + token * size + k, tl.where(positive, 1, -1).to(tl.int8), mask=k < size)
-        tl.store(scale + token, tl.math.div_rn(tl.sum(total, 0), tl.full([], size, tl.float32)))
+        if GIVEN:
+            found = tl.sum(total, 0)
+            _, result = _given_scale(given, (found != found).to(tl.int32), TINY)
+        else:
+            result = tl.math.div_rn(tl.sum(total, 0), tl.full([], size, tl.float32))
+        tl.store(scale + token, result)
 
 
 @triton.jit
-def measure_parts(x, partial, size, x_stride, parts, part_size, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+def measure_parts(
+    x, partial, size, x_stride, parts, part_size, FORMAT: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr
+):
     """``partial [tokens, parts]``: the largest magnitude ("int8"), or the sum of magnitudes, of each part of a token.
 
-    Infinity stands for NaN. Grid: (tokens * parts,).
+    Infinity stands for NaN. With ``GIVEN`` it is the number of NaN. Grid: (tokens * parts,).
     """
     token = (tl.program_id(0) // parts).to(tl.int64)
     begin = tl.program_id(0) % parts * part_size
@@ -89,11 +134,13 @@ def measure_parts(x, partial, size, x_stride, parts, part_size, FORMAT: tl.const
     for first in range(begin, end, BLOCK):
         k = first + tl.arange(0, BLOCK)
         magnitude = tl.abs(tl.load(x + token * x_stride + k, mask=k < end, other=0).to(tl.float32))
-        if FORMAT == "int8":
+        if GIVEN:
+            found += (magnitude != magnitude).to(tl.float32)
+        elif FORMAT == "int8":
             found = tl.maximum(found, magnitude, propagate_nan=tl.PropagateNan.ALL)
         else:
             found += magnitude
-    tl.store(partial + tl.program_id(0), _highest(found) if FORMAT == "int8" else tl.sum(found, 0))
+    tl.store(partial + tl.program_id(0), _highest(found) if FORMAT == "int8" and not GIVEN else tl.sum(found, 0))
 
 
 @triton.jit
@@ -101,6 +148,7 @@ def quantize_parts(
     x,
     values,
     scale,
+    given,
     partial,
     size,
     x_stride,
@@ -108,6 +156,7 @@ def quantize_parts(
     part_size,
     TINY: tl.constexpr,
     FORMAT: tl.constexpr,
+    GIVEN: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -117,7 +166,9 @@ def quantize_parts(
     each = tl.arange(0, PARTS)
     found = tl.load(partial + token * parts + each, mask=each < parts, other=0)
     factor = 0.0
-    if FORMAT == "int8":
+    if GIVEN:
+        factor, result = _given_scale(given, (tl.sum(found, 0) > 0).to(tl.int32), TINY)
+    elif FORMAT == "int8":
         factor, result = _int8_scale(tl.max(found, 0), TINY)
     else:
         result = tl.math.div_rn(tl.sum(found, 0), tl.full([], size, tl.float32))
@@ -127,7 +178,12 @@ def quantize_parts(
     for first in range(begin, end, BLOCK):
         k = first + tl.arange(0, BLOCK)
         value = tl.load(x + token * x_stride + k, mask=k < end, other=0).to(tl.float32)
-        integer = _to_int8(value, factor) if FORMAT == "int8" else tl.where(value > 0, 1, -1).to(tl.int8)
+        if FORMAT != "int8":
+            integer = tl.where(value > 0, 1, -1).to(tl.int8)
+        elif GIVEN:
+            integer = _clipped_int8(value, factor)
+        else:
+            integer = _to_int8(value, factor)
         tl.store(values + token * size + k, integer, mask=k < end)
 
 

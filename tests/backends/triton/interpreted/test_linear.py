@@ -257,6 +257,16 @@ def test_number_formats(case: tuple[int, ...], options: dict[str, int], activati
 
 
 @pytest.mark.parametrize("activation", ["int8", "binary"])
+def test_one_scale(activation: str) -> None:
+    """Few tokens by signs and many by integers, and the layer with others' scales before it."""
+    call = Call((64, 64), 4)
+    for batch in (2, 40):
+        x = call.input(batch)
+        for scale in (0.01, 0.02):
+            call.check(linear, x, activation=activation, input_scale=torch.tensor([scale]))
+
+
+@pytest.mark.parametrize("activation", ["int8", "binary"])
 def test_quantised_values(activation: str) -> None:
     """Bit for bit what the reference multiplies, in every dtype; ties, zeros and tiny tokens included."""
     from tbn_compiler.ops import formats

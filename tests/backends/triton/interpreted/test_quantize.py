@@ -59,6 +59,21 @@ def test_binary(size: int) -> None:
     torch.testing.assert_close(scale, wanted_scale.squeeze(1))
 
 
+@pytest.mark.parametrize("size", [7, 20_000])
+@pytest.mark.parametrize("number_format", ["int8", "binary"])
+def test_one_scale(number_format: str, size: int) -> None:
+    """Values beyond the range end there, infinities too; a NaN takes its token."""
+    x = torch.randn(3, size)
+    x[0, 1], x[0, 3], x[1, size - 2] = float("inf"), -0.5 / 16, float("nan")
+    for given in (1 / 16, 1 / 64, 0.0):
+        values, scale = quantize.quantize(x, number_format, torch.tensor([given]))
+        wanted, wanted_scale = formats.with_fixed_scale(x, number_format, torch.tensor([given]), (1,))
+        assert torch.equal(scale.nan_to_num(-1), wanted_scale.squeeze(1).nan_to_num(-1))
+        used = ~scale.isnan()
+        assert used.tolist() == [given > 0, False, given > 0]
+        assert torch.equal(values[used], wanted[used].to(torch.int8))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_token_does_not_depend_on_the_others(size: int) -> None:
     x = torch.randn(3, size)
