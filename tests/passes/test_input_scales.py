@@ -72,6 +72,10 @@ def test_compiled_on_the_way(inductor: None) -> None:
     with torch.no_grad():
         compiled = torch.compile(qat, backend="tbn")
         torch.testing.assert_close(compiled(x), qat(x), rtol=2e-5, atol=1e-5)
+        assert str(tbn.explain(compiled)).startswith("graph 0, inference: 4 of 4 tiled layers on packed tiles")
+        assert str(tbn.explain(compiled)).count("activation int8") == 4
+        qat.get_submodule("3").input_log_scale.fill_(0.0)  # packed again
+        torch.testing.assert_close(compiled(x), qat(x), rtol=2e-5, atol=1e-5)
     torch.compiler.reset()
 
 
