@@ -79,7 +79,7 @@ def test_layouts_of_one_p_store_the_same_bits() -> None:
     for name, study in STUDIES.items():
         task = synthetic_task(study.settings)
         for layout in study.layouts:
-            if layout.copies < 2 or misfit(study, layout):
+            if layout.copies not in (4, 32) or misfit(study, layout):
                 continue
             rows, paper = (summary(study, kind, task).layers for kind in (layout, Layout(layout.copies)))
             assert [row.stored_bits for row in rows] == [row.stored_bits for row in paper], (name, layout)

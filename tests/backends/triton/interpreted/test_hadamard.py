@@ -50,8 +50,8 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     return state
 
 
-@pytest.mark.parametrize("batch", [1, 3, 17])
-@pytest.mark.parametrize(("p", "num_alphas"), [(2, 2), (4, 1), (4, 4), (8, 8), (16, 16), (32, 1)])
+@pytest.mark.parametrize("batch", [1, 17])
+@pytest.mark.parametrize(("p", "num_alphas"), [(2, 2), (4, 1), (8, 8), (32, 1)])
 def test_unmeasured(p: int, num_alphas: int, batch: int) -> None:
     call = Call((96, 96), p, num_alphas)
     call.check(linear, call.input(batch), **SIGNS)
@@ -158,7 +158,7 @@ def test_more_tokens_than_a_program_keeps(chosen: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("activation", ["int8", "binary"])
 @pytest.mark.parametrize(("shape", "p"), [((64, 96), 4), ((16, 36), 2), ((64, 64), 16)])
-@pytest.mark.parametrize("batch", [1, 17, 40])
+@pytest.mark.parametrize("batch", [1, 40])
 def test_number_formats(shape: tuple[int, int], p: int, activation: str, batch: int) -> None:
     for dtype in (F32, BF16):
         call = Call(shape, p, p, dtype)

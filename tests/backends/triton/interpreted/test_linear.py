@@ -50,8 +50,8 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     return state
 
 
-@pytest.mark.parametrize("batch", [1, 3, 17])
-@pytest.mark.parametrize("p", [1, 2, 4, 7, 8, 16])
+@pytest.mark.parametrize("batch", [1, 17])
+@pytest.mark.parametrize("p", [1, 2, 7, 16])
 def test_aligned(p: int, batch: int) -> None:
     call = Call((112, 32), p, p)
     call.check(linear, call.input(batch))
