@@ -115,34 +115,86 @@ TARGET static void bytes(const float *x, size_t count, int binary, float factor,
     }
 }
 
+/* The bytes of one position, 4 to each of 16 lanes, to the first `count` of 16 positions `stride` apart. */
+INLINE void store_fours(__m512i fours, size_t count, uint8_t *out, size_t stride) {
+    int32_t words[16] __attribute__((aligned(TBN_ALIGN)));
+    _mm512_store_si512(words, fours);
+    for (size_t i = 0; i < count; i++)
+        memcpy(out + i * stride, words + i, 4);
+}
+
+/* The low bytes of the lanes of four vectors, side by side in each lane. */
+INLINE __m512i low_bytes(const __m512i *q) {
+    const __m512i low = _mm512_set1_epi32(0xff);
+    const __m512i pair =
+        _mm512_or_si512(_mm512_and_si512(q[0], low), _mm512_slli_epi32(_mm512_and_si512(q[1], low), 8));
+    const __m512i other = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(q[2], low), 16), _mm512_slli_epi32(q[3], 24));
+    return _mm512_or_si512(pair, other);
+}
+
+/* `fours` [channel / 4] of 16 channels to the first `count` of 16 positions `stride` apart: 16 neighbouring bytes each. */
+INLINE void store_sixteens(const __m512i *fours, size_t count, uint8_t *out, size_t stride) {
+    /* In each quarter of the vectors 4 x 4 fours are transposed: bytes[i] has positions i, i + 4, i + 8 and i + 12. */
+    const __m512i a = _mm512_unpacklo_epi32(fours[0], fours[1]), b = _mm512_unpackhi_epi32(fours[0], fours[1]);
+    const __m512i c = _mm512_unpacklo_epi32(fours[2], fours[3]), d = _mm512_unpackhi_epi32(fours[2], fours[3]);
+    const __m512i bytes[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                              _mm512_unpackhi_epi64(b, d)};
+    __m128i positions[16];
+    UNROLL for (size_t i = 0; i < 4; i++) {
+        positions[4 * 0 + i] = _mm512_castsi512_si128(bytes[i]);
+        positions[4 * 1 + i] = _mm512_extracti32x4_epi32(bytes[i], 1);
+        positions[4 * 2 + i] = _mm512_extracti32x4_epi32(bytes[i], 2);
+        positions[4 * 3 + i] = _mm512_extracti32x4_epi32(bytes[i], 3);
+    }
+    if (count == 16) {
+        UNROLL for (size_t i = 0; i < 16; i++)
+            _mm_storeu_si128((__m128i *)(void *)(out + i * stride), positions[i]);
+    } else {
+        for (size_t i = 0; i < count; i++)
+            _mm_storeu_si128((__m128i *)(void *)(out + i * stride), positions[i]);
+    }
+}
+
+/* The bytes of `lanes` positions of four channels, of which the first `channels` exist, side by side. */
+INLINE __m512i four_planes(const float *x, size_t plane, size_t channels, __mmask16 lanes, int binary,
+                           __m512 factors) {
+    __m512i q[4];
+    UNROLL for (size_t i = 0; i < 4; i++)
+        q[i] = i < channels ? integers_of(_mm512_maskz_loadu_ps(lanes, x + i * plane), binary, factors)
+                            : _mm512_setzero_si512();
+    return _mm512_xor_si512(low_bytes(q), _mm512_set1_epi32((int)0x80808080));
+}
+
+/* 16 positions, or the first `count`, of all channels. */
+INLINE void sixteen_positions(const float *x, size_t plane, size_t channels, size_t count, int binary, __m512 factors,
+                              uint8_t *out, size_t stride) {
+    const __mmask16 lanes = first_lanes(count);
+    size_t channel = 0;
+    for (; channel + 16 <= channels; channel += 16) {
+        __m512i fours[4];
+        UNROLL for (size_t i = 0; i < 4; i++)
+            fours[i] = four_planes(x + (channel + i * 4) * plane, plane, 4, lanes, binary, factors);
+        store_sixteens(fours, count, out + channel, stride);
+    }
+    for (; channel < channels; channel += 4)
+        store_fours(four_planes(x + channel * plane, plane, channels - channel, lanes, binary, factors), count,
+                    out + channel, stride);
+}
+
 TARGET static void bytes_of_planes(const float *x, size_t plane, size_t channels, size_t positions, int binary,
                                    float factor, uint8_t *out, size_t stride) {
-    const int blank = !binary && factor == 0.0f;
+    if (!binary && factor == 0.0f) { /* products with infinities and NaN are none */
+        for (size_t i = 0; i < positions; i++)
+            memset(out + i * stride, TBN_DOT_ZERO, channels);
+        return;
+    }
     const __m512 factors = _mm512_set1_ps(factor);
-    const __m512i zero = _mm512_set1_epi32((int)0x80808080), low = _mm512_set1_epi32(0xff);
-    for (size_t first = 0; first < positions; first += 16) {
+    for (size_t first = 0; first < positions; first += 16, x += 16, out += 16 * stride) {
         const size_t count = positions - first < 16 ? positions - first : 16;
-        const __mmask16 lanes = first_lanes(count);
-        for (size_t channel = 0; channel < channels; channel += 4) {
-            __m512i four = zero;
-            if (!blank) {
-                __m512i q[4];
-                UNROLL for (size_t i = 0; i < 4; i++)
-                    q[i] = channel + i < channels
-                               ? integers_of(_mm512_maskz_loadu_ps(lanes, x + (channel + i) * plane + first), binary,
-                                             factors)
-                               : _mm512_setzero_si512();
-                const __m512i pair = _mm512_or_si512(_mm512_and_si512(q[0], low),
-                                                     _mm512_slli_epi32(_mm512_and_si512(q[1], low), 8));
-                const __m512i other = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(q[2], low), 16),
-                                                      _mm512_slli_epi32(q[3], 24));
-                four = _mm512_xor_si512(_mm512_or_si512(pair, other), zero);
-            }
-            int32_t words[16] __attribute__((aligned(TBN_ALIGN)));
-            _mm512_store_si512(words, four);
-            for (size_t i = 0; i < count; i++)
-                memcpy(out + (first + i) * stride + channel, words + i, 4);
-        }
+        if (binary)
+            sixteen_positions(x, plane, channels, count, 1, factors, out, stride);
+        else
+            sixteen_positions(x, plane, channels, count, 0, factors, out, stride);
     }
 }
 
