@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +34,14 @@ then has a group for each column group."""
 
 MIN_DOT_GROUP = 8
 """Fewest channels and filters of a group for products of bytes, which take 64 bytes and 16 filters at once."""
+
+MAX_LIMB_WEIGHTS = {"avx512vnni": 512}
+"""Most weights of an input channel, filters times places in the kernel, for which products of the three bytes of floats
+beat lookups, measured on 1x1 and 3x3 kernels of 32 to 1024 filters: tables cost the same for any number of them, and a
+look-up less than three products. Levels that are not named have no such limit."""
+
+MAX_LIMB_INPUTS = 2**31 // 255
+"""Most inputs of an output for products of the bytes of floats, so that sums of bytes up to 255 fit 32 bits."""
 
 FOLDING = 1.5
 """Least factor by which there are fewer products of bytes where all rows of a kernel are put into one."""
@@ -133,10 +143,14 @@ def _is_last(input: Tensor, d: int) -> bool:
 
 def multiplies_bytes(call: TensorCall) -> bool:
     """Whether a layer is computed as products of bytes: groups must be worth their blocks of rows and bytes."""
-    if call.activation == "float" or not library.has_dots(library.level()):
+    level, layout, product = library.level(), call.layout, call.product
+    channels, places = layout.shape[1] // product.neighbours, math.prod(call.kernel_size)
+    if not library.has_dots(level) or (product.groups > 1 and min(channels, product.rows) < MIN_DOT_GROUP):
         return False
-    layout, product = call.layout, call.product
-    return product.groups == 1 or min(layout.shape[1] // product.neighbours, product.rows) >= MIN_DOT_GROUP
+    if call.activation != "float":
+        return True
+    few = product.rows // product.mixes * places <= MAX_LIMB_WEIGHTS.get(level or "", math.inf)
+    return channels * places <= MAX_LIMB_INPUTS and (few or _reason_against_lookups(call) is not None)
 
 
 def reason_against_image(call: TensorCall, image: Sequence[int | None]) -> str | None:
@@ -151,8 +165,10 @@ def reason_against_image(call: TensorCall, image: Sequence[int | None]) -> str |
 
 def reason_against_layer(call: TensorCall) -> str | None:
     """Why PyTorch computes a convolution that the kernels could otherwise take."""
-    if multiplies_bytes(call):
-        return None
+    return None if multiplies_bytes(call) else _reason_against_lookups(call)
+
+
+def _reason_against_lookups(call: TensorCall) -> str | None:
     if call.layout.shape[1] // call.product.neighbours // call.product.mixes < MIN_CHANNELS:
         return f"fewer than {MIN_CHANNELS} input channels in a group"
     filters = MIN_FILTERS.get(library.level() or "")
@@ -263,16 +279,17 @@ def find_plan(call: TensorCall, *, last: bool) -> prepare.Plan:
 def _plan(entry: prepare.Prepared, call: TensorCall, *, last: bool) -> prepare.Plan:
     lib, level, kernels = prepare.native()
     layout, product, integer = call.layout, call.product, call.activation != "float"
-    key = (level, layout, product.groups, product.rows, product.mixes, integer)
+    key = (level, layout, product.groups, product.rows, product.mixes)
     dots = multiplies_bytes(call)
+    memory = []
     if dots:
         runs = (*key, "dots", call.arguments["dilation"][-1] == 1)
         memory = [
             entry.part(runs, lambda: prepare.pack_dots(_runs(call))),
             entry.part((*key, "corrections"), lambda: prepare.dot_corrections(_runs(call), product.mixes)),
         ]
-    else:
-        memory = [entry.part(key, lambda: _pack(call, integer=integer))]
+    if not dots or not integer:
+        memory.append(entry.part((*key, integer), lambda: _pack(call, integer=integer)))
 
     def axes(values: Sequence[int], fill: int) -> Any:
         """Height and width; a convolution of one dimension has a height of 1."""
@@ -297,4 +314,9 @@ def _plan(entry: prepare.Prepared, call: TensorCall, *, last: bool) -> prepare.P
         channels_last=last,
         folded=dots and _folded(call),
     )
+    if dots and not integer:
+        lookups = library.ConvPlan.from_buffer_copy(struct)
+        lookups.index = memory[2].ctypes.data
+        struct.lookups = ctypes.addressof(lookups)
+        struct.looked_up = lookups  # what it points to
     return prepare.Plan(lib.tbn_conv_dots if dots else lib.tbn_conv, struct, memory)

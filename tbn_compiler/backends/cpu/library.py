@@ -14,7 +14,7 @@ from tbn_compiler.errors import ConfigError
 
 LEVELS = ("avx512amx", "avx512vnni", "avx512", "avx2", "neon", "portable")
 """Vector levels, best first. A machine runs the portable one and some of the others. The first two are ``avx512`` with
-products of bytes for integer activations, by AMX tiles or by VNNI."""
+products of bytes for integer activations and for float convolutions, by AMX tiles or by VNNI."""
 
 LEVEL_VARIABLE = "TBN_CPU_LEVEL"
 """Environment variable that names the level to use instead of the best; ``none`` turns the native kernels off."""
@@ -66,6 +66,7 @@ class ConvPlan(ctypes.Structure):
         ("corrections", _pointer),
         ("channels_last", ctypes.c_int32),
         ("folded", ctypes.c_int32),
+        ("lookups", _pointer),
     )
 
 

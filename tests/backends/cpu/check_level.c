@@ -205,6 +205,7 @@ static int conv_dots(struct tbn_conv *layer, const int8_t *signs, size_t group, 
     struct tbn_conv dots = *layer;
     dots.index = order;
     dots.corrections = corrections;
+    dots.lookups = layer;
     dots.folded = (int32_t)folded;
     dots.channels_last = layer->channels_last = (int32_t)random_below(2);
     const size_t channels = mixes * layer->channels, plane = height * width;
@@ -248,7 +249,7 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
         make_special(x + sample * size, size);
     int wrong = 0;
     size_t position = 1, channel_step = plane; /* between outputs of one channel, and of one position */
-    if (integer && tbn_has_dots(kernels) && random_below(2)) {
+    if (tbn_has_dots(kernels) && random_below(2)) {
         wrong += conv_dots(&layer, signs, group, x, out, samples, height, width, alpha, scale_of_all);
         if (layer.channels_last) {
             position = mixes * rows;

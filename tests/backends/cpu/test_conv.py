@@ -24,8 +24,6 @@ tbn = torch.ops.tbn
 CONVS: dict[int, tuple[Any, Any]] = {1: (tbn.conv1d, F.conv1d), 2: (tbn.conv2d, F.conv2d)}
 AVAILABLE = cpu.info().available
 every_level = pytest.mark.parametrize("level", AVAILABLE)
-# Float kernels of those that multiply bytes are those of avx512.
-levels = pytest.mark.parametrize("level", [level for level in AVAILABLE if not library.has_dots(level)])
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +73,7 @@ GEOMETRIES: list[dict[str, Any]] = [
 ]
 
 
-@levels
+@every_level
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize(("p", "per"), [(1, "layer"), (4, "tile"), (4, "row"), (3, "layer"), (5, "row")])
 @pytest.mark.parametrize("d", [1, 2])
@@ -87,7 +85,7 @@ def test_geometry(d: int, p: int, per: str, geometry: dict[str, Any], level: str
     check(level, x, shape, p, {"layer": 1, "tile": p, "row": 16}[per], axes)
 
 
-@levels
+@every_level
 @pytest.mark.parametrize("channels", [4, 5, 33, 130])
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (3, 40), (30, 2)], ids=str)
 def test_sizes(size: tuple[int, int], channels: int, level: str) -> None:
@@ -95,7 +93,7 @@ def test_sizes(size: tuple[int, int], channels: int, level: str) -> None:
     check(level, exact_input(2, channels, *size), (48, channels, 3, 3), 4, 4, {"padding": [1, 1]})
 
 
-@levels
+@every_level
 def test_geometry_differs_by_axis(level: str) -> None:
     geometry = {"stride": [2, 1], "padding": [0, 3], "dilation": [1, 2]}
     check(level, exact_input(2, 8, 9, 8), (8, 8, 2, 3), 4, 4, geometry)
@@ -103,7 +101,7 @@ def test_geometry_differs_by_axis(level: str) -> None:
     check(level, exact_input(2, 8, 9, 17), (8, 8, 3, 2), 4, 4, geometry)
 
 
-@levels
+@every_level
 @pytest.mark.parametrize(
     ("out_channels", "in_per_group", "groups", "p"),
     [(8, 1, 8, 4), (12, 2, 2, 6), (12, 2, 2, 3), (20, 6, 2, 5), (12, 3, 3, 2), (12, 2, 2, 8), (18, 2, 3, 4)],
@@ -114,7 +112,7 @@ def test_groups(out_channels: int, in_per_group: int, groups: int, p: int, level
     check(level, x, (out_channels, in_per_group, 3, 2), p, 1, {"groups": groups, "padding": [1, 1]})
 
 
-@levels
+@every_level
 @settings(max_examples=30)
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.data())
 def test_property(level: str, d: int, groups: int, rows: int, channels: int, data: st.DataObject) -> None:
@@ -130,14 +128,14 @@ def test_property(level: str, d: int, groups: int, rows: int, channels: int, dat
     check(level, exact_input(1, channels * groups, *size), shape, p, 1, geometry | {"groups": groups})
 
 
-@levels
+@every_level
 def test_rows_of_several_bands_and_wide_rows(level: str) -> None:
     """Tables of the whole image do not fit the cache: it is computed in bands of rows, and a band of one row."""
     check(level, exact_input(1, 10, 70, 64), (8, 10, 3, 3), 2, 2, {"padding": [1, 1]})
     check(level, exact_input(1, 6, 4, 3000), (4, 6, 3, 3), 2, 2, {"stride": [1, 2]})
 
 
-@levels
+@every_level
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_threads(threads: int, level: str) -> None:
     torch.set_num_threads(threads)
@@ -230,7 +228,7 @@ def test_epilogues(epilogue: str, level: str) -> None:
     assert torch.equal(got, reference.KERNELS["conv2d"](*args, epilogue=epilogue))
 
 
-@levels
+@every_level
 @pytest.mark.parametrize(("p", "p_in", "shift"), [(8, 2, 0), (4, 4, 0), (4, 1, 5)])
 def test_other_layouts(p: int, p_in: int, shift: int, level: str) -> None:
     layout = TileLayout((16, 8, 3, 3), p, p_in, shift)
@@ -334,9 +332,10 @@ def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert best is not None
     assert "fewer than 4 input channels" in reasons(best, (64, 1, 3, 3), groups=8)
     assert "rows wider than" in reasons(best, (4, 8, 3), size=20000)
-    if best in conv.MIN_FILTERS:
-        assert "different filters in a group" in reasons(best, (8, 8, 3, 3))
-        assert reasons(best, (128, 8, 3, 3)) == ""
+    for level in set(AVAILABLE) & set(conv.MIN_FILTERS):
+        few = reasons(level, (8, 8, 3, 3))
+        assert few == "" if library.has_dots(level) else "different filters in a group" in few
+        assert reasons(level, (128, 8, 3, 3)) == ""
 
 
 @every_level

@@ -1,16 +1,20 @@
 /*
- * Linear layers and convolutions with int8 and binary activations as products of bytes (struct tbn_dots).
+ * Linear layers and convolutions as products of bytes (struct tbn_dots).
  *
  * Inputs are made bytes once. A convolution's stand in images with their padding, [row][column][channel], so that what
  * a position meets lies in a few runs of neighbouring bytes, at the same distances from the position: nothing is
  * unrolled. Images of few channels are folded: all rows that an output row meets stand in one, the bytes of a column
  * one behind the other, for which the kernel has a height of 1. A unit of work is a band of output rows of one sample and
  * one group, or a few tokens.
+ *
+ * Each limb of floats has images of its own, and its tiles stand behind those of the limb before: products do not know of
+ * limbs, and weights are made bytes once for all. Samples that limbs do not stand for are looked up at the end.
  */
 #include "pool.h"
 #include "scratch.h"
 #include "tbn_cpu.h"
 
+#include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -25,13 +29,18 @@ struct call {
     const struct tbn_conv *conv;
     const float *x;
     float *out;
+    const float *alpha;  /* as it was given */
     const float *alphas; /* one for each output */
     const float *bias;
-    const float *scale; /* of all inputs, or NULL */
-    /* Images [sample][group][column group][height][width][channel], or [column group][token][column]. */
+    const float *scale;  /* of all inputs, or NULL */
+    enum tbn_activation activation;
+    size_t limbs;        /* 1, or TBN_LIMBS */
+    /* Images [limb][sample][group][column group][height][width][channel], or [column group][token][column]. */
     uint8_t *bytes;
+    size_t limb_bytes;
     float *scales;       /* of the samples, or tokens */
-    uint8_t *whole;      /* bytes of a token, or of a row of an image, before they are dealt out */
+    uint8_t *whole;      /* bytes of a token, or of a row of an image, before they are dealt out, [limb] */
+    size_t whole_bytes;  /* of a limb */
     struct tbn_dot_step *places; /* of the steps */
     size_t steps;
     size_t rows, blocks, groups, mixes;
@@ -39,7 +48,8 @@ struct call {
     size_t out_height, out_width;
     size_t row_bytes, image_bytes, pixel_bytes; /* of the images; pixel_bytes of tokens, too */
     size_t row_step;                            /* rows from an output row to the next */
-    uint8_t *unfolded;                          /* the images of one sample before they are folded, or NULL */
+    uint8_t *unfolded;                          /* [limb]: the images of one sample before they are folded, or NULL */
+    size_t unfolded_bytes;                      /* of a limb */
     size_t unfolded_row, unfolded_image, unfolded_pixel; /* their bytes; those above where nothing is folded */
     size_t units, bands, band_rows, tiles;      /* tiles: the most of a unit */
     atomic_size_t next;
@@ -49,7 +59,7 @@ struct call {
 struct buffers {
     const uint8_t **tiles;
     int8_t *weights; /* of two blocks */
-    int32_t *z;      /* [column group][tile][input][row] */
+    int32_t *z;      /* [column group][limb][tile][input][row]; floats once limbs are put together */
 };
 
 /* Sums of one column group in `tiles` tiles. */
@@ -59,33 +69,46 @@ static size_t z_size(const struct call *call, size_t tiles) {
 
 static size_t take_buffers(const struct call *call, char *base, struct buffers *buffers) {
     struct tbn_scratch scratch = {base, 0};
-    buffers->tiles = tbn_take(&scratch, call->tiles * sizeof *buffers->tiles);
+    buffers->tiles = tbn_take(&scratch, call->limbs * call->tiles * sizeof *buffers->tiles);
     buffers->weights = tbn_take(&scratch, 2 * call->steps * TBN_DOT_STEP);
-    buffers->z = tbn_take(&scratch, call->mixes * z_size(call, call->tiles) * sizeof(int32_t));
+    buffers->z = tbn_take(&scratch, call->mixes * z_size(call, call->limbs * call->tiles) * sizeof(int32_t));
     return scratch.used;
 }
 
-/* Sums of `tiles` tiles of inputs of all column groups of a group, mixed. Column groups lie `apart` bytes apart. */
-static void multiply(const struct call *call, const struct buffers *buffers, const void *index, size_t group,
-                     size_t tiles, size_t stride, size_t apart) {
+/* Where the tiles of the other limbs begin, behind `tiles` tiles of the first one. */
+static void find_limbs(const struct call *call, const struct buffers *buffers, size_t tiles) {
+    for (size_t i = tiles; i < call->limbs * tiles; i++)
+        buffers->tiles[i] = buffers->tiles[i - tiles] + call->limb_bytes;
+}
+
+/*
+ * Sums of `tiles` tiles of inputs of all column groups of a group, mixed, and put together where they are of limbs.
+ * Column groups lie `apart` bytes apart; `corrections` are those of the group.
+ */
+static void multiply(const struct call *call, const struct buffers *buffers, const void *index,
+                     const int32_t *corrections, size_t group, size_t tiles, size_t stride, size_t apart) {
     const size_t index_size = call->blocks * call->steps * TBN_DOT_BYTES / 4;
+    const size_t count = call->limbs * tiles, z_mix = z_size(call, count);
     for (size_t mix = 0; mix < call->mixes; mix++) {
         const struct tbn_dot job = {
             .tiles = buffers->tiles,
-            .count = tiles,
+            .count = count,
             .stride = stride,
             .places = call->places,
             .steps = call->steps,
             .index = (const uint64_t *)index + (group * call->mixes + mix) * index_size,
             .blocks = call->blocks,
             .weights = buffers->weights,
-            .z = buffers->z + mix * z_size(call, tiles),
+            .z = buffers->z + mix * z_mix,
         };
         call->dots->multiply(&job);
-        for (size_t tile = 0; mix + 1 < call->mixes && tile < tiles; tile++)
+        for (size_t tile = 0; mix + 1 < call->mixes && tile < count; tile++)
             buffers->tiles[tile] += apart;
     }
-    call->kernels->mix_i32(buffers->z, call->mixes, z_size(call, tiles));
+    call->kernels->mix_i32(buffers->z, call->mixes, z_mix);
+    for (size_t mix = 0; call->limbs > 1 && mix < call->mixes; mix++)
+        call->dots->combine(buffers->z + mix * z_mix, call->blocks * TBN_DOT_ROWS, z_size(call, tiles),
+                            corrections + mix * call->rows, call->rows, tiles * TBN_DOT_INPUTS);
 }
 
 /* Output rows [first_row, first_row + rows) of one sample and group. */
@@ -98,7 +121,9 @@ static void conv_band(const struct call *call, const struct buffers *buffers, si
     for (size_t tile = 0; tile < tiles; tile++)
         buffers->tiles[tile] = image + (first_row + tile / row_tiles) * call->row_step * call->row_bytes +
                                tile % row_tiles * TBN_DOT_INPUTS * stride;
-    multiply(call, buffers, layer->index, group, tiles, stride, call->image_bytes);
+    const int32_t *corrections = layer->corrections + group * call->mixes * call->rows;
+    find_limbs(call, buffers, tiles);
+    multiply(call, buffers, layer->index, corrections, group, tiles, stride, call->image_bytes);
     const size_t channels = call->groups * layer->channels_out, plane = call->out_height * call->out_width;
     for (size_t tile = 0; tile < tiles; tile++) {
         const size_t y = first_row + tile / row_tiles, x = tile % row_tiles * TBN_DOT_INPUTS;
@@ -106,9 +131,9 @@ static void conv_band(const struct call *call, const struct buffers *buffers, si
         for (size_t j = 0; j < layer->channels_out; j += call->rows) {
             const size_t channel = group * layer->channels_out + j, mix = call->mixes > 1 ? j / call->rows : 0;
             const size_t count = tbn_min(call->rows, layer->channels_out - j);
-            const int32_t *z = buffers->z + mix * z_size(call, tiles) + tile * TBN_DOT_INPUTS * z_row;
+            const int32_t *z = buffers->z + mix * z_size(call, call->limbs * tiles) + tile * TBN_DOT_INPUTS * z_row;
             const struct tbn_dot_finish finish = {
-                .correction = layer->corrections + (group * call->mixes + mix) * call->rows,
+                .correction = call->limbs > 1 ? NULL : corrections + mix * call->rows,
                 .alpha = call->alphas + channel,
                 .bias = call->bias ? call->bias + channel : NULL,
                 .scales = call->scales + sample,
@@ -131,7 +156,7 @@ static void linear_tokens(const struct call *call, const struct buffers *buffers
     const size_t tiles = tbn_ceil_divide(tokens, TBN_DOT_INPUTS), z_row = call->blocks * TBN_DOT_ROWS;
     for (size_t tile = 0; tile < tiles; tile++)
         buffers->tiles[tile] = call->bytes + (first + tile * TBN_DOT_INPUTS) * call->pixel_bytes;
-    multiply(call, buffers, layer->index, 0, tiles, call->pixel_bytes, call->image_bytes);
+    multiply(call, buffers, layer->index, NULL, 0, tiles, call->pixel_bytes, call->image_bytes);
     const size_t outputs = layer->copies * layer->rows;
     for (size_t tile = 0; tile < tiles; tile++)
         for (size_t copy = 0; copy < layer->copies; copy++) {
@@ -144,9 +169,9 @@ static void linear_tokens(const struct call *call, const struct buffers *buffers
                 .scale_step = 1,
                 .relu = layer->relu,
             };
-            call->dots->finish_inputs(&finish, buffers->z + mix * z_size(call, tiles) + i * z_row, z_row, layer->rows,
-                                      tbn_min(TBN_DOT_INPUTS, tokens - i), call->out + (first + i) * outputs + output,
-                                      outputs);
+            const int32_t *z = buffers->z + mix * z_size(call, tiles) + i * z_row;
+            call->dots->finish_inputs(&finish, z, z_row, layer->rows, tbn_min(TBN_DOT_INPUTS, tokens - i),
+                                      call->out + (first + i) * outputs + output, outputs);
         }
 }
 
@@ -211,44 +236,58 @@ static void spread(const uint8_t *bytes, size_t count, size_t size, uint8_t *out
     }
 }
 
-/* The bytes of one sample in its images, which hold zeros at their borders. */
-static void fill_images(const struct call *call, size_t sample, uint8_t *to) {
+/* A row of an image in planes. */
+static void fill_row_of_planes(const struct call *call, const float *x, float factor, uint8_t *row) {
     const struct tbn_conv *layer = call->conv;
-    const int binary = layer->activation == TBN_BINARY;
-    const size_t plane = call->height * call->width, images = call->groups * call->mixes;
-    const size_t channels = images * layer->channels;
-    const float *x = call->x + sample * channels * plane;
-    float factor;
-    call->scales[sample] = call->dots->measure(x, channels * plane, binary, call->scale, &factor);
-    for (size_t y = 0; y < call->height; y++) {
-        uint8_t *row = to + (y + layer->padding[0]) * call->unfolded_row + layer->padding[1] * call->unfolded_pixel;
-        if (!layer->channels_last) {
-            for (size_t image = 0; image < images; image++) {
-                /* The first channel of the column group; the others are `mixes` apart. */
-                const size_t first = image / call->mixes * layer->channels * call->mixes + image % call->mixes;
-                call->dots->bytes_of_planes(x + first * plane + y * call->width, plane * call->mixes, layer->channels,
-                                            call->width, binary, factor, row + image * call->unfolded_image,
-                                            call->unfolded_pixel);
-            }
-            continue;
-        }
-        const float *from = x + y * call->width * channels;
-        if (images == 1 && call->unfolded_pixel == channels) {
-            call->dots->bytes(from, call->width * channels, binary, factor, row);
-            continue;
-        }
-        call->dots->bytes(from, call->width * channels, binary, factor, call->whole);
+    const size_t plane = call->height * call->width, apart = call->unfolded ? call->unfolded_bytes : call->limb_bytes;
+    for (size_t image = 0; image < call->groups * call->mixes; image++) {
+        /* The first channel of the column group; the others are `mixes` apart. */
+        const size_t first = image / call->mixes * layer->channels * call->mixes + image % call->mixes;
+        call->dots->bytes_of_planes(x + first * plane, plane * call->mixes, layer->channels, call->width,
+                                    call->activation, factor, row + image * call->unfolded_image, call->unfolded_pixel,
+                                    apart);
+    }
+}
+
+/* A row of an image with the channels innermost. */
+static void fill_row(const struct call *call, const float *x, float factor, uint8_t *row) {
+    const struct tbn_conv *layer = call->conv;
+    const size_t images = call->groups * call->mixes, channels = images * layer->channels;
+    const size_t count = call->width * channels, apart = call->unfolded ? call->unfolded_bytes : call->limb_bytes;
+    if (images == 1 && call->unfolded_pixel == channels) {
+        call->dots->bytes(x, count, call->activation, factor, row, apart);
+        return;
+    }
+    call->dots->bytes(x, count, call->activation, factor, call->whole, call->whole_bytes);
+    for (size_t limb = 0; limb < call->limbs; limb++, row += apart) {
+        const uint8_t *whole = call->whole + limb * call->whole_bytes;
         if (images == 1) {
-            spread(call->whole, call->width, channels, row, call->unfolded_pixel);
+            spread(whole, call->width, channels, row, call->unfolded_pixel);
             continue;
         }
         const size_t group_channels = layer->channels * call->mixes;
         for (size_t i = 0; i < call->width * call->groups; i++) {
             const size_t group = i % call->groups;
-            deal_out(call->whole + i * group_channels, layer->channels, call->mixes,
+            deal_out(whole + i * group_channels, layer->channels, call->mixes,
                      row + group * call->mixes * call->unfolded_image + i / call->groups * call->unfolded_pixel,
                      call->unfolded_image);
         }
+    }
+}
+
+/* The bytes of one sample in its images, which hold zeros at their borders. */
+static void fill_images(const struct call *call, size_t sample, uint8_t *to) {
+    const struct tbn_conv *layer = call->conv;
+    const size_t plane = call->height * call->width, channels = call->groups * call->mixes * layer->channels;
+    const float *x = call->x + sample * channels * plane;
+    float factor;
+    call->scales[sample] = call->dots->measure(x, channels * plane, call->activation, call->scale, &factor);
+    for (size_t y = 0; y < call->height; y++) {
+        uint8_t *row = to + (y + layer->padding[0]) * call->unfolded_row + layer->padding[1] * call->unfolded_pixel;
+        if (layer->channels_last)
+            fill_row(call, x + y * call->width * channels, factor, row);
+        else
+            fill_row_of_planes(call, x + y * call->width, factor, row);
     }
 }
 
@@ -284,19 +323,20 @@ static void make_images(const struct call *call, size_t sample) {
     const size_t images = call->groups * call->mixes;
     uint8_t *to = call->bytes + sample * images * call->image_bytes;
     fill_images(call, sample, call->unfolded ? call->unfolded : to);
-    for (size_t image = 0; call->unfolded && image < images; image++)
-        fold_image(call, call->unfolded + image * call->unfolded_image, to + image * call->image_bytes);
+    for (size_t limb = 0; call->unfolded && limb < call->limbs; limb++)
+        for (size_t image = 0; image < images; image++)
+            fold_image(call, call->unfolded + limb * call->unfolded_bytes + image * call->unfolded_image,
+                       to + limb * call->limb_bytes + image * call->image_bytes);
 }
 
 /* The bytes of one token, dealt out to its column groups. */
 static void fill_token(const struct call *call, size_t token) {
     const struct tbn_linear *layer = call->linear;
-    const int binary = layer->activation == TBN_BINARY;
     const float *x = call->x + token * layer->inputs;
     float factor;
-    call->scales[token] = call->dots->measure(x, layer->inputs, binary, call->scale, &factor);
+    call->scales[token] = call->dots->measure(x, layer->inputs, call->activation, call->scale, &factor);
     uint8_t *out = call->bytes + token * call->pixel_bytes;
-    call->dots->bytes(x, layer->inputs, binary, factor, call->mixes == 1 ? out : call->whole);
+    call->dots->bytes(x, layer->inputs, call->activation, factor, call->mixes == 1 ? out : call->whole, 0);
     if (call->mixes > 1)
         deal_out(call->whole, layer->inputs / call->mixes, call->mixes, out, call->image_bytes);
 }
@@ -325,12 +365,53 @@ static size_t conv_steps(const struct call *call, struct tbn_dot_step *places) {
     return steps;
 }
 
+/* [rows][columns] -> [columns][rows] */
+static void transpose(const float *x, size_t rows, size_t columns, float *out) {
+    for (size_t row = 0; row < rows; row++)
+        for (size_t column = 0; column < columns; column++)
+            out[column * rows + row] = x[row * columns + column];
+}
+
+/* Looks a sample up: tables are made of planes. */
+static int look_up_sample(const struct call *call, size_t sample, size_t threads) {
+    const struct tbn_conv *layer = call->conv;
+    const size_t plane = call->height * call->width, channels = call->groups * call->mixes * layer->channels;
+    const size_t out_plane = call->out_height * call->out_width, out_channels = call->groups * layer->channels_out;
+    const float *x = call->x + sample * channels * plane;
+    float *out = call->out + sample * out_channels * out_plane;
+    if (!layer->channels_last)
+        return tbn_conv(layer->lookups, x, out, 1, call->height, call->width, call->alpha, call->bias, NULL,
+                        threads);
+    float *planes = malloc((channels * plane + out_channels * out_plane) * sizeof(float));
+    if (!planes)
+        return TBN_OUT_OF_MEMORY;
+    float *results = planes + channels * plane;
+    transpose(x, plane, channels, planes);
+    const int status =
+        tbn_conv(layer->lookups, planes, results, 1, call->height, call->width, call->alpha, call->bias, NULL, threads);
+    transpose(results, out_channels, out_plane, out);
+    free(planes);
+    return status;
+}
+
+/* Looks up what limbs do not stand for, each sample on its own, so that no other one changes its result. */
+static int look_up(const struct call *call, size_t threads) {
+    int status = TBN_OK;
+    for (size_t sample = 0; call->limbs > 1 && status == TBN_OK && sample < call->samples; sample++)
+        if (isnan(call->scales[sample]))
+            status = look_up_sample(call, sample, threads);
+    return status;
+}
+
 /* Allocates what all threads share, makes bytes of the inputs, and runs the units. */
-static int compute(struct call *call, size_t threads, const float *alpha, size_t outputs, size_t alpha_rows,
-                   size_t images, size_t slack, size_t whole) {
+static int compute(struct call *call, size_t threads, size_t outputs, size_t alpha_rows, size_t images, size_t slack,
+                   size_t whole) {
     const int folded = call->conv && call->conv->folded;
     struct tbn_scratch parts = {NULL, 0};
-    tbn_take(&parts, images * call->image_bytes + slack);
+    call->limb_bytes = tbn_round_up(images * call->image_bytes + slack, TBN_ALIGN);
+    call->whole_bytes = whole;
+    call->unfolded_bytes = call->groups * call->mixes * call->unfolded_image;
+    tbn_take(&parts, call->limbs * call->limb_bytes);
     const size_t at_scales = parts.used;
     tbn_take(&parts, call->samples * sizeof(float));
     const size_t at_places = parts.used;
@@ -338,26 +419,30 @@ static int compute(struct call *call, size_t threads, const float *alpha, size_t
     const size_t at_alphas = parts.used;
     tbn_take(&parts, outputs * sizeof(float));
     const size_t at_whole = parts.used;
-    tbn_take(&parts, whole);
-    const size_t at_unfolded = parts.used, unfolded = folded ? call->groups * call->mixes * call->unfolded_image : 0;
-    tbn_take(&parts, unfolded);
+    tbn_take(&parts, call->limbs * whole);
+    const size_t at_unfolded = parts.used;
+    tbn_take(&parts, folded ? call->limbs * call->unfolded_bytes : 0);
     char *memory = aligned_alloc(TBN_ALIGN, parts.used);
     if (!memory)
         return TBN_OUT_OF_MEMORY;
     float *alphas = (float *)(void *)(memory + at_alphas);
     for (size_t i = 0; i < outputs; i++)
-        alphas[i] = alpha[i / alpha_rows];
+        alphas[i] = call->alpha[i / alpha_rows];
     call->bytes = (uint8_t *)memory;
     call->scales = (float *)(void *)(memory + at_scales);
     call->places = (struct tbn_dot_step *)(void *)(memory + at_places);
     call->alphas = alphas;
     call->whole = (uint8_t *)memory + at_whole;
     call->unfolded = folded ? (uint8_t *)memory + at_unfolded : NULL;
-    if (folded) {
-        memset(call->unfolded, TBN_DOT_ZERO, unfolded);
-        memset(call->bytes + images * call->image_bytes, TBN_DOT_ZERO, slack);
-    } else
-        memset(call->bytes, TBN_DOT_ZERO, images * call->image_bytes + slack);
+    for (size_t limb = 0; limb < call->limbs; limb++) {
+        const int zero = limb ? 0 : TBN_DOT_ZERO;
+        uint8_t *bytes = call->bytes + limb * call->limb_bytes;
+        if (folded) {
+            memset(call->unfolded + limb * call->unfolded_bytes, zero, call->unfolded_bytes);
+            memset(bytes + images * call->image_bytes, zero, slack);
+        } else
+            memset(bytes, zero, images * call->image_bytes + slack);
+    }
     if (call->conv)
         conv_steps(call, call->places);
     else
@@ -369,16 +454,18 @@ static int compute(struct call *call, size_t threads, const float *alpha, size_t
             fill_token(call, sample);
     }
     tbn_parallel(tbn_min(threads, call->units), run, call);
+    const int status = atomic_load(&call->next) < call->units ? TBN_OUT_OF_MEMORY : look_up(call, threads);
     free(memory);
-    return atomic_load(&call->next) < call->units ? TBN_OUT_OF_MEMORY : TBN_OK;
+    return status;
 }
 
 int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, size_t tokens, const float *alpha,
                     const float *bias, const float *scale, size_t threads) {
     const size_t columns = layer->inputs / layer->mixes, outputs = layer->copies * layer->rows;
     struct call call = {
-        .dots = layer->kernels->dots, .kernels = layer->kernels, .linear = layer, .x = x, .out = out, .bias = bias,
-        .scale = scale,
+        .dots = layer->kernels->dots, .kernels = layer->kernels, .linear = layer, .x = x, .out = out, .alpha = alpha,
+        .bias = bias, .scale = scale,
+        .activation = (enum tbn_activation)layer->activation, .limbs = 1,
         .rows = layer->rows, .blocks = tbn_ceil_divide(layer->rows, TBN_DOT_ROWS), .groups = 1, .mixes = layer->mixes,
         .samples = tokens, .pixel_bytes = tbn_round_up(columns, TBN_DOT_BYTES),
     };
@@ -391,14 +478,15 @@ int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, 
     call.units = tbn_ceil_divide(tiles, call.tiles);
     call.image_bytes = tbn_round_up(tokens, TBN_DOT_INPUTS) * call.pixel_bytes;
     const size_t alpha_rows = layer->alpha_row_stride ? 1 : layer->alpha_copy_stride ? layer->rows : outputs;
-    return compute(&call, threads, alpha, outputs, alpha_rows, call.mixes, 0, layer->inputs);
+    return compute(&call, threads, outputs, alpha_rows, call.mixes, 0, layer->inputs);
 }
 
 int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
                   size_t width, const float *alpha, const float *bias, const float *scale, size_t threads) {
     struct call call = {
-        .dots = layer->kernels->dots, .kernels = layer->kernels, .conv = layer, .x = x, .out = out, .bias = bias,
-        .scale = scale,
+        .dots = layer->kernels->dots, .kernels = layer->kernels, .conv = layer, .x = x, .out = out, .alpha = alpha,
+        .bias = bias, .scale = scale,
+        .activation = (enum tbn_activation)layer->activation, .limbs = layer->activation == TBN_FLOAT ? TBN_LIMBS : 1,
         .rows = layer->rows, .blocks = tbn_ceil_divide(layer->rows, TBN_DOT_ROWS), .groups = layer->groups,
         .mixes = layer->mixes, .samples = samples, .height = height, .width = width,
         .out_height = tbn_output_size(layer, 0, height), .out_width = tbn_output_size(layer, 1, width),
@@ -414,7 +502,7 @@ int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size
     call.image_bytes = layer->folded ? call.out_height * call.row_bytes : call.unfolded_image;
     call.steps = conv_steps(&call, NULL);
     const size_t row_tiles = tbn_ceil_divide(call.out_width, TBN_DOT_INPUTS);
-    const size_t row_sums = call.mixes * z_size(&call, row_tiles) * sizeof(int32_t);
+    const size_t row_sums = call.mixes * z_size(&call, call.limbs * row_tiles) * sizeof(int32_t);
     call.band_rows = tbn_min(call.out_height, tbn_max(1, SUMS_BUDGET / row_sums));
     const size_t bands = tbn_ceil_divide(threads, samples * call.groups); /* enough for every thread */
     call.band_rows = tbn_min(call.band_rows, tbn_ceil_divide(call.out_height, bands));
@@ -424,7 +512,7 @@ int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size
     /* The last inputs of the last tile, and the last step of the last run, end behind the image. */
     const size_t slack =
         (TBN_DOT_INPUTS * layer->stride[1] + layer->kernel[1] * layer->dilation[1]) * call.pixel_bytes + TBN_DOT_BYTES;
-    return compute(&call, threads, alpha, call.groups * layer->channels_out, layer->alpha_rows,
+    return compute(&call, threads, call.groups * layer->channels_out, layer->alpha_rows,
                    samples * call.groups * call.mixes, slack,
                    layer->channels_last ? width * call.groups * layer->channels * call.mixes : 0);
 }

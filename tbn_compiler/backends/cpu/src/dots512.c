@@ -78,13 +78,14 @@ TARGET static void multiply_vnni(const struct tbn_dot *job) {
     }
 }
 
-/* 16 integers from -127 to 127 as floats are made of them, in float's rounding of halves to even. */
-INLINE __m512i integers_of(__m512 x, int binary, __m512 factor) {
-    if (binary)
+/* 16 integers as floats are made of them, in float's rounding of halves to even; those of int8 from -127 to 127. */
+INLINE __m512i integers_of(__m512 x, enum tbn_activation activation, __m512 factor) {
+    if (activation == TBN_BINARY)
         return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_set1_epi32(-1),
                                        _mm512_set1_epi32(1));
-    const __m512 most = _mm512_set1_ps(127.0f), least = _mm512_set1_ps(-127.0f);
-    x = _mm512_max_ps(_mm512_min_ps(_mm512_mul_ps(x, factor), most), least);
+    x = _mm512_mul_ps(x, factor);
+    if (activation == TBN_INT8)
+        x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(127.0f)), _mm512_set1_ps(-127.0f));
     return _mm512_cvt_roundps_epi32(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
@@ -92,51 +93,194 @@ INLINE __mmask16 first_lanes(size_t count) {
     return count < 16 ? (__mmask16)((1u << count) - 1u) : (__mmask16)0xffff;
 }
 
-TARGET static float measure(const float *x, size_t count, int binary, const float *fixed, float *factor) {
-    return measure_token(x, count, binary, fixed, factor);
+/* The bytes of floats in the low three of each lane: q + 2^23, the first limb on top. */
+INLINE __m512i limbs_of(__m512 x, __m512 factor) {
+    const __m512i q = integers_of(x, TBN_FLOAT, factor); /* 2^23 if the largest magnitude was rounded up */
+    return _mm512_add_epi32(_mm512_min_epi32(q, _mm512_set1_epi32((1 << 23) - 1)), _mm512_set1_epi32(1 << 23));
 }
 
-TARGET static void bytes(const float *x, size_t count, int binary, float factor, uint8_t *out) {
-    if (!binary && factor == 0.0f) { /* products with infinities and NaN are none */
-        memset(out, TBN_DOT_ZERO, count);
+/* The scale of floats. */
+INLINE float measure_floats(const float *x, size_t count, float *factor) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i largest[4];
+    __m512 sum[4];
+    UNROLL for (size_t i = 0; i < 4; i++) {
+        largest[i] = _mm512_setzero_si512();
+        sum[i] = _mm512_setzero_ps();
+    }
+    for (size_t first = 0; first < count; first += 64)
+        UNROLL for (size_t i = 0; i < 4; i++) {
+            const size_t at = first + i * 16;
+            const __mmask16 lanes = at < count ? first_lanes(count - at) : 0;
+            const __m512i bits = _mm512_and_si512(_mm512_maskz_loadu_epi32(lanes, x + at), magnitude);
+            largest[i] = _mm512_max_epu32(largest[i], bits);
+            sum[i] = _mm512_add_ps(sum[i], _mm512_castsi512_ps(bits));
+        }
+    const __m512i most =
+        _mm512_max_epu32(_mm512_max_epu32(largest[0], largest[1]), _mm512_max_epu32(largest[2], largest[3]));
+    const __m512 all = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+    return limb_scale_of(_mm512_reduce_max_epu32(most), (double)_mm512_reduce_add_ps(all), count, factor);
+}
+
+TARGET static float measure(const float *x, size_t count, enum tbn_activation activation, const float *fixed,
+                            float *factor) {
+    if (activation == TBN_FLOAT)
+        return measure_floats(x, count, factor);
+    return measure_token(x, count, activation == TBN_BINARY, fixed, factor);
+}
+
+TARGET static void bytes(const float *x, size_t count, enum tbn_activation activation, float factor, uint8_t *out,
+                         size_t apart) {
+    if (activation != TBN_BINARY && factor == 0.0f) { /* products with infinities and NaN are none */
+        for (size_t limb = 0; limb < (activation == TBN_FLOAT ? TBN_LIMBS : 1); limb++)
+            memset(out + limb * apart, limb ? 0 : TBN_DOT_ZERO, count);
         return;
     }
     const __m512 factors = _mm512_set1_ps(factor);
+    for (size_t i = 0; activation == TBN_FLOAT && i < count; i += 16) {
+        const __mmask16 lanes = first_lanes(count - i);
+        const __m512i u = limbs_of(_mm512_maskz_loadu_ps(lanes, x + i), factors);
+        _mm_mask_storeu_epi8(out + i, lanes, _mm512_cvtepi32_epi8(_mm512_srli_epi32(u, 16)));
+        _mm_mask_storeu_epi8(out + apart + i, lanes, _mm512_cvtepi32_epi8(_mm512_srli_epi32(u, 8)));
+        _mm_mask_storeu_epi8(out + 2 * apart + i, lanes, _mm512_cvtepi32_epi8(u));
+    }
+    if (activation == TBN_FLOAT)
+        return;
     const __m128i zero = _mm_set1_epi8((char)TBN_DOT_ZERO);
     for (size_t i = 0; i < count; i += 16) {
         const __mmask16 lanes = first_lanes(count - i);
-        const __m512i q = integers_of(_mm512_maskz_loadu_ps(lanes, x + i), binary, factors);
+        const __m512i q = integers_of(_mm512_maskz_loadu_ps(lanes, x + i), activation, factors);
         _mm_mask_storeu_epi8(out + i, lanes, _mm_xor_si128(_mm512_cvtepi32_epi8(q), zero));
     }
 }
 
-TARGET static void bytes_of_planes(const float *x, size_t plane, size_t channels, size_t positions, int binary,
-                                   float factor, uint8_t *out, size_t stride) {
-    const int blank = !binary && factor == 0.0f;
+/* The bytes of one position, 4 to each of 16 lanes, to the first `count` of 16 positions `stride` apart. */
+INLINE void store_fours(__m512i fours, size_t count, uint8_t *out, size_t stride) {
+    int32_t words[16] __attribute__((aligned(TBN_ALIGN)));
+    _mm512_store_si512(words, fours);
+    for (size_t i = 0; i < count; i++)
+        memcpy(out + i * stride, words + i, 4);
+}
+
+/* The low bytes of the lanes of four vectors, side by side in each lane. */
+INLINE __m512i low_bytes(const __m512i *q) {
+    const __m512i low = _mm512_set1_epi32(0xff);
+    const __m512i pair =
+        _mm512_or_si512(_mm512_and_si512(q[0], low), _mm512_slli_epi32(_mm512_and_si512(q[1], low), 8));
+    const __m512i other = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(q[2], low), 16), _mm512_slli_epi32(q[3], 24));
+    return _mm512_or_si512(pair, other);
+}
+
+/* `fours` [channel / 4] of 16 channels to the first `count` of 16 positions `stride` apart: 16 neighbouring bytes each. */
+INLINE void store_sixteens(const __m512i *fours, size_t count, uint8_t *out, size_t stride) {
+    /* In each quarter of the vectors 4 x 4 fours are transposed: bytes[i] has positions i, i + 4, i + 8 and i + 12. */
+    const __m512i a = _mm512_unpacklo_epi32(fours[0], fours[1]), b = _mm512_unpackhi_epi32(fours[0], fours[1]);
+    const __m512i c = _mm512_unpacklo_epi32(fours[2], fours[3]), d = _mm512_unpackhi_epi32(fours[2], fours[3]);
+    const __m512i bytes[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                              _mm512_unpackhi_epi64(b, d)};
+    __m128i positions[16];
+    UNROLL for (size_t i = 0; i < 4; i++) {
+        positions[4 * 0 + i] = _mm512_castsi512_si128(bytes[i]);
+        positions[4 * 1 + i] = _mm512_extracti32x4_epi32(bytes[i], 1);
+        positions[4 * 2 + i] = _mm512_extracti32x4_epi32(bytes[i], 2);
+        positions[4 * 3 + i] = _mm512_extracti32x4_epi32(bytes[i], 3);
+    }
+    if (count == 16) {
+        UNROLL for (size_t i = 0; i < 16; i++)
+            _mm_storeu_si128((__m128i *)(void *)(out + i * stride), positions[i]);
+    } else {
+        for (size_t i = 0; i < count; i++)
+            _mm_storeu_si128((__m128i *)(void *)(out + i * stride), positions[i]);
+    }
+}
+
+/* The bytes of `lanes` positions of four channels, of which the first `channels` exist, side by side: [limb]. */
+INLINE void four_planes(const float *x, size_t plane, size_t channels, __mmask16 lanes, enum tbn_activation activation,
+                        __m512 factors, __m512i *fours) {
+    __m512i q[4];
+    UNROLL for (size_t i = 0; i < 4; i++) {
+        const __m512 values = i < channels ? _mm512_maskz_loadu_ps(lanes, x + i * plane) : _mm512_setzero_ps();
+        if (activation == TBN_FLOAT)
+            q[i] = limbs_of(values, factors);
+        else
+            q[i] = i < channels ? integers_of(values, activation, factors) : _mm512_setzero_si512();
+    }
+    if (activation != TBN_FLOAT) {
+        fours[0] = _mm512_xor_si512(low_bytes(q), _mm512_set1_epi32((int)0x80808080));
+        return;
+    }
+    UNROLL for (size_t limb = TBN_LIMBS; limb-- > 0;) {
+        fours[limb] = low_bytes(q);
+        UNROLL for (size_t i = 0; i < 4; i++)
+            q[i] = _mm512_srli_epi32(q[i], 8);
+    }
+}
+
+/* 16 positions, or the first `count`, of all channels. */
+INLINE void sixteen_positions(const float *x, size_t plane, size_t channels, size_t count,
+                              enum tbn_activation activation, __m512 factors, uint8_t *out, size_t stride,
+                              size_t apart) {
+    const size_t limbs = activation == TBN_FLOAT ? TBN_LIMBS : 1;
+    const __mmask16 lanes = first_lanes(count);
+    size_t channel = 0;
+    for (; channel + 16 <= channels; channel += 16) {
+        __m512i fours[4][TBN_LIMBS];
+        UNROLL for (size_t i = 0; i < 4; i++)
+            four_planes(x + (channel + i * 4) * plane, plane, 4, lanes, activation, factors, fours[i]);
+        UNROLL for (size_t limb = 0; limb < limbs; limb++) {
+            const __m512i of_limb[4] = {fours[0][limb], fours[1][limb], fours[2][limb], fours[3][limb]};
+            store_sixteens(of_limb, count, out + limb * apart + channel, stride);
+        }
+    }
+    for (; channel < channels; channel += 4) {
+        __m512i fours[TBN_LIMBS];
+        four_planes(x + channel * plane, plane, channels - channel, lanes, activation, factors, fours);
+        UNROLL for (size_t limb = 0; limb < limbs; limb++)
+            store_fours(fours[limb], count, out + limb * apart + channel, stride);
+    }
+}
+
+TARGET static void bytes_of_planes(const float *x, size_t plane, size_t channels, size_t positions,
+                                   enum tbn_activation activation, float factor, uint8_t *out, size_t stride,
+                                   size_t apart) {
+    if (activation != TBN_BINARY && factor == 0.0f) { /* products with infinities and NaN are none */
+        for (size_t limb = 0; limb < (activation == TBN_FLOAT ? TBN_LIMBS : 1); limb++)
+            for (size_t i = 0; i < positions; i++)
+                memset(out + limb * apart + i * stride, limb ? 0 : TBN_DOT_ZERO, channels);
+        return;
+    }
     const __m512 factors = _mm512_set1_ps(factor);
-    const __m512i zero = _mm512_set1_epi32((int)0x80808080), low = _mm512_set1_epi32(0xff);
-    for (size_t first = 0; first < positions; first += 16) {
+    for (size_t first = 0; first < positions; first += 16, x += 16, out += 16 * stride) {
         const size_t count = positions - first < 16 ? positions - first : 16;
-        const __mmask16 lanes = first_lanes(count);
-        for (size_t channel = 0; channel < channels; channel += 4) {
-            __m512i four = zero;
-            if (!blank) {
-                __m512i q[4];
-                UNROLL for (size_t i = 0; i < 4; i++)
-                    q[i] = channel + i < channels
-                               ? integers_of(_mm512_maskz_loadu_ps(lanes, x + (channel + i) * plane + first), binary,
-                                             factors)
-                               : _mm512_setzero_si512();
-                const __m512i pair = _mm512_or_si512(_mm512_and_si512(q[0], low),
-                                                     _mm512_slli_epi32(_mm512_and_si512(q[1], low), 8));
-                const __m512i other = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(q[2], low), 16),
-                                                      _mm512_slli_epi32(q[3], 24));
-                four = _mm512_xor_si512(_mm512_or_si512(pair, other), zero);
-            }
-            int32_t words[16] __attribute__((aligned(TBN_ALIGN)));
-            _mm512_store_si512(words, four);
-            for (size_t i = 0; i < count; i++)
-                memcpy(out + (first + i) * stride + channel, words + i, 4);
+        if (activation == TBN_FLOAT)
+            sixteen_positions(x, plane, channels, count, TBN_FLOAT, factors, out, stride, apart);
+        else if (activation == TBN_INT8)
+            sixteen_positions(x, plane, channels, count, TBN_INT8, factors, out, stride, apart);
+        else
+            sixteen_positions(x, plane, channels, count, TBN_BINARY, factors, out, stride, apart);
+    }
+}
+
+/* 8 sums of limbs put together: whole numbers below 2^53, as no layer has 2^29 inputs. */
+INLINE __m256 combined(__m256i first, __m256i second, __m256i third) {
+    const __m512d low = _mm512_fmadd_pd(_mm512_cvtepi32_pd(second), _mm512_set1_pd(0x1p8), _mm512_cvtepi32_pd(third));
+    return _mm512_cvtpd_ps(_mm512_fmadd_pd(_mm512_cvtepi32_pd(first), _mm512_set1_pd(0x1p16), low));
+}
+
+TARGET static void combine(int32_t *z, size_t z_stride, size_t apart, const int32_t *correction, size_t rows,
+                           size_t inputs) {
+    for (size_t row = 0; row < rows; row += 16) {
+        const __m512i correct = _mm512_maskz_loadu_epi32(first_lanes(rows - row), correction + row);
+        for (size_t i = 0; i < inputs; i++) {
+            int32_t *sums = z + i * z_stride + row;
+            const __m512i first = _mm512_add_epi32(_mm512_load_si512(sums), correct);
+            const __m512i second = _mm512_load_si512(sums + apart), third = _mm512_load_si512(sums + 2 * apart);
+            const __m256 low = combined(_mm512_castsi512_si256(first), _mm512_castsi512_si256(second),
+                                        _mm512_castsi512_si256(third));
+            const __m256 high =
+                combined(_mm512_extracti64x4_epi64(first, 1), _mm512_extracti64x4_epi64(second, 1),
+                         _mm512_extracti64x4_epi64(third, 1));
+            _mm512_store_ps((float *)(void *)sums, _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1));
         }
     }
 }
@@ -155,9 +299,16 @@ struct row_block {
     __m512 alpha, bias;
 };
 
+/* The sums of an input: floats, or integers and their correction. */
+INLINE __m512 sums_of(const struct tbn_dot_finish *job, const int32_t *z, __m512i correction) {
+    const __m512i sums = _mm512_load_si512(z);
+    return job->correction ? _mm512_cvtepi32_ps(_mm512_add_epi32(sums, correction)) : _mm512_castsi512_ps(sums);
+}
+
 INLINE struct row_block row_block_of(const struct tbn_dot_finish *job, size_t row, __mmask16 lanes) {
     return (struct row_block){
-        .correction = _mm512_maskz_loadu_epi32(lanes, job->correction + row),
+        .correction =
+            job->correction ? _mm512_maskz_loadu_epi32(lanes, job->correction + row) : _mm512_setzero_si512(),
         .alpha = _mm512_maskz_loadu_ps(lanes, job->alpha + row),
         .bias = job->bias ? _mm512_maskz_loadu_ps(lanes, job->bias + row) : _mm512_setzero_ps(),
     };
@@ -168,10 +319,9 @@ INLINE void finish_block(const struct tbn_dot_finish *job, const int32_t *z, siz
                          __mmask16 lanes, size_t inputs, float *out, size_t step, int has_bias, int relu) {
     const struct row_block block = row_block_of(job, row, lanes);
     for (size_t i = 0; i < inputs; i++) {
-        const __m512i sum = _mm512_add_epi32(_mm512_load_si512(z + i * z_stride + row), block.correction);
+        const __m512 sum = sums_of(job, z + i * z_stride + row, block.correction);
         const __m512 scale = _mm512_set1_ps(job->scales[i * job->scale_step]);
-        const __m512 value =
-            finished(_mm512_cvtepi32_ps(sum), block.alpha, scale, has_bias ? &block.bias : NULL, relu);
+        const __m512 value = finished(sum, block.alpha, scale, has_bias ? &block.bias : NULL, relu);
         if (lanes == 0xffff)
             _mm512_storeu_ps(out + i * step + row, value);
         else
@@ -198,11 +348,11 @@ TARGET static void finish_by_rows(const struct tbn_dot_finish *job, const int32_
     const __mmask16 wanted = first_lanes(inputs);
     float by_input[16 * 16] __attribute__((aligned(TBN_ALIGN))), by_row[16 * 16] __attribute__((aligned(TBN_ALIGN)));
     for (size_t first = 0; first < rows; first += 16) {
-        const __m512i correction = _mm512_maskz_loadu_epi32(first_lanes(rows - first), job->correction + first);
-        UNROLL for (size_t i = 0; i < 16; i++) {
-            const __m512i sum = _mm512_add_epi32(_mm512_load_si512(z + i * z_stride + first), correction);
-            _mm512_store_ps(by_input + i * 16, _mm512_cvtepi32_ps(sum));
-        }
+        const __m512i correction = job->correction
+                                       ? _mm512_maskz_loadu_epi32(first_lanes(rows - first), job->correction + first)
+                                       : _mm512_setzero_si512();
+        UNROLL for (size_t i = 0; i < 16; i++)
+            _mm512_store_ps(by_input + i * 16, sums_of(job, z + i * z_stride + first, correction));
         transpose_block(by_input, 16, by_row, 16);
         for (size_t row = first; row < rows && row < first + 16; row++) {
             const __m512 bias = _mm512_set1_ps(job->bias ? job->bias[row] : 0.0f);
@@ -214,7 +364,7 @@ TARGET static void finish_by_rows(const struct tbn_dot_finish *job, const int32_
 }
 
 #define SHARED \
-    .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, \
+    .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, .combine = combine, \
     .finish_inputs = finish_inputs, .finish_rows = finish_by_rows
 
 const struct tbn_dots tbn_dots_vnni = {.begin = nothing, .end = nothing, .multiply = multiply_vnni, SHARED};

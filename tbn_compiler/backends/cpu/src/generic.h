@@ -102,6 +102,22 @@ TBN_INLINE float scale_of(uint32_t largest_bits, float *factor) {
     return largest / 127.0f;
 }
 
+/* The same of floats as integers of 24 bits, from their largest magnitude and the sum of all; see struct tbn_dots. */
+TBN_INLINE float limb_scale_of(uint32_t largest_bits, double sum, size_t count, float *factor) {
+    float largest, scale;
+    memcpy(&largest, &largest_bits, sizeof largest);
+    *factor = 0.0f;
+    if (largest == 0.0f)
+        return 0.0f;
+    if (!(largest >= 0x1p-100f && largest < 0x1p100f && (double)largest * (double)count <= TBN_LIMB_RANGE * sum))
+        return NAN;
+    /* 2^e <= largest < 2^(e + 1): the scale is 2^(e - 22), and the largest integer at most 2^23. */
+    const uint32_t exponent = largest_bits >> 23, scale_bits = (exponent - 22) << 23, factor_bits = (276 - exponent) << 23;
+    memcpy(&scale, &scale_bits, sizeof scale);
+    memcpy(factor, &factor_bits, sizeof *factor);
+    return scale;
+}
+
 /* The scale of inputs, or `*fixed` unless that is NULL, and the factor that makes int8 values of them; see schemas.py. */
 TBN_INLINE float measure_token(const float *x, size_t count, int binary, const float *fixed, float *factor) {
     *factor = 0.0f;

@@ -12,6 +12,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+enum tbn_activation { TBN_FLOAT = 0, TBN_INT8 = 1, TBN_BINARY = 2 };
+
 /* Largest vector, in bytes: alignment of tables, prepared tiles and scratch. */
 enum { TBN_ALIGN = 64 };
 
@@ -80,8 +82,18 @@ struct tbn_finish {
  * as bits and made bytes for two blocks at a time, which all tiles meet. Inputs of a tile may lie past the last one, and
  * bytes of a step past those that count, whose weights are made 0: there is memory to read, and nobody reads what comes
  * of it.
+ *
+ * Floats become integers of 24 bits, q = x / scale with a power of two for each sample, and these three bytes (limbs):
+ * q + 2^23 = 2^16 * limb 0 + 2^8 * limb 1 + limb 2. Their zeros are TBN_DOT_ZERO, 0 and 0, so that only the sums
+ * of the first limb have something to be taken off. Sums are put together without rounding, and rounded once.
  */
 enum { TBN_DOT_INPUTS = 16, TBN_DOT_ROWS = 16, TBN_DOT_BYTES = 64, TBN_DOT_ZERO = 128 };
+
+enum { TBN_LIMBS = 3 };
+
+/* Floats whose largest magnitude is more than so many times their mean magnitude, or not in [2^-100, 2^100), are looked
+   up: their integers would be too coarse for most of them, and scales and sums stay away from float's ends. */
+#define TBN_LIMB_RANGE 256.0
 
 /* Bytes of a step and block: weights of 4 neighbouring bytes of 16 rows, then those of the next 4. */
 enum { TBN_DOT_STEP = TBN_DOT_BYTES * TBN_DOT_ROWS };
@@ -106,7 +118,7 @@ struct tbn_dot {
 
 /* Results: value = (sum + correction) * alpha * scale + bias, and the larger of that and 0 if relu. */
 struct tbn_dot_finish {
-    const int32_t *correction;
+    const int32_t *correction; /* NULL: sums are floats, from `combine` */
     const float *alpha, *bias; /* these three: one for each row; `bias` may be NULL */
     const float *scales;       /* of the inputs, `scale_step` apart */
     size_t scale_step;         /* 0: all have the same */
@@ -118,13 +130,18 @@ struct tbn_dots {
     void (*begin)(void);
     void (*end)(void);
     void (*multiply)(const struct tbn_dot *job);
-    /* What stands for inputs: the scale, `*fixed` unless that is NULL, and the factor that makes them integers, 0 where
-       all of them become 0. */
-    float (*measure)(const float *x, size_t count, int binary, const float *fixed, float *factor);
-    void (*bytes)(const float *x, size_t count, int binary, float factor, uint8_t *out);
+    /* What stands for inputs: the scale, `*fixed` unless that is NULL or they stay floats, and the factor that makes them
+       integers, 0 where all of them become 0. The scale of floats is a NaN if they have to be looked up. */
+    float (*measure)(const float *x, size_t count, enum tbn_activation activation, const float *fixed, float *factor);
+    /* Limbs of floats lie `apart` bytes apart. */
+    void (*bytes)(const float *x, size_t count, enum tbn_activation activation, float factor, uint8_t *out,
+                  size_t apart);
     /* Bytes of `channels` planes `plane` elements apart, those of one position side by side, positions `stride` apart. */
-    void (*bytes_of_planes)(const float *x, size_t plane, size_t channels, size_t positions, int binary, float factor,
-                            uint8_t *out, size_t stride);
+    void (*bytes_of_planes)(const float *x, size_t plane, size_t channels, size_t positions,
+                            enum tbn_activation activation, float factor, uint8_t *out, size_t stride, size_t apart);
+    /* Puts the sums of limbs, `apart` elements apart, together, as floats in the place of those of the first limb. They
+       are of `inputs` inputs, whose sums lie `z_stride` apart, and of `rows` rows; `correction` is that of the first limb. */
+    void (*combine)(int32_t *z, size_t z_stride, size_t apart, const int32_t *correction, size_t rows, size_t inputs);
     /* Results of `rows` rows and `inputs` inputs of a tile, whose sums lie `z_stride` apart: those of an input side by
        side, inputs `step` elements apart; or those of a row side by side, rows `step` elements apart, with one scale. */
     void (*finish_inputs)(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,

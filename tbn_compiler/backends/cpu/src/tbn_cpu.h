@@ -15,8 +15,6 @@ TBN_EXPORT int tbn_interface(void);
 
 enum { TBN_OK = 0, TBN_OUT_OF_MEMORY = 1 };
 
-enum tbn_activation { TBN_FLOAT = 0, TBN_INT8 = 1, TBN_BINARY = 2 };
-
 /*
  * A linear layer. backends/cpu/library.py declares the same fields.
  *
@@ -56,6 +54,7 @@ struct tbn_conv {
     const int32_t *corrections; /* for products of bytes: [groups][mixes][rows] */
     int32_t channels_last;      /* products of bytes: input and output are [samples][height][width][channels] */
     int32_t folded;             /* products of bytes: images are folded, see dots.c */
+    const struct tbn_conv *lookups; /* products of bytes of floats: the same layer for tbn_conv */
 };
 
 /* Outputs along one axis. */
@@ -91,12 +90,13 @@ TBN_EXPORT int tbn_conv(const struct tbn_conv *layer, const float *x, float *out
                         size_t width, const float *alpha, const float *bias, const float *scale, size_t threads);
 
 /*
- * The same for int8 and binary activations with kernels that have `dots`. The index (struct tbn_dot) is one for each group,
- * and for each column group. The columns of a row are its bytes of an input: those of a linear layer from step to step,
- * those of a convolution for each row of its kernel, [column of the kernel][channel], if its dilation along a row is 1,
- * and else for each place in the kernel, [channel]. In a `folded` layer they are [column of the kernel][row][channel] for
- * the whole kernel, or else [row][channel] for each of its columns. Channels are filled up to a multiple of 4, a token's
- * bytes to whole steps; bits that fill up are those of weights that inputs of 0 meet, and corrections know them.
+ * The same with kernels that have `dots`; linear layers only with int8 and binary activations. The index (struct
+ * tbn_dot) is one for each group, and for each column group. The columns of a row are its bytes of an input: those of
+ * a linear layer from step to step, those of a convolution for each row of its kernel, [column of the
+ * kernel][channel], if its dilation along a row is 1, and else for each place in the kernel, [channel]. In a `folded`
+ * layer they are [column of the kernel][row][channel] for the whole kernel, or else [row][channel] for each of its
+ * columns. Channels are filled up to a multiple of 4, a token's bytes to whole steps; bits that fill up are those of
+ * weights that inputs of 0 meet, and corrections know them.
  */
 TBN_EXPORT int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, size_t tokens,
                                const float *alpha, const float *bias, const float *scale, size_t threads);
