@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tbn_compiler.backends.onnx import bits
+from tbn_compiler.backends.onnx.exact import write_exactly
 from tbn_compiler.errors import ExportError
 from tbn_compiler.graph.capture import quiet_export
 from tbn_compiler.torch_private import tree_leaves, tree_unflatten
@@ -126,6 +127,7 @@ def translate(program: ExportedProgram, inputs: Inputs, batched: Sequence[str], 
     """
     from onnxscript import optimizer
 
+    write_exactly(program, opset)
     try:
         # As in the trace: where gradients are wanted, attention has another memory layout.
         with torch.no_grad(), quiet_export():
