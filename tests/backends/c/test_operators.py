@@ -77,6 +77,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "broadcast of both": lambda m, x: x[0, 0, 0].view(1, 6, 1) - x[0, 0, 1].view(1, 1, 6),
     "a value and its transpose": lambda m, x: (2 * x)[..., :6, :] + (2 * x)[..., :6, :].mT,
     "in place on a transposed": lambda m, x: (y := 2 * x[..., :6, :]).relu() + (y + y.mT),
+    "in place as a statement": lambda m, x: (y := x + 1, F.silu(y, inplace=True), y.view(-1).mul_(2))[0],
     "stored": lambda m, x: torch.zeros(1, 4, 8, 6) + x * torch.arange(6) + torch.ones_like(x) + m.channel.exp(),
 }
 MOVES: dict[str, Callable[..., Any]] = {

@@ -88,3 +88,31 @@ def test_a_stored_mask_that_shows_every_query_a_key_is_left_alone() -> None:
         write_exactly(program, opset=18)
         targets = [node.target for node in program.graph.nodes]
         assert targets.count(torch.ops.aten.where.ScalarOther) == zeroed
+
+
+class InPlace(nn.Module):
+    """Activations and views that change a value whose result nothing reads; on request a counter, too."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.layer, self.act, self.counts = nn.Linear(8, 8), nn.SiLU(inplace=True), counts
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        self.act(y)
+        y[:, 0].relu_()
+        y.view(-1).add_(1)
+        if self.counts:
+            self.calls += 1
+        return y + self.calls
+
+
+def test_changes_in_place_are_seen_and_state_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config, inputs = tbn.TilingConfig(p=2, min_size=0), {"x": torch.randn(3, 8)}
+    module = tbn.transform(InPlace(counts=False), config)
+    tbn.export_onnx(module, inputs, tmp_path / "model.onnx")
+    assert_same(run(tmp_path / "model.onnx", inputs), expected(module, inputs))
+    with pytest.raises(tbn.ExportError, match="the model changes 'calls' while it runs: an ONNX file keeps no state"):
+        tbn.export_onnx(tbn.transform(InPlace(counts=True), config), inputs, tmp_path / "counter.onnx")
