@@ -31,6 +31,7 @@ class Function(nn.Module):
         self.row = nn.Parameter(torch.randn(1, 1, 8))
         self.channel = nn.Parameter(torch.randn(4, 1, 1))
         self.register_buffer("mask", torch.ones(6, 6, dtype=torch.bool).tril())
+        self.register_buffer("bytes", torch.arange(250, 256, dtype=torch.uint8))
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.function(self, *inputs)
@@ -79,6 +80,9 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "a value and its transpose": lambda m, x: (2 * x)[..., :6, :] + (2 * x)[..., :6, :].mT,
     "in place on a transposed": lambda m, x: (y := 2 * x[..., :6, :]).relu() + (y + y.mT),
     "in place as a statement": lambda m, x: (y := x + 1, F.silu(y, inplace=True), y.view(-1).mul_(2))[0],
+    "stored bytes": lambda m, x: (
+        x * m.bytes + (x + m.bytes[0]) + torch.cat([x, m.bytes.expand(1, 4, 1, 6)], 2)[:, :, 1:]
+    ),
     "stored": lambda m, x: torch.zeros(1, 4, 8, 6) + x * torch.arange(6) + torch.ones_like(x) + m.channel.exp(),
 }
 MOVES: dict[str, Callable[..., Any]] = {
