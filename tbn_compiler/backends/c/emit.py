@@ -134,7 +134,8 @@ def emit_host_main(name: str, scratch: str, header: str) -> str:
 
 def _context(plan: Plan, vectors: Vectors | None) -> dict[str, object]:
     ports = [port.name for port in (*plan.inputs, *plan.outputs)]
-    scratch = ["scratch"] if plan.scratch == "caller" else []
+    # An array, or a union whose address is taken.
+    scratch = [] if plan.scratch == "static" else ["&scratch" if "int32_t" in plan.scratch_types else "scratch"]
     tested = [f"{plan.name}_test_{port.name}" for port in plan.inputs] + [port.name for port in plan.outputs]
     return {
         "plan": plan,

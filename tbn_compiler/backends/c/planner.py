@@ -44,7 +44,7 @@ from tbn_compiler.backends.c.plan import (
 )
 from tbn_compiler.backends.c.registry import Context, implement
 
-_LOCAL_NAMES = ("input", "output", "scratch", "memory", "i", "j")
+_LOCAL_NAMES = ("input", "output", "scratch", "memory", "integers", "i", "j")
 
 assert kernels  # imported so that the implementations are registered
 
