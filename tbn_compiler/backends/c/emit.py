@@ -18,6 +18,7 @@ import jinja2
 import numpy as np
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.interface import Interface
 from tbn_compiler.backends.c.plan import C_TYPES, Argument, At, Call, Index, Plan, Struct, Workspace
 from tbn_compiler.backends.c.tiled_instances import INSTANCES
 
@@ -126,9 +127,12 @@ def emit_package_file(file: str, plan: Plan, vectors: Vectors) -> str:
     return _environment().get_template(f"package/{file}").render(_context(plan, vectors))
 
 
-def emit_host_main(name: str, scratch: str, header: str) -> str:
+def emit_host_main(interface: Interface, header: str) -> str:
     """A main program that runs the model on vectors from standard input."""
-    context = {"name": name, "macro": name.upper(), "scratch": scratch, "header": header}
+    arguments = [f"input_{index}" for index in range(len(interface.inputs))]
+    arguments += [f"output_{index}" for index in range(len(interface.outputs))]
+    arguments += ["scratch"] if interface.takes_scratch else []
+    context = {"interface": interface, "header": header, "types": C_TYPES, "arguments": ", ".join(arguments)}
     return _environment().get_template("file/host_main.c").render(context)
 
 
