@@ -6,12 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from tbn_compiler.backends.c.names import macro_prefix
 from tbn_compiler.errors import ExportError
 
-_DTYPES = {"float": np.dtype(np.float32), "int32_t": np.dtype(np.int32)}
+_DTYPES: dict[str, np.dtype[Any]] = {"float": np.dtype(np.float32), "int32_t": np.dtype(np.int32)}
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Argument:
 
     name: str
     size: int
-    dtype: np.dtype[np.float32] | np.dtype[np.int32]
+    dtype: np.dtype[Any]
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,9 @@ def read_interface(header: Path) -> Interface:
             parts = re.fullmatch(r"(const )?(\w+) \*(\w+)", parameter)
             if parts is None or parts[2] not in _DTYPES:
                 raise ExportError(f"{header}: {name}_run takes {parameter!r}: it is not a header of this compiler")
-            size = sizes[f"{name}_{parts[3]}_SIZE".upper()]
+            size = sizes[f"{macro_prefix(name)}_{parts[3].upper()}_SIZE"]
             (inputs if parts[1] else outputs).append(Argument(parts[3], size, _DTYPES[parts[2]]))
-        scratch_bytes = sizes[f"{name.upper()}_SCRATCH_BYTES"] if takes_scratch else 0
+        scratch_bytes = sizes[f"{macro_prefix(name)}_SCRATCH_BYTES"] if takes_scratch else 0
     except KeyError as error:
         raise ExportError(f"{header} does not define {error.args[0]}: it is not a header of this compiler") from error
     prototype = found[0].rstrip(";")

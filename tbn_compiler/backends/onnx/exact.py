@@ -41,7 +41,7 @@ def write_exactly(program: ExportedProgram, opset: int) -> None:
 
 
 def _rewrite_pool(node: fx.Node) -> None:
-    arguments, dims = named_arguments(node), _DIMS[node.target]  # type: ignore[index]
+    arguments, dims = named_arguments(node), _DIMS[node.target]
     kernel, padding, dilation = (
         _sizes(arguments.get(name), dims, default)
         for name, default in (("kernel_size", 1), ("padding", 0), ("dilation", 1))
@@ -109,7 +109,8 @@ def _stored(program: ExportedProgram, node: fx.Node) -> Tensor | None:
     """The parameter, buffer or constant that a node of the graph is, or ``None``."""
     for spec in program.graph_signature.input_specs:
         if getattr(spec.arg, "name", None) == node.name and spec.target is not None:
-            return program.constants.get(spec.target, program.state_dict.get(spec.target))
+            stored = program.constants.get(spec.target, program.state_dict.get(spec.target))
+            return stored if isinstance(stored, Tensor) else None
     return None
 
 
