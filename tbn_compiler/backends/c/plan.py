@@ -274,8 +274,8 @@ class Plan:
         if self.scratch == "caller":
             return {"float": "memory", "int32_t": "integers"}
         block = f"{self.name}_scratch"
-        if self.scratch_types == ("float",):
-            return {"float": block}
+        if len(self.scratch_types) == 1:
+            return {self.scratch_types[0]: block}
         return {"float": f"{block}.floats", "int32_t": f"{block}.integers"}
 
     @property

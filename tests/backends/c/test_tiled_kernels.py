@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -227,3 +228,14 @@ def test_the_plan_says_why_a_layer_has_a_slower_kernel(tmp_path: Path) -> None:
         module = tbn.lower(tbn.transform(layer, tbn.TilingConfig(min_size=0, **options)))  # type: ignore[arg-type]
         plan = export_c(module, torch.zeros(1, layer.in_channels, 5, 5), tmp_path / "net.c")
         assert [step.choice for step in plan.steps] == [why]
+
+
+def test_kernels_read_as_if_a_person_wrote_them(tmp_path: Path) -> None:
+    """Where a pass has one lane there is no index, loop or array of lanes, which an analyser would find outgrown."""
+    for bits, target in itertools.product((4, 8), ("cortex-m4", FIXED_TARGET)):
+        module = tbn.transform(nn.Linear(784, bits), tbn.TilingConfig(p=1, min_size=0))
+        plan = export_c(module, torch.zeros(1, 784), tmp_path / "net.c", target=target)  # type: ignore[arg-type]
+        assert f"bucket{bits}x1" in plan.steps[0].kernel
+        text = (tmp_path / "net.c").read_text()
+        for odd in ("[-0]", "* 1]", "lane", "buckets)[1]", "bucket += 16" if bits == 4 else "[-0]"):
+            assert odd not in text, odd

@@ -43,8 +43,8 @@ static const {{ name }}_{{ struct.type }} {{ name }}_{{ symbol }} = {
 
 {% endif %}
 {% if plan.scratch == "static" and plan.scratch_bytes %}
-{% if plan.scratch_types == ("float",) %}
-static float {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES / sizeof(float)];
+{% if plan.scratch_types | length == 1 %}
+static {{ plan.scratch_types[0] }} {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES / sizeof({{ plan.scratch_types[0] }})];
 {% else %}
 {{ scratch_union(name ~ "_scratch", macro ~ "_SCRATCH_BYTES") }}
 {% endif %}
