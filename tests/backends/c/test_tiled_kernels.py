@@ -202,12 +202,14 @@ def test_short_rows_take_lookups_and_small_tiles_little_padding() -> None:
 
 def test_a_few_long_rows_have_a_kernel_whatever_it_fills_up() -> None:
     """Three rows of 72 signs are 27 bytes, and 36 in every order that a kernel reads."""
-    for rows in range(1, 8):
-        for inputs in range(1, 400):
-            for target in ("generic", FIXED_TARGET):
-                chosen, _ = tiled_rows.choose(rows, inputs, Options(target=target))  # type: ignore[arg-type]
-                found = tiled_rows.candidates(rows, inputs, Options(target=target))  # type: ignore[arg-type]
-                smallest = min(candidate.table_bytes for candidate in found if 4 * candidate.memory <= 1024)
+    for optimize, memory in (("balanced", 1024), ("speed", 4096)):
+        for target in ("generic", FIXED_TARGET):
+            options = Options(optimize=optimize, target=target)  # type: ignore[arg-type]
+            shapes = [*itertools.product(range(1, 8), range(1, 400)), *itertools.product(range(8, 40), range(1, 66))]
+            for rows, inputs in shapes:
+                chosen, _ = tiled_rows.choose(rows, inputs, options)
+                found = tiled_rows.candidates(rows, inputs, options)
+                smallest = min(candidate.table_bytes for candidate in found if 4 * candidate.memory <= memory)
                 assert chosen.table_bytes <= max(smallest, 9 / 8 * -(-rows * inputs // 8) + 4)
 
 
