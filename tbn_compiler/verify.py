@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Difference:
         name: name of the output.
         shape: its shape.
         absolute: the largest absolute difference.
-        relative: the same over the largest magnitude in the model's output.
+        relative: the same over the largest magnitude in the model's output; infinite for integers that differ.
         top1: share of the vectors along the last axis whose largest element is at the same place in both; ``None``
             for an output without such a choice.
     """
@@ -54,14 +55,17 @@ def compare(name: str, actual: np.ndarray, expected: np.ndarray) -> Difference:
     """Compare an output of a file with the model's; the file's may be flat.
 
     Raises:
-        ExportError: they differ in size.
+        ExportError: they differ in size, or are empty.
     """
+    if not expected.size:
+        raise ExportError(f"output {name!r} of the model has the shape {expected.shape}: there is nothing to compare")
     if actual.size != expected.size:
         raise ExportError(f"output {name!r} has the shape {actual.shape} in the file and {expected.shape} in the model")
+    whole = expected.dtype.kind != "f"  # indices and the like are right or wrong
     actual = actual.reshape(expected.shape).astype(np.float64)
     expected = expected.astype(np.float64)
     absolute = float(np.abs(actual - expected).max(initial=0.0))
-    largest = float(np.abs(expected).max(initial=0.0))
+    largest = 0.0 if whole else float(np.abs(expected).max(initial=0.0))
     relative = absolute / largest if largest else (0.0 if absolute == 0 else math.inf)
     top1 = None
     if expected.ndim >= 2 and expected.shape[-1] > 1 and expected.size:
@@ -97,31 +101,34 @@ class OnnxFile:
         except Exception as error:  # its exceptions have no common base class
             raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
 
-    def random_inputs(self, batch: int, generator: np.random.Generator) -> Arrays:
-        """Normally distributed inputs of the file's shapes; integers are 0 or 1. Free dimensions become ``batch``."""
+    def random_inputs(
+        self, batch: int, generator: np.random.Generator, shapes: Sequence[Sequence[int]] | None = None
+    ) -> Arrays:
+        """Random inputs of the file's dtypes, of its shapes or those given. Free dimensions become ``batch``.
+
+        Raises:
+            ExportError: another number of shapes, or a dtype without random inputs.
+        """
+        values = self._session.get_inputs()
+        if shapes is None:
+            shapes = [[size if isinstance(size, int) else batch for size in value.shape] for value in values]
+        if len(shapes) != len(values):
+            raise ExportError(f"the file has {len(values)} inputs, got {len(shapes)} shapes")
         inputs: Arrays = {}
-        for value in self._session.get_inputs():
-            shape = [size if isinstance(size, int) else batch for size in value.shape]
-            if value.type == "tensor(float)":
-                inputs[value.name] = generator.standard_normal(shape, dtype=np.float32)
-            elif value.type in _DTYPES:
-                inputs[value.name] = generator.integers(0, 2, shape).astype(_DTYPES[value.type])
-            else:
+        for value, shape in zip(values, shapes, strict=True):
+            if value.type not in _DTYPES:
                 raise ExportError(f"input {value.name!r} is a {value.type}: give stored inputs")
+            inputs[value.name] = _random(shape, np.dtype(_DTYPES[value.type]), generator)
         return inputs
 
-    def name_inputs(self, arrays: Mapping[str, np.ndarray], *, by_order: bool = False) -> Arrays:
-        """Inputs by the file's names, in its dtypes; a single one may have any name, and all with ``by_order``.
+    def name_inputs(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """Inputs by the file's names, in its dtypes; a single one may have any name.
 
         Raises:
             ExportError: the names or the number are not those of the file's inputs.
         """
         values = self._session.get_inputs()
-        names = [value.name for value in values]
-        if len(arrays) == len(values) and (by_order or len(values) == 1):
-            arrays = dict(zip(names, arrays.values(), strict=True))
-        if arrays.keys() != set(names):
-            raise ExportError(f"stored inputs are named {sorted(arrays)}, the file's are {names}")
+        arrays = _by_name(arrays, [value.name for value in values])
         return {value.name: arrays[value.name].astype(_DTYPES.get(value.type), copy=False) for value in values}
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
@@ -137,28 +144,83 @@ class OnnxFile:
             raise ExportError(f"ONNX Runtime cannot run the file on these inputs: {error}") from error
 
 
-def run_c(path: str | os.PathLike[str], inputs: Mapping[str, np.ndarray], name: str, scratch: str) -> Arrays:
-    """The output of an exported C file, compiled on this computer; ``name`` and ``scratch`` as in the export.
+class CFile:
+    """An exported C file, compiled on this computer.
 
     Raises:
-        ExportError: there is no C compiler, or the file does not compile or does not take these inputs.
+        ExportError: it is no file, its header beside it is missing, or is not that of such an export.
     """
-    from tbn_compiler.backends.c import host
 
-    if len(inputs) != 1:
-        raise ExportError(f"a C file has one input, got {sorted(inputs)}")
-    if not Path(path).is_file():
-        raise ExportError(f"{path} is no file")
-    return {"output": host.run(path, next(iter(inputs.values())), name=name, scratch=scratch)}
+    def __init__(self, path: str | os.PathLike[str], name: str | None = None, scratch: str | None = None) -> None:
+        from tbn_compiler.backends.c.interface import read_interface
+
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise ExportError(f"{path} is no file")
+        self._interface = read_interface(self._path.with_suffix(".h"))
+        owner = "caller" if self._interface.takes_scratch else "static"
+        if name not in (None, self._interface.name):
+            raise ExportError(f"{path} has the name {self._interface.name!r}, not {name!r}")
+        if scratch not in (None, owner):
+            raise ExportError(f"{path} was exported with scratch={owner!r}, not {scratch!r}")
+
+    def random_inputs(self, shapes: Sequence[Sequence[int]], generator: np.random.Generator) -> Arrays:
+        """Random inputs of these shapes in the file's dtypes.
+
+        Raises:
+            ExportError: another number of shapes.
+        """
+        arguments = self._interface.inputs
+        if len(shapes) != len(arguments):
+            raise ExportError(f"the file has {len(arguments)} inputs, got {len(shapes)} shapes")
+        return {a.name: _random(s, a.dtype, generator) for a, s in zip(arguments, shapes, strict=True)}
+
+    def name_inputs(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """Inputs by the file's names, in its order and dtypes; a single one may have any name.
+
+        Raises:
+            ExportError: the names or the number are not those of the file's inputs.
+        """
+        arrays = _by_name(arrays, [argument.name for argument in self._interface.inputs])
+        return {a.name: arrays[a.name].astype(a.dtype, copy=False) for a in self._interface.inputs}
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """The outputs by name, those of all runs one behind the other.
+
+        Raises:
+            ExportError: there is no C compiler, or the file does not compile or does not take these inputs.
+        """
+        from tbn_compiler.backends.c import host
+
+        return host.run_arrays(self._path, list(inputs.values()))
+
+
+def _random(shape: Sequence[int], dtype: np.dtype[Any], generator: np.random.Generator) -> np.ndarray:
+    """Normally distributed numbers; integers are 0 or 1."""
+    if dtype.kind == "f":
+        return generator.standard_normal(shape, dtype=np.float32)
+    return generator.integers(0, 2, shape).astype(dtype)
+
+
+def _by_name(arrays: Mapping[str, np.ndarray], names: list[str]) -> Mapping[str, np.ndarray]:
+    if len(arrays) == len(names) == 1:
+        return dict(zip(names, arrays.values(), strict=True))
+    if arrays.keys() != set(names):
+        raise ExportError(f"stored inputs are named {sorted(arrays)}, the file's are {names}")
+    return arrays
 
 
 def verify(actual: Mapping[str, np.ndarray], module: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[Difference]:
     """Compare the outputs of a file with those of the model on the same inputs.
 
     Raises:
-        ExportError: the number or the sizes of the outputs differ.
+        ExportError: the number or the sizes of the outputs differ, they are empty, or the model fails on the inputs.
     """
-    expected = run_model(module, inputs)
+    try:
+        expected = run_model(module, inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        raise ExportError(f"the model does not run on {shapes}: {error}") from error
     if len(actual) != len(expected):
         raise ExportError(f"the file has {len(actual)} outputs, the model {len(expected)}")
     return [compare(name, value, wanted) for (name, value), wanted in zip(actual.items(), expected, strict=True)]

@@ -1,3 +1,4 @@
+import contextlib
 import sys
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 import tbn_compiler as tbn
 from tbn_compiler.backends.c.host import find_compiler
 from tbn_compiler.cli import main
+from tbn_compiler.cli.arrays import load_arrays
 from tbn_compiler.verify import compare
 
 FACTORY = """
@@ -26,6 +28,11 @@ class Embedder(nn.Module):
 
     def forward(self, ids, scale):
         return self.layer(self.embedding(ids)) * scale, scale
+
+class Chooser(Embedder):
+    def forward(self, ids, scale):
+        scores = super().forward(ids, scale)[0]
+        return scores, scores.argmax(-1)
 """
 TILING = ("--min-size", 0)
 
@@ -107,7 +114,9 @@ def test_several_inputs_and_outputs(capsys, factory):
     assert "output_0" in out
     assert "output_1" in out
     np.savez("x.npz", scale=np.ones((3, 1)), ids=np.array([3, 0, 2], np.int32))
-    assert run(capsys, "verify", "net.onnx", f"{factory}:Embedder", *TILING, "--inputs", "x.npz")[0] == 0
+    verify = ("verify", "net.onnx", f"{factory}:Embedder", *TILING)
+    assert run(capsys, *verify, "--inputs", "x.npz")[0] == 0
+    assert run(capsys, *verify, "--input", "5", "--input", "5,1")[0] == 0
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="needs a C compiler")
@@ -124,6 +133,56 @@ def test_c(capsys, factory):
     status, _, err = run(capsys, "verify", "net.c", f"{factory}:mlp", *TILING)
     assert status == 1
     assert "give --input or --inputs" in err
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="needs a C compiler")
+def test_c_with_integers_several_arrays_and_a_batch(capsys, factory):
+    """The header says the names, the types and who owns the scratch memory."""
+    module, config = sys.modules[factory], tbn.TilingConfig(p=4, min_size=0)
+    inputs = (torch.tensor([1, 2]), torch.randn(2, 1))
+    tbn.export_c(tbn.transform(module.Chooser(), config), inputs, "net.c", name="Net", scratch="caller")
+    verify = ("verify", "net.c", f"{factory}:Chooser", *TILING)
+    status, out, err = run(capsys, *verify, "--input", "6", "--input", "6,1")
+    assert status == 0, err
+    assert "6x8" in out
+    np.savez("x.npz", scale=np.ones((4, 1)), ids=np.array([3, 0, 2, 1]))
+    assert run(capsys, *verify, "--inputs", "x.npz")[0] == 0
+    np.savez("wrong.npz", scale=np.ones((4, 1)), token=np.array([3, 0, 2, 1]))
+    np.savez("long.npz", scale=np.ones((6, 1)), ids=np.array([3, 0, 2, 1]))
+    for arguments, message in (
+        (("--input", "6"), "the file has 2 inputs, got 1 shapes"),
+        (("--input", "3", "--input", "3,1"), "input 'ids' of net.c has 2 elements, which [3] is no multiple of"),
+        (("--inputs", "wrong.npz"), "stored inputs are named ['scale', 'token'], the file's are ['ids', 'scale']"),
+        (("--inputs", "long.npz"), "are enough for 2, 3 runs"),
+        (("--inputs", "x.npz", "--name", "model"), "net.c has the name 'Net', not 'model'"),
+        (("--inputs", "x.npz", "--scratch", "static"), "net.c was exported with scratch='caller', not 'static'"),
+    ):
+        status, out, err = run(capsys, *verify, *arguments)
+        assert (status, out) == (1, "")
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def damaged(content):
+    """Copies of a file with bytes that were cut off or changed."""
+    for at in range(0, len(content), 7):
+        yield content[:at]
+        yield content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+
+
+def test_damaged_arrays_are_read_or_refused(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", input=np.arange(40), other=np.ones(3))
+    np.save(tmp_path / "x.npy", np.arange(10))
+    for name in ("x.npz", "x.npy"):
+        path = tmp_path / name
+        for content in damaged(path.read_bytes()):
+            path.write_bytes(content)
+            with contextlib.suppress(tbn.ConfigError):
+                assert all(isinstance(array, np.ndarray) for array in load_arrays(path).values())
+    for array, message in ((np.zeros((0, 16)), "nothing to compare"), (np.array(["a"]), "holds no numbers")):
+        np.save(path, array)
+        with pytest.raises(tbn.ConfigError, match=message):
+            load_arrays(path)
 
 
 @pytest.mark.parametrize(
@@ -158,3 +217,7 @@ def test_compare():
     assert not compare("y", np.ones(3, np.float32), np.zeros(3, np.float32)).within(1e9)
     with pytest.raises(tbn.ExportError, match="has the shape"):
         compare("y", np.zeros(3), expected)
+    with pytest.raises(tbn.ExportError, match="nothing to compare"):
+        compare("y", np.zeros((0, 4)), np.zeros((0, 4)))
+    assert not compare("y", np.array([40000]), np.array([40001])).within(1)
+    assert compare("y", np.array([7]), np.array([7])).within(0)

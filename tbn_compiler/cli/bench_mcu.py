@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from tbn_compiler.cli.arrays import load_arrays
 from tbn_compiler.cli.models import parse_positive
 from tbn_compiler.errors import ConfigError
 
@@ -53,10 +53,11 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from tbn_compiler.backends.c.mcu import CPUS, measure, read_interface
+    from tbn_compiler.backends.c.interface import read_interface
+    from tbn_compiler.backends.c.mcu import CPUS, measure
 
     if arguments.vectors is None:
-        size = sum(read_interface(arguments.source.with_suffix(".h")).inputs)
+        size = read_interface(arguments.source.with_suffix(".h")).input_size
         inputs, outputs = np.random.default_rng(0).standard_normal((arguments.count, size)), None
     else:
         inputs, outputs = _load(arguments.vectors, arguments.count)
@@ -69,12 +70,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _load(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name][:count] for name in file.files}
-        return arrays["inputs"], arrays.get("outputs")
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path} is not an .npz file with an array 'inputs': {error}") from error
+    arrays = load_arrays(path)
+    if "inputs" not in arrays or not arrays["inputs"].ndim:
+        raise ConfigError(f"{path} is not an .npz file with an array 'inputs': it has {sorted(arrays)}")
+    return arrays["inputs"][:count], arrays["outputs"][:count] if "outputs" in arrays else None
 
 
 def _frames_per_second(result: Measurement) -> float | None:

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from tbn_compiler.cli.arrays import load_arrays
 from tbn_compiler.cli.models import add_model, load_model, parse_positive, parse_shape
 from tbn_compiler.compiler import lower
 from tbn_compiler.errors import ExportError
-from tbn_compiler.verify import Arrays, Difference, OnnxFile, run_c, verify
+from tbn_compiler.verify import CFile, Difference, OnnxFile, verify
 
 
 def add_parser(commands: Any) -> None:
@@ -45,9 +46,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, help="largest relative error to accept (default: %(default)s)"
     )
-    parser.add_argument("--name", default="model", help="prefix of the symbols of a C file (default: %(default)s)")
+    parser.add_argument("--name", help="prefix of the symbols of a C file, to be checked (default: as in its header)")
     parser.add_argument(
-        "--scratch", choices=("static", "caller"), default="static", help="of a C file (default: %(default)s)"
+        "--scratch", choices=("static", "caller"), help="of a C file, to be checked (default: as in its header)"
     )
     parser.set_defaults(run=_run)
 
@@ -61,25 +62,19 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{arguments.model} gives other weights at every call, with which no file can be compared: give the "
             "checkpoint with --against"
         )
-    stored = None if arguments.inputs is None else _load_inputs(arguments.inputs)
+    stored = None if arguments.inputs is None else load_arrays(arguments.inputs)
     generator = np.random.default_rng(arguments.seed)
-    if stored is None and arguments.input:
-        stored = {
-            f"input_{index}": generator.standard_normal(shape, dtype=np.float32)
-            for index, shape in enumerate(arguments.input)
-        }
+    file: OnnxFile | CFile
     if arguments.file.suffix == ".onnx":
-        onnx_file = OnnxFile(arguments.file)
-        if stored is None:
-            inputs = onnx_file.random_inputs(arguments.batch, generator)
-        else:
-            inputs = onnx_file.name_inputs(stored, by_order=arguments.inputs is None)
-        actual = onnx_file.run(inputs)
+        file = OnnxFile(arguments.file)
+        random = file.random_inputs(arguments.batch, generator, arguments.input) if stored is None else {}
     else:
-        if stored is None:
+        file = CFile(arguments.file, arguments.name, arguments.scratch)
+        if stored is None and not arguments.input:
             raise ExportError("a C file does not say the shape of its input: give --input or --inputs")
-        inputs = stored
-        actual = run_c(arguments.file, inputs, arguments.name, arguments.scratch)
+        random = file.random_inputs(arguments.input, generator) if stored is None else {}
+    inputs = random if stored is None else file.name_inputs(stored)
+    actual = file.run(inputs)
     differences = verify(actual, lower(model), inputs)
     Console().print(_table(differences, arguments.tolerance))
     return 0 if all(difference.within(arguments.tolerance) for difference in differences) else 1
@@ -91,16 +86,6 @@ def _are_equal(first: nn.Module, second: nn.Module) -> bool:
     return states[0].keys() == states[1].keys() and all(
         torch.equal(value, states[1][key]) for key, value in states[0].items() if isinstance(value, torch.Tensor)
     )
-
-
-def _load_inputs(path: Path) -> Arrays:
-    if path.suffix not in (".npy", ".npz"):
-        raise ExportError(f"stored inputs must be .npy or .npz, got {path}")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ExportError(f"cannot read {path}: {error}") from error
-    return {"input": loaded} if path.suffix == ".npy" else dict(loaded)
 
 
 def _table(differences: list[Difference], tolerance: float) -> Table:

@@ -55,7 +55,8 @@ def export_c(
             ``int32_t`` in C. They fix every shape, the batch (usually 1) included.
         path: the ``.c`` file to write, beside which the header goes; with ``package`` the folder. All files are
             written, or none.
-        name: prefix of every symbol, so that several models link into one program.
+        name: prefix of every symbol, so that several models link into one program; that of macros is in capitals, or as
+            it is if it has capitals already.
         scratch: ``"static"``, intermediate results lie in one static block, or ``"caller"``, the run function takes
             ``void *scratch`` with ``<NAME>_SCRATCH_BYTES`` bytes aligned for float, and is reentrant.
         optimize: what kernels are chosen for: ``"speed"``, ``"size"`` (code, constants and scratch), or ``"balanced"``.

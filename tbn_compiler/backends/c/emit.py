@@ -18,6 +18,8 @@ import jinja2
 import numpy as np
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.interface import Interface
+from tbn_compiler.backends.c.names import macro_prefix
 from tbn_compiler.backends.c.plan import C_TYPES, Argument, At, Call, Index, Plan, Struct, Workspace
 from tbn_compiler.backends.c.tiled_instances import INSTANCES
 
@@ -54,29 +56,53 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
+def _source(template: str) -> str:
+    """The text of a template."""
+    environment = _environment()
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, template)[0]
+
+
 @functools.cache
 def template_names() -> tuple[str, ...]:
-    """Names of all kernels and helpers, which are symbols behind the model's prefix, and the other such symbols."""
-    return (*sorted(path.stem for path in _TEMPLATES.glob("*.c")), *INSTANCES, *_SYMBOLS)
+    """Every symbol behind the model's prefix that a template may print.
+
+    Kernels and helpers have the names of their templates, or such a name and more behind it.
+    """
+    own = (*sorted(path.stem for path in _TEMPLATES.glob("*.c")), *INSTANCES)
+    found = dict.fromkeys(own)
+    for name in sorted(path.relative_to(_TEMPLATES).as_posix() for path in _TEMPLATES.rglob("*.[ch]")):
+        for head, variable, tail in _PREFIXED.findall(_source(name)):
+            if not variable:
+                found[head] = None
+            elif not head and tail:
+                found |= dict.fromkeys(f"{stem}{tail}" for stem in own)
+    return tuple(found)
 
 
-# Functions of the file that have no template of their own.
-_SYMBOLS = (
-    *("run", "scratch", "bits_product", "float_product"),
-    *("tiled_position", "tiled_conv_store", "matmul_sizes", "attention_sizes"),
-    *("tiled_finish_layer", "tiled_expand_layer", "fixed_block", "fixed_block_of", "fixed", "fixed_result"),
-    *("float_bits", "float_of_bits"),
-    *(f"{kernel}_fold" for kernel in INSTANCES if "bucket" in kernel),
-)
+# What follows the model's prefix: text, perhaps the value of a variable, and text behind it.
+_PREFIXED = re.compile(r"\{\{ name \}\}_(\w*)(\{\{.*?\}\})?(\w*)")
+
+# What begins so is the name of a stored vector of the self-test.
+TEST_PREFIX = "test_"
+
+
+@functools.cache
+def local_names() -> tuple[str, ...]:
+    """Words of the code that surrounds parameters and buffers, which these must not be called."""
+    words: set[str] = set()
+    for name in ("file/model.c", "file/self_test.c", "package/example.ino"):
+        code = re.sub(r"\{%.*?%\}|\w*\{\{.*?\}\}\w*", "", _source(name))
+        code = re.sub(r"/\*.*?\*/", "", code, flags=re.DOTALL)
+        code = re.sub(r"//.*|^ *#.*|\"[^\"\n]*\"", "", code, flags=re.MULTILINE)
+        words.update(re.findall(r"[A-Za-z_]\w*", code))
+    return tuple(sorted(words))
 
 
 @functools.cache
 def _declared(template: str, kind: str) -> tuple[str, ...]:
     """What a template declares as ``{# kind: a, b #}``."""
-    environment = _environment()
-    assert environment.loader is not None
-    text = environment.loader.get_source(environment, f"{template}.c")[0]
-    found = re.findall(rf"{{# {kind}: (.*?) #}}", text)
+    found = re.findall(rf"{{# {kind}: (.*?) #}}", _source(f"{template}.c"))
     return tuple(name.strip() for line in found for name in line.split(","))
 
 
@@ -126,20 +152,24 @@ def emit_package_file(file: str, plan: Plan, vectors: Vectors) -> str:
     return _environment().get_template(f"package/{file}").render(_context(plan, vectors))
 
 
-def emit_host_main(name: str, scratch: str, header: str) -> str:
+def emit_host_main(interface: Interface, header: str) -> str:
     """A main program that runs the model on vectors from standard input."""
-    context = {"name": name, "macro": name.upper(), "scratch": scratch, "header": header}
+    arguments = [f"input_{index}" for index in range(len(interface.inputs))]
+    arguments += [f"output_{index}" for index in range(len(interface.outputs))]
+    arguments += ["scratch"] if interface.takes_scratch else []
+    context = {"interface": interface, "header": header, "types": C_TYPES, "arguments": ", ".join(arguments)}
     return _environment().get_template("file/host_main.c").render(context)
 
 
 def _context(plan: Plan, vectors: Vectors | None) -> dict[str, object]:
     ports = [port.name for port in (*plan.inputs, *plan.outputs)]
-    scratch = ["scratch"] if plan.scratch == "caller" else []
-    tested = [f"{plan.name}_test_{port.name}" for port in plan.inputs] + [port.name for port in plan.outputs]
+    # An array, or a union whose address is taken.
+    scratch = [] if plan.scratch == "static" else ["&scratch" if "int32_t" in plan.scratch_types else "scratch"]
+    tested = [f"{plan.name}_{TEST_PREFIX}{port.name}" for port in plan.inputs] + [port.name for port in plan.outputs]
     return {
         "plan": plan,
         "name": plan.name,
-        "macro": plan.name.upper(),
+        "macro": macro_prefix(plan.name),
         "signature": c_signature(plan),
         "arguments": ", ".join([*ports, *scratch]),
         "test_arguments": ", ".join([*tested, *scratch]),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tbn_compiler.backends.c.emit import emit_host_main
+from tbn_compiler.backends.c.interface import read_interface
 from tbn_compiler.errors import ExportError
 
 _DEFAULT_FLAGS = ("-O2",)
@@ -30,8 +31,8 @@ def build(
     source: str | os.PathLike[str],
     executable: str | os.PathLike[str],
     *,
-    name: str = "model",
-    scratch: str = "static",
+    name: str | None = None,
+    scratch: str | None = None,
     flags: Sequence[str] = _DEFAULT_FLAGS,
 ) -> None:
     """Compile an exported model into a program that maps inputs on standard input to outputs on standard output.
@@ -39,8 +40,8 @@ def build(
     Args:
         source: the ``.c`` file; its header lies beside it.
         executable: program to write.
-        name: the ``name`` that the model was exported with.
-        scratch: the ``scratch`` that it was exported with.
+        name: the ``name`` that the model was exported with, to be checked; its header says it.
+        scratch: the ``scratch`` that it was exported with, in the same way.
         flags: further options of the compiler; ``-std=c99`` is given always.
 
     Raises:
@@ -50,9 +51,15 @@ def build(
     if compiler is None:
         raise ExportError("no C compiler found: set CC, or install cc, gcc or clang")
     source = Path(source).resolve()
+    interface = read_interface(source.with_suffix(".h"))
+    owner = "caller" if interface.takes_scratch else "static"
+    if name not in (None, interface.name):
+        raise ExportError(f"cannot compile {source} as {name!r}: its header declares {interface.name}_run")
+    if scratch not in (None, owner):
+        raise ExportError(f"cannot compile {source} with scratch={scratch!r}: it was exported with {owner!r}")
     with tempfile.TemporaryDirectory() as folder:
         main = Path(folder, "main.c")
-        main.write_text(emit_host_main(name, scratch, source.with_suffix(".h").name))
+        main.write_text(emit_host_main(interface, source.with_suffix(".h").name))
         command = [*shlex.split(compiler), "-std=c99", *flags, f"-I{source.parent}", str(main), str(source)]
         result = subprocess.run([*command, "-o", str(executable), "-lm"], capture_output=True, text=True)
     if result.returncode:
@@ -75,22 +82,65 @@ def run_executable(executable: str | os.PathLike[str], inputs: Any) -> np.ndarra
     array = np.asarray(torch.as_tensor(inputs).detach().cpu().numpy(), np.float32, order="C")
     if array.ndim == 0 or array.size == 0:
         raise ExportError(f"inputs must have the shape [batch, *input shape], got {list(array.shape)}")
-    command = [str(executable), str(array[0].size)]
-    result = subprocess.run(command, input=array.tobytes(), capture_output=True)
+    output = _start(executable, array[0].size, array.tobytes(), f"inputs {list(array.shape)}")
+    return np.frombuffer(output, dtype=np.float32).reshape(len(array), -1).copy()
+
+
+def _start(executable: str | os.PathLike[str], size: int, data: bytes, what: str) -> bytes:
+    """The output of a program for runs on inputs of ``size`` elements."""
+    result = subprocess.run([str(executable), str(size)], input=data, capture_output=True)
     if result.returncode:
         message = result.stderr.decode(errors="replace")
-        raise ExportError(
-            f"the compiled model stopped with code {result.returncode} on inputs {list(array.shape)}:\n{message}"
-        )
-    return np.frombuffer(result.stdout, dtype=np.float32).reshape(len(array), -1).copy()
+        raise ExportError(f"the compiled model stopped with code {result.returncode} on {what}:\n{message}")
+    return result.stdout
+
+
+def run_arrays(source: str | os.PathLike[str], inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Compile an exported model and run it on all its inputs, once or as often as they are long.
+
+    Args:
+        source: the ``.c`` file; its header lies beside it.
+        inputs: for each input an array of its size, for every run the same, or of a multiple of it, for a run each.
+
+    Returns:
+        For each output, by name, its elements in all runs, ``float32 [runs, size]`` or ``int32``.
+
+    Raises:
+        ExportError: the inputs are not those of the model, or it does not compile.
+    """
+    interface = read_interface(Path(source).with_suffix(".h"))
+    if len(inputs) != len(interface.inputs):
+        names = ", ".join(argument.name for argument in interface.inputs)
+        raise ExportError(f"{source} has {len(interface.inputs)} inputs ({names}), got {len(inputs)}")
+    rows = []
+    for argument, array in zip(interface.inputs, inputs, strict=True):
+        if not array.size or array.size % argument.size:
+            raise ExportError(
+                f"input {argument.name!r} of {source} has {argument.size} elements, which {list(array.shape)} is no "
+                "multiple of"
+            )
+        rows.append(np.ascontiguousarray(array, argument.dtype).reshape(-1, argument.size).view(np.uint8))
+    counts = {len(row) for row in rows}
+    runs = max(counts)
+    if counts - {1, runs}:
+        raise ExportError(f"the inputs of {source} are enough for {', '.join(map(str, sorted(counts)))} runs")
+    data = np.concatenate([np.broadcast_to(row, (runs, row.shape[1])) for row in rows], 1).tobytes()
+    with tempfile.TemporaryDirectory() as folder:
+        executable = Path(folder, "model")
+        build(source, executable)
+        output = _start(executable, interface.input_size, data, f"{runs} inputs")
+    bounds = np.cumsum([4 * argument.size for argument in interface.outputs])
+    parts = np.split(np.frombuffer(output, np.uint8).reshape(runs, -1), bounds[:-1], 1)
+    named = zip(interface.outputs, parts, strict=True)
+    return {argument.name: np.ascontiguousarray(part).view(argument.dtype) for argument, part in named}
 
 
 def run(
     source: str | os.PathLike[str],
     inputs: Any,
     *,
-    name: str = "model",
-    scratch: str = "static",
+    name: str | None = None,
+    scratch: str | None = None,
     flags: Sequence[str] = _DEFAULT_FLAGS,
 ) -> np.ndarray:
     """Compile an exported model and run it on a batch; see :func:`build` and :func:`run_executable`.

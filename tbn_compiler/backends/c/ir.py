@@ -47,16 +47,13 @@ class Constant:
         array: the contents, read-only: ``float32``, ``uint8`` for a packed tile, or any other integer type of C in a
             table that a kernel brings.
         tile_bytes: size of the tile that the elements were decoded from, where no kernel reads that; else ``None``.
+        packed: whether these are bytes of bits. What reads them says so: other tensors may be ``uint8``, too.
     """
 
     name: str
     array: np.ndarray
     tile_bytes: int | None = None
-
-    @property
-    def packed(self) -> bool:
-        """Whether this is a tile of bits."""
-        return self.array.dtype == np.uint8
+    packed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

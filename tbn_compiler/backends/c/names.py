@@ -37,7 +37,17 @@ def check_identifier(name: str) -> str:
         raise ExportError(
             f"name={name!r} is reserved: C and C++ keep names with a leading or a double underscore to themselves"
         )
+    if name.isupper():
+        raise ExportError(f"name={name!r} would share its macros with {name.lower()!r}: use a small letter in it")
     return name
+
+
+def macro_prefix(name: str) -> str:
+    """What the macros of a model begin with: its name in capitals, or as it is if it has some already.
+
+    So ``net`` and ``Net`` in one program have macros of their own.
+    """
+    return name.upper() if name.islower() else name
 
 
 class SymbolTable:
@@ -45,6 +55,7 @@ class SymbolTable:
 
     Args:
         reserved: identifiers that are taken already.
+        prefix: no identifier begins so, if it is given.
 
     Example:
         >>> symbols = SymbolTable()
@@ -52,13 +63,14 @@ class SymbolTable:
         ('encoder_fc1_weight', 'encoder_fc1_weight_2', 'layer_0_bias')
     """
 
-    def __init__(self, reserved: Iterable[str] = ()) -> None:
+    def __init__(self, reserved: Iterable[str] = (), prefix: str | None = None) -> None:
         self.taken = set(reserved)
+        self._prefix = prefix
 
     def unique(self, name: str) -> str:
         """An identifier that resembles ``name``."""
         base = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "value"
-        if base[0].isdigit():
+        if base[0].isdigit() or (self._prefix is not None and base.startswith(self._prefix)):
             base = f"layer_{base}"
         symbol, count = base, 1
         while symbol in self.taken:

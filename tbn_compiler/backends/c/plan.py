@@ -264,6 +264,21 @@ class Plan:
         return any(port.value.dtype == "int32" for port in (*self.inputs, *self.outputs))
 
     @property
+    def scratch_types(self) -> tuple[str, ...]:
+        """C types of what lies in the scratch block; every element takes four bytes."""
+        return tuple(sorted({C_TYPES[buffer.dtype] for buffer in self.buffers}))
+
+    @property
+    def memory_names(self) -> dict[str, str]:
+        """C expression of the begin of the scratch block, by the type of the elements."""
+        if self.scratch == "caller":
+            return {"float": "memory", "int32_t": "integers"}
+        block = f"{self.name}_scratch"
+        if len(self.scratch_types) == 1:
+            return {self.scratch_types[0]: block}
+        return {"float": f"{block}.floats", "int32_t": f"{block}.integers"}
+
+    @property
     def cost(self) -> int:
         """Estimated number of multiply-adds, additions and element operations of a run."""
         return sum(step.cost for step in self.steps)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from tbn_compiler.backends.c import ir, kernels
-from tbn_compiler.backends.c.emit import template_names
+from tbn_compiler.backends.c.emit import TEST_PREFIX, local_names, template_names
 from tbn_compiler.backends.c.fuse import simplify
 from tbn_compiler.backends.c.memory import (
     Buffer,
@@ -44,7 +44,8 @@ from tbn_compiler.backends.c.plan import (
 )
 from tbn_compiler.backends.c.registry import Context, implement
 
-_LOCAL_NAMES = ("input", "output", "scratch", "memory", "i", "j")
+# Parameters and counters that the printer makes up; templates hold the other names.
+_LOCAL_NAMES = ("input", "output", "memory", "integers", "i", "j")
 
 assert kernels  # imported so that the implementations are registered
 
@@ -57,13 +58,14 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
     context = Context(options)
     implementations = [_with_notes(operation, implement(operation, context)) for operation in operations]
     # Constants are named first, so that no buffer of the run function hides one.
-    symbols = SymbolTable(template_names())
+    symbols = SymbolTable(template_names(), prefix=TEST_PREFIX)
     stored = _name({c: c.name for implementation in implementations for c in constants(implementation)}, symbols)
     described = _name({s: s.name for implementation in implementations for s in structs(implementation)}, symbols)
-    local_names = SymbolTable((*_LOCAL_NAMES, *KEYWORDS, *(f"{options.name}_{symbol}" for symbol in symbols.taken)))
-    inputs = _ports(graph.inputs, "input", [value.name for value in graph.inputs], local_names)
-    outputs = _ports(results, "output", [f"out{index}" for index in range(len(results))], local_names)
-    memory = _Memory(operations, parts, implementations, inputs, outputs, local_names)
+    constant_names = (f"{options.name}_{symbol}" for symbol in symbols.taken)
+    names = SymbolTable((*_LOCAL_NAMES, *local_names(), *KEYWORDS, *constant_names))
+    inputs = _ports(graph.inputs, "input", [value.name for value in graph.inputs], names)
+    outputs = _ports(results, "output", [f"out{index}" for index in range(len(results))], names)
+    memory = _Memory(operations, parts, implementations, inputs, outputs, names)
     buffers, offsets = memory.buffers, place_buffers(memory.buffers)
     live = live_bytes(buffers, len(operations))
     peak = max(range(len(operations)), key=live.__getitem__)

@@ -35,7 +35,7 @@ class Context:
         if key not in self._prepared:
             array = np.ascontiguousarray(make())
             array.flags.writeable = False
-            self._prepared[key] = ir.Constant(f"{source.name}_{name}", array)
+            self._prepared[key] = ir.Constant(f"{source.name}_{name}", array, packed=array.dtype == np.uint8)
         return self._prepared[key]
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 
 from tbn_compiler.backends.onnx import bits
+from tbn_compiler.backends.onnx.exact import write_exactly
 from tbn_compiler.errors import ExportError
 from tbn_compiler.graph.capture import quiet_export
 from tbn_compiler.torch_private import tree_leaves, tree_unflatten
@@ -122,15 +124,18 @@ def translate(program: ExportedProgram, inputs: Inputs, batched: Sequence[str], 
     """The ONNX model of a program, without anything folded that was computed from a stored tensor.
 
     Raises:
-        ExportError: an operator has no ONNX form, or the opset cannot express the model.
+        ExportError: an operator has no ONNX form, the opset cannot express the model, or the model changes a buffer.
     """
     from onnxscript import optimizer
 
+    write_exactly(program, opset)
     try:
         # As in the trace: where gradients are wanted, attention has another memory layout.
         with torch.no_grad(), quiet_export():
+            functional = program.run_decompositions(bits.decompositions())
+            _check_stateless(functional)
             translated = torch.onnx.export(
-                program.run_decompositions(bits.decompositions()),
+                functional,
                 dynamic_shapes={name: {0: _BATCH} if name in batched else None for name in inputs},  # gives the names
                 dynamo=True,
                 optimize=False,
@@ -142,12 +147,21 @@ def translate(program: ExportedProgram, inputs: Inputs, batched: Sequence[str], 
             model: ir.Model = translated.model
             optimizer.optimize_ir(model, should_fold=_should_fold)
             _remove_zero_biases(model)
+    except ExportError:
+        raise
     except Exception as error:
         raise ExportError(f"PyTorch's ONNX exporter cannot translate the model: {_innermost(error)}") from error
     written = model.opset_imports[""]
     if written != opset:
         raise ExportError(f"the model cannot be converted to opset {opset}; opset={written} is possible")
     return model
+
+
+def _check_stateless(program: ExportedProgram) -> None:
+    """Refuse a model that changes a stored tensor: a file would start from the same one at every call."""
+    for spec in program.graph_signature.output_specs:
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):
+            raise ExportError(f"the model changes {spec.target!r} while it runs: an ONNX file keeps no state")
 
 
 def _should_fold(node: ir.Node) -> bool | None:

@@ -32,6 +32,7 @@ class Network:
         tolerance: largest error, relative to the largest expected element.
         outputs: names of the outputs, for messages.
         plan: what ``export_c`` returned.
+        nan: whether outputs may hold NaN and infinity, which then are compared, too.
     """
 
     module: nn.Module
@@ -40,6 +41,7 @@ class Network:
     tolerance: float = 1e-5
     outputs: Sequence[str] = ()
     plan: Plan | None = None
+    nan: bool = False
 
     def __repr__(self) -> str:
         return f"Network({type(self.module).__name__}, {self.options})"
@@ -94,6 +96,9 @@ def _assert_close(actual: Tensor, expected: Tensor, network: Network, magnitude:
     where = f"{where} of {network}"
     if not expected.is_floating_point():
         assert actual.tolist() == expected.tolist(), f"{where}:\n{steps}"
+        return
+    if network.nan:
+        torch.testing.assert_close(actual, expected, equal_nan=True, msg=lambda text: f"{where}: {text}")
         return
     assert expected.isfinite().all(), where
     error = (actual - expected).abs().max().item()

@@ -121,6 +121,24 @@ def test_no_allocation_and_no_other_state_than_the_scratch_block(scratch: str, t
     assert max(map(len, text.splitlines())) <= 120
 
 
+@needs_cc
+@pytest.mark.parametrize("scratch", ["static", "caller"])
+def test_integers_and_floats_share_the_scratch_block_as_a_union(scratch: str, tmp_path: Path) -> None:
+    """An array that was declared of floats may not be read as one of integers."""
+    module = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    options = {"scratch": scratch, "target": "cortex-m3", "optimize": "size", "self_test": True}
+    qat = tbn.transform(module, tbn.TilingConfig(p=4, min_size=0))
+    plan = export_c(qat, torch.randn(1, 16), tmp_path / "net.c", name="net", **options)  # type: ignore[arg-type]
+    assert {buffer.dtype for buffer in plan.buffers} == {"float32", "int32"}
+    text = (tmp_path / "net.c").read_text()
+    assert "(int32_t *)(" not in text
+    assert not re.search(r"static float (net_)?scratch", text)
+    (tmp_path / "main.c").write_text('#include "net.c"\nint main(void) { return net_self_test(); }\n')
+    flags = ["-std=c99", "-O2", "-fstrict-aliasing", *WARNINGS, "-lm", "-o", str(tmp_path / "main")]
+    subprocess.run([*shlex.split(host.find_compiler() or "cc"), str(tmp_path / "main.c"), *flags], check=True)
+    subprocess.run([tmp_path / "main"], check=True)
+
+
 def test_a_tile_is_stored_once_in_its_packed_form(tmp_path: Path) -> None:
     """As it is where a kernel reads any layout; in the order of the kernel, and not in its own, otherwise."""
     torch.manual_seed(0)

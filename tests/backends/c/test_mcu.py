@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import tbn_compiler as tbn
 from benchmarks import mcu as bench
 from tbn_compiler.backends.c import export_c
-from tbn_compiler.backends.c.mcu import CPUS, Measurement, measure, missing_tool, read_interface
+from tbn_compiler.backends.c.interface import read_interface
+from tbn_compiler.backends.c.mcu import CPUS, Measurement, measure, missing_tool
 from tbn_compiler.cli import main
 from tbn_compiler.errors import ExportError
 from tests.backends.c.toolchain import needs_arm
@@ -106,8 +107,12 @@ def test_a_foreign_header_is_refused(tmp_path: Path) -> None:
     header.write_text("int x;\n")
     with pytest.raises(ExportError, match="declares no function <name>_run"):
         read_interface(header)
-    header.write_text("void net_run(const int32_t *tokens, float *output);\n")
+    sizes = "#define NET_TOKENS_SIZE 3\n#define NET_OUTPUT_SIZE 2\n"
+    header.write_text(f"{sizes}void net_run(const int32_t *tokens, float *output);\n")
     with pytest.raises(ExportError, match="takes other arrays than float"):
+        read_interface(header).require_floats()
+    header.write_text(f"{sizes}void net_run(const double *tokens, float *output);\n")
+    with pytest.raises(ExportError, match=r"'const double \*tokens': it is not a header of this compiler"):
         read_interface(header)
     header.write_text("void net_run(const float *input, float *output);\n#define NET_INPUT_SIZE 3\n")
     with pytest.raises(ExportError, match="does not define NET_OUTPUT_SIZE"):

@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+import torch
+from torch import Tensor, nn
 
 from tbn_compiler import ExportError
-from tbn_compiler.backends.c.names import SymbolTable, check_identifier
+from tbn_compiler.backends.c import emit, export_c, host
+from tbn_compiler.backends.c.names import SymbolTable, check_identifier, macro_prefix
+from tests.backends.c.toolchain import WARNINGS, needs_cc
 
 
 @pytest.mark.parametrize("name", ["model", "net2", "kws_cnn", "Model"])
@@ -26,6 +36,7 @@ def test_identifiers_pass(name: str) -> None:
         ("", "not a C identifier"),
         ("_net", "reserved"),
         ("net__2", "reserved"),
+        ("NET", "would share its macros with 'net'"),
         (3, "not a C identifier"),
     ],
 )
@@ -45,3 +56,51 @@ def test_symbols_are_valid_and_used_once() -> None:
         "relu_2",
         "value",
     ]
+
+
+def test_names_with_the_same_letters_have_macros_of_their_own() -> None:
+    assert [macro_prefix(name) for name in ("net", "Net", "nEt", "net2")] == ["NET", "Net", "nEt", "NET2"]
+
+
+def test_every_symbol_of_the_templates_is_known() -> None:
+    """The names that constants must not have follow from the templates' text; here they are printed."""
+    plan = SimpleNamespace(options=SimpleNamespace(skip_zeros=False))
+    environment = emit._environment()
+    parameters = {"kind": "bits", "element": "uint8_t", "product": "0"}  # of what others include
+    for name in sorted({f"{stem}.c" for stem in emit.template_names()} & set(environment.list_templates())):
+        text = environment.get_template(name).render(name="net", plan=plan, **parameters)
+        assert set(re.findall(r"\bnet_(\w+)", text)) <= set(emit.template_names()), name
+
+
+class Multiply(nn.Module):
+    """Multiplies its first input with parameters of given names; the inputs have the names of an Arduino sketch."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.randn(4)))
+
+    def forward(self, loop: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        for name in self.names:
+            loop = loop * getattr(self, name)
+        return loop, loop.softmax(-1) + error
+
+
+@needs_cc
+def test_no_name_of_a_model_breaks_the_program(tmp_path: Path) -> None:
+    """Parameters named as functions and vectors of the file, and two models that differ in capitals alone."""
+    names = ["test_loop", "test_out0", "self_test", "run", "scratch", "softmax", "broadcast_multiply", "test", "i"]
+    inputs = (torch.randn(1, 4), torch.randn(1, 4))
+    for folder, name in (("small", "net"), ("capital", "Net")):
+        (tmp_path / folder).mkdir()
+        plan = export_c(Multiply(names), inputs, tmp_path / folder / f"{folder}.c", name=name, self_test=True)
+        assert [port.name for port in plan.inputs] == ["loop_2", "error_2"]
+    main = tmp_path / "main.c"
+    main.write_text(
+        '#include "small/small.c"\n#include "capital/capital.c"\n'
+        "int main(void) { return net_self_test() + Net_self_test() + (NET_LOOP_2_SIZE != Net_LOOP_2_SIZE); }\n"
+    )
+    command = [*shlex.split(host.find_compiler() or "cc"), "-std=c99", *WARNINGS, "-Wno-unused-function", str(main)]
+    subprocess.run([*command, "-lm", "-o", str(tmp_path / "main")], check=True)
+    subprocess.run([tmp_path / "main"], check=True)

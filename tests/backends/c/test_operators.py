@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Function(nn.Module):
         self.row = nn.Parameter(torch.randn(1, 1, 8))
         self.channel = nn.Parameter(torch.randn(4, 1, 1))
         self.register_buffer("mask", torch.ones(6, 6, dtype=torch.bool).tril())
+        self.register_buffer("bytes", torch.arange(250, 256, dtype=torch.uint8))
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.function(self, *inputs)
@@ -77,6 +79,10 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "broadcast of both": lambda m, x: x[0, 0, 0].view(1, 6, 1) - x[0, 0, 1].view(1, 1, 6),
     "a value and its transpose": lambda m, x: (2 * x)[..., :6, :] + (2 * x)[..., :6, :].mT,
     "in place on a transposed": lambda m, x: (y := 2 * x[..., :6, :]).relu() + (y + y.mT),
+    "in place as a statement": lambda m, x: (y := x + 1, F.silu(y, inplace=True), y.view(-1).mul_(2))[0],
+    "stored bytes": lambda m, x: (
+        x * m.bytes + (x + m.bytes[0]) + torch.cat([x, m.bytes.expand(1, 4, 1, 6)], 2)[:, :, 1:]
+    ),
     "stored": lambda m, x: torch.zeros(1, 4, 8, 6) + x * torch.arange(6) + torch.ones_like(x) + m.channel.exp(),
 }
 MOVES: dict[str, Callable[..., Any]] = {
@@ -217,6 +223,39 @@ def test_layers(tmp_path: Path) -> None:
                 continue
             networks.append(Network(tiled, samples))
     check(networks, tmp_path)
+
+
+class Extreme(nn.Module):
+    """What compares and limits, and attention with a mask that hides every key from query 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shown = torch.ones(8, 8, dtype=torch.bool).tril()
+        shown[1] = False
+        self.register_buffer("shown", shown)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (
+            *(torch.maximum(x, x.flip(3)), torch.minimum(x, x.flip(3))),
+            *(torch.maximum(x, x[:, :1]), torch.minimum(x[..., :1], x)),
+            *(x.amax(3), x.amin(3), x.max(2).values, x.min()),
+            *(x.argmax(3), x.argmin(3), x.argmax(2), x.max(1).indices, x.argmin()),
+            *(F.max_pool2d(x, 3, 2, 1), F.max_pool1d(x[0], 2), F.adaptive_max_pool2d(x, (3, 4))),
+            *(x.clamp(0, 1), x.clamp(0.5, -0.5), x.clamp(min=0), x.clamp(max=0), x.relu(), F.relu6(x)),
+            *(x.softmax(3), x.log_softmax(2)),
+            F.scaled_dot_product_attention(x, x, x, self.shown),
+        )
+
+
+def test_nan_infinity_and_limits_are_treated_as_pytorch_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    special = torch.tensor([math.nan, math.inf, -math.inf])
+    plain = torch.randn(IMAGE)
+    mixed = torch.where(torch.rand(IMAGE) < 0.15, special[torch.randint(3, IMAGE)], plain)
+    samples = [(x,) for x in (plain, mixed, torch.full(IMAGE, math.nan), torch.full(IMAGE, -math.inf))]
+    module = Extreme()
+    assert (module(plain)[-1][:, :, 1] == 0).all()
+    check([Network(module, samples, nan=True)], tmp_path)
 
 
 class Lookup(nn.Module):

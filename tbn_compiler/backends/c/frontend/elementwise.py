@@ -91,7 +91,8 @@ def _clamp(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
         return unary(importer, node, "minimum_scalar", args["self"], high)
     if high is None:
         return unary(importer, node, "maximum_scalar", args["self"], low)
-    return unary(importer, node, "clamp", args["self"], low, high)
+    # The upper limit wins where they are in the wrong order.
+    return unary(importer, node, "clamp", args["self"], min(low, high), high)
 
 
 @converts(_aten.elu.default)

@@ -107,7 +107,8 @@ class Importer:
         self._values: dict[fx.Node, ir.Value] = {}
         self._tensors: dict[fx.Node, tuple[str, Any]] = {}  # stored, or computed from stored ones, by name
         self._tile_bytes: dict[fx.Node, int] = {}  # of the tiles behind those that are decoded
-        self._constants: dict[int, ir.Constant] = {}  # by tensor, so that tied weights are stored once
+        # By tensor, so that tied weights are stored once, and by what its elements are stored as.
+        self._constants: dict[tuple[int, torch.dtype], ir.Constant] = {}
 
     def graph(self) -> ir.Graph:
         """Convert the whole program."""
@@ -251,19 +252,27 @@ class Importer:
         """A value between the operations that a node becomes."""
         return ir.Value(f"{node.name}_{name}", tuple(shape))
 
-    def constant(self, node: fx.Node, value: Any, infinite: bool = False) -> ir.Constant:
-        """A stored tensor as float32, or as it is if it holds packed bits; ``infinite`` allows infinity (a mask)."""
+    def constant(
+        self, node: fx.Node, value: Any, *, infinite: bool = False, dtype: torch.dtype = torch.float32
+    ) -> ir.Constant:
+        """A stored tensor with elements of ``dtype``; ``infinite`` allows infinity (a mask)."""
         if not isinstance(value, fx.Node) or value not in self._tensors:
             raise self.unsupported(node, f"operand {value} is computed while the model runs, not a stored tensor")
         name, tensor = self._tensors[value]
-        if id(tensor) not in self._constants:
-            array = tensor.detach().cpu()
-            array = array if array.dtype == torch.uint8 else array.float()
+        key = id(tensor), dtype
+        if key not in self._constants:
+            array = tensor.detach().cpu().to(dtype)
             if not (array.isfinite() | (array.isinf() & infinite)).all():
                 raise ExportError(f"{name} {list(tensor.shape)} holds values that are not finite")
             constant = self.new_constant(name, array.numpy())
-            self._constants[id(tensor)] = replace(constant, tile_bytes=self._tile_bytes.get(value))
-        return self._constants[id(tensor)]
+            packed = dtype == torch.uint8
+            self._constants[key] = replace(constant, tile_bytes=self._tile_bytes.get(value), packed=packed)
+        return self._constants[key]
+
+    def tile(self, node: fx.Node, value: Any) -> ir.Constant:
+        """A stored tile: packed bits, or numbers in full precision."""
+        packed = value in self._tensors and self._tensors[value][1].dtype == torch.uint8
+        return self.constant(node, value, dtype=torch.uint8 if packed else torch.float32)
 
     def additive_mask(self, node: fx.Node, value: Any) -> Any:
         """A mask to add to scores, from a stored one that is true where a score counts; others as they are."""

@@ -88,7 +88,7 @@ def _window(args: Arguments, image: tuple[int, ...], positions: tuple[int, ...],
 
 @converts(_tbn.conv_transpose1d.default, _tbn.conv_transpose2d.default)
 def _tiled_conv_transpose(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
-    tile, kernel, groups = importer.constant(node, args["tile"]), args["kernel_size"], args["groups"]
+    tile, kernel, groups = importer.tile(node, args["tile"]), args["kernel_size"], args["groups"]
     head = importer.head(node, args["input"], layer=_layer_of(tile))
     return ir.TiledConvTranspose(
         **head,
@@ -129,7 +129,7 @@ def _tiled_head(importer: Importer, node: fx.Node, args: Arguments) -> tuple[dic
     """The fields that all operations share, and the operation for the fused function, if there is one."""
     if args["activation"] != "float":
         raise importer.unsupported(node, f"activation={args['activation']!r}: inputs stay in float in C")
-    head = importer.head(node, args["input"], layer=_layer_of(importer.constant(node, args["tile"])))
+    head = importer.head(node, args["input"], layer=_layer_of(importer.tile(node, args["tile"])))
     if args["epilogue"] == "none":
         return head, ()
     before = importer.temporary(node, "before", head["output"].shape)
@@ -143,5 +143,5 @@ def _layer_of(tile: ir.Constant) -> str:
 
 def _tile(importer: Importer, node: fx.Node, args: Arguments) -> dict[str, Any]:
     """The stored tensors of a tiled layer."""
-    stored = {name: importer.constant(node, args[name]) for name in ("tile", "alpha")}
+    stored = {"tile": importer.tile(node, args["tile"]), "alpha": importer.constant(node, args["alpha"])}
     return stored | {name: importer.optional_constant(node, args[name]) for name in ("bias", "input_alpha")}

@@ -4,6 +4,6 @@
 """
 
 from tbn_compiler.backends.c.mcu.boards import CPUS, Board, Cpu
-from tbn_compiler.backends.c.mcu.measure import Measurement, measure, missing_tool, read_interface
+from tbn_compiler.backends.c.mcu.measure import Measurement, measure, missing_tool
 
-__all__ = ["CPUS", "Board", "Cpu", "Measurement", "measure", "missing_tool", "read_interface"]
+__all__ = ["CPUS", "Board", "Cpu", "Measurement", "measure", "missing_tool"]

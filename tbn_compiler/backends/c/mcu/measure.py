@@ -7,7 +7,6 @@ and the support code reads a timer of the board before and after the call. It is
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tbn_compiler.backends.c.interface import Interface, read_interface
 from tbn_compiler.backends.c.mcu.boards import ICOUNT_SHIFT, Board, Cpu
 from tbn_compiler.errors import ExportError
 
@@ -34,74 +34,6 @@ _TIMEOUT_SECONDS = 300
 def missing_tool() -> str | None:
     """The first program that is needed and not installed, or ``None``."""
     return next((tool for tool in (COMPILER, _SIZE, _EMULATOR) if shutil.which(tool) is None), None)
-
-
-@dataclass(frozen=True)
-class Interface:
-    """What a model's header says about its run function.
-
-    Attributes:
-        name: prefix of the model's symbols.
-        prototype: declaration of the run function, without semicolon.
-        inputs, outputs: elements of each, in the order of the arguments.
-        scratch_bytes: memory that the caller has to provide.
-        takes_scratch: whether the last argument is that memory.
-    """
-
-    name: str
-    prototype: str
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    scratch_bytes: int
-    takes_scratch: bool
-
-    @property
-    def call(self) -> str:
-        """A call of the run function on ``input`` and ``output``, which hold all inputs and outputs in order."""
-        arguments = [f"(input) + {start}" for start in _starts(self.inputs)]
-        arguments += [f"(output) + {start}" for start in _starts(self.outputs)]
-        return f"{self.name}_run({', '.join([*arguments, '(scratch)'] if self.takes_scratch else arguments)})"
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[:index]) for index in range(len(sizes))]
-
-
-def read_interface(header: Path) -> Interface:
-    """The interface that a generated header declares.
-
-    Raises:
-        ExportError: it is not a header of this compiler.
-    """
-    try:
-        text = header.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ExportError(f"cannot read the model's header {header}: {error.strerror}") from error
-    found = re.search(r"^void (\w+)_run\(([^)]*)\);", text, re.MULTILINE)
-    sizes = {key: int(value) for key, value in re.findall(r"^#define (\w+) (\d+)", text, re.MULTILINE)}
-    if found is None:
-        raise ExportError(f"{header} declares no function <name>_run: it is not a header of this compiler")
-    name, parameters = found[1], [parameter.strip() for parameter in found[2].split(",")]
-    inputs = [p for p in parameters if p.startswith("const float *")]
-    outputs = [p for p in parameters if p.startswith("float *")]
-    if len(inputs) + len(outputs) + ("void *scratch" in parameters) != len(parameters):
-        raise ExportError(f"{name}_run({found[2]}) takes other arrays than float: such a model cannot be measured")
-    try:
-        return Interface(
-            name=name,
-            prototype=found[0].rstrip(";"),
-            inputs=tuple(_size(sizes, name, p) for p in inputs),
-            outputs=tuple(_size(sizes, name, p) for p in outputs),
-            scratch_bytes=sizes[f"{name.upper()}_SCRATCH_BYTES"] if "void *scratch" in parameters else 0,
-            takes_scratch="void *scratch" in parameters,
-        )
-    except KeyError as error:
-        raise ExportError(f"{header} does not define {error.args[0]}: it is not a header of this compiler") from error
-
-
-def _size(sizes: dict[str, int], name: str, parameter: str) -> int:
-    """Elements of an argument, from its macro <NAME>_<ARGUMENT>_SIZE."""
-    return sizes[f"{name}_{parameter.split('*')[1]}_SIZE".upper()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,8 +93,9 @@ def measure(
         )
     source = Path(source).resolve()
     interface = read_interface(source.with_suffix(".h"))
-    vectors = _vectors(inputs, sum(interface.inputs), "inputs")
-    wanted = None if expected is None else _vectors(expected, sum(interface.outputs), "expected outputs")
+    interface.require_floats()
+    vectors = _vectors(inputs, interface.input_size, "inputs")
+    wanted = None if expected is None else _vectors(expected, interface.output_size, "expected outputs")
     if wanted is not None and len(wanted) != len(vectors):
         raise ExportError(f"{len(vectors)} inputs but {len(wanted)} expected outputs")
     with tempfile.TemporaryDirectory() as folder:
@@ -225,8 +158,8 @@ def _link(
         board.define: "1",
         "MODEL_HEADER": f'"{source.with_suffix(".h").name}"',
         "MODEL_RUN(input, output, scratch)": interface.call,
-        "MODEL_INPUT_SIZE": sum(interface.inputs),
-        "MODEL_OUTPUT_SIZE": sum(interface.outputs),
+        "MODEL_INPUT_SIZE": interface.input_size,
+        "MODEL_OUTPUT_SIZE": interface.output_size,
         "MODEL_SCRATCH_BYTES": interface.scratch_bytes,
     }
     command = [
@@ -261,7 +194,7 @@ def _run(folder: Path, board: Board, interface: Interface, vectors: np.ndarray) 
         raise ExportError(f"{_EMULATOR} did not end within {_TIMEOUT_SECONDS} s; give it fewer inputs") from None
     if result.returncode:
         raise ExportError(f"the model stopped on {board.machine}: {(result.stdout + result.stderr).strip()}")
-    outputs = np.fromfile(folder / "output.bin", np.float32).reshape(-1, sum(interface.outputs))
+    outputs = np.fromfile(folder / "output.bin", np.float32).reshape(-1, interface.output_size)
     measured = np.fromfile(folder / "measured.bin", np.uint32).reshape(-1, 2)
     if len(measured) != len(vectors):
         raise ExportError(f"{_EMULATOR} ran {len(measured)} of {len(vectors)} inputs: {result.stderr.strip()}")

@@ -44,6 +44,9 @@ static void {{ name }}_attention(const {{ name }}_attention_sizes *sizes, const 
             scores[key] = score;
             largest = score > largest ? score : largest;
         }
+        if (largest == -INFINITY) {
+            largest = 0.0f; /* all keys are masked: no weight is counted, and the result is 0 */
+        }
         for (ptrdiff_t key = 0; key < count; ++key) {
             scores[key] = expf(scores[key] - largest);
             sum += scores[key];
@@ -53,7 +56,7 @@ static void {{ name }}_attention(const {{ name }}_attention_sizes *sizes, const 
             for (ptrdiff_t key = 0; key < count; ++key) {
                 value += scores[key] * values[key * sizes->v[2] + j * sizes->v[3]];
             }
-            to[j * sizes->y[3]] = value / sum;
+            to[j * sizes->y[3]] = sum != 0.0f ? value / sum : 0.0f;
         }
     }
 }

@@ -1,6 +1,6 @@
 {# needs: window #}
 {# headers: math.h #}
-/* The largest element under the window at each position; the padding never is. */
+/* The largest element under the window at each position; the padding never is. NaN if there is one. */
 static void {{ name }}_max_pool(const {{ name }}_window *window, size_t planes, const float *x, float *y)
 {
     for (size_t plane = 0; plane < planes; ++plane) {
@@ -13,8 +13,9 @@ static void {{ name }}_max_pool(const {{ name }}_window *window, size_t planes, 
                     const size_t r = row * window->stride_height + i * window->dilation_height - window->padding_height;
                     for (size_t j = 0; r < window->input_height && j < window->kernel_width; ++j) {
                         const size_t c = column * window->stride_width + j * window->dilation_width - window->padding_width;
-                        if (c < window->input_width && x[r * window->input_width + c] > largest) {
-                            largest = x[r * window->input_width + c];
+                        if (c < window->input_width) {
+                            const float pixel = x[r * window->input_width + c];
+                            largest = (pixel > largest || pixel != pixel) ? pixel : largest;
                         }
                     }
                 }

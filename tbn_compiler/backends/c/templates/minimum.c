@@ -1,2 +1,3 @@
-{% set function, expression = "minimum", "a[i] < b[i] ? a[i] : b[i]" %}
+{% set note = " NaN stays." %}
+{% set function, expression = "minimum", "(a[i] < b[i] || a[i] != a[i]) ? a[i] : b[i]" %}
 {% include "loops/binary.c" %}

@@ -44,7 +44,7 @@ static void small_tiled_bucket4x1_fold(const float *bucket, float *sums)
     float differences[8];
 
     for (size_t b = 0; b < 8; ++b) {
-        differences[b] = bucket[b * 1] - bucket[(15 - b) * 1];
+        differences[b] = bucket[b] - bucket[15 - b];
     }
     small_tiled_signed_sums(differences, sums);
 }
@@ -52,69 +52,66 @@ static void small_tiled_bucket4x1_fold(const float *bucket, float *sums)
 static void small_tiled_bucket4x1(const uint8_t *table, const float *x, size_t inputs, size_t passes,
     float *memory, float *products)
 {
-    float (*const buckets)[1] = (float(*)[1])memory;
 
     for (; passes != 0; --passes) {
         const float *next = x;
 
-        for (float *bucket = memory; bucket != memory + 16; bucket += 16) {
-            bucket[0] = 0;
-            bucket[1] = 0;
-            bucket[2] = 0;
-            bucket[3] = 0;
-            bucket[4] = 0;
-            bucket[5] = 0;
-            bucket[6] = 0;
-            bucket[7] = 0;
-            bucket[8] = 0;
-            bucket[9] = 0;
-            bucket[10] = 0;
-            bucket[11] = 0;
-            bucket[12] = 0;
-            bucket[13] = 0;
-            bucket[14] = 0;
-            bucket[15] = 0;
-        }
+        memory[0] = 0;
+        memory[1] = 0;
+        memory[2] = 0;
+        memory[3] = 0;
+        memory[4] = 0;
+        memory[5] = 0;
+        memory[6] = 0;
+        memory[7] = 0;
+        memory[8] = 0;
+        memory[9] = 0;
+        memory[10] = 0;
+        memory[11] = 0;
+        memory[12] = 0;
+        memory[13] = 0;
+        memory[14] = 0;
+        memory[15] = 0;
         for (size_t count = inputs / 8; count != 0; --count) {
             {
                 const float value = next[0];
 
-                buckets[table[0] & 15][0] += value;
+                memory[table[0] & 15] += value;
             }
             {
                 const float value = next[1];
 
-                buckets[table[0] >> 4][0] += value;
+                memory[table[0] >> 4] += value;
             }
             {
                 const float value = next[2];
 
-                buckets[table[1] & 15][0] += value;
+                memory[table[1] & 15] += value;
             }
             {
                 const float value = next[3];
 
-                buckets[table[1] >> 4][0] += value;
+                memory[table[1] >> 4] += value;
             }
             {
                 const float value = next[4];
 
-                buckets[table[2] & 15][0] += value;
+                memory[table[2] & 15] += value;
             }
             {
                 const float value = next[5];
 
-                buckets[table[2] >> 4][0] += value;
+                memory[table[2] >> 4] += value;
             }
             {
                 const float value = next[6];
 
-                buckets[table[3] & 15][0] += value;
+                memory[table[3] & 15] += value;
             }
             {
                 const float value = next[7];
 
-                buckets[table[3] >> 4][0] += value;
+                memory[table[3] >> 4] += value;
             }
             next += 8;
             table += 4;
@@ -123,12 +120,12 @@ static void small_tiled_bucket4x1(const uint8_t *table, const float *x, size_t i
             {
                 const float value = next[0];
 
-                buckets[table[0] & 15][0] += value;
+                memory[table[0] & 15] += value;
             }
             {
                 const float value = next[1];
 
-                buckets[table[0] >> 4][0] += value;
+                memory[table[0] >> 4] += value;
             }
             next += 2;
             table += 1;
@@ -137,14 +134,12 @@ static void small_tiled_bucket4x1(const uint8_t *table, const float *x, size_t i
             {
                 const float value = next[0];
 
-                buckets[table[0] & 15][0] += value;
+                memory[table[0] & 15] += value;
             }
             table += 1;
         }
-        for (size_t lane = 0; lane < 1; ++lane) {
-            small_tiled_bucket4x1_fold(memory + lane, products);
-            products += 4;
-        }
+        small_tiled_bucket4x1_fold(memory, products);
+        products += 4;
     }
 }
 

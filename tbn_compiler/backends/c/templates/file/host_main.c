@@ -1,27 +1,51 @@
-/* Runs the model on every vector of floats from standard input. The argument is the size of a vector, as a check. */
+/* Runs the model on all inputs from standard input, one run after the other. The argument checks their size. */
 #include "{{ header }}"
 
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-static float input[{{ macro }}_INPUT_SIZE];
-static float output[{{ macro }}_OUTPUT_SIZE];
-{% if scratch == "caller" %}
-/* A model may need no scratch memory, an array needs an element. */
-static float scratch[{{ macro }}_SCRATCH_BYTES / sizeof(float) + ({{ macro }}_SCRATCH_BYTES == 0)];
-{% endif %}
+{% for argument in interface.inputs %}
+static {{ types[argument.dtype.name] }} input_{{ loop.index0 }}[{{ argument.size }}];
+{% endfor %}
+{% for argument in interface.outputs %}
+static {{ types[argument.dtype.name] }} output_{{ loop.index0 }}[{{ argument.size }}];
+{% endfor %}
+
+/* Fill all inputs; 0 at the end of the file. */
+static int read_inputs(void)
+{
+{% for argument in interface.inputs %}
+    if (fread(input_{{ loop.index0 }}, sizeof input_{{ loop.index0 }}, 1, stdin) != 1) {
+        return 0;
+    }
+{% endfor %}
+    return 1;
+}
 
 int main(int argc, char **argv)
 {
-    if (argc != 2 || atol(argv[1]) != {{ macro }}_INPUT_SIZE) {
-        fprintf(stderr, "the model's input has %ld elements\n", (long){{ macro }}_INPUT_SIZE);
+{% if interface.takes_scratch %}
+    void *const scratch = malloc({{ interface.scratch_bytes }} + 1);
+
+    if (scratch == NULL) {
+        return 3;
+    }
+{% endif %}
+    if (argc != 2 || atol(argv[1]) != {{ interface.input_size }}) {
+        fprintf(stderr, "the model's input has {{ interface.input_size }} elements\n");
         return 2;
     }
-    while (fread(input, sizeof(float), {{ macro }}_INPUT_SIZE, stdin) == {{ macro }}_INPUT_SIZE) {
-        {{ name }}_run(input, output{{ ", scratch" if scratch == "caller" }});
-        if (fwrite(output, sizeof(float), {{ macro }}_OUTPUT_SIZE, stdout) != {{ macro }}_OUTPUT_SIZE) {
+    while (read_inputs()) {
+        {{ interface.name }}_run({{ arguments }});
+{% for argument in interface.outputs %}
+        if (fwrite(output_{{ loop.index0 }}, sizeof output_{{ loop.index0 }}, 1, stdout) != 1) {
             return 1;
         }
+{% endfor %}
     }
+{% if interface.takes_scratch %}
+    free(scratch);
+{% endif %}
     return 0;
 }

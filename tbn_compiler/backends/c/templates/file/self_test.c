@@ -1,3 +1,4 @@
+{% from "file/scratch.c" import scratch_union %}
 /* One input and what PyTorch gave for it. */
 {% for port, array in zip(plan.inputs, vectors.inputs) %}
 static const {{ types[array.dtype.name] }} {{ name }}_test_{{ port.name }}[{{ macro }}_{{ port.name.upper() }}_SIZE] = {
@@ -16,8 +17,12 @@ int {{ name }}_self_test(void)
     static {{ types[port.value.dtype] }} {{ port.name }}[{{ macro }}_{{ port.name.upper() }}_SIZE];
 {% endfor %}
 {% if plan.scratch == "caller" %}
+{% if "int32_t" in plan.scratch_types %}
+{{ scratch_union("scratch", macro ~ "_SCRATCH_BYTES", "    ") }}
+{% else %}
     /* A model may need no scratch memory, an array needs an element. */
     static float scratch[{{ macro }}_SCRATCH_BYTES / sizeof(float) + ({{ macro }}_SCRATCH_BYTES == 0)];
+{% endif %}
 {% endif %}
 
     {{ name }}_run({{ test_arguments }});

@@ -1,4 +1,4 @@
-/* The loops' strides tell which elements of a and b meet; y may be one of them if that is not repeated. */
+/* The loops' strides tell which elements of a and b meet; y may be one of them if that is not repeated.{{ note | default("") }} */
 static void {{ name }}_broadcast_{{ function }}(const {{ name }}_nest3 *loops, const float *a, const float *b, float *y)
 {
     size_t index[6] = {0, 0, 0, 0, 0, 0};

@@ -1,4 +1,4 @@
-/* The index of the {{ title }} of count elements, inner apart; the first one of equal ones. */
+/* The index of the {{ title }} of count elements, inner apart; the first one of equal ones, or of NaN. */
 static void {{ name }}_reduce_{{ function }}(const float *x, int32_t *y, size_t outer, size_t count, size_t inner)
 {
     for (size_t i = 0; i < outer * inner; ++i) {
@@ -6,7 +6,10 @@ static void {{ name }}_reduce_{{ function }}(const float *x, int32_t *y, size_t 
         size_t best = 0;
 
         for (size_t j = 1; j < count; ++j) {
-            if (first[j * inner] {{ comparison }} first[best * inner]) {
+            const float value = first[j * inner];
+            const float extreme = first[best * inner];
+
+            if (value {{ comparison }} extreme || (value != value && extreme == extreme)) {
                 best = j;
             }
         }

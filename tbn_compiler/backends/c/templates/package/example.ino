@@ -1,3 +1,4 @@
+{% from "file/scratch.c" import scratch_union %}
 // Runs the model on one stored input, and prints the results beside those that PyTorch gave.
 #include <{{ name }}.h>
 
@@ -13,7 +14,11 @@ static const {{ types[array.dtype.name] }} expected_{{ port.name }}[{{ macro }}_
 static {{ types[array.dtype.name] }} {{ port.name }}[{{ macro }}_{{ port.name.upper() }}_SIZE];
 {% endfor %}
 {% if plan.scratch == "caller" %}
+{% if "int32_t" in plan.scratch_types %}
+{{ scratch_union("scratch", macro ~ "_SCRATCH_BYTES") }}
+{% else %}
 static float scratch[{{ macro }}_SCRATCH_BYTES / sizeof(float) + 1];
+{% endif %}
 {% endif %}
 
 void setup()

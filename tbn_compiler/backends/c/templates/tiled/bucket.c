@@ -22,7 +22,7 @@
                 if (value != 0) {
 {% endif %}
 {% for lane in range(lanes) %}
-                {{ "    " if skip }}buckets[{{ number_of(offset * lanes + lane) }}][{{ lane }}] += value;
+                {{ "    " if skip }}{{ "memory" if lanes == 1 else "buckets" }}[{{ number_of(offset * lanes + lane) }}]{{ "[%d]" | format(lane) if lanes > 1 }} += value;
 {% endfor %}
 {% if skip %}
                 }
@@ -55,7 +55,7 @@ static void {{ name }}_{{ kernel }}_fold(const {{ number }} *bucket, {{ number }
         {{ number }} row = 0;
 
 {% for column in range(16) %}
-        difference = bucket[{{ lanes * column }}] - opposite[-{{ lanes * column }}];
+        difference = bucket[{{ lanes * column }}] - opposite[{{ "-" if column }}{{ lanes * column }}];
         column{{ column }} += difference;
         row += difference;
 {% endfor %}
@@ -73,7 +73,11 @@ static void {{ name }}_{{ kernel }}_fold(const {{ number }} *bucket, {{ number }
     {{ number }} differences[8];
 
     for (size_t b = 0; b < 8; ++b) {
+{% if lanes == 1 %}
+        differences[b] = bucket[b] - bucket[15 - b];
+{% else %}
         differences[b] = bucket[b * {{ lanes }}] - bucket[(15 - b) * {{ lanes }}];
+{% endif %}
     }
     {{ name }}_{{ signed_sums }}(differences, sums);
 {% endif %}
@@ -81,7 +85,9 @@ static void {{ name }}_{{ kernel }}_fold(const {{ number }} *bucket, {{ number }
 
 static void {{ name }}_{{ kernel }}(const uint8_t *table, const float *x, size_t inputs,{{ " size_t stride,\n   " if strided }} size_t passes,{{ " " if strided else "\n    " }}{{ "int precision, " if fixed else "const int32_t *block, " if block }}{{ number }} *memory, {{ "int32_t" if block else "float" }} *products)
 {
+{% if lanes > 1 %}
     {{ number }} (*const buckets)[{{ lanes }}] = ({{ number }}(*)[{{ lanes }}])memory;
+{% endif %}
 {% if fixed %}
     const {{ name }}_fixed_block block = {{ name }}_fixed_block_of(x, inputs, precision);
 {% elif block %}
@@ -89,13 +95,22 @@ static void {{ name }}_{{ kernel }}(const uint8_t *table, const float *x, size_t
 {% endif %}
 
     for (; passes != 0; --passes) {
+{% if lanes == 1 and fixed %}
+        int32_t sums[{{ bits }}];
+{% endif %}
         {{ "size_t place = 0" if strided else "const float *next = x" }};
 
+{% if 2 ** bits * lanes == 16 %}
+{% for b in range(16) %}
+        memory[{{ b }}] = 0;
+{% endfor %}
+{% else %}
         for ({{ number }} *bucket = memory; bucket != memory + {{ 2 ** bits * lanes }}; bucket += 16) {
 {% for b in range(16) %}
             bucket[{{ b }}] = 0;
 {% endfor %}
         }
+{% endif %}
         for (size_t count = inputs{{ " / %d" | format(unroll) if unroll > 1 }}; count != 0; --count) {
 {% for offset in range(unroll) %}
 {{ add(offset) }}{% endfor %}
@@ -118,7 +133,15 @@ static void {{ name }}_{{ kernel }}(const uint8_t *table, const float *x, size_t
 {{ add(0) }}            table += {{ (bits * lanes + 7) // 8 }};
         }
 {% endif %}
-{% if fixed %}
+{% if lanes == 1 and fixed %}
+        {{ name }}_{{ kernel }}_fold(memory, sums);
+        for (size_t row = 0; row < {{ bits }}; ++row) {
+            *products++ = {{ name }}_fixed_result(sums[row], block);
+        }
+{% elif lanes == 1 %}
+        {{ name }}_{{ kernel }}_fold(memory, products);
+        products += {{ bits }};
+{% elif fixed %}
         for (size_t lane = 0; lane < {{ lanes }}; ++lane) {
             int32_t sums[{{ bits }}];
 
