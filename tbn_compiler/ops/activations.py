@@ -7,13 +7,15 @@ layer computes, up to rounding. Where each token has a scale of its own:
 * ``"int8"``: the gradient passes unchanged, rounding being the identity to it. Nothing is clipped: the scale is that of
   the largest magnitude.
 * ``"binary"``: ``y = beta sign(x)`` with ``beta = mean|x|`` of a token. The sign passes the gradient where
-  ``|x| <= 1`` (Hubara et al., arXiv 1602.02830; XNOR-Net, arXiv 1603.05279), and beta is differentiated as usual.
+  ``|x| <= REACH beta``, and beta is differentiated as usual. Hubara et al. (arXiv 1602.02830) and XNOR-Net
+  (arXiv 1603.05279) let it pass where ``|x| <= 1``, for inputs that a norm before them has brought to unit variance. A
+  reach in multiples of beta needs no such norm: the gradient of ``y`` stays the same when ``x`` is scaled.
 
 With one scale ``s`` for all tokens, which is trained (LSQ, Esser et al., arXiv 1902.08153, without its factor):
 
 * ``"int8"``: ``y = s clip(round(v))`` for ``v = x / s``. The gradient ``g`` passes where nothing is clipped. That of
   ``s`` is the sum of ``(round(v) - v) g`` there and of ``+-127 g`` elsewhere.
-* ``"binary"``: ``y = s sign(x)``. The sign passes the gradient as above, times ``s``; that of ``s`` is the sum of
+* ``"binary"``: ``y = s sign(x)``. The sign passes the gradient where ``|x| <= REACH s``; that of ``s`` is the sum of
   ``sign(x) g``.
 """
 
@@ -29,6 +31,9 @@ from tbn_compiler.ops.schemas import ACTIVATIONS, LIBRARY
 from tbn_compiler.torch_private import functorch_is_active, untraced
 
 LIBRARY.define("quantize_input(Tensor input, str activation, int dims, Tensor? scale=None) -> Tensor")
+
+REACH = 4.0
+"""Up to how many times the scale a binary input passes its gradient: beyond lie outliers of a token only."""
 
 Grads = tuple[Tensor | None, None, None, Tensor | None]
 
@@ -73,7 +78,7 @@ def binary_gradient(grad: Tensor, input: Tensor, dims: int) -> Tensor:
     axes = tuple(range(-dims, 0))
     count = input[(0,) * (input.dim() - dims)].numel() if input.numel() else 1
     sign, scale = binarize(input, axes)
-    through = grad * scale * (input.abs() <= 1)
+    through = grad * (input.abs() <= REACH * scale)
     return through + (grad * sign).sum(axes, keepdim=True) * input.sign() / count
 
 
@@ -82,7 +87,7 @@ def fixed_scale_gradients(grad: Tensor, input: Tensor, activation: str, scale: T
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32  # the sum has as many terms as elements
     x, g, s = input.to(wide), grad.to(wide), scale.to(wide).reshape(())
     if activation == "binary":
-        through = grad * s.to(grad.dtype) * (input.abs() <= 1)
+        through = grad * (x.abs() <= REACH * s)
         of_scale = torch.where(x > 0, g, -g).sum()
     else:
         v = x * s.reciprocal()
@@ -126,16 +131,16 @@ def _differentiated_by_parts(input: Tensor, activation: str, dims: int, scale: T
     fixed = input.detach()
     values, factor = _values(fixed, activation, dims, None if scale is None else scale.detach())
     values, factor = values.to(input.dtype), factor.to(input.dtype)
-    through = torch.where(fixed.abs() <= 1, input - fixed, torch.zeros_like(fixed))
+    through = torch.where(fixed.abs() <= REACH * factor, input - fixed, torch.zeros_like(fixed))
     if scale is None:
         if activation == "int8":
             return values * factor + (input - fixed)
         spread = input.abs().mean(tuple(range(-dims, 0)), keepdim=True)
-        return values * spread + through * factor
+        return values * spread + through
     given = scale.reshape(()).to(input.dtype)
     moved = factor + (given - given.detach())  # NaN where a token has one
     if activation == "binary":
-        return values * moved + through * factor
+        return values * moved + through
     v = fixed * given.detach().reciprocal()
     inside = v.abs() <= 127
     kept = torch.where(inside, values - v, values)  # the derivative by the scale

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tbn_compiler.ops.activations import REACH
 from tbn_compiler.ops.formats import binarize, quantize_int8
 
 quantize = torch.ops.tbn.quantize_input.default
@@ -42,23 +43,25 @@ def test_int8_passes_the_gradient_unchanged() -> None:
 
 @pytest.mark.parametrize("dims", [1, 2])
 def test_binary_gradient_is_that_of_scale_and_clipped_sign(dims: int) -> None:
-    """Against the definition: a sign whose derivative is 1 between -1 and 1, times the differentiated mean."""
-
-    class Sign(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            (x,) = ctx.saved_tensors
-            return grad * (x.abs() <= 1)
-
+    """Against the definition: what is clipped moves as the input does, and the mean is differentiated."""
     x, g = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 4, 5, dtype=torch.float64)
-    expected = Sign.apply(x) * x.abs().mean(tuple(range(-dims, 0)), keepdim=True)
+    beta = x.abs().mean(tuple(range(-dims, 0)), keepdim=True)
+    through = x.clamp(-REACH * beta.detach(), REACH * beta.detach())
+    expected = torch.where(x > 0, 1.0, -1.0) * beta + through - through.detach()
     (found,) = torch.autograd.grad(quantize(x, "binary", dims), x, g)
     torch.testing.assert_close(found, torch.autograd.grad(expected, x, g)[0])
+
+
+@pytest.mark.parametrize("activation", FORMATS)
+def test_gradient_does_not_depend_on_the_unit(activation: str) -> None:
+    """Inputs 1,000 times as large, as without a norm, pass the same gradient."""
+    x, g = torch.randn(4, 64), torch.randn(4, 64)
+    grads = []
+    for unit in (1.0, 1000.0):
+        scaled = (x * unit).requires_grad_()
+        grads += torch.autograd.grad(quantize(scaled, activation, 1), scaled, g)
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().min() > 0 or activation == "binary"
 
 
 @pytest.mark.parametrize("activation", FORMATS)
@@ -92,8 +95,8 @@ def one_scale(x: Tensor, scale: Tensor, activation: str) -> Tensor:
     """The definition, from functions whose derivatives are the ones that straight-through estimators pass on."""
     if activation == "binary":
         sign = torch.where(x > 0, 1.0, -1.0).to(x.dtype)
-        through = x.clamp(-1, 1)
-        return scale * (sign + through - through.detach())
+        through = x.clamp(-REACH * scale.detach(), REACH * scale.detach())
+        return scale * sign + through - through.detach()
     v = (x / scale).clamp(-127, 127)
     return scale * (v + (v.round() - v).detach())
 
@@ -101,7 +104,7 @@ def one_scale(x: Tensor, scale: Tensor, activation: str) -> Tensor:
 @pytest.mark.parametrize("activation", FORMATS)
 def test_gradients_of_one_scale(activation: str) -> None:
     x, g = (torch.randn(3, 4, 5, dtype=torch.float64) * 2 for _ in range(2))
-    scale = torch.tensor([0.02], dtype=torch.float64)  # clips beyond 2.54
+    scale = torch.tensor([0.02 if activation == "int8" else 0.5], dtype=torch.float64)  # clips beyond 2.54, or 2
 
     def loss(x: Tensor, scale: Tensor) -> Tensor:
         return (quantize(x, activation, 1, scale) * g).sum()
@@ -125,7 +128,7 @@ def test_one_scale_has_its_own_dtype(activation: str, dtype: torch.dtype) -> Non
     assert x.grad is not None
     assert scale.grad is not None
     assert (x.grad.dtype, scale.grad.dtype) == (dtype, torch.float32)
-    # 64 steps, rounded exactly: nothing to gain by another scale; the sign's derivative is 1 for each.
+    # 64 steps, rounded exactly: nothing to gain by another scale; signs sum up.
     assert scale.grad.item() == (0 if activation == "int8" else 1 << 16)
 
 
