@@ -249,8 +249,8 @@ def optimize(
         raise ConfigError("calibration finds the scales of integer inputs: give activation='int8' or 'binary' too")
     scales: Scales | None = None if calibration is None else {}
     optimized, reason = deploy(lower(module), example_inputs, activation, scales=scales)
-    if calibration is not None and scales:
-        _calibrate(optimized, calibration, scales)
+    if calibration is not None:
+        _calibrate(optimized, calibration, scales or {})
     if reason is not None:
         warnings.warn(f"optimised layer by layer only: {reason}", stacklevel=2)
     return optimized

@@ -63,7 +63,7 @@ class Magnitudes:
             self.counts = torch.cat([self.counts.view(-1, 2).sum(1), torch.zeros(_BINS // 2, dtype=torch.float64)])
             self.top *= 2
         if self.top > 0.0:
-            self.counts += torch.histc(magnitude.cpu(), _BINS, 0, self.top).double()
+            self.counts += torch.histc(magnitude.cpu().double(), _BINS, 0, self.top)
 
     def best_scale(self) -> float | None:
         """The scale with the least mean square error of the values; ``None`` if all are 0, or none has been seen."""

@@ -1,5 +1,6 @@
 import contextlib
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import tbn_compiler as tbn
 from tbn_compiler.backends.c.host import find_compiler
-from tbn_compiler.cli import main
+from tbn_compiler.cli import bench_mcu, main
 from tbn_compiler.cli.arrays import load_arrays
 from tbn_compiler.verify import compare
 
@@ -221,3 +222,14 @@ def test_compare():
         compare("y", np.zeros((0, 4)), np.zeros((0, 4)))
     assert not compare("y", np.array([40000]), np.array([40001])).within(1)
     assert compare("y", np.array([7]), np.array([7])).within(0)
+
+
+def test_members_that_are_no_arrays_are_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", input=np.ones(3))
+    with zipfile.ZipFile(tmp_path / "x.npz", "a") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(tbn.ConfigError, match=r"'readme.txt' in .* is no array"):
+        load_arrays(tmp_path / "x.npz")
+    np.savez(tmp_path / "y.npz", inputs=np.ones((2, 3)), outputs=np.float64(1))
+    with pytest.raises(tbn.ConfigError, match=r"'outputs' in .* is a single number"):
+        bench_mcu._load(tmp_path / "y.npz", 1)

@@ -33,6 +33,8 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     except (MemoryError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy gives the bytes of other members
+            raise ConfigError(f"{name!r} in {path} is no array")
         if array.dtype.kind not in "fiub":
             raise ConfigError(f"array {name!r} in {path} is {array.dtype}: it holds no numbers")
         if not array.size:

@@ -73,6 +73,8 @@ def _load(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None]:
     arrays = load_arrays(path)
     if "inputs" not in arrays or not arrays["inputs"].ndim:
         raise ConfigError(f"{path} is not an .npz file with an array 'inputs': it has {sorted(arrays)}")
+    if "outputs" in arrays and not arrays["outputs"].ndim:
+        raise ConfigError(f"'outputs' in {path} is a single number, not one row for each input")
     return arrays["inputs"][:count], arrays["outputs"][:count] if "outputs" in arrays else None
 
 

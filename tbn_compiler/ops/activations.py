@@ -128,24 +128,27 @@ def quantize_input(input: Tensor, activation: str, dims: int, scale: Tensor | No
 
 def _differentiated_by_parts(input: Tensor, activation: str, dims: int, scale: Tensor | None) -> Tensor:
     """The same from PyTorch's own operators: torch.func differentiates no others."""
-    fixed = input.detach()
-    values, factor = _values(fixed, activation, dims, None if scale is None else scale.detach())
-    values, factor = values.to(input.dtype), factor.to(input.dtype)
-    through = torch.where(fixed.abs() <= REACH * factor, input - fixed, torch.zeros_like(fixed))
-    if scale is None:
-        if activation == "int8":
-            return values * factor + (input - fixed)
-        spread = input.abs().mean(tuple(range(-dims, 0)), keepdim=True)
-        return values * spread + through
-    given = scale.reshape(()).to(input.dtype)
-    moved = factor + (given - given.detach())  # NaN where a token has one
+    wide = input if input.dtype == torch.float64 else input.float()  # rounded once, at the end
+    given = None if scale is None else scale.reshape(()).to(wide.dtype)
+    fixed = wide.detach()
+    values, factor = _values(fixed, activation, dims, None if given is None else given.detach())
+    moved, none = wide - fixed, torch.zeros_like(fixed)
     if activation == "binary":
-        return values * moved + through
+        passed = torch.where(fixed.abs() <= REACH * factor, moved, none)
+        spread = wide.abs().mean(tuple(range(-dims, 0)), keepdim=True) if given is None else _moving(factor, given)
+        return (values * spread + passed).to(input.dtype)
+    if given is None:
+        return (values * factor + moved).to(input.dtype)
     v = fixed * given.detach().reciprocal()
     inside = v.abs() <= 127
-    kept = torch.where(inside, values - v, values)  # the derivative by the scale
-    passed = torch.where(inside, input - fixed, torch.zeros_like(fixed))
-    return values * factor + kept * (given - given.detach()) + passed
+    by_scale = torch.where(inside, values - v, values)  # the derivative
+    result = values * factor + by_scale * (given - given.detach()) + torch.where(inside, moved, none)
+    return result.to(input.dtype)
+
+
+def _moving(factor: Tensor, given: Tensor) -> Tensor:
+    """``factor``, which is NaN where a token has one, as something that moves with the scale."""
+    return factor + (given - given.detach())
 
 
 def register() -> None:

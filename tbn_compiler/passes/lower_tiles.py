@@ -255,8 +255,7 @@ def _check_input_scale(gm: fx.GraphModule, call: LayerCall, record: LayerRecord,
 
 def _logarithm(gm: fx.GraphModule, scale: fx.Node) -> nn.Parameter | None:
     """The parameter whose exponential a scale is."""
-    exp = scale.target in (torch.exp, "exp", torch.ops.aten.exp.default)
-    value = attribute(gm, scale.args[0]) if exp and scale.args else None
+    value = attribute(gm, scale.args[0]) if scale.target is torch.exp and scale.args else None
     return value if isinstance(value, nn.Parameter) else None
 
 

@@ -77,6 +77,17 @@ def test_torch_func_differentiates_it_alike(activation: str) -> None:
     torch.testing.assert_close(torch.func.vmap(lambda row: quantize(row, activation, 1))(x), quantize(x, activation, 1))
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", FORMATS)
+def test_torch_func_rounds_once(activation: str, dtype: torch.dtype, given: bool) -> None:
+    """Integers and their scale are multiplied before they are brought into half precision."""
+    x = (torch.randn(4, 64) * 1e-5).to(dtype)
+    scale = torch.tensor([1e-7]) if given else None
+    found, _ = torch.func.vjp(lambda value: quantize(value, activation, 1, scale), x)
+    assert torch.equal(found, quantize(x, activation, 1, scale))
+
+
 @pytest.mark.parametrize("activation", FORMATS)
 def test_compiles_without_a_break(activation: str) -> None:
     def step(x: Tensor) -> Tensor:
@@ -128,6 +139,8 @@ def test_one_scale_has_its_own_dtype(activation: str, dtype: torch.dtype) -> Non
     assert x.grad is not None
     assert scale.grad is not None
     assert (x.grad.dtype, scale.grad.dtype) == (dtype, torch.float32)
+    by_parts = torch.func.grad(lambda value: quantize(x.detach(), activation, 1, value).float().sum())(scale.detach())
+    torch.testing.assert_close(by_parts, scale.grad)
     # 64 steps, rounded exactly: nothing to gain by another scale; signs sum up.
     assert scale.grad.item() == (0 if activation == "int8" else 1 << 16)
 

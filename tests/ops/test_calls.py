@@ -128,7 +128,7 @@ def test_arguments_by_position_and_by_name_are_the_same_call() -> None:
     [
         ((1, 2), {}, "missing a required argument: 'alpha'"),
         ((1, 2, 3, 4, 5, 6, 7), {"colour": 1}, "unexpected keyword argument 'colour'"),
-        ((1, 2, 3, 4, 5, 6, 7, None, 1), {}, "too many positional arguments"),
+        ((1, 2, 3, 4, 5, 6, 7, None, None, 1), {}, "too many positional arguments"),
     ],
 )
 def test_wrong_arguments(args: Any, kwargs: Any, message: str) -> None:

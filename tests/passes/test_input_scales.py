@@ -186,6 +186,15 @@ def test_scale_has_nearly_the_least_error(make: Any) -> None:
     assert found.elements == len(x) == found.counts.sum()
 
 
+def test_magnitudes_near_the_end_of_float32() -> None:
+    found = Magnitudes("int8")
+    for value in (2e38, 3.3e38):
+        found.add(torch.full((4,), value))
+    scale = found.best_scale()
+    assert scale is not None
+    assert 2e38 / 127 < scale < 3.4e38 / 127
+
+
 def test_binary_scale_is_the_mean_magnitude() -> None:
     x, found = torch.randn(1000), Magnitudes("binary")
     for batch in (torch.zeros(0), *x.split(300)):
@@ -253,6 +262,9 @@ def test_what_cannot_be_calibrated() -> None:
         tbn.optimize(packed, x, calibration=[x])
     with pytest.raises(TBNError, match="at least one batch"):
         tbn.optimize(packed, x, activation="int8", calibration=[])
+    trained = tbn.lower(tbn.transform(network(), config(activation="int8")))
+    with pytest.raises(TBNError, match="at least one batch"):  # although every layer has a format already
+        tbn.optimize(trained, x, activation="int8", calibration=[])
     with pytest.raises(TBNError, match="calibration batch 2 cannot be used: an input is not finite"):
         tbn.optimize(packed, x, activation="int8", calibration=[x, x * math.inf])
     with pytest.raises(TransformError, match=r"no layer of Sequential has one scale.*input_scale='layer'"):

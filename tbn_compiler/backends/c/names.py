@@ -18,6 +18,7 @@ _CPP = """
     not_eq operator or or_eq private protected public reinterpret_cast requires static_cast template this throw try
     typeid typename using virtual wchar_t xor xor_eq
 """
+_MACROS = re.compile(r"[A-Z0-9_]+_(SIZE|BYTES)|LAYER_HOOK")  # of the templates, behind the model's name
 KEYWORDS = frozenset((_C99 + _C11_AND_C23 + _CPP).split())
 
 
@@ -55,7 +56,7 @@ class SymbolTable:
 
     Args:
         reserved: identifiers that are taken already.
-        prefix: no identifier begins so, if it is given.
+        prefix: no identifier begins so, if it is given, and none is called as a macro of the templates.
 
     Example:
         >>> symbols = SymbolTable()
@@ -70,7 +71,8 @@ class SymbolTable:
     def unique(self, name: str) -> str:
         """An identifier that resembles ``name``."""
         base = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "value"
-        if base[0].isdigit() or (self._prefix is not None and base.startswith(self._prefix)):
+        made_up = self._prefix is not None and (base.startswith(self._prefix) or _MACROS.fullmatch(base))
+        if base[0].isdigit() or made_up:
             base = f"layer_{base}"
         symbol, count = base, 1
         while symbol in self.taken:

@@ -149,6 +149,8 @@ def multiplies_bytes(call: TensorCall) -> bool:
         return False
     if call.activation != "float":
         return True
+    if product.groups > 1:
+        return False  # groups share no input, but would share the power of two of their sample
     few = product.rows // product.mixes * places <= MAX_LIMB_WEIGHTS.get(level or "", math.inf)
     return channels * places <= MAX_LIMB_INPUTS and (few or _reason_against_lookups(call) is not None)
 

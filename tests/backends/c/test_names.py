@@ -91,6 +91,7 @@ class Multiply(nn.Module):
 def test_no_name_of_a_model_breaks_the_program(tmp_path: Path) -> None:
     """Parameters named as functions and vectors of the file, and two models that differ in capitals alone."""
     names = ["test_loop", "test_out0", "self_test", "run", "scratch", "softmax", "broadcast_multiply", "test", "i"]
+    names += ["OUT0_SIZE", "SCRATCH_BYTES", "LAYER_HOOK"]
     inputs = (torch.randn(1, 4), torch.randn(1, 4))
     for folder, name in (("small", "net"), ("capital", "Net")):
         (tmp_path / folder).mkdir()
