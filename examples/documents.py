@@ -28,6 +28,15 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collect
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
+def show_or_write(name: str, table: str, document: Path, *, show: bool, write: bool) -> None:
+    """Print a table, or write it between the marks of its name into a page."""
+    if show:
+        print(table)
+    if write:
+        text = fill(document.read_text(encoding="utf-8"), {name: table})
+        document.write_text(text, encoding="utf-8")
+
+
 def fill(document: str, tables: Mapping[str, str]) -> str:
     """``document`` with its tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, replaced."""
     for name, table in tables.items():

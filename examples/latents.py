@@ -230,14 +230,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except DataError as error:
             print(f"latents: {error}", file=sys.stderr)
             return 1
-    if (options.table or options.docs) and not results.get("runs"):
-        print(f"latents: {options.results} holds no runs yet; train with --data", file=sys.stderr)
-        return 1
-    if options.table:
-        print(table(results))
-    if options.docs:
-        text = documents.fill(DOCUMENT.read_text(encoding="utf-8"), {"latents": table(results)})
-        DOCUMENT.write_text(text, encoding="utf-8")
+    if options.table or options.docs:
+        if not results.get("runs"):
+            print(f"latents: {options.results} holds no runs yet; train with --data", file=sys.stderr)
+            return 1
+        documents.show_or_write("latents", table(results), DOCUMENT, show=options.table, write=options.docs)
     return 0
 
 

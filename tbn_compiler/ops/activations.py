@@ -135,7 +135,10 @@ def _differentiated_by_parts(input: Tensor, activation: str, dims: int, scale: T
     moved, none = wide - fixed, torch.zeros_like(fixed)
     if activation == "binary":
         passed = torch.where(fixed.abs() <= REACH * factor, moved, none)
-        spread = wide.abs().mean(tuple(range(-dims, 0)), keepdim=True) if given is None else _moving(factor, given)
+        if given is None:
+            spread = wide.abs().mean(tuple(range(-dims, 0)), keepdim=True)
+        else:
+            spread = factor + (given - given.detach())  # NaN where a token has one
         return (values * spread + passed).to(input.dtype)
     if given is None:
         return (values * factor + moved).to(input.dtype)
@@ -144,11 +147,6 @@ def _differentiated_by_parts(input: Tensor, activation: str, dims: int, scale: T
     by_scale = torch.where(inside, values - v, values)  # the derivative
     result = values * factor + by_scale * (given - given.detach()) + torch.where(inside, moved, none)
     return result.to(input.dtype)
-
-
-def _moving(factor: Tensor, given: Tensor) -> Tensor:
-    """``factor``, which is NaN where a token has one, as something that moves with the scale."""
-    return factor + (given - given.detach())
 
 
 def register() -> None:

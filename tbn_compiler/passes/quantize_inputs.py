@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from tbn_compiler.graph.calls import training_call
+from tbn_compiler.graph.calls import named_arguments, training_call
 from tbn_compiler.graph.layers import LayerCall, find_record, function_arguments, layer_calls
 from tbn_compiler.graph.records import LayerRecord, get_records, input_log_scale_key, split_key
 from tbn_compiler.ops.calls import OPERATORS
@@ -101,7 +101,5 @@ def quantized_input(node: object) -> tuple[fx.Node, str, fx.Node | None] | None:
     """
     if not isinstance(node, fx.Node) or node.target is not torch.ops.tbn.quantize_input.default:
         return None
-    source, activation, _, *scale = node.args
-    assert isinstance(source, fx.Node)
-    given = scale[0] if scale else node.kwargs.get("scale")
-    return source, str(activation), given if isinstance(given, fx.Node) else None
+    arguments = named_arguments(node)
+    return arguments["input"], str(arguments["activation"]), arguments["scale"]

@@ -61,7 +61,6 @@ def test_gradient_does_not_depend_on_the_unit(activation: str) -> None:
         scaled = (x * unit).requires_grad_()
         grads += torch.autograd.grad(quantize(scaled, activation, 1), scaled, g)
     torch.testing.assert_close(*grads)
-    assert grads[0].abs().min() > 0 or activation == "binary"
 
 
 @pytest.mark.parametrize("activation", FORMATS)

@@ -88,6 +88,17 @@ TEST_PREFIX = "test_"
 
 
 @functools.cache
+def made_up_names() -> re.Pattern[str]:
+    """Names behind the model's prefix that depend on it or on its ports: vectors of the self-test, and macros."""
+    macros = set()
+    for path in _TEMPLATES.rglob("*.[ch]"):
+        text = _source(path.relative_to(_TEMPLATES).as_posix())
+        macros.update(re.findall(r"\{\{ macro \}\}_(\w*)(\{\{.*?\}\})?(\w*)", text))
+    parts = sorted(f"{head}{'[A-Z0-9_]+' if variable else ''}{tail}" for head, variable, tail in macros)
+    return re.compile("|".join([f"{TEST_PREFIX}.*", *parts]))
+
+
+@functools.cache
 def local_names() -> tuple[str, ...]:
     """Words of the code that surrounds parameters and buffers, which these must not be called."""
     words: set[str] = set()

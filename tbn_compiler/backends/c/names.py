@@ -18,7 +18,6 @@ _CPP = """
     not_eq operator or or_eq private protected public reinterpret_cast requires static_cast template this throw try
     typeid typename using virtual wchar_t xor xor_eq
 """
-_MACROS = re.compile(r"[A-Z0-9_]+_(SIZE|BYTES)|LAYER_HOOK")  # of the templates, behind the model's name
 KEYWORDS = frozenset((_C99 + _C11_AND_C23 + _CPP).split())
 
 
@@ -56,7 +55,7 @@ class SymbolTable:
 
     Args:
         reserved: identifiers that are taken already.
-        prefix: no identifier begins so, if it is given, and none is called as a macro of the templates.
+        refused: a pattern that no identifier matches as a whole.
 
     Example:
         >>> symbols = SymbolTable()
@@ -64,15 +63,14 @@ class SymbolTable:
         ('encoder_fc1_weight', 'encoder_fc1_weight_2', 'layer_0_bias')
     """
 
-    def __init__(self, reserved: Iterable[str] = (), prefix: str | None = None) -> None:
+    def __init__(self, reserved: Iterable[str] = (), refused: re.Pattern[str] | None = None) -> None:
         self.taken = set(reserved)
-        self._prefix = prefix
+        self._refused = refused
 
     def unique(self, name: str) -> str:
         """An identifier that resembles ``name``."""
         base = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "value"
-        made_up = self._prefix is not None and (base.startswith(self._prefix) or _MACROS.fullmatch(base))
-        if base[0].isdigit() or made_up:
+        if base[0].isdigit() or (self._refused is not None and self._refused.fullmatch(base)):
             base = f"layer_{base}"
         symbol, count = base, 1
         while symbol in self.taken:

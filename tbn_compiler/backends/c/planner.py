@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from tbn_compiler.backends.c import ir, kernels
-from tbn_compiler.backends.c.emit import TEST_PREFIX, local_names, template_names
+from tbn_compiler.backends.c.emit import local_names, made_up_names, template_names
 from tbn_compiler.backends.c.fuse import simplify
 from tbn_compiler.backends.c.memory import (
     Buffer,
@@ -58,7 +58,7 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
     context = Context(options)
     implementations = [_with_notes(operation, implement(operation, context)) for operation in operations]
     # Constants are named first, so that no buffer of the run function hides one.
-    symbols = SymbolTable(template_names(), prefix=TEST_PREFIX)
+    symbols = SymbolTable(template_names(), made_up_names())
     stored = _name({c: c.name for implementation in implementations for c in constants(implementation)}, symbols)
     described = _name({s: s.name for implementation in implementations for s in structs(implementation)}, symbols)
     constant_names = (f"{options.name}_{symbol}" for symbol in symbols.taken)

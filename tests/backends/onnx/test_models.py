@@ -18,10 +18,13 @@ REJECTED = {"torch-transformer"}
 
 
 FORMS = ("bits", "nbits", "dense")
-LARGE = [name for name in EXAMPLES if name.startswith("hf-") and name not in REJECTED]  # these take one form each
+# Large models take one form each.
+LARGE = [name for name in EXAMPLES if name.startswith("hf-") and name not in REJECTED]
+CASES = [(name, form) for name in EXAMPLES if name not in (*REJECTED, *LARGE) for form in FORMS]
+CASES += [(name, FORMS[index % len(FORMS)]) for index, name in enumerate(LARGE)]
 
 
-@pytest.fixture(scope="module", params=[name for name in EXAMPLES if name not in REJECTED])
+@pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest) -> Case:
     case = Case(EXAMPLES[request.param])
     for module in case.qat.modules():
@@ -36,11 +39,8 @@ def batch_of_5(case: Case) -> dict[str, Tensor]:
     return {name: torch.cat([inputs[name] for inputs in more])[:5] for name in more[0]}
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_model(case: Case, form: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    name = request.node.callspec.params["case"]
-    if name in LARGE and form != FORMS[LARGE.index(name) % 3]:
-        pytest.skip("a large model takes one form")
+@pytest.mark.parametrize(("case", "form"), CASES, indirect=["case"])
+def test_model(case: Case, form: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     written = tbn.export_onnx(case.qat, case.inputs, path, weights=form)
     inputs = batch_of_5(case)
