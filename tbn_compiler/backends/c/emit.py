@@ -93,7 +93,7 @@ def made_up_names() -> re.Pattern[str]:
     macros = set()
     for path in _TEMPLATES.rglob("*.[ch]"):
         text = _source(path.relative_to(_TEMPLATES).as_posix())
-        macros.update(re.findall(r"\{\{ macro \}\}_(\w*)(\{\{.*?\}\})?(\w*)", text))
+        macros.update(re.findall(r"(?<!\w)\{\{ macro \}\}_(\w*)(\{\{.*?\}\})?(\w*)", text))
     parts = sorted(f"{head}{'[A-Z0-9_]+' if variable else ''}{tail}" for head, variable, tail in macros)
     return re.compile("|".join([f"{TEST_PREFIX}.*", *parts]))
 
