@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,6 +29,7 @@ from tbn_compiler.passes.deployment import note_values
 from tbn_compiler.passes.expose_attention import disable_fast_paths
 from tbn_compiler.passes.lower_tiles import Stored, lower_parameters
 from tbn_compiler.passes.quantize_activations import Scales, drop_scale
+from tbn_compiler.passes.quantize_intermediates import Intermediates, set_scale
 from tbn_compiler.passes.tile_modules import tile_modules
 from tbn_compiler.tiling import TileSpec
 from tbn_compiler.torch_private import original_module
@@ -207,6 +208,7 @@ def optimize(
     *,
     activation: Activation = "float",
     calibration: Iterable[Any] | None = None,
+    intermediates: Literal["float", "int8"] = "float",
 ) -> nn.Module:
     """Rewrite a lowered module for the least arithmetic; results are equal up to rounding.
 
@@ -231,6 +233,9 @@ def optimize(
         calibration: batches of inputs (each as ``example_inputs``) from which each layer gets one scale for all its
             inputs, with the least mean square error, in place of one for each token. They run through the network once,
             in floating point. Layers that train with a format keep the scales that they have.
+        intermediates: ``"int8"`` brings sums, means, joins and functions between layers into int8 as well, each with a
+            scale from the batches, so that C keeps them in a quarter of the memory and computes with integers. It
+            takes ``example_inputs``, ``activation="int8"`` and ``calibration``.
 
     Returns:
         A ``GraphModule`` that is called as the model is, in evaluation mode; it can be copied and pickled. Where
@@ -238,7 +243,8 @@ def optimize(
         says why.
 
     Raises:
-        ConfigError: ``activation`` is not one of the formats, or ``"float"`` with ``calibration``.
+        ConfigError: ``activation`` is not one of the formats, or ``"float"`` with ``calibration``; ``intermediates``
+            is not one, or ``"int8"`` without what it takes.
         LoweringError: the module was not transformed.
         TBNError: the module does not run on the example inputs, there are no calibration batches, or an input of a
             layer is not finite.
@@ -247,10 +253,15 @@ def optimize(
         raise ConfigError(f"activation={activation!r} is not one of {', '.join(map(repr, ACTIVATIONS))}")
     if activation == "float" and calibration is not None:
         raise ConfigError("calibration finds the scales of integer inputs: give activation='int8' or 'binary' too")
+    if intermediates not in ("float", "int8"):
+        raise ConfigError(f"intermediates={intermediates!r} is neither 'float' nor 'int8'")
+    if intermediates == "int8" and (activation != "int8" or calibration is None or example_inputs is None):
+        raise ConfigError("intermediates='int8' takes example inputs, activation='int8' and calibration batches")
     scales: Scales | None = None if calibration is None else {}
-    optimized, reason = deploy(lower(module), example_inputs, activation, scales=scales)
+    between: Intermediates | None = {} if intermediates == "int8" else None
+    optimized, reason = deploy(lower(module), example_inputs, activation, scales=scales, intermediates=between)
     if calibration is not None:
-        _calibrate(optimized, calibration, scales or {})
+        _calibrate(optimized, calibration, scales or {}, between or {})
     if reason is not None:
         warnings.warn(f"optimised layer by layer only: {reason}", stacklevel=2)
     return optimized
@@ -263,6 +274,7 @@ def deploy(
     *,
     free_sizes: bool = True,
     scales: Scales | None = None,
+    intermediates: Intermediates | None = None,
 ) -> tuple[nn.Module, str | None]:
     """Run the deployment pipeline on a lowered module that the caller owns.
 
@@ -272,6 +284,8 @@ def deploy(
         activation: as for :func:`optimize`.
         free_sizes: whether inputs may have other sizes later.
         scales: takes the layers whose inputs have one scale, which is NaN still; ``None``: each token has its own.
+        intermediates: takes the values between layers that are brought into int8, whose scales are NaN still;
+            ``None``: they stay floats.
 
     Returns:
         The result, and why it is not the graph of the whole model although there are example inputs.
@@ -285,19 +299,21 @@ def deploy(
     if example_inputs is not None:
         captured = capture(packed, example_inputs, free_sizes=free_sizes)
         if isinstance(captured, fx.GraphModule):
-            return run_passes(captured, deployment_pipeline(activation, scales)), None
+            return run_passes(captured, deployment_pipeline(activation, scales, intermediates)), None
         reason = captured
     for _, part in graph_parts(packed):
         run_passes(part, deployment_pipeline(activation, scales))
     return packed, reason
 
 
-def _calibrate(module: nn.Module, batches: Iterable[Any], layers: Scales) -> None:
-    """Set the scales of layers that :func:`deploy` has given one."""
+def _calibrate(module: nn.Module, batches: Iterable[Any], layers: Scales, between: Intermediates) -> None:
+    """Set the scales of layers, and of values between them, that :func:`deploy` has given one."""
     buffers = [gm.get_buffer(input_scale_key(weight)) for gm, weight in layers]
-    found = find_scales(module, batches, buffers)
-    for (gm, weight), buffer, scale in zip(layers, buffers, found, strict=True):
+    found = find_scales(module, batches, [*buffers, *(gm.get_buffer(name) for gm, name in between)])
+    for (gm, weight), buffer, scale in zip(layers, buffers, found, strict=False):
         if scale is None:
             drop_scale(gm, weight, "no calibration batch reached it: each token has a scale of its own")
         else:
             buffer.fill_(scale)
+    for (gm, name), scale in zip(between, found[len(buffers) :], strict=True):
+        set_scale(gm, name, scale)

@@ -18,6 +18,7 @@ from tbn_compiler.passes.join_chains import JoinChains, attention_shares_rows
 from tbn_compiler.passes.lower_tiles import LowerTiles, Stored
 from tbn_compiler.passes.quantize_activations import QuantizeActivations, Scales
 from tbn_compiler.passes.quantize_inputs import QuantizeInputs
+from tbn_compiler.passes.quantize_intermediates import Intermediates, QuantizeIntermediates
 from tbn_compiler.passes.remove_dead_nodes import RemoveDeadNodes
 from tbn_compiler.passes.remove_noops import RemoveNoOps
 from tbn_compiler.passes.tile_weights import TileWeights
@@ -48,12 +49,15 @@ def inference_pipeline(stored: Stored | None = None) -> list[GraphPass]:
     ]
 
 
-def deployment_pipeline(activation: str = "float", scales: Scales | None = None) -> list[GraphPass]:
+def deployment_pipeline(
+    activation: str = "float", scales: Scales | None = None, intermediates: Intermediates | None = None
+) -> list[GraphPass]:
     """From stored tiles, which a file can hold, to the least arithmetic, which it cannot.
 
     Args:
         activation: number format of the inputs of tiled layers.
         scales: as for :class:`QuantizeActivations`.
+        intermediates: as for :class:`QuantizeIntermediates`; ``None``: what passes between layers stays a float.
     """
     return [
         RemoveDeadNodes(),
@@ -63,6 +67,7 @@ def deployment_pipeline(activation: str = "float", scales: Scales | None = None)
         FoldBatchNorm(),
         *([QuantizeActivations(activation, scales)] if activation != "float" else []),
         FlowReplicas(),
+        *([QuantizeIntermediates(intermediates)] if intermediates is not None else []),
         FuseEpilogue(),
     ]
 
@@ -83,6 +88,7 @@ __all__ = [
     "LowerTiles",
     "QuantizeActivations",
     "QuantizeInputs",
+    "QuantizeIntermediates",
     "RemoveBlends",
     "RemoveDeadNodes",
     "RemoveNoOps",

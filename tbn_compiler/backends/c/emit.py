@@ -20,7 +20,7 @@ import numpy as np
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.interface import Interface
 from tbn_compiler.backends.c.names import macro_prefix
-from tbn_compiler.backends.c.plan import C_TYPES, Argument, At, Call, Index, Plan, Struct, Workspace
+from tbn_compiler.backends.c.plan import C_TYPES, SCRATCH_MEMBERS, Argument, At, Call, Index, Plan, Struct, Workspace
 from tbn_compiler.backends.c.tiled_instances import INSTANCES
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def emit_host_main(interface: Interface, header: str) -> str:
 def _context(plan: Plan, vectors: Vectors | None) -> dict[str, object]:
     ports = [port.name for port in (*plan.inputs, *plan.outputs)]
     # An array, or a union whose address is taken.
-    scratch = [] if plan.scratch == "static" else ["&scratch" if "int32_t" in plan.scratch_types else "scratch"]
+    scratch = [] if plan.scratch == "static" else ["scratch" if plan.scratch_types in ((), ("float",)) else "&scratch"]
     tested = [f"{plan.name}_{TEST_PREFIX}{port.name}" for port in plan.inputs] + [port.name for port in plan.outputs]
     return {
         "plan": plan,
@@ -186,6 +186,8 @@ def _context(plan: Plan, vectors: Vectors | None) -> dict[str, object]:
         "test_arguments": ", ".join([*tested, *scratch]),
         "vectors": vectors,
         "types": C_TYPES,
+        "members": {kind: SCRATCH_MEMBERS[kind] for kind in SCRATCH_MEMBERS if kind in plan.scratch_types},
+        "itemsize": {dtype: np.dtype(dtype).itemsize for dtype in C_TYPES},
         "zip": zip,
     }
 

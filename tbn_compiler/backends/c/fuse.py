@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.integers import keep_integers
 from tbn_compiler.backends.c.views import absorb_copies
 from tbn_compiler.tiling import TileLayout
 
@@ -23,6 +24,7 @@ def simplify(graph: ir.Graph) -> tuple[list[ir.Operation], list[ir.Value]]:
     operations = _needed(absorb_copies(operations, outputs), outputs)
     operations = _fold_affines(operations, outputs)
     operations = _fuse_relus(_sum_neighbours(operations), outputs)
+    operations, outputs = keep_integers(operations, outputs)
     return _give_outputs_values(operations, outputs)
 
 
@@ -101,7 +103,8 @@ def _sum_neighbours(operations: Sequence[ir.Operation]) -> list[ir.Operation]:
     result: list[ir.Operation] = []
     sums: dict[tuple[ir.Operand, int], ir.Value] = {}
     for operation in operations:
-        if isinstance(operation, ir.TiledLinear | ir.TiledConv) and operation.product.summed > 1:
+        floats = isinstance(operation, ir.TiledLinear | ir.TiledConv) and operation.input_scale is None
+        if isinstance(operation, ir.TiledLinear | ir.TiledConv) and floats and operation.product.summed > 1:
             layout, count, (source,) = operation.layout, operation.product.summed, operation.inputs
             key = (source, count)
             if key not in sums:

@@ -13,14 +13,15 @@ import numpy as np
 
 from tbn_compiler.tiling import TiledProduct, TileLayout
 
-DType = Literal["float32", "int32"]
+DType = Literal["float32", "int32", "int8"]
 
 
 @dataclass(frozen=True)
 class Value:
     """An array that exists while the model runs; ``name`` is its node in the exported graph.
 
-    Every element takes four bytes: what is ``int64`` in PyTorch (indices) is ``int32`` here.
+    What is ``int64`` in PyTorch (indices) is ``int32`` here. ``int8`` are activations in a number format, from -127 to
+    127; the operations around them know their scale.
     """
 
     name: str
@@ -35,7 +36,12 @@ class Value:
     @property
     def nbytes(self) -> int:
         """Number of bytes."""
-        return 4 * self.size
+        return self.size * np.dtype(self.dtype).itemsize
+
+    @property
+    def storage_bytes(self) -> int:
+        """Number of bytes in scratch memory, where everything begins at a whole word."""
+        return -(-self.nbytes // 4) * 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -387,6 +393,77 @@ class Linear(Operation):
     relu: bool = False
 
 
+# What int8 activations hold: -128 is left out, so that every value has its negative.
+INT8_LIMIT = 127
+
+
+@dataclass(frozen=True)
+class Quantize(Operation):
+    """``float32 -> int8``: ``round(x * (1 / scale))``, halves to even, brought into ``limits``. NaN becomes 0.
+
+    Attributes:
+        scale: what the integer 1 stands for.
+        limits: the smallest and the largest result.
+    """
+
+    scale: float
+    limits: tuple[int, int] = (-INT8_LIMIT, INT8_LIMIT)
+
+
+@dataclass(frozen=True)
+class Dequantize(Operation):
+    """``int8 -> float32``: ``x * scale``."""
+
+    scale: float
+
+
+@dataclass(frozen=True)
+class Lookup(Operation):
+    """``int8 -> int8``: element ``x`` becomes ``table[x + 128]``; ``title`` says what that computes."""
+
+    in_place: ClassVar[bool] = True
+
+    table: Constant
+    title: str
+
+
+@dataclass(frozen=True)
+class RescaledSum(Operation):
+    """The sum of two ``int8`` arrays of equal sizes with different scales, as ``int8`` with a scale of its own.
+
+    Attributes:
+        scales: of the inputs.
+        output_scale: of the result.
+        limits: the smallest and the largest result.
+    """
+
+    scales: tuple[float, float]
+    output_scale: float
+    limits: tuple[int, int] = (-INT8_LIMIT, INT8_LIMIT)
+
+    @property
+    def overwritable(self) -> tuple[Operand, ...]:
+        """Both."""
+        return self.inputs
+
+
+@dataclass(frozen=True)
+class IntegerMean(Operation):
+    """``int8 [outer, size, inner] -> [outer, inner]``: the mean, as ``float32`` or with a scale as ``int8``.
+
+    Attributes:
+        axis: what is averaged.
+        scale: of the input.
+        output_scale: of the result; ``None``: it is ``float32``.
+        limits: the smallest and the largest result, if that is ``int8``.
+    """
+
+    axis: Axis
+    scale: float
+    output_scale: float | None = None
+    limits: tuple[int, int] = (-INT8_LIMIT, INT8_LIMIT)
+
+
 @dataclass(frozen=True)
 class Tiled(Operation):
     """A layer on a stored tile.
@@ -399,6 +476,9 @@ class Tiled(Operation):
             with these scales; or ``None``.
         layout: shape of the weight and the way the tile fills it.
         relu: whether a ReLU follows.
+        input_scale: the input is ``int8`` with this scale; ``None``: it is ``float32``.
+        output_scale: the result is ``int8`` with this scale; ``None``: it is ``float32``.
+        limits: the smallest and the largest result, if that is ``int8``.
     """
 
     tile: Constant
@@ -407,6 +487,9 @@ class Tiled(Operation):
     input_alpha: Constant | None
     layout: TileLayout
     relu: bool = field(default=False, kw_only=True)
+    input_scale: float | None = field(default=None, kw_only=True)
+    output_scale: float | None = field(default=None, kw_only=True)
+    limits: tuple[int, int] = field(default=(-INT8_LIMIT, INT8_LIMIT), kw_only=True)
 
     @property
     def replicas(self) -> int:

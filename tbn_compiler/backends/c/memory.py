@@ -158,7 +158,7 @@ def _scratch_bytes(storages: Sequence[Storage], embeddings: Sequence[Embedding],
     inside = parameters | {embedding.inner for embedding in embeddings}
     spans = lifetimes(storages, embeddings)
     buffers = [
-        Buffer("", storage.values[0].nbytes, *spans[index])
+        Buffer("", storage.values[0].storage_bytes, *spans[index])
         for index, storage in enumerate(storages)
         if index not in inside
     ]

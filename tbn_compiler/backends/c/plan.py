@@ -18,6 +18,9 @@ C_TYPES = {
     **{f"{sign}int{bits}": f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32)},
 }
 
+# What may lie in the scratch block, and what its part of a union is called.
+SCRATCH_MEMBERS = {"float": "floats", "int32_t": "integers", "int8_t": "bytes"}
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -260,23 +263,23 @@ class Plan:
 
     @property
     def uses_int32(self) -> bool:
-        """Whether an input or output holds integers."""
+        """Whether an input or output holds integers of 32 bits."""
         return any(port.value.dtype == "int32" for port in (*self.inputs, *self.outputs))
 
     @property
     def scratch_types(self) -> tuple[str, ...]:
-        """C types of what lies in the scratch block; every element takes four bytes."""
+        """C types of what lies in the scratch block."""
         return tuple(sorted({C_TYPES[buffer.dtype] for buffer in self.buffers}))
 
     @property
     def memory_names(self) -> dict[str, str]:
         """C expression of the begin of the scratch block, by the type of the elements."""
         if self.scratch == "caller":
-            return {"float": "memory", "int32_t": "integers"}
+            return {"float": "memory", "int32_t": "integers", "int8_t": "bytes"}
         block = f"{self.name}_scratch"
         if len(self.scratch_types) == 1:
             return {self.scratch_types[0]: block}
-        return {"float": f"{block}.floats", "int32_t": f"{block}.integers"}
+        return {kind: f"{block}.{member}" for kind, member in SCRATCH_MEMBERS.items()}
 
     @property
     def cost(self) -> int:

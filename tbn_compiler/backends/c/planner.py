@@ -45,7 +45,7 @@ from tbn_compiler.backends.c.plan import (
 from tbn_compiler.backends.c.registry import Context, implement
 
 # Parameters and counters that the printer makes up; templates hold the other names.
-_LOCAL_NAMES = ("input", "output", "memory", "integers", "i", "j")
+_LOCAL_NAMES = ("input", "output", "memory", "integers", "bytes", "i", "j")
 
 assert kernels  # imported so that the implementations are registered
 
@@ -179,7 +179,7 @@ class _Memory:
             if not place:
                 operation, value = operations[storage.first], storage.values[0]
                 suffix = "sums" if isinstance(operation, ir.SumNeighbours) else "out"
-                place = self._buffer(f"{operation.layer}_{suffix}", value.nbytes, *spans[index], value.dtype)
+                place = self._buffer(f"{operation.layer}_{suffix}", value.storage_bytes, *spans[index], value.dtype)
             self.pointers |= dict.fromkeys(storage.values, place)
         self.pointers |= {value: _plus(self.pointers[whole], offset) for value, (whole, offset) in parts.items()}
         for index, (operation, implementation) in enumerate(zip(operations, implementations, strict=True)):

@@ -22,6 +22,7 @@ class Context:
     def __init__(self, options: Options) -> None:
         self.options = options
         self._prepared: dict[tuple[ir.Constant, str], ir.Constant] = {}
+        self._computed: dict[tuple[object, ...], ir.Constant] = {}
 
     def prepare(self, source: ir.Constant, name: str, make: Callable[[], np.ndarray]) -> ir.Constant:
         """A constant made from another one at export time, such as a tile in another order.
@@ -37,6 +38,15 @@ class Context:
             array.flags.writeable = False
             self._prepared[key] = ir.Constant(f"{source.name}_{name}", array, packed=array.dtype == np.uint8)
         return self._prepared[key]
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Constant:
+        """A constant computed for one layer; equal arrays of that name are stored once."""
+        key = (name, array.dtype.name, array.shape, array.tobytes())
+        if key not in self._computed:
+            stored = np.array(array, order="C")
+            stored.flags.writeable = False
+            self._computed[key] = ir.Constant(name, stored)
+        return self._computed[key]
 
 
 _Operation = TypeVar("_Operation", bound=ir.Operation)

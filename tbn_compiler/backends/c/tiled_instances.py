@@ -6,13 +6,16 @@ includes the common text from ``templates/tiled``.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 # Number of rows whose signs choose a bucket, and the numbers of such groups that a pass may take.
 BUCKET_LANES = {8: (1, 2, 3, 4), 4: (1, 2, 3, 4, 5, 6, 7, 8)}
 
 # Widths of the windows that are gathered faster.
 PATCH_COLUMNS = range(1, 8)
+
+# Distances of two positions at which windows are gathered faster.
+PAIR_STRIDES = (1, 2)
 
 # Column groups that one lookup kernel sums apart, and those whose products are mixed without loops.
 LOOKUP_GROUPS = (2, 4, 8)
@@ -22,11 +25,16 @@ _SMALL_MIX = 4
 # Kernels that mix in loops take memory for a number of each group.
 MIXES_WITH_MEMORY = ("tiled_mix", "tiled_block_mix")
 
-Arithmetic = Literal["float", "fixed", "block"]
+Arithmetic = Literal["float", "fixed", "block", "int8", "pair"]
 """What a kernel computes in.
 
-Floats; block fixed point, with floats in and out; or the integers of a given block, with floats in and sums out.
+Floats; block fixed point, with floats in and out; the integers of a given block, with floats in and sums out; int8 in
+and sums out; or two vectors of int8 at a time, as ``x0 + 65536 * x1``, with sums in the same form.
 """
+
+
+Finish = Literal["float", "int8", "relu"]
+"""What sums of int8 become: floats, int8, or int8 from 0 to 127."""
 
 
 def instance(stem: str, arithmetic: Arithmetic, strided: bool = False) -> str:
@@ -74,17 +82,71 @@ def _rows(arithmetic: Arithmetic, strided: bool) -> dict[str, str]:
 
     def add(stem: str, source: str, needs: tuple[str, ...] = (), **parameters: object) -> None:
         kernel = instance(stem, arithmetic, strided)
-        needs = needs if arithmetic == "float" else (*needs, "tiled_fixed")
+        needs = (*needs, "tiled_fixed") if arithmetic in ("fixed", "block") else needs
         parameters = {"kernel": kernel, "arithmetic": arithmetic, "strided": strided} | parameters
         found[kernel] = _template(source, parameters, needs, ("stdint.h",))
 
-    for groups in (1,) if arithmetic == "fixed" else (1, *LOOKUP_GROUPS):
+    for groups in (1, *LOOKUP_GROUPS) if arithmetic in ("float", "block") else (1,):
         add(lookup_stem(groups), "lookup", groups=groups)
     for stem, whole in (("table", True), ("table_any", False)):
         add(stem, "table", whole=whole)
     for bits, all_lanes in BUCKET_LANES.items():
         for lanes in all_lanes:
             add(f"bucket{bits}x{lanes}", "bucket", (sums,), signed_sums=sums, bits=bits, lanes=lanes)
+    return found
+
+
+def pair_patch_name(columns: int, dilation: int, stride: int) -> str:
+    """Name of the kernel that gathers windows of so many columns at two positions, this far apart."""
+    fast = columns in PATCH_COLUMNS and (dilation == 1 or columns == 1) and stride in PAIR_STRIDES
+    return f"tiled_pair_patch{columns}_stride{stride}" if fast else "tiled_pair_patch"
+
+
+def _pair_patches() -> dict[str, str]:
+    needs, headers = ("window",), ("stdint.h",)
+    found = {"tiled_pair_patch": _template("pair_patch_any", {"kernel": "tiled_pair_patch"}, needs, headers)}
+    for columns in PATCH_COLUMNS:
+        for stride in PAIR_STRIDES:
+            kernel = pair_patch_name(columns, 1, stride)
+            parameters = {"kernel": kernel, "columns": columns, "stride": stride}
+            found[kernel] = _template("pair_patch", parameters, ("tiled_pair_patch",), headers)
+    return found
+
+
+def finish_name(pair: bool, result: Finish) -> str:
+    """Name of the kernel that turns sums of int8, of one vector or of two, into results."""
+    return f"tiled_{'pair' if pair else 'int8'}_finish_{result}"
+
+
+def _int8_finishes() -> dict[str, str]:
+    found = {}
+    for pair in (False, True):
+        for result in get_args(Finish):
+            integers = result != "float"
+            needs = ("requantize", "tiled_int8_layer") if integers else ("activate", "tiled_int8_result")
+            kernel = finish_name(pair, result)
+            parameters = {"kernel": kernel, "pair": pair, "result": result}
+            found[kernel] = _template("int8_finish", parameters, needs, ("stdint.h",))
+    return found
+
+
+def depthwise_name(columns: int, dilation: int, stride: int, result: Finish) -> str:
+    """Name of the kernel for convolutions of single channels of int8."""
+    fast = columns == _DEPTHWISE_COLUMNS and dilation == 1 and stride in PAIR_STRIDES
+    return f"tiled_int8_depthwise{f'{columns}_stride{stride}' if fast else ''}_{result}"
+
+
+_DEPTHWISE_COLUMNS = 3  # the width of windows whose pixels stay in registers
+
+
+def _depthwise() -> dict[str, str]:
+    found = {}
+    for result in get_args(Finish):
+        needs = ("requantize", "tiled_int8_layer") if result != "float" else ("activate", "tiled_int8_result")
+        for columns, stride in ((0, 0), *((_DEPTHWISE_COLUMNS, stride) for stride in PAIR_STRIDES)):
+            kernel = depthwise_name(columns, 1, stride, result)
+            parameters = {"kernel": kernel, "columns": columns, "stride": stride, "result": result}
+            found[kernel] = _template("int8_depthwise", parameters, ("window", *needs), ("stdint.h",))
     return found
 
 
@@ -122,5 +184,10 @@ INSTANCES = (
     | _rows("fixed", strided=False)
     | _rows("block", strided=False)
     | _rows("block", strided=True)
+    | _rows("int8", strided=False)
+    | _rows("pair", strided=False)
+    | _pair_patches()
+    | _int8_finishes()
+    | _depthwise()
     | _mixes()
 )

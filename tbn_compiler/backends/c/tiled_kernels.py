@@ -11,6 +11,7 @@ from tbn_compiler.backends.c.geometry import window_struct
 from tbn_compiler.backends.c.plan import Argument, At, Call, Implementation, Index, Struct, Workspace
 from tbn_compiler.backends.c.registry import Context, implements
 from tbn_compiler.backends.c.tiled_instances import patch_name
+from tbn_compiler.backends.c.tiled_int8 import integer_layer
 from tbn_compiler.backends.c.tiled_mixing import mixed_layer
 from tbn_compiler.backends.c.tiled_rows import choose, finish_instructions, patch_instructions, precision
 from tbn_compiler.backends.c.tiled_structs import (
@@ -31,6 +32,8 @@ def tiled_linear(operation: ir.TiledLinear, context: Context) -> Implementation:
     scale holds for a whole row.
     """
     layout, rows, (source,) = operation.layout, operation.product.rows, operation.inputs
+    if operation.input_scale is not None:
+        return integer_layer(operation, context)
     if layout.kind == "hadamard":
         return _signed_linear(operation, context)
     input_size, vectors = layout.row_size // operation.replicas, operation.output.size // layout.rows
@@ -71,6 +74,8 @@ def _choose_linear(operation: ir.TiledLinear) -> tuple[str, str]:
 @implements(ir.TiledConv)
 def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
     """The reference: one weight at a time, in any layout; only rows that differ are computed."""
+    if operation.input_scale is not None:
+        return integer_layer(operation, context)
     layout, window, (source,) = operation.layout, operation.window, operation.inputs
     rows = operation.product.rows
     kernel = "tiled_conv_bits" if operation.tile.packed else "tiled_conv_float"

@@ -210,9 +210,28 @@ def _candidates(
                 yield _bucket(rows, inputs, options, arithmetic, strided, bits, lanes)
 
 
+def integer_candidates(rows: int, inputs: int, arithmetic: Arithmetic, options: Options) -> Iterator[RowsKernel]:
+    """The kernels for ``rows`` rows of ``inputs`` int8 numbers, or pairs of them, that serve the user's choice."""
+    if options.optimize == "size":
+        yield _table(rows, inputs, options, arithmetic)
+        return
+    found = list(_candidates(rows, inputs, options, arithmetic))
+    most = max((rows * inputs + 7) // 8 * 9 // 8 + 4, min(kernel.table_bytes for kernel in found))
+    limit = _MEMORY[options.optimize]
+    yield from (kernel for kernel in found if kernel.table_bytes <= most and 4 * kernel.memory <= limit)
+
+
+def integer_instructions(what: str, count: int, options: Options) -> int:
+    """Estimated instructions on two vectors of int8: for gathering inputs, or finishing outputs, this many."""
+    return round(_INTEGER_COSTS[what] * count)
+
+
+_INTEGER_COSTS = {"patch": 9.0, "finish": 13.0, "depthwise": 3.0}
+
+
 def _table(rows: int, inputs: int, options: Options, arithmetic: Arithmetic, strided: bool = False) -> RowsKernel:
     even, groups = rows + rows % 2, -(-inputs // 4)
-    costs = _COSTS[options.target]
+    costs = _costs(options, arithmetic)
     per_row_of_group, per_group, per_row = costs.table
     return RowsKernel(
         kernel=instance("table_any" if inputs % 4 else "table", arithmetic, strided),
@@ -232,7 +251,7 @@ def _table(rows: int, inputs: int, options: Options, arithmetic: Arithmetic, str
 def _lookup(
     rows: int, inputs: int, options: Options, arithmetic: Arithmetic, strided: bool, groups: int = 1
 ) -> RowsKernel:
-    share, costs = 32 // groups, _COSTS[options.target]  # bits of a word for each group
+    share, costs = 32 // groups, _costs(options, arithmetic)  # bits of a word for each group
     words = -(-inputs // share)
     per_word, per_input, per_row = costs.lookup
     per_word += costs.lookup_group * (groups - 1)
@@ -260,7 +279,7 @@ def _lookup(
 def _bucket(
     rows: int, inputs: int, options: Options, arithmetic: Arithmetic, strided: bool, bits: int, lanes: int
 ) -> RowsKernel:
-    costs = _COSTS[options.target]
+    costs = _costs(options, arithmetic)
     per_addition, per_input, per_group = costs.bucket[bits]
     passes = -(-rows // (bits * lanes))
     pass_bytes = -(-inputs * bits * lanes // 8)
@@ -281,6 +300,11 @@ def _bucket(
         table_bytes=passes * pass_bytes,
         instructions=round(passes * one_pass + _scan(costs, arithmetic) * inputs),
     )
+
+
+def _costs(options: Options, arithmetic: Arithmetic) -> _Costs:
+    """Without conversions, integers take what floats take on a processor that has instructions for them."""
+    return _FPU if arithmetic in ("int8", "pair") else _COSTS[options.target]
 
 
 def _scan(costs: _Costs, arithmetic: Arithmetic) -> float:

@@ -106,7 +106,10 @@ def trace(module: nn.Module, inputs: Inputs, batched: Sequence[str]) -> Exported
     shapes = {name: {0: batch} if name in batched else None for name in inputs}
     try:
         with torch.no_grad(), quiet_export():
-            return torch.export.export(module, (), inputs, dynamic_shapes=shapes, strict=False)
+            # A graph takes its arguments in the order in which it was traced, not by name.
+            in_order = list(inspect.signature(module.forward).parameters)[: len(inputs)] == list(inputs)
+            arguments, named = (tuple(inputs.values()), {}) if in_order else ((), inputs)
+            return torch.export.export(module, arguments, named, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         listed = ", ".join(
             f"{name} [{', '.join(map(str, ((_BATCH, *value.shape[1:]) if name in batched else value.shape)))}]"

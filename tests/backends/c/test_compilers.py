@@ -16,6 +16,7 @@ from torch import nn
 import tbn_compiler as tbn
 from tbn_compiler.backends.c import emit, export_c, host
 from tests.backends.c.test_emit import everything
+from tests.backends.c.test_int8 import CASES, imported
 from tests.backends.c.test_numerics import CONV_TILINGS
 from tests.backends.c.test_operators import FAMILIES, IMAGE, LAYERS, Family, Lookup, with_statistics
 from tests.backends.c.toolchain import WARNINGS
@@ -51,6 +52,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         "linear": (everything(), (torch.zeros(1, 8),)),
         "lookup": (Lookup(), (torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, 8))),
         "copy": (nn.Identity(), (torch.zeros(1, 8),)),
+    }
+    networks |= {
+        f"int8_{index}": (imported(name)[0], imported(name)[1][0])
+        for index, (name, case) in enumerate(CASES.items())
+        if case.intermediates or "depthwise" in name or "inside" in name
     }
     used: set[str] = set()
     for index, (name, (module, inputs)) in enumerate(networks.items()):

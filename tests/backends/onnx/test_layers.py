@@ -210,3 +210,24 @@ def test_accuracy_level_rounds_the_input_and_nothing_else(tmp_path: Path) -> Non
     assert_same(run(path, inputs), wanted, tolerance=0.02)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_same(run(path, inputs), wanted)
+
+
+@pytest.mark.parametrize("intermediates", ["float", "int8"])
+def test_the_result_of_optimize(intermediates: Any, tmp_path: Path) -> None:
+    """A graph, whose inputs are told by their order."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.first(x))
+            return self.second(torch.relu(x + self.second(x)))
+
+    batch = torch.randn(8, 16)
+    packed = tbn.lower(tbn.transform(Block().eval(), tbn.TilingConfig(min_size=0, p=2)))
+    calibration = {"activation": "int8", "calibration": [batch], "intermediates": intermediates}
+    optimized = tbn.optimize(packed, batch, **calibration)  # type: ignore[arg-type]
+    tbn.export_onnx(optimized, batch[:1], tmp_path / "net.onnx")
+    assert_same(run(tmp_path / "net.onnx", {"x": batch}), [optimized(batch).detach().numpy()])

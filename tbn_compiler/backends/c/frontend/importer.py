@@ -33,6 +33,7 @@ from tbn_compiler.errors import ExportError
 from tbn_compiler.graph.calls import named_arguments
 from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.records import get_records
+from tbn_compiler.ops.schemas import INT8_TINY
 
 _aten, _tbn = torch.ops.aten, torch.ops.tbn
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -247,6 +248,12 @@ class Importer:
         if isinstance(value, fx.Node) and value in self._tensors and self._tensors[value][1].dim() == 0:
             return float(self._tensors[value][1].detach())
         return value if isinstance(value, int | float) else None
+
+    def positive(self, node: fx.Node, scale: float) -> float:
+        """A scale of int8 numbers, in float32."""
+        if not INT8_TINY <= scale < math.inf:
+            raise self.unsupported(node, f"its scale is {scale:g}; calibrate it")
+        return float(np.float32(scale))
 
     def temporary(self, node: fx.Node, name: str, shape: tuple[int, ...]) -> ir.Value:
         """A value between the operations that a node becomes."""

@@ -104,16 +104,16 @@ def _tiled_conv_transpose(importer: Importer, node: fx.Node, args: Arguments) ->
 
 @converts(_tbn.linear.default)
 def _tiled_linear(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
-    head, tail = _tiled_head(importer, node, args)
-    return ir.TiledLinear(**head, **_tile(importer, node, args), layout=_layout(importer, node)), *tail
+    before, head, tail = _tiled_head(importer, node, args)
+    return *before, ir.TiledLinear(**head, **_tile(importer, node, args), layout=_layout(importer, node)), *tail
 
 
 @converts(_tbn.conv1d.default, _tbn.conv2d.default)
 def _tiled_conv(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
-    head, tail = _tiled_head(importer, node, args)
+    before, head, tail = _tiled_head(importer, node, args)
     window = _window(args, head["inputs"][0].shape, head["output"].shape, tuple(args["kernel_size"]))
     layer = {**head, **_tile(importer, node, args), "layout": _layout(importer, node), "window": window}
-    return ir.TiledConv(**layer, groups=args["groups"]), *tail
+    return *before, ir.TiledConv(**layer, groups=args["groups"]), *tail
 
 
 def _layout(importer: Importer, node: fx.Node) -> TileLayout:
@@ -125,16 +125,58 @@ def _layout(importer: Importer, node: fx.Node) -> TileLayout:
     return call.layout
 
 
-def _tiled_head(importer: Importer, node: fx.Node, args: Arguments) -> tuple[dict[str, Any], Sequence[ir.Operation]]:
-    """The fields that all operations share, and the operation for the fused function, if there is one."""
-    if args["activation"] != "float":
-        raise importer.unsupported(node, f"activation={args['activation']!r}: inputs stay in float in C")
+def _tiled_head(
+    importer: Importer, node: fx.Node, args: Arguments
+) -> tuple[Sequence[ir.Operation], dict[str, Any], Sequence[ir.Operation]]:
+    """What quantises the input, the fields that all operations share, and the fused function, if there are such."""
     head = importer.head(node, args["input"], layer=_layer_of(importer.tile(node, args["tile"])))
+    first: Sequence[ir.Operation] = ()
+    if args["activation"] != "float":
+        scale = _input_scale(importer, node, args)
+        (source,) = head["inputs"]
+        integers = ir.Value(f"{node.name}_input", source.shape, "int8")
+        first = (ir.Quantize(integers.name, head["layer"], (source,), integers, scale),)
+        head |= {"inputs": (integers,), "input_scale": scale}
     if args["epilogue"] == "none":
-        return head, ()
+        return first, head, ()
     before = importer.temporary(node, "before", head["output"].shape)
     function = ir.Unary(head["name"], head["layer"], (before,), head["output"], function=args["epilogue"])
-    return head | {"name": before.name, "output": before}, (function,)
+    return first, head | {"name": before.name, "output": before}, (function,)
+
+
+def _input_scale(importer: Importer, node: fx.Node, args: Arguments) -> float:
+    """What the integer 1 stands for in a layer's input."""
+    if args["activation"] != "int8":
+        raise importer.unsupported(node, f"activation={args['activation']!r}: inputs are floats or int8 in C")
+    if args["input_scale"] is None:
+        reason = (
+            "each token has a scale of its own; in C a layer has one: tbn_compiler.optimize(..., calibration=batches)"
+        )
+        raise importer.unsupported(node, reason)
+    return importer.positive(node, importer.constant(node, args["input_scale"], infinite=True).array.item())
+
+
+@converts(_tbn.quantize_input.default)
+def _quantize_input(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
+    return _rounded(importer, node, args["input"], _input_scale(importer, node, args | {"input_scale": args["scale"]}))
+
+
+@converts(_aten.fake_quantize_per_tensor_affine.default)
+def _fake_quantize(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
+    limits = (args["zero_point"], args["quant_min"], args["quant_max"])
+    if limits != (0, -ir.INT8_LIMIT, ir.INT8_LIMIT):
+        raise importer.unsupported(
+            node, f"zero point and limits are {limits}, not {(0, -ir.INT8_LIMIT, ir.INT8_LIMIT)}"
+        )
+    return _rounded(importer, node, args["self"], importer.positive(node, args["scale"]))
+
+
+def _rounded(importer: Importer, node: fx.Node, value: Any, scale: float) -> Sequence[ir.Operation]:
+    """Numbers that int8 holds: they may stay integers."""
+    head = importer.head(node, value)
+    integers = ir.Value(f"{node.name}_int8", head["output"].shape, "int8")
+    first = ir.Quantize(integers.name, head["layer"], head["inputs"], integers, scale)
+    return first, ir.Dequantize(**(head | {"inputs": (integers,)}), scale=scale)
 
 
 def _layer_of(tile: ir.Constant) -> str:

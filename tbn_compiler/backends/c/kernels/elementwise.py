@@ -49,7 +49,7 @@ def _channel_affine(operation: ir.ChannelAffine, context: Context) -> Implementa
 def _strided(operation: ir.Strided, context: Context) -> Implementation:
     access, (source,) = operation.access, operation.inputs
     loops = nest(operation.layer, access, _result(access))
-    call = Call("strided_copy", (loops, At(source, access.offset), operation.output))
+    call = Call(typed("strided_copy", operation), (loops, At(source, access.offset), operation.output))
     return Implementation("rearrange", (call,), cost=operation.output.size)
 
 
@@ -57,9 +57,10 @@ def _strided(operation: ir.Strided, context: Context) -> Implementation:
 def _pad(operation: ir.Pad, context: Context) -> Implementation:
     size, result = operation.output.size, operation.result
     source = ir.Access.whole(result.sizes)
-    fill = Call("fill", (operation.value, operation.output, size))
+    value = operation.value if operation.output.dtype == "float32" else int(operation.value)
+    fill = Call(typed("fill", operation), (value, operation.output, size))
     loops = nest(operation.layer, source, result)
-    copy = Call("strided_copy", (loops, *operation.inputs, At(operation.output, result.offset)))
+    copy = Call(typed("strided_copy", operation), (loops, *operation.inputs, At(operation.output, result.offset)))
     return Implementation(f"pad with {operation.value:g}", (fill, copy), cost=size)
 
 
@@ -68,9 +69,16 @@ def _concat(operation: ir.Concat, context: Context) -> Implementation:
     width = sum(operation.blocks)
     calls, offset = [], 0
     for source, block in zip(operation.inputs, operation.blocks, strict=True):
-        calls.append(Call("copy_blocks", (source, At(operation.output, offset), operation.outer, block, width)))
+        calls.append(
+            Call(typed("copy_blocks", operation), (source, At(operation.output, offset), operation.outer, block, width))
+        )
         offset += block
     return Implementation(f"concatenate {len(calls)}", tuple(calls), cost=operation.output.size)
+
+
+def typed(kernel: str, operation: ir.Operation) -> str:
+    """The kernel for the elements that an operation moves: those of four bytes, or int8."""
+    return f"{kernel}_int8" if operation.output.dtype == "int8" else kernel
 
 
 def _result(access: ir.Access) -> ir.Access:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.geometry import window_struct
+from tbn_compiler.backends.c.kernels.elementwise import typed
 from tbn_compiler.backends.c.plan import Call, Implementation
 from tbn_compiler.backends.c.registry import Context, implements
 
@@ -40,7 +41,7 @@ def _pool(operation: ir.Pool, context: Context) -> Implementation:
     if operation.function == "avg_pool":
         numbers = (int(operation.include_padding), operation.divisor)
     pointers = (*operation.inputs, operation.output)
-    call = Call(operation.function, (window_struct(window), operation.planes, *numbers, *pointers))
+    call = Call(typed(operation.function, operation), (window_struct(window), operation.planes, *numbers, *pointers))
     height, width = window.kernel
     what = operation.function.removesuffix("_pool")
     return Implementation(f"{what} pool {height} x {width}", (call,), cost=operation.output.size * window.kernel_size)

@@ -1,8 +1,3 @@
 {# headers: string.h #}
-/* Copies blocks of size elements, one behind the other in x, to places of y that are stride apart. */
-static void {{ name }}_copy_blocks(const float *x, float *y, size_t blocks, size_t size, size_t stride)
-{
-    for (size_t i = 0; i < blocks; ++i) {
-        memcpy(y + i * stride, x + i * size, size * sizeof(float));
-    }
-}
+{% set kernel, element = "copy_blocks", "float" %}
+{% include "loops/copy_blocks.c" %}

@@ -1,22 +1,3 @@
 {# needs: nest2 #}
-/* Copies the elements of x that the loops name to those of y. */
-static void {{ name }}_strided_copy(const {{ name }}_nest2 *loops, const float *x, float *y)
-{
-    size_t index[6] = {0, 0, 0, 0, 0, 0};
-    size_t d;
-
-    do {
-        *y = *x;
-        for (d = 6; d-- > 0;) {
-            x += loops->x[d];
-            y += loops->y[d];
-            if (++index[d] < loops->size[d]) {
-                break;
-            }
-            /* The dimension is done: back to its begin, and on to the next outer one. */
-            index[d] = 0;
-            x -= loops->x[d] * (ptrdiff_t)loops->size[d];
-            y -= loops->y[d] * (ptrdiff_t)loops->size[d];
-        }
-    } while (d < 6);
-}
+{% set kernel, element = "strided_copy", "float" %}
+{% include "loops/strided_copy.c" %}

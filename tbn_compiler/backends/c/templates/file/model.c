@@ -46,7 +46,7 @@ static const {{ name }}_{{ struct.type }} {{ name }}_{{ symbol }} = {
 {% if plan.scratch_types | length == 1 %}
 static {{ plan.scratch_types[0] }} {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES / sizeof({{ plan.scratch_types[0] }})];
 {% else %}
-{{ scratch_union(name ~ "_scratch", macro ~ "_SCRATCH_BYTES") }}
+{{ scratch_union(name ~ "_scratch", macro ~ "_SCRATCH_BYTES", members) }}
 {% endif %}
 
 {% endif %}
@@ -58,7 +58,7 @@ static {{ plan.scratch_types[0] }} {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES 
 {% endfor %}
 {% endif %}
 {% for buffer in plan.buffers %}
-    {{ types[buffer.dtype] }} *const {{ buffer.name }} = {{ plan.memory_names[types[buffer.dtype]] }}{{ " + " ~ buffer.offset // 4 if buffer.offset }}; /* {{ buffer.nbytes }} bytes */
+    {{ types[buffer.dtype] }} *const {{ buffer.name }} = {{ plan.memory_names[types[buffer.dtype]] }}{{ " + " ~ buffer.offset // itemsize[buffer.dtype] if buffer.offset }}; /* {{ buffer.nbytes }} bytes */
 {% endfor %}
 {% if plan.scratch == "caller" and not plan.buffers %}
     (void)scratch;

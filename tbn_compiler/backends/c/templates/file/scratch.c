@@ -1,7 +1,8 @@
-{# Memory for numbers of several types, of which each place holds one at a time. #}
-{% macro scratch_union(symbol, bytes, indent="") -%}
+{# Memory for numbers of several types, of which each place holds one at a time. members: C type and name of each. #}
+{% macro scratch_union(symbol, bytes, members, indent="") -%}
 {{ indent }}static union {
-{{ indent }}    float floats[{{ bytes }} / sizeof(float)];
-{{ indent }}    int32_t integers[{{ bytes }} / sizeof(int32_t)];
+{% for type, member in members.items() %}
+{{ indent }}    {{ type }} {{ member }}[{{ bytes }}{{ " / sizeof(%s)" | format(type) if type != "int8_t" }}];
+{% endfor %}
 {{ indent }}} {{ symbol }};
 {%- endmacro %}

@@ -17,8 +17,8 @@ int {{ name }}_self_test(void)
     static {{ types[port.value.dtype] }} {{ port.name }}[{{ macro }}_{{ port.name.upper() }}_SIZE];
 {% endfor %}
 {% if plan.scratch == "caller" %}
-{% if "int32_t" in plan.scratch_types %}
-{{ scratch_union("scratch", macro ~ "_SCRATCH_BYTES", "    ") }}
+{% if plan.scratch_types not in ((), ("float",)) %}
+{{ scratch_union("scratch", macro ~ "_SCRATCH_BYTES", members, "    ") }}
 {% else %}
     /* A model may need no scratch memory, an array needs an element. */
     static float scratch[{{ macro }}_SCRATCH_BYTES / sizeof(float) + ({{ macro }}_SCRATCH_BYTES == 0)];

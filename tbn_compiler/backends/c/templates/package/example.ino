@@ -14,8 +14,8 @@ static const {{ types[array.dtype.name] }} expected_{{ port.name }}[{{ macro }}_
 static {{ types[array.dtype.name] }} {{ port.name }}[{{ macro }}_{{ port.name.upper() }}_SIZE];
 {% endfor %}
 {% if plan.scratch == "caller" %}
-{% if "int32_t" in plan.scratch_types %}
-{{ scratch_union("scratch", macro ~ "_SCRATCH_BYTES") }}
+{% if plan.scratch_types not in ((), ("float",)) %}
+{{ scratch_union("scratch", macro ~ "_SCRATCH_BYTES", members) }}
 {% else %}
 static float scratch[{{ macro }}_SCRATCH_BYTES / sizeof(float) + 1];
 {% endif %}

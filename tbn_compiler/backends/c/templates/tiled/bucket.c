@@ -1,11 +1,13 @@
 {# Parameters: kernel; arithmetic; strided, whether inputs are stride apart;
    bits, rows that share a bucket; lanes, buckets that an input goes to. #}
 {% set fixed, block, floats = arithmetic == "fixed", arithmetic == "block", arithmetic == "float" %}
+{% set converts = fixed or block %}
 {% set number = "float" if floats else "int32_t" %}
+{% set element = {"int8": "int8_t", "pair": "int32_t"}[arithmetic] | default("float") %}
 {% set shift = "block.shift" if fixed else "shift" %}
 {% set skip = plan.options.skip_zeros %}
 {% set whole_bytes = bits * lanes % 8 == 0 %}
-{% if skip or not floats %}
+{% if skip or converts %}
 {% set unroll = 1 if whole_bytes else 2 %}
 {% else %}
 {% set unroll = 8 if lanes <= 2 else 4 if lanes <= 4 else 2 %}
@@ -16,7 +18,7 @@
 {% macro add(offset) %}
 {% set input = "x[place]" if strided else "next[%d]" | format(offset) %}
             {
-                const {{ number }} value = {{ input if floats else "%s_fixed(%s, %s)" | format(name, input, shift) }};
+                const {{ number }} value = {{ "%s_fixed(%s, %s)" | format(name, input, shift) if converts else input }};
 
 {% if skip %}
                 if (value != 0) {
@@ -46,6 +48,7 @@ static void {{ name }}_{{ kernel }}_fold(const {{ number }} *bucket, {{ number }
     const {{ number }} *opposite = bucket + {{ 255 * lanes }};
     {{ number }} rows[8];
     {{ number }} columns[8];
+{% if floats or plan.options.target == "cortex-m0plus" %}
 {% for column in range(16) %}
     {{ number }} column{{ column }} = 0;
 {% endfor %}
@@ -66,6 +69,31 @@ static void {{ name }}_{{ kernel }}_fold(const {{ number }} *bucket, {{ number }
 {% for column in range(8) %}
     columns[{{ column }}] = column{{ column }} - column{{ 15 - column }};
 {% endfor %}
+{% else %}
+    int32_t all[16];
+{% for high in range(8) %}
+    int32_t row{{ high }} = 0;
+{% endfor %}
+
+    /* Eight sums for the rows fit in registers, sixteen for the columns do not. */
+    for (size_t low = 0; low < 16; ++low, bucket += {{ lanes }}, opposite -= {{ lanes }}) {
+        int32_t difference;
+        int32_t column = 0;
+
+{% for high in range(8) %}
+        difference = bucket[{{ 16 * lanes * high }}] - opposite[{{ "-" if high }}{{ 16 * lanes * high }}];
+        row{{ high }} += difference;
+        column += difference;
+{% endfor %}
+        all[low] = column;
+    }
+{% for high in range(8) %}
+    rows[{{ high }}] = row{{ high }};
+{% endfor %}
+    for (size_t low = 0; low < 8; ++low) {
+        columns[low] = all[low] - all[15 - low];
+    }
+{% endif %}
     {{ name }}_{{ signed_sums }}(columns, sums);
     {{ name }}_{{ signed_sums }}(rows, sums + 4);
 {% else %}
@@ -83,7 +111,7 @@ static void {{ name }}_{{ kernel }}_fold(const {{ number }} *bucket, {{ number }
 {% endif %}
 }
 
-static void {{ name }}_{{ kernel }}(const uint8_t *table, const float *x, size_t inputs,{{ " size_t stride,\n   " if strided }} size_t passes,{{ " " if strided else "\n    " }}{{ "int precision, " if fixed else "const int32_t *block, " if block }}{{ number }} *memory, {{ "int32_t" if block else "float" }} *products)
+static void {{ name }}_{{ kernel }}(const uint8_t *table, const {{ element }} *x, size_t inputs,{{ " size_t stride,\n   " if strided }} size_t passes,{{ " " if strided else "\n    " }}{{ "int precision, " if fixed else "const int32_t *block, " if block }}{{ number }} *memory, {{ "float" if floats or fixed else "int32_t" }} *products)
 {
 {% if lanes > 1 %}
     {{ number }} (*const buckets)[{{ lanes }}] = ({{ number }}(*)[{{ lanes }}])memory;
@@ -98,7 +126,7 @@ static void {{ name }}_{{ kernel }}(const uint8_t *table, const float *x, size_t
 {% if lanes == 1 and fixed %}
         int32_t sums[{{ bits }}];
 {% endif %}
-        {{ "size_t place = 0" if strided else "const float *next = x" }};
+        {{ "size_t place = 0" if strided else "const %s *next = x" | format(element) }};
 
 {% if 2 ** bits * lanes == 16 %}
 {% for b in range(16) %}

@@ -1,7 +1,9 @@
 {# Parameters: kernel; arithmetic; strided, whether inputs are stride apart;
    groups of inputs, 1, 2, 4 or 8, with products of their own. #}
 {% set fixed, block, floats = arithmetic == "fixed", arithmetic == "block", arithmetic == "float" %}
+{% set converts = fixed or block %}
 {% set number = "float" if floats else "int32_t" %}
+{% set element = {"int8": "int8_t", "pair": "int32_t"}[arithmetic] | default("float") %}
 {% set shift = "block.shift" if fixed else "shift" %}
 /*
  * Products of x with rows of signs by lookup: the 16 sums of four inputs with all signs are computed once and serve all
@@ -18,7 +20,7 @@
  * of 16 sums.
 {% endif %}
  */
-static void {{ name }}_{{ kernel }}(const uint32_t *table, const float *x, size_t inputs,{{ " size_t stride,\n   " if strided }} size_t rows,{{ " " if strided else "\n    " }}{{ "int precision, " if fixed else "const int32_t *block, " if block }}{{ number }} *memory, {{ number }} *sums{{ ", float *products" if fixed }})
+static void {{ name }}_{{ kernel }}(const uint32_t *table, const {{ element }} *x, size_t inputs,{{ " size_t stride,\n   " if strided }} size_t rows,{{ " " if strided else "\n    " }}{{ "int precision, " if fixed else "const int32_t *block, " if block }}{{ number }} *memory, {{ number }} *sums{{ ", float *products" if fixed }})
 {
     {{ number }} (*const lookup)[16] = ({{ number }}(*)[16])memory;
 {% if fixed %}
@@ -53,7 +55,7 @@ static void {{ name }}_{{ kernel }}(const uint32_t *table, const float *x, size_
 {% else %}
 {% set input = "x[i + %d]" | format(offset) if offset else "x[i]" %}
 {% endif %}
-                const {{ number }} x{{ offset }} = {{ input if floats else "%s_fixed(%s, %s)" | format(name, input, shift) }};
+                const {{ number }} x{{ offset }} = {{ "%s_fixed(%s, %s)" | format(name, input, shift) if converts else input }};
 {% endfor %}
                 const {{ number }} low_sum = x0 + x1;
                 const {{ number }} low_difference = x0 - x1;

@@ -1,0 +1,63 @@
+"""Operations on int8 activations, and the ways in and out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.plan import Call, Implementation
+from tbn_compiler.backends.c.registry import Context, implements
+from tbn_compiler.backends.c.tiled_int8 import fixed_point
+
+_FACTOR_BITS = 22  # of the larger factor in a sum: two products of it with 127, and a half, stay within 31 bits
+
+
+@implements(ir.Quantize)
+def _quantize(operation: ir.Quantize, context: Context) -> Implementation:
+    factor = float(np.float32(1) / np.float32(operation.scale))
+    size = operation.output.size
+    call = Call("quantize", (*operation.inputs, factor, *operation.limits, operation.output, size))
+    return Implementation(f"to int8, steps of {operation.scale:.3g}", (call,), cost=size)
+
+
+@implements(ir.Dequantize)
+def _dequantize(operation: ir.Dequantize, context: Context) -> Implementation:
+    size = operation.output.size
+    call = Call("dequantize", (*operation.inputs, float(np.float32(operation.scale)), operation.output, size))
+    return Implementation(f"to float, steps of {operation.scale:.3g}", (call,), cost=size)
+
+
+@implements(ir.Lookup)
+def _lookup(operation: ir.Lookup, context: Context) -> Implementation:
+    size = operation.output.size
+    call = Call("int8_lookup", (*operation.inputs, operation.table, operation.output, size))
+    return Implementation(f"{operation.title} by table", (call,), cost=size)
+
+
+@implements(ir.RescaledSum)
+def _rescaled_sum(operation: ir.RescaledSum, context: Context) -> Implementation:
+    size = operation.output.size
+    ratios = [scale / operation.output_scale for scale in operation.scales]
+    shift = max(min(_FACTOR_BITS - 1 - math.floor(math.log2(max(ratios))), 30), 0)
+    factors = [min(round(ratio * 2**shift), 2**_FACTOR_BITS) for ratio in ratios]
+    numbers = (*factors, shift, *operation.limits)
+    call = Call("int8_sum", (*operation.inputs, *numbers, operation.output, size))
+    return Implementation("add in int8", (call,), cost=size)
+
+
+@implements(ir.IntegerMean)
+def _integer_mean(operation: ir.IntegerMean, context: Context) -> Implementation:
+    axis = operation.axis
+    sizes = (axis.outer, axis.size, axis.inner)
+    title, cost = f"mean of {axis.size} in int8", axis.outer * axis.size * axis.inner
+    pointers = (*operation.inputs,)
+    if operation.output_scale is None:
+        scale = float(np.float32(operation.scale / axis.size))
+        call = Call("int8_mean", (*pointers, scale, operation.output, *sizes))
+        return Implementation(title, (call,), cost=cost)
+    ratio = np.array([operation.scale / (operation.output_scale * axis.size)])
+    factor, multipliers, _, shift = fixed_point(ratio, np.zeros(1), ir.INT8_LIMIT * axis.size)
+    numbers = (factor, int(multipliers[0]), shift, *operation.limits)
+    return Implementation(title, (Call("int8_mean_int8", (*pointers, *numbers, operation.output, *sizes)),), cost=cost)
