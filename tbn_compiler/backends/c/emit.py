@@ -18,15 +18,17 @@ import jinja2
 import numpy as np
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.float_instances import INSTANCES as FLOAT_INSTANCES
 from tbn_compiler.backends.c.interface import Interface
 from tbn_compiler.backends.c.names import macro_prefix
 from tbn_compiler.backends.c.plan import C_TYPES, SCRATCH_MEMBERS, Argument, At, Call, Index, Plan, Struct, Workspace
-from tbn_compiler.backends.c.tiled_instances import INSTANCES
+from tbn_compiler.backends.c.tiled_instances import INSTANCES as TILED_INSTANCES
 
 if TYPE_CHECKING:
     from tbn_compiler.backends.c.package import Vectors
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_INSTANCES = FLOAT_INSTANCES | TILED_INSTANCES
 _BYTES_PER_LINE = 16
 _NUMBERS_PER_LINE = 6
 _LINE_LENGTH = 120
@@ -38,7 +40,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.ChoiceLoader(
             [
                 jinja2.FileSystemLoader(_TEMPLATES),
-                jinja2.DictLoader({f"{name}.c": text for name, text in INSTANCES.items()}),
+                jinja2.DictLoader({f"{name}.c": text for name, text in _INSTANCES.items()}),
             ]
         ),
         undefined=jinja2.StrictUndefined,
@@ -69,7 +71,7 @@ def template_names() -> tuple[str, ...]:
 
     Kernels and helpers have the names of their templates, or such a name and more behind it.
     """
-    own = (*sorted(path.stem for path in _TEMPLATES.glob("*.c")), *INSTANCES)
+    own = (*sorted(path.stem for path in _TEMPLATES.glob("*.c")), *_INSTANCES)
     found = dict.fromkeys(own)
     for name in sorted(path.relative_to(_TEMPLATES).as_posix() for path in _TEMPLATES.rglob("*.[ch]")):
         for head, variable, tail in _PREFIXED.findall(_source(name)):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from rich.table import Table
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.costs import Work
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.report import draw_plan, plan_table
 
@@ -107,10 +108,10 @@ class Implementation:
     Attributes:
         title: what the operation is, in a few words, for comments and tables.
         calls: what runs, in order.
-        cost: estimated number of executed instructions for layers on tiles of whole rows, whose kernels are chosen
-            by it; else of multiply-adds, additions or element operations.
+        cost: estimated number of executed instructions on the target.
         choice: why these kernels, where there was a choice.
         notes: what a user may not expect of it.
+        work: what the estimate was made from (:mod:`~tbn_compiler.backends.c.costs`); empty for tiles of whole rows.
     """
 
     title: str
@@ -118,6 +119,7 @@ class Implementation:
     cost: int
     choice: str = ""
     notes: tuple[str, ...] = ()
+    work: Work = field(default_factory=dict)
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -173,7 +175,7 @@ class Step:
 
     @property
     def cost(self) -> int:
-        """Estimated number of multiply-adds, additions or element operations."""
+        """Estimated number of executed instructions."""
         return self.implementation.cost
 
 
@@ -283,7 +285,7 @@ class Plan:
 
     @property
     def cost(self) -> int:
-        """Estimated number of multiply-adds, additions and element operations of a run."""
+        """Estimated number of executed instructions of a run on the target."""
         return sum(step.cost for step in self.steps)
 
     @property

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.costs import Work, instructions
 from tbn_compiler.backends.c.options import Options
-from tbn_compiler.backends.c.plan import Implementation
+from tbn_compiler.backends.c.plan import Call, Implementation
 
 
 class Context:
@@ -48,6 +50,33 @@ class Context:
             self._computed[key] = ir.Constant(name, stored)
         return self._computed[key]
 
+    def implementation(self, title: str, calls: tuple[Call, ...], work: Work, choice: str = "") -> Implementation:
+        """An implementation whose cost is that of its work and calls on the target."""
+        work = {**work, "call": sum(call.repeat * call.inner for call in calls)}
+        return Implementation(title, calls, instructions(work, self.options.target), choice, work=work)
+
+    def fastest(self, small: Implementation, *others: Implementation) -> Implementation:
+        """The implementation with the fewest estimated instructions, and why.
+
+        Args:
+            small: the one with the least code and memory; it is taken to save those, and where another one is hardly
+                faster.
+            others: what else there is.
+        """
+        if self.options.optimize == "size":
+            return replace(small, choice="least code") if others else small
+        best = min(others, key=lambda other: other.cost, default=small)
+        if best.cost > _WORTHWHILE * small.cost:
+            best = small
+        if not others:
+            return best
+        second = min((other for other in (small, *others) if other is not best), key=lambda other: other.cost)
+        choice = f"about {best.cost:,} instructions; {second.calls[0].kernel} takes {second.cost:,}"
+        return replace(best, choice=choice)
+
+
+# More code has to save a tenth of the instructions.
+_WORTHWHILE = 0.9
 
 _Operation = TypeVar("_Operation", bound=ir.Operation)
 _Implement = Callable[[Any, Context], Implementation]

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 def plan_table(plan: Plan) -> Table:
-    """One row a step: operation, kernel and why, cost, stored bytes, and scratch bytes in use, the peak marked."""
+    """One row a step: operation, kernel and why, instructions, stored bytes, scratch bytes in use, the peak marked."""
     table = Table(title=f"{plan.name}: {_sizes(plan)}")
     for column in ("step", "operation", "result", "kernel"):
         table.add_column(column)
-    for column in ("estimated cost", "constants", "scratch in use"):
+    for column in ("estimated instructions", "constants", "scratch in use"):
         table.add_column(column, justify="right")
     for index, (step, live) in enumerate(zip(plan.steps, plan.live_bytes, strict=True)):
         kernel = f"{step.kernel or 'none'}" + (f" ({step.choice})" if step.choice else "")
@@ -52,5 +52,10 @@ def _sizes(plan: Plan) -> str:
     largest = max(plan.live_bytes, default=0)
     return (
         f"{plan.weight_bytes:,} bytes of constants, {plan.scratch_bytes:,} of scratch "
-        f"(at least {largest:,} needed), estimated cost {plan.cost:,}"
+        f"(at least {largest:,} needed), {plan.cost:,} estimated instructions on {_target(plan)}"
     )
+
+
+def _target(plan: Plan) -> str:
+    """The processor that instructions are estimated for."""
+    return "cortex-m4" if plan.options.target == "generic" else plan.options.target

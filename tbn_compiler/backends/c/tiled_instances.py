@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from tbn_compiler.backends.c.instances import template
+
 # Number of rows whose signs choose a bucket, and the numbers of such groups that a pass may take.
 BUCKET_LANES = {8: (1, 2, 3, 4), 4: (1, 2, 3, 4, 5, 6, 7, 8)}
 
@@ -56,12 +58,7 @@ def lookup_stem(groups: int) -> str:
 def _template(
     source: str, parameters: dict[str, object], needs: tuple[str, ...] = (), headers: tuple[str, ...] = ()
 ) -> str:
-    lines = [
-        *(f"{{# {kind}: {', '.join(names)} #}}" for kind, names in (("needs", needs), ("headers", headers)) if names),
-        *(f"{{% set {name} = {value!r} %}}" for name, value in parameters.items()),
-        f'{{% include "tiled/{source}.c" %}}',
-    ]
-    return "\n".join(lines) + "\n"
+    return template(f"tiled/{source}", parameters, needs, headers)
 
 
 def _patches() -> dict[str, str]:

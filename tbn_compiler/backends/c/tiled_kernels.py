@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from tbn_compiler.backends.c import ir
-from tbn_compiler.backends.c.geometry import window_struct
+from tbn_compiler.backends.c.geometry import inside, window_struct
 from tbn_compiler.backends.c.plan import Argument, At, Call, Implementation, Index, Struct, Workspace
 from tbn_compiler.backends.c.registry import Context, implements
 from tbn_compiler.backends.c.tiled_instances import patch_name
@@ -45,7 +45,9 @@ def tiled_linear(operation: ir.TiledLinear, context: Context) -> Implementation:
     kernel, choice = _choose_linear(operation)
     runs = () if kernel == "tiled_linear_bytes" else (runs_struct(operation, title),)
     call = Call(kernel, (layer, *runs, operation.tile, *pointers), repeat=vectors)
-    return Implementation(title, (call,), cost=vectors * rows * layout.row_size, choice=choice)
+    results = vectors * rows
+    work = {kernel: results * layout.row_size, f"{kernel}.row": results, "tiled_store": operation.output.size}
+    return context.implementation(title, (call,), work, choice)
 
 
 def _signed_linear(operation: ir.TiledLinear, context: Context) -> Implementation:
@@ -107,8 +109,13 @@ def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
         At(operation.output, stride=layout.rows * window.output_size),
     )
     call = Call(kernel, (*arguments, *pointers), repeat=operation.samples)
-    cost = operation.samples * window.output_size * operation.groups * rows * layout.row_size
-    return Implementation(title, (call,), cost=cost, choice=_why_no_rows(operation))
+    weights = operation.samples * operation.groups * rows * layout.row_size
+    work = {
+        kernel: weights * window.output_size,
+        f"{kernel}.product": weights // window.kernel_size * sum(inside(window, 0)) * sum(inside(window, 1)),
+        "tiled_store": operation.output.size,
+    }
+    return context.implementation(title, (call,), work, _why_no_rows(operation))
 
 
 def _why_no_rows(operation: ir.TiledConv) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.costs import instructions
 from tbn_compiler.backends.c.geometry import window_struct
 from tbn_compiler.backends.c.plan import Argument, At, Call, Implementation, Index, Struct, Workspace
 from tbn_compiler.backends.c.registry import Context
@@ -54,11 +55,11 @@ def mixed_layer(operation: ir.TiledLinear | ir.TiledConv, context: Context, titl
     place: ir.Value | Workspace = operation.output if in_place else own
     start = layout.rows if in_place else 0
     each_call = groups // products.calls  # column groups
-    calls, instructions = inputs.calls, inputs.instructions + products.instructions
+    calls, each = inputs.calls, inputs.instructions + products.instructions
     if products.block is not None:
         n = layout.row_size
         calls += (Call("tiled_common_block", (inputs.place, n, precision(n), products.block), repeat=repeat),)
-        instructions += scan_instructions(n, options)
+        each += scan_instructions(n, options)
     multiply = Call(
         products.kernel,
         (
@@ -76,8 +77,8 @@ def mixed_layer(operation: ir.TiledLinear | ir.TiledConv, context: Context, titl
     arguments += [] if products.block is None else [products.block]
     arguments += [Workspace("mixed", groups, dtype)] if kernel in MIXES_WITH_MEMORY else []
     mix = Call(kernel, (*arguments, Index(), operation.output), repeat=repeat)
-    instructions += mix_instructions(layout.rows, groups, options)
-    return Implementation(title, (*calls, multiply, mix), cost=repeat * instructions, choice=products.choice)
+    each += mix_instructions(layout.rows, groups, options)
+    return Implementation(title, (*calls, multiply, mix), cost=repeat * each, choice=products.choice)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def _products(operation: ir.TiledLinear | ir.TiledConv, context: Context) -> _Pr
     rows, inputs = layout.rows // groups, layout.row_size // groups
     order = f"{rows}x{inputs}_by_{groups}"
     if not tile.packed:
+        work = {"linear": rows * layout.row_size, "linear.result": layout.rows, "call": groups}
         return _Products(
             kernel="linear",
             table=context.prepare(tile, order, lambda: _by_group(layout, tile.array)),
@@ -118,7 +120,7 @@ def _products(operation: ir.TiledLinear | ir.TiledConv, context: Context) -> _Pr
             behind=(),
             block=None,
             stride=rows,
-            instructions=rows * layout.row_size,
+            instructions=instructions(work, context.options.target),
             choice=f"full-precision tile in {groups} column groups",
         )
     strided = _strided(operation)

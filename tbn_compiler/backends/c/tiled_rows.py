@@ -222,11 +222,18 @@ def integer_candidates(rows: int, inputs: int, arithmetic: Arithmetic, options: 
 
 
 def integer_instructions(what: str, count: int, options: Options) -> int:
-    """Estimated instructions on two vectors of int8: for gathering inputs, or finishing outputs, this many."""
-    return round(_INTEGER_COSTS[what] * count)
+    """Estimated instructions on int8: to gather inputs of two vectors, to finish an output, or for a sign of a filter."""
+    return round(_INTEGER_PARTS["cortex-m0plus" if options.target == "cortex-m0plus" else "others"][what] * count)
 
 
-_INTEGER_COSTS = {"patch": 9.0, "finish": 13.0, "depthwise": 3.0}
+# A product of 64 bits is a call on the smallest core.
+_INTEGER_PARTS = {
+    "others": {"patch": 9.0, "finish": 13.0, "depthwise": 5.1},
+    "cortex-m0plus": {"patch": 12.0, "finish": 55.0, "depthwise": 4.0},
+}
+# Without conversions, integers take what floats take where there are instructions for them.
+_INTEGER_COSTS = _FPU
+_M0_INTEGER_COSTS = _Costs({4: (8.6, 3, 1002), 8: (7.3, 3, 3386)}, (66, 25, 0), (11, 300, 0), 0, 0, 0)
 
 
 def _table(rows: int, inputs: int, options: Options, arithmetic: Arithmetic, strided: bool = False) -> RowsKernel:
@@ -303,8 +310,10 @@ def _bucket(
 
 
 def _costs(options: Options, arithmetic: Arithmetic) -> _Costs:
-    """Without conversions, integers take what floats take on a processor that has instructions for them."""
-    return _FPU if arithmetic in ("int8", "pair") else _COSTS[options.target]
+    """The figures for an arithmetic on the target."""
+    if arithmetic in ("int8", "pair"):
+        return _M0_INTEGER_COSTS if options.target == "cortex-m0plus" else _INTEGER_COSTS
+    return _COSTS[options.target]
 
 
 def _scan(costs: _Costs, arithmetic: Arithmetic) -> float:

@@ -16,6 +16,7 @@ from torch import nn
 import tbn_compiler as tbn
 from tbn_compiler.backends.c import emit, export_c, host
 from tests.backends.c.test_emit import everything
+from tests.backends.c.test_float_kernels import Layers, sample
 from tests.backends.c.test_int8 import CASES, imported
 from tests.backends.c.test_numerics import CONV_TILINGS
 from tests.backends.c.test_operators import FAMILIES, IMAGE, LAYERS, Family, Lookup, with_statistics
@@ -49,6 +50,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             for p in (2, 4, 8, 16)
             for target in ("float", "fixed")
         },
+        "floats": (Layers().eval(), sample()),
+        "floats_size": (Layers().eval(), sample()),
         "linear": (everything(), (torch.zeros(1, 8),)),
         "lookup": (Lookup(), (torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, 8))),
         "copy": (nn.Identity(), (torch.zeros(1, 8),)),
@@ -63,7 +66,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         options = {"self_test": index % 2 == 0, "layer_hook": index % 3 == 0}
         scratch: Literal["static", "caller"] = "caller" if index % 2 else "static"
         target: Literal["cortex-m3", "generic"] = "cortex-m3" if name.endswith("fixed") else "generic"
-        plan = export_c(module, inputs, folder / f"{name}.c", name=name, scratch=scratch, target=target, **options)
+        optimize: Literal["balanced", "size"] = "size" if name.endswith("size") else "balanced"
+        options |= {"optimize": optimize}
+        plan = export_c(module, inputs, folder / f"{name}.c", name=name, scratch=scratch, target=target, **options)  # type: ignore[arg-type]
         used.update(emit._with_needs(plan.kernels))
     written = {path.stem for path in emit._TEMPLATES.glob("*.c")}
     assert {kernel for kernel in written - used if not kernel.startswith(_TILED)} == set()

@@ -92,6 +92,21 @@ def test_a_larger_board_takes_what_the_first_one_cannot(tmp_path: Path) -> None:
 
 
 @needs_arm
+@pytest.mark.parametrize(("floats", "machine"), [(3700, "microbit"), (3980, "mps2-an385"), (4050, "mps2-an385")])
+def test_a_larger_board_takes_the_stack_that_the_first_one_lacks(tmp_path: Path, floats: int, machine: str) -> None:
+    """The program links for 16 KB, as the linker knows no stack, but there it would run into its own variables."""
+    body = """
+        volatile float local[100];
+        for (int i = 0; i < 100; ++i) { local[i] = input[0]; }
+        state[1] = local[5];
+        output[0] = state[1];
+    """
+    source = write_model(tmp_path, body, head=f"static volatile float state[{floats}];")
+    result = measure(source, CPUS["cortex-m0plus"], [[3.0]], [[3.0]])
+    assert (result.machine, result.max_error) == (machine, 0)
+
+
+@needs_arm
 def test_bad_vectors_are_refused(tmp_path: Path) -> None:
     source = write_model(tmp_path, nops(1), inputs=3)
     with pytest.raises(ExportError, match=r"inputs must have 3 elements .* \[1, 2\]"):

@@ -5,6 +5,6 @@ of its own name. Layers on tiles have :mod:`~tbn_compiler.backends.c.tiled_kerne
 """
 
 from tbn_compiler.backends.c import tiled_kernels
-from tbn_compiler.backends.c.kernels import attention, elementwise, int8, layers, reductions
+from tbn_compiler.backends.c.kernels import attention, convs, elementwise, int8, layers, reductions
 
-__all__ = ["attention", "elementwise", "int8", "layers", "reductions", "tiled_kernels"]
+__all__ = ["attention", "convs", "elementwise", "int8", "layers", "reductions", "tiled_kernels"]

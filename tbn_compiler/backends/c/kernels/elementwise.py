@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.plan import At, Call, Implementation, Struct
 from tbn_compiler.backends.c.registry import Context, implements
@@ -12,7 +14,7 @@ MAX_RANK = 6  # of an access, once neighbouring dimensions are merged; the size 
 @implements(ir.Copy)
 def _copy(operation: ir.Copy, context: Context) -> Implementation:
     call = Call("copy", (*operation.inputs, operation.output, operation.output.size))
-    return Implementation("copy", (call,), cost=operation.output.size)
+    return context.implementation("copy", (call,), {"copy": operation.output.size})
 
 
 @implements(ir.Unary)
@@ -20,7 +22,8 @@ def _unary(operation: ir.Unary, context: Context) -> Implementation:
     size, parameters = operation.output.size, operation.parameters
     call = Call(operation.function, (*operation.inputs, *parameters, operation.output, size))
     title = operation.function.removesuffix("_scalar")
-    return Implementation(" ".join([title, *(f"{number:g}" for number in parameters)]), (call,), cost=size)
+    title = " ".join([title, *(f"{number:g}" for number in parameters)])
+    return context.implementation(title, (call,), {operation.function: size})
 
 
 @implements(ir.Binary)
@@ -29,11 +32,11 @@ def _binary(operation: ir.Binary, context: Context) -> Implementation:
     size = operation.output.size
     pointers = (At(operation.inputs[0], a.offset), At(operation.inputs[1], b.offset), operation.output)
     if a.in_order and b.in_order:
-        call = Call(operation.function, (*pointers, size))
+        call, moves = Call(operation.function, (*pointers, size)), {}
     else:
         loops = nest(operation.layer, a, b, _result(a))
-        call = Call(f"broadcast_{operation.function}", (loops, *pointers))
-    return Implementation(operation.function, (call,), cost=size)
+        call, moves = Call(f"broadcast_{operation.function}", (loops, *pointers)), _moves("broadcast", loops)
+    return context.implementation(operation.function, (call,), {operation.function: size, **moves})
 
 
 @implements(ir.ChannelAffine)
@@ -42,7 +45,7 @@ def _channel_affine(operation: ir.ChannelAffine, context: Context) -> Implementa
     samples = size // (channels * operation.inner)
     pointers = (*operation.inputs, operation.scale, operation.shift, operation.output)
     call = Call("channel_affine", (*pointers, samples, channels, operation.inner))
-    return Implementation("scale and shift each channel", (call,), cost=size)
+    return context.implementation("scale and shift each channel", (call,), {"channel_affine": size})
 
 
 @implements(ir.Strided)
@@ -50,7 +53,7 @@ def _strided(operation: ir.Strided, context: Context) -> Implementation:
     access, (source,) = operation.access, operation.inputs
     loops = nest(operation.layer, access, _result(access))
     call = Call(typed("strided_copy", operation), (loops, At(source, access.offset), operation.output))
-    return Implementation("rearrange", (call,), cost=operation.output.size)
+    return context.implementation("rearrange", (call,), _moves(call.kernel, loops))
 
 
 @implements(ir.Pad)
@@ -61,7 +64,8 @@ def _pad(operation: ir.Pad, context: Context) -> Implementation:
     fill = Call(typed("fill", operation), (value, operation.output, size))
     loops = nest(operation.layer, source, result)
     copy = Call(typed("strided_copy", operation), (loops, *operation.inputs, At(operation.output, result.offset)))
-    return Implementation(f"pad with {operation.value:g}", (fill, copy), cost=size)
+    work = {fill.kernel: size, **_moves(copy.kernel, loops)}
+    return context.implementation(f"pad with {operation.value:g}", (fill, copy), work)
 
 
 @implements(ir.Concat)
@@ -69,11 +73,18 @@ def _concat(operation: ir.Concat, context: Context) -> Implementation:
     width = sum(operation.blocks)
     calls, offset = [], 0
     for source, block in zip(operation.inputs, operation.blocks, strict=True):
-        calls.append(
-            Call(typed("copy_blocks", operation), (source, At(operation.output, offset), operation.outer, block, width))
-        )
+        arguments = (source, At(operation.output, offset), operation.outer, block, width)
+        calls.append(Call(typed("copy_blocks", operation), arguments))
         offset += block
-    return Implementation(f"concatenate {len(calls)}", tuple(calls), cost=operation.output.size)
+    work = {"copy": operation.output.nbytes / 4, "copy.block": operation.outer * len(calls)}
+    return context.implementation(f"concatenate {len(calls)}", tuple(calls), work)
+
+
+def _moves(kernel: str, loops: Struct) -> dict[str, float]:
+    """The work of a kernel that follows loops: for each element, and each end of an innermost loop."""
+    ((_, sizes),) = [field for field in loops.fields if field[0] == "size"]
+    assert isinstance(sizes, tuple)
+    return {kernel: math.prod(sizes), f"{kernel}.row": math.prod(sizes[:-1])}
 
 
 def typed(kernel: str, operation: ir.Operation) -> str:

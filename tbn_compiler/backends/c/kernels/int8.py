@@ -19,21 +19,21 @@ def _quantize(operation: ir.Quantize, context: Context) -> Implementation:
     factor = float(np.float32(1) / np.float32(operation.scale))
     size = operation.output.size
     call = Call("quantize", (*operation.inputs, factor, *operation.limits, operation.output, size))
-    return Implementation(f"to int8, steps of {operation.scale:.3g}", (call,), cost=size)
+    return context.implementation(f"to int8, steps of {operation.scale:.3g}", (call,), {"quantize": size})
 
 
 @implements(ir.Dequantize)
 def _dequantize(operation: ir.Dequantize, context: Context) -> Implementation:
     size = operation.output.size
     call = Call("dequantize", (*operation.inputs, float(np.float32(operation.scale)), operation.output, size))
-    return Implementation(f"to float, steps of {operation.scale:.3g}", (call,), cost=size)
+    return context.implementation(f"to float, steps of {operation.scale:.3g}", (call,), {"dequantize": size})
 
 
 @implements(ir.Lookup)
 def _lookup(operation: ir.Lookup, context: Context) -> Implementation:
     size = operation.output.size
     call = Call("int8_lookup", (*operation.inputs, operation.table, operation.output, size))
-    return Implementation(f"{operation.title} by table", (call,), cost=size)
+    return context.implementation(f"{operation.title} by table", (call,), {"int8_lookup": size})
 
 
 @implements(ir.RescaledSum)
@@ -44,20 +44,25 @@ def _rescaled_sum(operation: ir.RescaledSum, context: Context) -> Implementation
     factors = [min(round(ratio * 2**shift), 2**_FACTOR_BITS) for ratio in ratios]
     numbers = (*factors, shift, *operation.limits)
     call = Call("int8_sum", (*operation.inputs, *numbers, operation.output, size))
-    return Implementation("add in int8", (call,), cost=size)
+    return context.implementation("add in int8", (call,), {"int8_sum": size})
 
 
 @implements(ir.IntegerMean)
 def _integer_mean(operation: ir.IntegerMean, context: Context) -> Implementation:
     axis = operation.axis
     sizes = (axis.outer, axis.size, axis.inner)
-    title, cost = f"mean of {axis.size} in int8", axis.outer * axis.size * axis.inner
+    title = f"mean of {axis.size} in int8"
     pointers = (*operation.inputs,)
     if operation.output_scale is None:
         scale = float(np.float32(operation.scale / axis.size))
         call = Call("int8_mean", (*pointers, scale, operation.output, *sizes))
-        return Implementation(title, (call,), cost=cost)
+        return context.implementation(title, (call,), _work("int8_mean", axis))
     ratio = np.array([operation.scale / (operation.output_scale * axis.size)])
     factor, multipliers, _, shift = fixed_point(ratio, np.zeros(1), ir.INT8_LIMIT * axis.size)
     numbers = (factor, int(multipliers[0]), shift, *operation.limits)
-    return Implementation(title, (Call("int8_mean_int8", (*pointers, *numbers, operation.output, *sizes)),), cost=cost)
+    call = Call("int8_mean_int8", (*pointers, *numbers, operation.output, *sizes))
+    return context.implementation(title, (call,), _work("int8_mean_int8", axis))
+
+
+def _work(kernel: str, axis: ir.Axis) -> dict[str, float]:
+    return {kernel: axis.outer * axis.size * axis.inner, f"{kernel}.result": axis.outer * axis.inner}

@@ -1,77 +1,34 @@
-"""Layers with float weights, and transpose convolutions."""
+"""Linear layers with float weights, and rows of tables."""
 
 from __future__ import annotations
 
 from tbn_compiler.backends.c import ir
-from tbn_compiler.backends.c.geometry import window_struct
-from tbn_compiler.backends.c.plan import At, Call, Implementation, Struct
+from tbn_compiler.backends.c.costs import round_up
+from tbn_compiler.backends.c.float_instances import linear_name
+from tbn_compiler.backends.c.plan import At, Call, Implementation
 from tbn_compiler.backends.c.registry import Context, implements
-from tbn_compiler.backends.c.tiled_structs import describe, row_alpha, weight_struct
 
 
 @implements(ir.Linear)
 def _linear(operation: ir.Linear, context: Context) -> Implementation:
     out_features, in_features = operation.weight.shape
     (source,), vectors = operation.inputs, operation.output.size // out_features
-    numbers = (in_features, out_features, int(operation.relu))
+    title = f"float linear {in_features} -> {out_features}{layer_suffix(operation.bias, operation.relu)}"
+    arguments = (operation.weight, operation.bias, in_features, out_features)
+    relu = int(operation.relu)
+
+    def implementation(call: Call, results: int) -> Implementation:
+        work = {call.kernel: results * in_features, f"{call.kernel}.result": results}
+        return context.implementation(title, (call,), work)
+
     pointers = (At(source, stride=in_features), At(operation.output, stride=out_features))
-    call = Call("linear", (operation.weight, operation.bias, *numbers, *pointers), repeat=vectors)
-    title = f"float linear {in_features} -> {out_features}{_suffix(operation.bias, operation.relu)}"
-    return Implementation(title, (call,), cost=vectors * in_features * out_features)
-
-
-@implements(ir.Conv)
-def _conv(operation: ir.Conv, context: Context) -> Implementation:
-    window, groups, weight = operation.window, operation.groups, operation.weight
-    rows, inputs = weight.shape[:2]
-    title = f"float conv {inputs * groups} -> {rows} channels, {_kernel(weight.shape)}"
-    title += f"{_groups(groups)}{_suffix(operation.bias, operation.relu)}"
-    numbers = (inputs * groups, rows, groups, int(operation.relu))
-    samples = operation.output.size // (rows * window.output_size)
-    pointers = _images(operation, inputs * groups * window.input_size, rows * window.output_size)
-    call = Call("conv", (window_struct(window), *numbers, weight, operation.bias, *pointers), repeat=samples)
-    cost = operation.output.size * inputs * window.kernel_size
-    return Implementation(title, (call,), cost=cost)
-
-
-@implements(ir.ConvTranspose)
-def _conv_transpose(operation: ir.ConvTranspose, context: Context) -> Implementation:
-    window, groups, weight = operation.window, operation.groups, operation.weight
-    inputs, outputs = weight.shape[0], weight.shape[1] * groups
-    title = f"float transpose conv {inputs} -> {outputs} channels, {_kernel(weight.shape)}"
-    title += f"{_groups(groups)}{_suffix(operation.bias, False)}"
-    samples = operation.output.size // (outputs * window.input_size)
-    pointers = _images(operation, inputs * window.output_size, outputs * window.input_size)
-    arguments = (window_struct(window), inputs, outputs, groups, weight, operation.bias, *pointers)
-    cost = samples * inputs * window.output_size * weight.shape[1] * window.kernel_size
-    return Implementation(title, (Call("conv_transpose", arguments, repeat=samples),), cost=cost)
-
-
-@implements(ir.TiledConvTranspose)
-def _tiled_conv_transpose(operation: ir.TiledConvTranspose, context: Context) -> Implementation:
-    window, groups, layout = operation.window, operation.groups, operation.layout
-    inputs, outputs = layout.rows, layout.shape[1] * groups
-    title = f"tiled transpose conv {inputs} -> {outputs} channels, {_kernel(layout.shape)}{_groups(groups)}"
-    title += describe(operation, layout.unique_rows)
-    layer = Struct(
-        "tiled_conv_transpose",
-        f"{operation.layer}_layer",
-        title,
-        (
-            ("in_channels", inputs),
-            ("out_channels", outputs),
-            ("groups", groups),
-            ("rows_per_alpha", operation.product.rows_per_alpha),
-            ("alpha", row_alpha(operation)),
-            ("bias", operation.bias),
-        ),
-    )
-    samples = operation.output.size // (outputs * window.input_size)
-    pointers = _images(operation, inputs * window.output_size, outputs * window.input_size)
-    arguments = (layer, weight_struct(operation, title), window_struct(window), operation.tile, *pointers)
-    kernel = f"conv_transpose_{'bits' if operation.tile.packed else 'float'}"
-    cost = samples * inputs * window.output_size * layout.row_size
-    return Implementation(title, (Call(kernel, arguments, repeat=samples),), cost=cost)
+    small = implementation(Call("linear", (*arguments, relu, *pointers), repeat=vectors), vectors * out_features)
+    if out_features < 4:
+        return small
+    at_once = min(vectors, 2)
+    several = (vectors,) if at_once > 1 else ()
+    call = Call(linear_name(at_once), (*arguments, *several, relu, source, operation.output))
+    return context.fastest(small, implementation(call, round_up(out_features, 4) * round_up(vectors, at_once)))
 
 
 @implements(ir.Gather)
@@ -80,22 +37,10 @@ def _gather(operation: ir.Gather, context: Context) -> Implementation:
     count = operation.output.size // operation.columns
     call = Call("gather", (indices, table, operation.output, count, operation.rows, operation.columns))
     title = f"look up {operation.columns} numbers in {operation.rows} rows"
-    return Implementation(title, (call,), cost=operation.output.size)
+    work = {"copy": operation.output.size, "copy.block": count}
+    return context.implementation(title, (call,), work)
 
 
-def _images(operation: ir.Operation, input_size: int, output_size: int) -> tuple[At, At]:
-    """Pointers that advance from sample to sample."""
-    (source,) = operation.inputs
-    return At(source, stride=input_size), At(operation.output, stride=output_size)
-
-
-def _kernel(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape[2:]))
-
-
-def _groups(groups: int) -> str:
-    return f", {groups} groups" if groups > 1 else ""
-
-
-def _suffix(bias: ir.Constant | None, relu: bool) -> str:
+def layer_suffix(bias: ir.Constant | None, relu: bool) -> str:
+    """What a title says of a layer's bias and activation."""
     return f"{', bias' if bias else ''}{', ReLU' if relu else ''}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from tbn_compiler.backends.c import ir
-from tbn_compiler.backends.c.geometry import window_struct
+from tbn_compiler.backends.c.geometry import inside, window_struct
 from tbn_compiler.backends.c.kernels.elementwise import typed
 from tbn_compiler.backends.c.plan import Call, Implementation
 from tbn_compiler.backends.c.registry import Context, implements
@@ -13,7 +15,8 @@ from tbn_compiler.backends.c.registry import Context, implements
 def _softmax(operation: ir.Softmax, context: Context) -> Implementation:
     axis, kernel = operation.axis, "log_softmax" if operation.log else "softmax"
     call = Call(kernel, (*operation.inputs, operation.output, axis.outer, axis.size, axis.inner))
-    return Implementation(kernel, (call,), cost=4 * operation.output.size)
+    work = {kernel: operation.output.size, f"{kernel}.row": axis.outer * axis.inner}
+    return context.implementation(kernel, (call,), work)
 
 
 @implements(ir.Reduce)
@@ -23,7 +26,8 @@ def _reduce(operation: ir.Reduce, context: Context) -> Implementation:
         f"reduce_{operation.function}", (*operation.inputs, operation.output, axis.outer, axis.size, axis.inner)
     )
     title = f"{operation.function} of {axis.size}"
-    return Implementation(title, (call,), cost=axis.outer * axis.size * axis.inner)
+    results, kernel = axis.outer * axis.inner, call.kernel
+    return context.implementation(title, (call,), {kernel: results * axis.size, "reduce.result": results})
 
 
 @implements(ir.Norm)
@@ -31,7 +35,7 @@ def _norm(operation: ir.Norm, context: Context) -> Implementation:
     size, columns = operation.output.size, operation.columns
     numbers = (size // columns, columns, operation.eps)
     call = Call("norm", (*operation.inputs, operation.weight, operation.bias, operation.output, *numbers))
-    return Implementation(f"normalise each {columns}", (call,), cost=6 * size)
+    return context.implementation(f"normalise each {columns}", (call,), {"norm": size, "norm.row": size // columns})
 
 
 @implements(ir.Pool)
@@ -43,8 +47,20 @@ def _pool(operation: ir.Pool, context: Context) -> Implementation:
     pointers = (*operation.inputs, operation.output)
     call = Call(typed(operation.function, operation), (window_struct(window), operation.planes, *numbers, *pointers))
     height, width = window.kernel
-    what = operation.function.removesuffix("_pool")
-    return Implementation(f"{what} pool {height} x {width}", (call,), cost=operation.output.size * window.kernel_size)
+    title = f"{operation.function.removesuffix('_pool')} pool {height} x {width}"
+    if operation.output.dtype == "int8":
+        elements = operation.output.size * window.kernel_size
+        return context.implementation(
+            title, (call,), {call.kernel: elements, f"{call.kernel}.result": operation.output.size}
+        )
+    rows, columns = (inside(window, axis) for axis in (0, 1))
+    work = {
+        operation.function: operation.planes * sum(rows) * sum(columns),
+        f"{operation.function}.line": operation.planes * sum(rows) * len(columns),
+        f"{operation.function}.result": operation.output.size,
+        "window_inside": operation.planes * len(rows) * sum(count != window.kernel[1] for count in columns),
+    }
+    return context.implementation(title, (call,), work)
 
 
 @implements(ir.Resample)
@@ -53,8 +69,17 @@ def _resample(operation: ir.Resample, context: Context) -> Implementation:
     call = Call(operation.function, (*operation.inputs, operation.output, operation.planes, *sizes))
     height, width = operation.output_size
     title = f"{operation.function.replace('_', ' ')} to {height} x {width}"
-    elements = operation.planes * max(sizes[0] * sizes[1], sizes[2] * sizes[3])
-    return Implementation(title, (call,), cost=elements)
+    elements = operation.output.size
+    if operation.function != "resize_nearest":
+        pairs = zip(operation.input_size, operation.output_size, strict=True)
+        elements = operation.planes * math.prod(_covered(*pair) for pair in pairs)
+    work = {operation.function: elements, f"{operation.function}.result": operation.output.size}
+    return context.implementation(title, (call,), work)
+
+
+def _covered(inputs: int, outputs: int) -> int:
+    """Inputs under the windows of adaptive pooling along one side, those under two windows twice."""
+    return sum(-(-(i + 1) * inputs // outputs) - i * inputs // outputs for i in range(outputs))
 
 
 @implements(ir.SumNeighbours)
@@ -62,4 +87,5 @@ def _sum_neighbours(operation: ir.SumNeighbours, context: Context) -> Implementa
     size, count, inner = operation.output.size, operation.count, operation.inner
     call = Call("sum_neighbours", (*operation.inputs, count, inner, operation.output, size // inner))
     what = "inputs" if inner == 1 else "channels"
-    return Implementation(f"sum every {count} neighbouring {what}", (call,), cost=count * size)
+    work = {"sum_neighbours": count * size, "sum_neighbours.result": size}
+    return context.implementation(f"sum every {count} neighbouring {what}", (call,), work)

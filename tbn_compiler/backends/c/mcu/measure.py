@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,9 @@ def measure(
     if wanted is not None and len(wanted) != len(vectors):
         raise ExportError(f"{len(vectors)} inputs but {len(wanted)} expected outputs")
     with tempfile.TemporaryDirectory() as folder:
-        board, flash, static = _build(Path(folder), source, interface, cpu, flags)
-        outputs, ticks, stack = _run(Path(folder), board, interface, vectors)
+        board, flash, static, (outputs, ticks, stack) = _build_and_run(
+            Path(folder), source, interface, cpu, vectors, flags
+        )
     return Measurement(
         cpu=cpu.name,
         machine=board.machine,
@@ -119,6 +120,40 @@ def _vectors(array: Any, size: int, what: str) -> np.ndarray:
     if values.ndim == 0 or len(values) == 0 or values[0].size != size:
         raise ExportError(f"{what} must have {size} elements for each vector, got the shape {list(values.shape)}")
     return np.ascontiguousarray(values.reshape(len(values), size))
+
+
+_Run = tuple[np.ndarray, list[int], int]
+"""Outputs, the ticks of each call, and the most stack that one took."""
+
+# Stack of the runner itself, above the model's.
+_RUNNER_STACK = 256
+
+
+def _build_and_run(
+    folder: Path, source: Path, interface: Interface, cpu: Cpu, vectors: np.ndarray, flags: Sequence[str]
+) -> tuple[Board, int, int, _Run]:
+    """Run the model on the first board that has room for it and its stack.
+
+    How much stack it takes is known only once it has run. A model that fails on a board runs on the next one, too: if
+    it turns out there that static memory and stack exceed the first board, that was why, and the result stands.
+
+    Returns:
+        The board, the model's bytes of flash and of static memory, and what the run gave.
+    """
+    boards, failed, failure = cpu.boards, None, None
+    while True:
+        board, flash, static = _build(folder, source, interface, replace(cpu, boards=boards), flags)
+        try:
+            run = _run(folder, board, interface, vectors)
+        except ExportError as error:
+            failed, failure = failed or board, failure or error
+            boards = boards[boards.index(board) + 1 :]
+            if not boards:
+                raise failure from None
+            continue
+        if failed and failure and _sizes(folder / "model.elf")[1] + run[2] + _RUNNER_STACK <= failed.ram_bytes:
+            raise failure
+        return board, flash, static, run
 
 
 def _build(folder: Path, source: Path, interface: Interface, cpu: Cpu, flags: Sequence[str]) -> tuple[Board, int, int]:
@@ -180,8 +215,8 @@ def _sizes(program: Path) -> tuple[int, int]:
     return text + data, data + bss
 
 
-def _run(folder: Path, board: Board, interface: Interface, vectors: np.ndarray) -> tuple[np.ndarray, list[int], int]:
-    """Run the program; return its outputs, the ticks of each call, and the most stack that one took."""
+def _run(folder: Path, board: Board, interface: Interface, vectors: np.ndarray) -> _Run:
+    """Run the program."""
     (folder / "input.bin").write_bytes(vectors.tobytes())
     command = [
         *(_EMULATOR, "-machine", board.machine, "-nographic", "-monitor", "none", "-serial", "none"),

@@ -1,18 +1,4 @@
-{# headers: math.h #}
-/* Attention; strides in elements, of batch, head, token and feature (mask: batch, head, query and key). */
-typedef struct {
-    size_t size[4]; /* batch, heads, queries, keys */
-    size_t width;   /* features of queries and keys */
-    size_t value_width;
-    ptrdiff_t q[4];
-    ptrdiff_t k[4];
-    ptrdiff_t v[4];
-    ptrdiff_t mask[4];
-    ptrdiff_t y[4];
-    float scale;
-    int causal; /* a query sees no later key */
-} {{ name }}_attention_sizes;
-
+{# needs: attention_sizes, attention_weights #}
 /* Row by row: the scores of one query with all keys, their softmax, and the mean of the values with those weights. */
 static void {{ name }}_attention(const {{ name }}_attention_sizes *sizes, const float *q, const float *k, const float *v,
     const float *mask, float *y, float *scores)
@@ -26,31 +12,21 @@ static void {{ name }}_attention(const {{ name }}_attention_sizes *sizes, const 
         const float *const from = q + batch * sizes->q[0] + head * sizes->q[1] + query * sizes->q[2];
         const float *const keys = k + batch * sizes->k[0] + head * sizes->k[1];
         const float *const values = v + batch * sizes->v[0] + head * sizes->v[1];
+        const float *const shown =
+            mask != NULL ? mask + batch * sizes->mask[0] + head * sizes->mask[1] + query * sizes->mask[2] : NULL;
         float *const to = y + batch * sizes->y[0] + head * sizes->y[1] + query * sizes->y[2];
         const ptrdiff_t count =
             (sizes->causal && query + 1 < (ptrdiff_t)sizes->size[3]) ? query + 1 : (ptrdiff_t)sizes->size[3];
-        float largest = -INFINITY;
-        float sum = 0.0f;
+        float sum;
 
         for (ptrdiff_t key = 0; key < count; ++key) {
             float score = 0.0f;
             for (ptrdiff_t j = 0; j < (ptrdiff_t)sizes->width; ++j) {
                 score += from[j * sizes->q[3]] * keys[key * sizes->k[2] + j * sizes->k[3]];
             }
-            score *= sizes->scale;
-            if (mask != NULL) {
-                score += mask[batch * sizes->mask[0] + head * sizes->mask[1] + query * sizes->mask[2] + key * sizes->mask[3]];
-            }
             scores[key] = score;
-            largest = score > largest ? score : largest;
         }
-        if (largest == -INFINITY) {
-            largest = 0.0f; /* all keys are masked: no weight is counted, and the result is 0 */
-        }
-        for (ptrdiff_t key = 0; key < count; ++key) {
-            scores[key] = expf(scores[key] - largest);
-            sum += scores[key];
-        }
+        sum = {{ name }}_attention_weights(sizes, shown, scores, count);
         for (ptrdiff_t j = 0; j < (ptrdiff_t)sizes->value_width; ++j) {
             float value = 0.0f;
             for (ptrdiff_t key = 0; key < count; ++key) {

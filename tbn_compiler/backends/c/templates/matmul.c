@@ -1,14 +1,4 @@
-/* A product of matrices; strides in elements, the last two of each array are those of rows and columns. */
-typedef struct {
-    size_t batch[3];
-    size_t rows;
-    size_t inner;
-    size_t columns;
-    ptrdiff_t a[5];
-    ptrdiff_t b[5];
-    ptrdiff_t y[5];
-} {{ name }}_matmul_sizes;
-
+{# needs: matmul_sizes #}
 static void {{ name }}_matmul(const {{ name }}_matmul_sizes *sizes, const float *a, const float *b, float *y)
 {
     const size_t batches = sizes->batch[0] * sizes->batch[1] * sizes->batch[2];
