@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tbn_compiler.backends.c.options import Options
+from tbn_compiler.backends.c.plan import Argument, Workspace
 from tbn_compiler.backends.c.tiled_instances import (
     BUCKET_LANES,
     LOOKUP_GROUPS,
@@ -48,6 +49,10 @@ class _Costs:
         scan: for each input, once: finding the largest one.
         patch: for each input that a convolution gathers.
         finish: for each output, at least: scale and store.
+        finish_rows: for each output, if groups have rows of their own: scale and store.
+        combine: for each output that is a sum of products, at least, and for each product.
+        weight: for each weight that is followed through any layout: a linear one of eight, a linear one, one of a
+            convolution.
         lookup_group: in a lookup, for each word and row, for each column group beside the first one.
         regroup: for each input that is put in the order of column groups.
         mix: for each output and stage of a Hadamard transform.
@@ -59,18 +64,51 @@ class _Costs:
     scan: float
     patch: float
     finish: float
+    finish_rows: float
+    combine: tuple[float, float]
+    weight: tuple[float, float, float]
     lookup_group: float = 3
     regroup: float = 5
     mix: float = 2
 
 
-_FPU = _Costs({4: (6.1, 0.7, 154), 8: (5.1, 1.3, 1146)}, (41, 12.5, 0), (9, 150, 0), 0, 8, 12)
+_FPU = _Costs(
+    bucket={4: (6.1, 0.7, 154), 8: (5.1, 1.3, 1146)},
+    lookup=(41, 12.5, 0),
+    table=(9, 150, 0),
+    scan=0,
+    patch=8,
+    finish=12,
+    finish_rows=19,
+    combine=(22, 8),
+    weight=(4.5, 13.3, 48),
+)
 _COSTS = {
     "generic": _FPU,
     "cortex-m4": _FPU,
     "cortex-m7": _FPU,
-    "cortex-m3": _Costs({4: (6.2, 17.4, 457), 8: (5.7, 19.6, 1868)}, (43, 36, 72), (8.5, 274, 78), 8, 8, 100),
-    "cortex-m0plus": _Costs({4: (8.6, 29.7, 1002), 8: (7.3, 24.4, 3386)}, (66, 50, 200), (11, 380, 184), 5, 6, 230),
+    "cortex-m3": _Costs(
+        bucket={4: (6.2, 17.4, 457), 8: (5.7, 19.6, 1868)},
+        lookup=(43, 36, 72),
+        table=(8.5, 274, 78),
+        scan=8,
+        patch=8,
+        finish=100,
+        finish_rows=110,
+        combine=(110, 90),
+        weight=(52, 66, 110),
+    ),
+    "cortex-m0plus": _Costs(
+        bucket={4: (8.6, 29.7, 1002), 8: (7.3, 24.4, 3386)},
+        lookup=(66, 50, 200),
+        table=(11, 380, 184),
+        scan=5,
+        patch=6,
+        finish=230,
+        finish_rows=250,
+        combine=(200, 160),
+        weight=(72, 87, 205),
+    ),
 }
 
 
@@ -161,6 +199,41 @@ def patch_instructions(inputs: int, options: Options) -> int:
 def finish_instructions(outputs: int, options: Options) -> int:
     """Estimated instructions for scaling and storing the results of one vector."""
     return round(_COSTS[options.target].finish * outputs)
+
+
+def finish_rows_instructions(outputs: int, options: Options) -> int:
+    """Estimated instructions for scaling and storing the results of one vector, if groups have rows of their own."""
+    return round(_COSTS[options.target].finish_rows * outputs)
+
+
+def combine_instructions(outputs: int, products: int, options: Options) -> int:
+    """Estimated instructions for results of one vector that are sums of so many products in all."""
+    per_output, per_product = _COSTS[options.target].combine
+    return round(per_output * outputs + per_product * products)
+
+
+def weight_instructions(kernel: str, options: Options) -> float:
+    """Estimated instructions for a weight, in a kernel that follows any layout element by element."""
+    by_eight, linear, conv = _COSTS[options.target].weight
+    return by_eight if kernel == "tiled_linear_bytes" else linear if "linear" in kernel else conv
+
+
+def piece_instructions(pieces: int) -> int:
+    """Estimated instructions for calling a kernel once more in a loop over pieces of the inputs."""
+    return 25 if pieces > 1 else 0
+
+
+def multiply_arguments(kernel: RowsKernel, rows: int, inputs: int) -> tuple[Argument, ...]:
+    """What a kernel takes between its inputs and its products."""
+    arguments: list[Argument] = [inputs, kernel.size]
+    if kernel.arithmetic == "fixed":
+        arguments.append(precision(inputs))
+    dtype = "int32" if kernel.arithmetic == "fixed" else "float32"
+    if kernel.memory:
+        arguments.append(Workspace("memory", kernel.memory, dtype))
+    if kernel.needs_sums:
+        arguments.append(Workspace("sums", rows + rows % kernel.granule, dtype))
+    return tuple(arguments)
 
 
 def regroup_instructions(inputs: int, options: Options) -> int:
