@@ -11,6 +11,7 @@ from tbn_compiler.backends.c.geometry import window_struct
 from tbn_compiler.backends.c.plan import At, Call, Implementation, Index, Struct, Workspace
 from tbn_compiler.backends.c.registry import Context, implements
 from tbn_compiler.backends.c.tiled_any_rows import any_rows
+from tbn_compiler.backends.c.tiled_filters import filters
 from tbn_compiler.backends.c.tiled_instances import patch_name
 from tbn_compiler.backends.c.tiled_mixing import mixed_layer
 from tbn_compiler.backends.c.tiled_rows import (
@@ -121,7 +122,7 @@ def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
     cost = operation.samples * window.output_size * operation.groups * rows * layout.row_size
     cost = round(cost * weight_instructions(kernel, context.options))
     one_by_one = Implementation(title, (call,), cost=cost, choice=_why_no_rows(operation))
-    return _fastest(any_rows(operation, context, title), one_by_one)
+    return _fastest(filters(operation, context, title), any_rows(operation, context, title), one_by_one)
 
 
 def _why_no_rows(operation: ir.TiledConv) -> str:

@@ -191,6 +191,11 @@ def _mixed_arithmetic(options: Options) -> Arithmetic:
     return "float" if options.has_fpu else "block"
 
 
+def memory_limit(options: Options) -> int:
+    """Bytes of working memory that a kernel may take; with the least code it is what suits less memory."""
+    return _MEMORY.get(options.optimize, min(_MEMORY.values()))
+
+
 def patch_instructions(inputs: int, options: Options) -> int:
     """Estimated instructions for gathering the inputs of one output position."""
     return round(_COSTS[options.target].patch * inputs)

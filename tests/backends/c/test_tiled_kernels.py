@@ -71,9 +71,9 @@ def in_turn(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
 
 
 def test_the_shapes_reach_every_kernel() -> None:
-    """Those that take column groups are in ``test_mixing``."""
+    """Those that take column groups are in ``test_mixing``, filters in ``test_filters``."""
     reached = {kernel for target in ("generic", FIXED_TARGET) for _, kernel in _all_kernels(target)}
-    others = ("signed_sums", "patch", "mix", "block", "strided", "groups")
+    others = ("signed_sums", "patch", "filter", "mix", "block", "strided", "groups")
     assert reached == {name for name in INSTANCES if not any(other in name for other in others)}
 
 
