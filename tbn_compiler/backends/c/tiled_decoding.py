@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.tiling import TiledProduct
 
 # Rows of more pieces with different scales than that, on average, are not worth a row of signs for each.
 _MOST_PIECES = 8
@@ -94,7 +95,7 @@ def decode(operation: ir.TiledLinear | ir.TiledConv) -> Decoded | None:
     signs = decoded_signs(operation)
     if product.scales_results and operation.input_alpha is None:
         group, row = np.divmod(np.arange(layout.rows), product.group_rows)
-        tables = _without_repeats(signs[product.computed_rows().numpy()])
+        tables = without_repeats(signs[product.computed_rows().numpy()])
         return Decoded(groups, tables, group[:, None], (row % product.rows)[:, None])
     neighbours = product.neighbours if product.alphas == "input" else 1
     channels = layout.shape[1] // operation.replicas
@@ -130,11 +131,24 @@ def _by_piece(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return apart.reshape(*apart.shape[:4], -1)
 
 
-def _without_repeats(tables: np.ndarray) -> np.ndarray:
+def without_repeats(tables: np.ndarray) -> np.ndarray:
     """The first tables ``[T, ...]`` such that table ``i`` is number ``i % T``; ``T`` divides their number."""
     count = len(tables)
     period = next(t for t in range(1, count + 1) if count % t == 0 and (tables[t:] == tables[:-t]).all())
     return tables[:period]
+
+
+def transposed_tables(operation: ir.TiledConvTranspose, product: TiledProduct) -> np.ndarray:
+    """The rows of a packed transpose convolution, which belong to its input channels, as columns.
+
+    Returns:
+        ``bool [T, kernel * outputs, R]``: for each group, by place in the window, there by output channel, the signs of
+        the ``R`` input channels that differ. Group ``g`` has number ``g % T``.
+    """
+    layout = operation.layout
+    rows = decoded_signs(operation)[product.computed_rows().numpy()]  # [groups, R, outputs * kernel]
+    places = rows.reshape(*rows.shape[:2], layout.shape[1], -1).transpose(0, 3, 2, 1)
+    return without_repeats(places.reshape(len(rows), -1, rows.shape[1]))
 
 
 def _combined(signs: np.ndarray, scales: np.ndarray, changes: np.ndarray) -> Decoded:
@@ -173,7 +187,7 @@ def _combined(signs: np.ndarray, scales: np.ndarray, changes: np.ndarray) -> Dec
     outputs, terms = groups * group_rows, neighbours * replicas
     return Decoded(
         pieces=neighbours * groups,
-        tables=_without_repeats(stored),
+        tables=without_repeats(stored),
         piece=np.broadcast_to(piece, row.shape).reshape(outputs, terms),
         row=row.reshape(outputs, terms),
         factor=factor.reshape(outputs, terms).astype(np.float32),

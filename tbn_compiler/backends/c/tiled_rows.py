@@ -52,7 +52,7 @@ class _Costs:
         finish_rows: for each output, if groups have rows of their own: scale and store.
         combine: for each output that is a sum of products, at least, and for each product.
         weight: for each weight that is followed through any layout: a linear one of eight, a linear one, one of a
-            convolution.
+            convolution, one of a transpose convolution.
         lookup_group: in a lookup, for each word and row, for each column group beside the first one.
         regroup: for each input that is put in the order of column groups.
         mix: for each output and stage of a Hadamard transform.
@@ -66,7 +66,7 @@ class _Costs:
     finish: float
     finish_rows: float
     combine: tuple[float, float]
-    weight: tuple[float, float, float]
+    weight: tuple[float, float, float, float]
     lookup_group: float = 3
     regroup: float = 5
     mix: float = 2
@@ -81,7 +81,7 @@ _FPU = _Costs(
     finish=12,
     finish_rows=19,
     combine=(22, 8),
-    weight=(4.5, 13.3, 48),
+    weight=(4.5, 13.3, 48, 13),
 )
 _COSTS = {
     "generic": _FPU,
@@ -96,7 +96,7 @@ _COSTS = {
         finish=100,
         finish_rows=110,
         combine=(110, 90),
-        weight=(52, 66, 110),
+        weight=(52, 66, 110, 100),
     ),
     "cortex-m0plus": _Costs(
         bucket={4: (8.6, 29.7, 1002), 8: (7.3, 24.4, 3386)},
@@ -107,7 +107,7 @@ _COSTS = {
         finish=230,
         finish_rows=250,
         combine=(200, 160),
-        weight=(72, 87, 205),
+        weight=(72, 87, 205, 150),
     ),
 }
 
@@ -219,7 +219,9 @@ def combine_instructions(outputs: int, products: int, options: Options) -> int:
 
 def weight_instructions(kernel: str, options: Options) -> float:
     """Estimated instructions for a weight, in a kernel that follows any layout element by element."""
-    by_eight, linear, conv = _COSTS[options.target].weight
+    by_eight, linear, conv, transposed = _COSTS[options.target].weight
+    if "transpose" in kernel:
+        return transposed
     return by_eight if kernel == "tiled_linear_bytes" else linear if "linear" in kernel else conv
 
 

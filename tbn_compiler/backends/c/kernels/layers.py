@@ -1,12 +1,11 @@
-"""Layers with float weights, and transpose convolutions."""
+"""Layers with float weights."""
 
 from __future__ import annotations
 
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.geometry import window_struct
-from tbn_compiler.backends.c.plan import At, Call, Implementation, Struct
+from tbn_compiler.backends.c.plan import At, Call, Implementation
 from tbn_compiler.backends.c.registry import Context, implements
-from tbn_compiler.backends.c.tiled_structs import describe, row_alpha, weight_struct
 
 
 @implements(ir.Linear)
@@ -45,33 +44,6 @@ def _conv_transpose(operation: ir.ConvTranspose, context: Context) -> Implementa
     arguments = (window_struct(window), inputs, outputs, groups, weight, operation.bias, *pointers)
     cost = samples * inputs * window.output_size * weight.shape[1] * window.kernel_size
     return Implementation(title, (Call("conv_transpose", arguments, repeat=samples),), cost=cost)
-
-
-@implements(ir.TiledConvTranspose)
-def _tiled_conv_transpose(operation: ir.TiledConvTranspose, context: Context) -> Implementation:
-    window, groups, layout = operation.window, operation.groups, operation.layout
-    inputs, outputs = layout.rows, layout.shape[1] * groups
-    title = f"tiled transpose conv {inputs} -> {outputs} channels, {_kernel(layout.shape)}{_groups(groups)}"
-    title += describe(operation, layout.unique_rows)
-    layer = Struct(
-        "tiled_conv_transpose",
-        f"{operation.layer}_layer",
-        title,
-        (
-            ("in_channels", inputs),
-            ("out_channels", outputs),
-            ("groups", groups),
-            ("rows_per_alpha", operation.product.rows_per_alpha),
-            ("alpha", row_alpha(operation)),
-            ("bias", operation.bias),
-        ),
-    )
-    samples = operation.output.size // (outputs * window.input_size)
-    pointers = _images(operation, inputs * window.output_size, outputs * window.input_size)
-    arguments = (layer, weight_struct(operation, title), window_struct(window), operation.tile, *pointers)
-    kernel = f"conv_transpose_{'bits' if operation.tile.packed else 'float'}"
-    cost = samples * inputs * window.output_size * layout.row_size
-    return Implementation(title, (Call(kernel, arguments, repeat=samples),), cost=cost)
 
 
 @implements(ir.Gather)
