@@ -216,12 +216,13 @@ class _Printer:
         match argument:
             case None:
                 return "NULL"
-            case At(operand, offset, stride, inner_stride):
+            case At(operand, offset, stride, inner_stride, inner_period):
                 text = self.value(operand, step) + (f" + {offset}" if offset else "")
                 text += f" + i * {stride}" if repeated and stride else ""
                 if not inner or not inner_stride:
                     return text
-                return f"{text} + j * {inner_stride}" if inner_stride > 1 else f"{text} + j"
+                j = f"j % {inner_period}" if inner_period else "j"
+                return f"{text} + {j} * {inner_stride}" if inner_stride > 1 else f"{text} + {j}"
             case Index():
                 return "i" if repeated else "0"
             case Workspace():

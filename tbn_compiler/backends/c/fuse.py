@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.integers import keep_integers
+from tbn_compiler.backends.c.turn import turned
 from tbn_compiler.backends.c.views import absorb_copies
 from tbn_compiler.tiling import TileLayout
 
@@ -23,7 +24,7 @@ def simplify(graph: ir.Graph) -> tuple[list[ir.Operation], list[ir.Value]]:
     operations, outputs = _resolve_aliases(graph)
     operations = _needed(absorb_copies(operations, outputs), outputs)
     operations = _fold_affines(operations, outputs)
-    operations = _fuse_relus(_sum_neighbours(operations), outputs)
+    operations = _fuse_relus(_sum_neighbours(_turn(operations)), outputs)
     operations, outputs = keep_integers(operations, outputs)
     return _give_outputs_values(operations, outputs)
 
@@ -91,6 +92,15 @@ def _folded(layer: ir.Operation, affine: ir.ChannelAffine) -> ir.Operation | Non
         weight=replace(weight, array=scaled),
         bias=ir.Constant(f"{layer.layer}.bias", bias),
     )
+
+
+def _turn(operations: Sequence[ir.Operation]) -> list[ir.Operation]:
+    """Let transpose convolutions be convolutions, where they can."""
+    result: list[ir.Operation] = []
+    for operation in operations:
+        found = turned(operation) if isinstance(operation, ir.TiledConvTranspose) else None
+        result += found or (operation,)
+    return result
 
 
 def _sum_neighbours(operations: Sequence[ir.Operation]) -> list[ir.Operation]:

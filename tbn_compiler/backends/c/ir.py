@@ -385,6 +385,25 @@ class SumNeighbours(Operation):
 
 
 @dataclass(frozen=True)
+class SumCopies(Operation):
+    """Channels ``[N, C, *]`` of a transpose convolution, scaled, with equal signs summed; only the planner makes one.
+
+    ``y[g, u, s]`` is the sum of ``alpha x[g, c, s]`` over the channels ``c`` of a group with ``c mod different = u``.
+
+    Attributes:
+        alpha: scales, each of equally many channels one behind the other, in a sample; ``None``: not scaled.
+        channels: channels of a group.
+        different: those that are left.
+        inner: elements of a channel.
+    """
+
+    alpha: Constant | None
+    channels: int
+    different: int
+    inner: int
+
+
+@dataclass(frozen=True)
 class Linear(Operation):
     """``x [..., n] -> x @ weight.T + bias [..., m]`` with a float weight ``[m, n]``, and a ReLU if ``relu``."""
 

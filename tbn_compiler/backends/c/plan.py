@@ -64,13 +64,15 @@ class Struct:
 class At:
     """A pointer into an operand.
 
-    It is ``operand + offset + i * stride + j * inner_stride`` in repetition ``i`` of a call and ``j`` of its inner one.
+    It is ``operand + offset + i * stride + j * inner_stride`` in repetition ``i`` of a call and ``j`` of its inner one;
+    with a period, ``j % inner_period`` stands for ``j``.
     """
 
     operand: ir.Operand | Workspace
     offset: int = 0
     stride: int = 0
     inner_stride: int = 0
+    inner_period: int = 0
 
 
 @dataclass(frozen=True)

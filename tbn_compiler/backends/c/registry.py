@@ -23,23 +23,24 @@ class Context:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._prepared: dict[tuple[ir.Constant, str], ir.Constant] = {}
+        self._prepared: dict[tuple[ir.Constant, str, bytes], ir.Constant] = {}
         self._computed: dict[tuple[object, ...], ir.Constant] = {}
 
-    def prepare(self, source: ir.Constant, name: str, make: Callable[[], np.ndarray]) -> ir.Constant:
+    def prepare(self, source: ir.Constant, name: str, make: Callable[[], np.ndarray], key: bytes = b"") -> ir.Constant:
         """A constant made from another one at export time, such as a tile in another order.
 
         Args:
             source: what it is made from.
             name: tells apart what is made from the same source; layers that share the source share the result.
             make: returns the array; it is called once.
+            key: tells apart what has the same source and name, where the name does not.
         """
-        key = (source, name)
-        if key not in self._prepared:
+        found = (source, name, key)
+        if found not in self._prepared:
             array = np.ascontiguousarray(make())
             array.flags.writeable = False
-            self._prepared[key] = ir.Constant(f"{source.name}_{name}", array, packed=array.dtype == np.uint8)
-        return self._prepared[key]
+            self._prepared[found] = ir.Constant(f"{source.name}_{name}", array, packed=array.dtype == np.uint8)
+        return self._prepared[found]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Constant:
         """A constant computed for one layer; equal arrays of that name are stored once."""

@@ -6,6 +6,7 @@ includes the common text from ``templates/tiled``.
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, get_args
 
 from tbn_compiler.backends.c.instances import template
@@ -18,6 +19,11 @@ PATCH_COLUMNS = range(1, 8)
 
 # Distances of two positions at which windows are gathered faster.
 PAIR_STRIDES = (1, 2)
+
+# Filters that slide over images without loops, the widths of others that are faster, and strides of both.
+WHOLE_FILTERS = ((3, 3),)
+FILTER_COLUMNS = range(1, 8)
+FILTER_STRIDES = (1, 2)
 
 # Column groups that one lookup kernel sums apart, and those whose products are mixed without loops.
 LOOKUP_GROUPS = (2, 4, 8)
@@ -50,6 +56,14 @@ def patch_name(columns: int, dilation: int, grouped: bool = False) -> str:
     return f"tiled_patch{columns if fast else ''}{'_groups' if grouped else ''}"
 
 
+def filter_name(rows: int = 0, columns: int = 0, stride: int = 1, channels: bool = False) -> str:
+    """Name of the kernel for filters of one size, of any height and so many columns (``rows`` is 0), or of any size."""
+    if columns == 0:
+        return "tiled_filter"
+    size = f"{rows}x{columns}{'_channels' if channels else ''}" if rows else f"_columns{columns}"
+    return f"tiled_filter{size}{f'_by{stride}' if stride > 1 else ''}"
+
+
 def lookup_stem(groups: int) -> str:
     """What the lookup kernel for so many column groups is called in every arithmetic."""
     return f"lookup_groups{groups}" if groups > 1 else "lookup"
@@ -70,6 +84,19 @@ def _patches() -> dict[str, str]:
             kernel = patch_name(columns, 1, grouped)
             parameters = {"kernel": kernel, "general": general, "columns": columns, "grouped": grouped}
             found[kernel] = _template("patch_columns", parameters, (general,))
+    return found
+
+
+def _filters() -> dict[str, str]:
+    needs, found = ("window", "tiled_filter_layer"), {}
+    for stride in FILTER_STRIDES:
+        for columns in FILTER_COLUMNS:
+            kernel = filter_name(0, columns, stride)
+            found[kernel] = _template("filter_columns", {"kernel": kernel, "columns": columns, "stride": stride}, needs)
+        for (rows, columns), channels in itertools.product(WHOLE_FILTERS, (False, True)):
+            kernel = filter_name(rows, columns, stride, channels)
+            size: dict[str, object] = {"rows": rows, "columns": columns, "stride": stride, "channels": channels}
+            found[kernel] = _template("filter_whole", {"kernel": kernel, **size}, needs)
     return found
 
 
@@ -175,6 +202,7 @@ def _mixes() -> dict[str, str]:
 
 INSTANCES = (
     _patches()
+    | _filters()
     | _sums()
     | _rows("float", strided=False)
     | _rows("float", strided=True)

@@ -8,12 +8,19 @@ import numpy as np
 
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.geometry import inside, window_struct
-from tbn_compiler.backends.c.plan import Argument, At, Call, Implementation, Index, Struct, Workspace
+from tbn_compiler.backends.c.plan import At, Call, Implementation, Index, Struct, Workspace
 from tbn_compiler.backends.c.registry import Context, implements
+from tbn_compiler.backends.c.tiled_any_rows import any_rows
+from tbn_compiler.backends.c.tiled_filters import filters
 from tbn_compiler.backends.c.tiled_instances import patch_name
 from tbn_compiler.backends.c.tiled_int8 import integer_layer
 from tbn_compiler.backends.c.tiled_mixing import mixed_layer
-from tbn_compiler.backends.c.tiled_rows import choose, finish_instructions, patch_instructions, precision
+from tbn_compiler.backends.c.tiled_rows import (
+    choose,
+    finish_instructions,
+    multiply_arguments,
+    patch_instructions,
+)
 from tbn_compiler.backends.c.tiled_structs import (
     describe,
     finish_struct,
@@ -47,15 +54,23 @@ def tiled_linear(operation: ir.TiledLinear, context: Context) -> Implementation:
     call = Call(kernel, (layer, *runs, operation.tile, *pointers), repeat=vectors)
     results = vectors * rows
     work = {kernel: results * layout.row_size, f"{kernel}.row": results, "tiled_store": operation.output.size}
-    return context.implementation(title, (call,), work, choice)
+    one_by_one = context.implementation(title, (call,), work, choice)
+    return _fastest(any_rows(operation, context, title), one_by_one)
+
+
+def _fastest(*ways: Implementation | None) -> Implementation:
+    """The way with the fewest estimated instructions, of those that there are."""
+    return min((way for way in ways if way is not None), key=lambda way: way.cost)
 
 
 def _signed_linear(operation: ir.TiledLinear, context: Context) -> Implementation:
-    """Column groups apart, or, where those do not lie alike in all replicas, a convolution of one position."""
+    """Column groups apart; where those do not lie alike in all replicas, all rows, or a convolution of one position."""
     layout = operation.layout
+    title = f"tiled linear {layout.row_size} -> {layout.rows}{describe(operation, operation.product.rows)}"
     if operation.product.mixes > 1:
-        title = f"tiled linear {layout.row_size} -> {layout.rows}{describe(operation, operation.product.rows)}"
         return mixed_layer(operation, context, title)
+    if (found := any_rows(operation, context, title)) is not None:
+        return found
     one = (1, 1)
     same = {field.name: getattr(operation, field.name) for field in fields(operation)}
     same["layout"] = replace(layout, shape=(*layout.shape, *one))
@@ -75,7 +90,7 @@ def _choose_linear(operation: ir.TiledLinear) -> tuple[str, str]:
 
 @implements(ir.TiledConv)
 def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
-    """The reference: one weight at a time, in any layout; only rows that differ are computed."""
+    """The fastest way. One weight at a time is the reference: it takes any layout, and computes rows that differ."""
     if operation.input_scale is not None:
         return integer_layer(operation, context)
     layout, window, (source,) = operation.layout, operation.window, operation.inputs
@@ -115,18 +130,15 @@ def tiled_conv(operation: ir.TiledConv, context: Context) -> Implementation:
         f"{kernel}.product": weights // window.kernel_size * sum(inside(window, 0)) * sum(inside(window, 1)),
         "tiled_store": operation.output.size,
     }
-    return context.implementation(title, (call,), work, _why_no_rows(operation))
+    one_by_one = context.implementation(title, (call,), work, _why_no_rows(operation))
+    return _fastest(filters(operation, context, title), any_rows(operation, context, title), one_by_one)
 
 
 def _why_no_rows(operation: ir.TiledConv) -> str:
-    """Why a convolution takes the kernel for any layout."""
-    if operation.layout.kind == "hadamard" and operation.input_alpha is not None:
-        return "scaled copies of the input end inside column groups"
+    """Why a convolution takes the kernel that follows any layout element by element."""
     if not operation.tile.packed:
         return "full-precision tile"
-    if operation.groups > 1:
-        return "groups read different inputs"
-    return "rows begin inside a tile, or scales or copies change inside rows"
+    return "different rows would take more flash than the tile, or fall into many pieces of different scales"
 
 
 def whole_rows(operation: ir.TiledLinear | ir.TiledConv) -> bool:
@@ -179,15 +191,8 @@ def _rows(
     products: At | Workspace = At(operation.output, stride=layout.rows)
     if not in_place:
         products = Workspace("products", -(-rows // kernel.granule) * kernel.granule)
-    arguments: list[Argument] = [table, x, inputs, kernel.size]
-    if kernel.arithmetic == "fixed":
-        arguments.append(precision(inputs))
-    dtype = "int32" if kernel.arithmetic == "fixed" else "float32"
-    if kernel.memory:
-        arguments.append(Workspace("memory", kernel.memory, dtype))
-    if kernel.needs_sums:
-        arguments.append(Workspace("sums", rows + rows % kernel.granule, dtype))
-    calls = [*before, Call(kernel.kernel, (*arguments, products), repeat=repeat)]
+    arguments = (table, x, *multiply_arguments(kernel, rows, inputs), products)
+    calls = [*before, Call(kernel.kernel, arguments, repeat=repeat)]
     if finish or not in_place:
         layer = finish_struct(operation, title, positions)
         calls.append(Call("tiled_finish", (layer, products, Index(), operation.output), repeat=repeat))

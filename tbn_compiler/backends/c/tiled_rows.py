@@ -15,11 +15,12 @@ each group, or, if it is a lookup for several groups, once for each so many.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tbn_compiler.backends.c.options import Options
+from tbn_compiler.backends.c.plan import Argument, Workspace
 from tbn_compiler.backends.c.tiled_instances import (
     BUCKET_LANES,
     LOOKUP_GROUPS,
@@ -48,6 +49,8 @@ class _Costs:
         scan: for each input, once: finding the largest one.
         patch: for each input that a convolution gathers.
         finish: for each output, at least: scale and store.
+        finish_rows: for each output, if groups have rows of their own: scale and store.
+        combine: for each output that is a sum of products, at least, and for each product.
         lookup_group: in a lookup, for each word and row, for each column group beside the first one.
         regroup: for each input that is put in the order of column groups.
         mix: for each output and stage of a Hadamard transform.
@@ -59,18 +62,47 @@ class _Costs:
     scan: float
     patch: float
     finish: float
+    finish_rows: float
+    combine: tuple[float, float]
     lookup_group: float = 3
     regroup: float = 5
     mix: float = 2
 
 
-_FPU = _Costs({4: (6.1, 0.7, 154), 8: (5.1, 1.3, 1146)}, (41, 12.5, 0), (9, 150, 0), 0, 8, 12)
+_FPU = _Costs(
+    bucket={4: (6.1, 0.7, 154), 8: (5.1, 1.3, 1146)},
+    lookup=(41, 12.5, 0),
+    table=(9, 150, 0),
+    scan=0,
+    patch=8,
+    finish=12,
+    finish_rows=19,
+    combine=(22, 8),
+)
 _COSTS = {
     "generic": _FPU,
     "cortex-m4": _FPU,
     "cortex-m7": _FPU,
-    "cortex-m3": _Costs({4: (6.2, 17.4, 457), 8: (5.7, 19.6, 1868)}, (43, 36, 72), (8.5, 274, 78), 8, 8, 100),
-    "cortex-m0plus": _Costs({4: (8.6, 29.7, 1002), 8: (7.3, 24.4, 3386)}, (66, 50, 200), (11, 380, 184), 5, 6, 230),
+    "cortex-m3": _Costs(
+        bucket={4: (6.2, 17.4, 457), 8: (5.7, 19.6, 1868)},
+        lookup=(43, 36, 72),
+        table=(8.5, 274, 78),
+        scan=8,
+        patch=8,
+        finish=100,
+        finish_rows=110,
+        combine=(110, 90),
+    ),
+    "cortex-m0plus": _Costs(
+        bucket={4: (8.6, 29.7, 1002), 8: (7.3, 24.4, 3386)},
+        lookup=(66, 50, 200),
+        table=(11, 380, 184),
+        scan=5,
+        patch=6,
+        finish=230,
+        finish_rows=250,
+        combine=(200, 160),
+    ),
 }
 
 
@@ -153,6 +185,11 @@ def _mixed_arithmetic(options: Options) -> Arithmetic:
     return "float" if options.has_fpu else "block"
 
 
+def memory_limit(options: Options) -> int:
+    """Bytes of working memory that a kernel may take; with the least code it is what suits less memory."""
+    return _MEMORY.get(options.optimize, min(_MEMORY.values()))
+
+
 def patch_instructions(inputs: int, options: Options) -> int:
     """Estimated instructions for gathering the inputs of one output position."""
     return round(_COSTS[options.target].patch * inputs)
@@ -161,6 +198,35 @@ def patch_instructions(inputs: int, options: Options) -> int:
 def finish_instructions(outputs: int, options: Options) -> int:
     """Estimated instructions for scaling and storing the results of one vector."""
     return round(_COSTS[options.target].finish * outputs)
+
+
+def finish_rows_instructions(outputs: int, options: Options) -> int:
+    """Estimated instructions for scaling and storing the results of one vector, if groups have rows of their own."""
+    return round(_COSTS[options.target].finish_rows * outputs)
+
+
+def combine_instructions(outputs: int, products: int, options: Options) -> int:
+    """Estimated instructions for results of one vector that are sums of so many products in all."""
+    per_output, per_product = _COSTS[options.target].combine
+    return round(per_output * outputs + per_product * products)
+
+
+def piece_instructions(pieces: int) -> int:
+    """Estimated instructions for calling a kernel once more in a loop over pieces of the inputs."""
+    return 25 if pieces > 1 else 0
+
+
+def multiply_arguments(kernel: RowsKernel, rows: int, inputs: int) -> tuple[Argument, ...]:
+    """What a kernel takes between its inputs and its products."""
+    arguments: list[Argument] = [inputs, kernel.size]
+    if kernel.arithmetic == "fixed":
+        arguments.append(precision(inputs))
+    dtype = "int32" if kernel.arithmetic == "fixed" else "float32"
+    if kernel.memory:
+        arguments.append(Workspace("memory", kernel.memory, dtype))
+    if kernel.needs_sums:
+        arguments.append(Workspace("sums", rows + rows % kernel.granule, dtype))
+    return tuple(arguments)
 
 
 def regroup_instructions(inputs: int, options: Options) -> int:
@@ -222,7 +288,7 @@ def integer_candidates(rows: int, inputs: int, arithmetic: Arithmetic, options: 
 
 
 def integer_instructions(what: str, count: int, options: Options) -> int:
-    """Estimated instructions on int8: to gather inputs of two vectors, to finish an output, or for a sign of a filter."""
+    """Estimated instructions on int8: to gather inputs of two vectors, finish an output, or for a sign of a filter."""
     return round(_INTEGER_PARTS["cortex-m0plus" if options.target == "cortex-m0plus" else "others"][what] * count)
 
 
@@ -233,7 +299,12 @@ _INTEGER_PARTS = {
 }
 # Without conversions, integers take what floats take where there are instructions for them.
 _INTEGER_COSTS = _FPU
-_M0_INTEGER_COSTS = _Costs({4: (8.6, 3, 1002), 8: (7.3, 3, 3386)}, (66, 25, 0), (11, 300, 0), 0, 0, 0)
+_M0_INTEGER_COSTS = replace(
+    _COSTS["cortex-m0plus"],
+    bucket={4: (8.6, 3, 1002), 8: (7.3, 3, 3386)},
+    lookup=(66, 25, 0),
+    table=(11, 300, 0),
+)
 
 
 def _table(rows: int, inputs: int, options: Options, arithmetic: Arithmetic, strided: bool = False) -> RowsKernel:

@@ -143,7 +143,7 @@ def test_a_tile_is_stored_once_in_its_packed_form(tmp_path: Path) -> None:
     """As it is where a kernel reads any layout; in the order of the kernel, and not in its own, otherwise."""
     torch.manual_seed(0)
     module = tbn.lower(tbn.transform(nn.Linear(24, 9), tbn.TilingConfig(p=4, min_size=0)))
-    plan = export_c(module, torch.zeros(1, 24), tmp_path / "net.c", name="net")
+    plan = export_c(module, torch.zeros(1, 24), tmp_path / "net.c", name="net", optimize="size")
     assert plan.kernels == ("tiled_linear_bits",)
     (table,) = re.findall(r"net_\w*weight_tile\[\d+\] = {([^}]*)}", (tmp_path / "net.c").read_text())
     assert [int(byte, 16) for byte in table.split(",")] == module.state_dict()["weight_tile"].tolist()

@@ -102,7 +102,7 @@ def test_the_shapes_reach_every_kernel() -> None:
     """Those of one column group, or of no other, are in ``test_tiled_kernels``."""
     pairs = [(target, gathered) for target in ("generic", FIXED_TARGET) for gathered in (False, True)]
     reached = {kernel for target, gathered in pairs for _, kernel in all_kernels(target, gathered)}
-    others = ("signed_sums", "patch", "mix", "fixed", "int8", "pair")
+    others = ("signed_sums", "patch", "mix", "fixed", "filter", "int8", "pair")
     assert reached == {name for name in INSTANCES if not any(other in name for other in others)}
 
 
@@ -239,7 +239,7 @@ def test_inputs_that_stand_for_copies(tmp_path: Path, target: str) -> None:
             found.append(Network(module, samples, {"target": target}, TOLERANCE[target]))
             whole = shape[1] // replicas % p == 0
             apart = f"full-precision tile in {p} column groups" if not packed else f"in {p} column groups"
-            inside = "scaled copies of the input end inside column groups"
+            inside = "column groups are not mixed" if packed else "full-precision tile"
             whys.append(apart if whole else inside)
     check(found, tmp_path)
     for network, why in zip(found, whys, strict=True):
@@ -251,8 +251,7 @@ def test_the_plan_says_what_is_not_mixed_and_why(tmp_path: Path) -> None:
     config = tbn.TilingConfig(p=4, min_size=0, replicate="hadamard")
     module = tbn.transform(nn.Conv2d(16, 16, 3, groups=2), config)
     (step,) = export_c(module, torch.zeros(1, 16, 5, 5), tmp_path / "net.c").steps
-    assert step.choice == "groups read different inputs"
-    assert step.kernel == "tiled_conv_bits"
+    assert step.choice.startswith("2 groups with 2 tables of rows; column groups are not mixed: 16 different rows are")
 
 
 def test_a_layer_stores_its_bits_and_no_copy_of_its_input(tmp_path: Path) -> None:

@@ -71,9 +71,9 @@ def in_turn(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
 
 
 def test_the_shapes_reach_every_kernel() -> None:
-    """Those that take column groups are in ``test_mixing``."""
+    """Those that take column groups are in ``test_mixing``, filters in ``test_filters``."""
     reached = {kernel for target in ("generic", FIXED_TARGET) for _, kernel in _all_kernels(target)}
-    others = ("signed_sums", "patch", "mix", "block", "strided", "groups", "int8", "pair")
+    others = ("signed_sums", "patch", "filter", "mix", "block", "strided", "groups", "int8", "pair")
     assert reached == {name for name in INSTANCES if not any(other in name for other in others)}
 
 
@@ -221,14 +221,14 @@ def test_a_layout_that_the_kernels_do_not_know_is_refused(monkeypatch: pytest.Mo
 
 
 def test_the_plan_says_why_a_layer_has_a_slower_kernel(tmp_path: Path) -> None:
+    larger = "different rows would take more flash than the tile, or fall into many pieces of different scales"
     layers = {
-        "groups read different inputs": (nn.Conv2d(8, 8, 3, groups=2), {"p": 4}),
-        "rows begin inside a tile, or scales or copies change inside rows": (nn.Conv2d(4, 6, 3), {"p": 4}),
-        "full-precision tile": (nn.Conv2d(4, 8, 3), {"p": 4, "tile_dtype": "float"}),
+        larger: (nn.Conv2d(4, 6, 3), {"p": 4}, "size"),
+        "full-precision tile": (nn.Conv2d(4, 8, 3), {"p": 4, "tile_dtype": "float"}, "speed"),
     }
-    for why, (layer, options) in layers.items():
+    for why, (layer, options, optimize) in layers.items():
         module = tbn.lower(tbn.transform(layer, tbn.TilingConfig(min_size=0, **options)))  # type: ignore[arg-type]
-        plan = export_c(module, torch.zeros(1, layer.in_channels, 5, 5), tmp_path / "net.c")
+        plan = export_c(module, torch.zeros(1, 4, 5, 5), tmp_path / "net.c", optimize=optimize)  # type: ignore[arg-type]
         assert [step.choice for step in plan.steps] == [why]
 
 

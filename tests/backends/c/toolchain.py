@@ -14,6 +14,7 @@ import torch
 
 from tbn_compiler.backends.c import Plan, export_c, host
 from tbn_compiler.backends.c.mcu import missing_tool
+from tbn_compiler.backends.c.options import OptimizeFor
 
 WARNINGS = (
     "-Wall",
@@ -47,9 +48,11 @@ def run_strict(source: Path, inputs: torch.Tensor, **options: str) -> np.ndarray
     return host.run(source, inputs, flags=("-O0", *WARNINGS, *sanitizer_flags()), **options)
 
 
-def assert_matches_torch(module: torch.nn.Module, inputs: torch.Tensor, folder: Path, **options: str) -> Plan:
+def assert_matches_torch(
+    module: torch.nn.Module, inputs: torch.Tensor, folder: Path, optimize: OptimizeFor = "balanced", **options: str
+) -> Plan:
     """Export a module for one sample, compare the compiled program with PyTorch on a batch, and return the plan."""
-    plan = export_c(module, inputs[:1], folder / "net.c", name="net", **options)
+    plan = export_c(module, inputs[:1], folder / "net.c", name="net", optimize=optimize, **options)
     actual = torch.from_numpy(run_strict(folder / "net.c", inputs, name="net", **options))
     with torch.no_grad():
         expected = module.eval()(inputs).reshape(len(inputs), -1)

@@ -11,7 +11,6 @@ from tbn_compiler.backends.c.geometry import inside, whole_places, window_struct
 from tbn_compiler.backends.c.kernels.layers import layer_suffix
 from tbn_compiler.backends.c.plan import At, Call, Implementation, Struct
 from tbn_compiler.backends.c.registry import Context, implements
-from tbn_compiler.backends.c.tiled_structs import describe, row_alpha, weight_struct
 
 
 @implements(ir.Conv)
@@ -158,38 +157,6 @@ def _conv_transpose(operation: ir.ConvTranspose, context: Context) -> Implementa
         "conv_transpose.result": operation.output.size,
     }
     return context.implementation(title, (Call("conv_transpose", arguments, repeat=samples),), work)
-
-
-@implements(ir.TiledConvTranspose)
-def _tiled_conv_transpose(operation: ir.TiledConvTranspose, context: Context) -> Implementation:
-    window, groups, layout = operation.window, operation.groups, operation.layout
-    inputs, outputs = layout.rows, layout.shape[1] * groups
-    title = f"tiled transpose conv {inputs} -> {outputs} channels, {_kernel(layout.shape)}{_groups(groups)}"
-    title += describe(operation, layout.unique_rows)
-    layer = Struct(
-        "tiled_conv_transpose",
-        f"{operation.layer}_layer",
-        title,
-        (
-            ("in_channels", inputs),
-            ("out_channels", outputs),
-            ("groups", groups),
-            ("rows_per_alpha", operation.product.rows_per_alpha),
-            ("alpha", row_alpha(operation)),
-            ("bias", operation.bias),
-        ),
-    )
-    samples = operation.output.size // (outputs * window.input_size)
-    pointers = _images(operation, inputs * window.output_size, outputs * window.input_size)
-    arguments = (layer, weight_struct(operation, title), window_struct(window), operation.tile, *pointers)
-    kernel = f"conv_transpose_{'bits' if operation.tile.packed else 'float'}"
-    weights = samples * inputs * layout.row_size
-    work = {
-        kernel: weights * window.output_size,
-        f"{kernel}.weight": weights,
-        "conv_transpose.result": operation.output.size,
-    }
-    return context.implementation(title, (Call(kernel, arguments, repeat=samples),), work)
 
 
 def _images(operation: ir.Operation, input_size: int, output_size: int) -> tuple[At, At]:

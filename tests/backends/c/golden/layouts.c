@@ -6,17 +6,247 @@
  *   2: tiled linear 4 -> 2, p=1, 2 unique rows, 1 alpha, ReLU -> 1 x 2
  *   4: tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, input as 4 scaled copies, bias -> 1 x 4
  *
- * Constants 89 bytes, scratch memory 48 bytes.
+ * Constants 98 bytes, scratch memory 160 bytes.
  */
 #include "layouts.h"
 
 #include <stddef.h>
 #include <stdint.h>
 
+/* Sums of eight values: sums[b] adds those with bit b of the index set, subtracts the others; sums[3] subtracts all. */
+static void layouts_tiled_signed_sums(const float *value, float *sums)
+{
+    const float pair0 = value[0] + value[1];
+    const float pair1 = value[2] + value[3];
+    const float pair2 = value[4] + value[5];
+    const float pair3 = value[6] + value[7];
+    const float low = pair0 + pair1;
+    const float high = pair2 + pair3;
+
+    sums[0] = ((value[1] - value[0]) + (value[3] - value[2])) + ((value[5] - value[4]) + (value[7] - value[6]));
+    sums[1] = (pair1 - pair0) + (pair3 - pair2);
+    sums[2] = high - low;
+    sums[3] = -(low + high);
+}
+
+/*
+ * Products of x with rows of signs, 8 rows in a pass. 4 rows share 16 buckets: the signs that the rows have for an
+ * input, 1 for +, are the number of the bucket that the input is added to, so that one addition serves 4 rows. At the
+ * end a row's product is the sum of all buckets, each with the sign of the row's bit in its number.
+ *
+ * table holds those 4-bit numbers by pass, input and group of rows, lower half of a byte first.
+ */
+static void layouts_tiled_bucket4x2_fold(const float *bucket, float *sums)
+{
+    /* Bucket 15 - b has the opposite signs of bucket b. */
+    float differences[8];
+
+    for (size_t b = 0; b < 8; ++b) {
+        differences[b] = bucket[b * 2] - bucket[(15 - b) * 2];
+    }
+    layouts_tiled_signed_sums(differences, sums);
+}
+
+static void layouts_tiled_bucket4x2(const uint8_t *table, const float *x, size_t inputs, size_t passes,
+    float *memory, float *products)
+{
+    float (*const buckets)[2] = (float(*)[2])memory;
+
+    for (; passes != 0; --passes) {
+        const float *next = x;
+
+        for (float *bucket = memory; bucket != memory + 32; bucket += 16) {
+            bucket[0] = 0;
+            bucket[1] = 0;
+            bucket[2] = 0;
+            bucket[3] = 0;
+            bucket[4] = 0;
+            bucket[5] = 0;
+            bucket[6] = 0;
+            bucket[7] = 0;
+            bucket[8] = 0;
+            bucket[9] = 0;
+            bucket[10] = 0;
+            bucket[11] = 0;
+            bucket[12] = 0;
+            bucket[13] = 0;
+            bucket[14] = 0;
+            bucket[15] = 0;
+        }
+        for (size_t count = inputs / 8; count != 0; --count) {
+            {
+                const float value = next[0];
+
+                buckets[table[0] & 15][0] += value;
+                buckets[table[0] >> 4][1] += value;
+            }
+            {
+                const float value = next[1];
+
+                buckets[table[1] & 15][0] += value;
+                buckets[table[1] >> 4][1] += value;
+            }
+            {
+                const float value = next[2];
+
+                buckets[table[2] & 15][0] += value;
+                buckets[table[2] >> 4][1] += value;
+            }
+            {
+                const float value = next[3];
+
+                buckets[table[3] & 15][0] += value;
+                buckets[table[3] >> 4][1] += value;
+            }
+            {
+                const float value = next[4];
+
+                buckets[table[4] & 15][0] += value;
+                buckets[table[4] >> 4][1] += value;
+            }
+            {
+                const float value = next[5];
+
+                buckets[table[5] & 15][0] += value;
+                buckets[table[5] >> 4][1] += value;
+            }
+            {
+                const float value = next[6];
+
+                buckets[table[6] & 15][0] += value;
+                buckets[table[6] >> 4][1] += value;
+            }
+            {
+                const float value = next[7];
+
+                buckets[table[7] & 15][0] += value;
+                buckets[table[7] >> 4][1] += value;
+            }
+            next += 8;
+            table += 8;
+        }
+        for (size_t count = inputs % 8; count != 0; --count) {
+            {
+                const float value = next[0];
+
+                buckets[table[0] & 15][0] += value;
+                buckets[table[0] >> 4][1] += value;
+            }
+            ++next;
+            table += 1;
+        }
+        for (size_t lane = 0; lane < 2; ++lane) {
+            layouts_tiled_bucket4x2_fold(memory + lane, products);
+            products += 4;
+        }
+    }
+}
+
 /* The value that a layer stores: with a ReLU, negative values become 0 (and NaN stays). */
 static float layouts_activate(float value, int relu)
 {
     return (relu && value < 0.0f) ? 0.0f : value;
+}
+
+/*
+ * What follows the products of a layer whose groups have rows of their own: for each output the scale, the bias and the
+ * activation. Output r of a group is its row r % rows, scaled.
+ */
+typedef struct {
+    size_t groups;
+    size_t outputs;   /* of each group */
+    size_t rows;      /* of each group */
+    size_t stride;    /* from the products of a group to those of the next one */
+    size_t positions; /* of each channel; 1 for features */
+    size_t outputs_per_alpha;
+    const float *alpha; /* NULL: not scaled */
+    const float *bias;  /* of each output, or NULL */
+    int relu;
+} layouts_tiled_finish_rows_layer;
+
+/* y may be products, if there are one group and one position, and as many rows as outputs. */
+static void layouts_tiled_finish_rows(const layouts_tiled_finish_rows_layer *layer, const float *products,
+    size_t position, float *y)
+{
+    const float *alpha = layer->alpha;
+    const float *bias = layer->bias;
+    float scale = alpha != NULL ? *alpha : 1.0f;
+    size_t left = layer->outputs_per_alpha; /* outputs that have this scale */
+
+    y += position / layer->positions * layer->positions * layer->groups * layer->outputs + position % layer->positions;
+    for (size_t group = 0; group < layer->groups; ++group, products += layer->stride) {
+        size_t row = 0;
+
+        for (size_t count = layer->outputs; count != 0; --count, --left) {
+            if (left == 0) {
+                left = layer->outputs_per_alpha;
+                scale = *++alpha;
+            }
+            *y = layouts_activate(products[row] * scale + (bias != NULL ? *bias++ : 0.0f), layer->relu);
+            y += layer->positions;
+            row = row + 1 == layer->rows ? 0 : row + 1;
+        }
+    }
+}
+
+/* y[i, s] is the sum of x[i * count, s] to x[i * count + count - 1, s], for inner elements s. */
+static void layouts_sum_neighbours(const float *x, size_t count, size_t inner, float *y, size_t outer)
+{
+    for (size_t i = 0; i < outer; ++i) {
+        for (size_t s = 0; s < inner; ++s) {
+            float sum = 0.0f;
+            for (size_t j = 0; j < count; ++j) {
+                sum += x[j * inner + s];
+            }
+            *y++ = sum;
+        }
+        x += count * inner;
+    }
+}
+
+/*
+ * Products of x with rows of signs in little code: the 16 sums of four inputs with all signs are computed once and
+ * serve all rows.
+ *
+ * table holds, for every 4 inputs, a byte for two rows: bits of the rows' signs, 1 for +, lower half first. So rows is
+ * even, and inputs a multiple of 4.
+ */
+static void layouts_tiled_table(const uint8_t *table, const float *x, size_t inputs, size_t rows,
+    float *sums)
+{
+    const float *const end = x + inputs;
+    float lookup[16];
+
+    /* Adding to minus zero is exact too, and unlike a loop of zeros this does not become a call of memset, which is
+     * larger than the whole kernel. */
+    for (size_t row = 0; row < rows; ++row) {
+        sums[row] = -0.0f;
+    }
+    while (x != end) {
+        lookup[0] = 0;
+        for (size_t half = 1; half < 16; half *= 2) {
+            const float value = *x++;
+
+            for (size_t b = 0; b < half; ++b) {
+                lookup[b + half] = lookup[b] + value;
+                lookup[b] -= value;
+            }
+        }
+        for (float *sum = sums; sum != sums + rows; sum += 2) {
+            const unsigned signs = *table++;
+
+            sum[0] += lookup[signs & 15u];
+            sum[1] += lookup[signs >> 4];
+        }
+    }
+}
+
+/* y may be x. */
+static void layouts_relu(const float *x, float *y, size_t size)
+{
+    for (size_t i = 0; i < size; ++i) {
+        y[i] = x[i] < 0.0f ? 0.0f : x[i];
+    }
 }
 
 /*
@@ -117,65 +347,10 @@ static void layouts_tiled_linear_bits(const layouts_tiled_linear *layer, const l
     }
 }
 
-/* y[i, s] is the sum of x[i * count, s] to x[i * count + count - 1, s], for inner elements s. */
-static void layouts_sum_neighbours(const float *x, size_t count, size_t inner, float *y, size_t outer)
-{
-    for (size_t i = 0; i < outer; ++i) {
-        for (size_t s = 0; s < inner; ++s) {
-            float sum = 0.0f;
-            for (size_t j = 0; j < count; ++j) {
-                sum += x[j * inner + s];
-            }
-            *y++ = sum;
-        }
-        x += count * inner;
-    }
-}
-
-/*
- * Products of x with rows of signs in little code: the 16 sums of four inputs with all signs are computed once and
- * serve all rows.
- *
- * table holds, for every 4 inputs, a byte for two rows: bits of the rows' signs, 1 for +, lower half first. So rows is
- * even, and inputs a multiple of 4.
- */
-static void layouts_tiled_table(const uint8_t *table, const float *x, size_t inputs, size_t rows,
-    float *sums)
-{
-    const float *const end = x + inputs;
-    float lookup[16];
-
-    /* Adding to minus zero is exact too, and unlike a loop of zeros this does not become a call of memset, which is
-     * larger than the whole kernel. */
-    for (size_t row = 0; row < rows; ++row) {
-        sums[row] = -0.0f;
-    }
-    while (x != end) {
-        lookup[0] = 0;
-        for (size_t half = 1; half < 16; half *= 2) {
-            const float value = *x++;
-
-            for (size_t b = 0; b < half; ++b) {
-                lookup[b + half] = lookup[b] + value;
-                lookup[b] -= value;
-            }
-        }
-        for (float *sum = sums; sum != sums + rows; sum += 2) {
-            const unsigned signs = *table++;
-
-            sum[0] += lookup[signs & 15u];
-            sum[1] += lookup[signs >> 4];
-        }
-    }
-}
-
-/* y may be x. */
-static void layouts_relu(const float *x, float *y, size_t size)
-{
-    for (size_t i = 0; i < size; ++i) {
-        y[i] = x[i] < 0.0f ? 0.0f : x[i];
-    }
-}
+/* 0.weight_tile_bucket4x2_8x12: 12 bytes of packed bits */
+static const uint8_t layouts_layer_0_weight_tile_bucket4x2_8x12[12] = {
+    0x58, 0xaa, 0x15, 0x62, 0xa9, 0x54, 0x8a, 0xa5, 0x52, 0x29, 0x95, 0x4a
+};
 
 /* 0.weight_alpha: 1 float */
 static const float layouts_layer_0_weight_alpha[1] = {
@@ -186,11 +361,6 @@ static const float layouts_layer_0_weight_alpha[1] = {
 static const float layouts_layer_0_bias[8] = {
     -0.625f, 0.5f, 0.25f, 0.0f, -0.25f, -0.5f,
     0.625f, 0.375f
-};
-
-/* 0.weight_tile: 3 bytes of packed bits */
-static const uint8_t layouts_layer_0_weight_tile[3] = {
-    0x94, 0xa6, 0x94
 };
 
 /* 2.weight_tile_table_2x4: 1 bytes of packed bits */
@@ -219,24 +389,16 @@ static const uint8_t layouts_layer_4_weight_tile[1] = {
 };
 
 /* tiled linear 12 -> 8, p=4, rolled by 3, 8 unique rows, 1 alpha, bias, ReLU */
-static const layouts_tiled_linear layouts_layer_0_layer = {
-    12, /* in_features */
-    8, /* out_features */
-    8, /* unique_rows */
-    24, /* tile_size */
-    8, /* rows_per_alpha */
+static const layouts_tiled_finish_rows_layer layouts_layer_0_finish = {
+    1, /* groups */
+    8, /* outputs */
+    8, /* rows */
+    8, /* stride */
+    1, /* positions */
+    8, /* outputs_per_alpha */
     layouts_layer_0_weight_alpha, /* alpha */
     layouts_layer_0_bias, /* bias */
     1 /* relu */
-};
-
-/* tiled linear 12 -> 8, p=4, rolled by 3, 8 unique rows, 1 alpha, bias, ReLU */
-static const layouts_tiled_runs layouts_layer_0_runs = {
-    1, /* p_in */
-    3, /* shift */
-    12, /* input_size */
-    NULL, /* copy_alpha */
-    NULL /* input_alpha */
 };
 
 /* tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, input as 4 scaled copies, bias */
@@ -264,13 +426,15 @@ static float layouts_scratch[LAYOUTS_SCRATCH_BYTES / sizeof(float)];
 
 void layouts_run(const float *input, float *output)
 {
-    float *const layer_0_out = layouts_scratch; /* 32 bytes */
-    float *const layer_2_sums = layouts_scratch + 8; /* 16 bytes */
-    float *const layer_2_out = layouts_scratch; /* 8 bytes */
+    float *const layer_0_out = layouts_scratch + 32; /* 32 bytes */
+    float *const layer_2_sums = layouts_scratch; /* 16 bytes */
+    float *const layer_2_out = layouts_scratch + 4; /* 8 bytes */
+    float *const layer_0_memory = layouts_scratch; /* 128 bytes */
 
     /* 0: tiled linear 12 -> 8, p=4, rolled by 3, 8 unique rows, 1 alpha, bias, ReLU */
-    layouts_tiled_linear_bits(&layouts_layer_0_layer, &layouts_layer_0_runs, layouts_layer_0_weight_tile, input,
+    layouts_tiled_bucket4x2(layouts_layer_0_weight_tile_bucket4x2_8x12, input, 12, 1, layer_0_memory,
         layer_0_out);
+    layouts_tiled_finish_rows(&layouts_layer_0_finish, layer_0_out, 0, layer_0_out);
     /* 2: sum every 2 neighbouring inputs */
     layouts_sum_neighbours(layer_0_out, 2, 1, layer_2_sums, 4);
     /* 2: tiled linear 4 -> 2, p=1, 2 unique rows, 1 alpha, ReLU */

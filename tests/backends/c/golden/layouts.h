@@ -9,9 +9,9 @@
 #define LAYOUTS_OUTPUT_SIZE 4 /* 1 x 4 */
 
 /* Memory for intermediate results; all constants: packed tiles, scales, biases, float weights and tables; and both. */
-#define LAYOUTS_SCRATCH_BYTES 48
-#define LAYOUTS_WEIGHT_BYTES 89
-#define LAYOUTS_TOTAL_BYTES 137
+#define LAYOUTS_SCRATCH_BYTES 160
+#define LAYOUTS_WEIGHT_BYTES 98
+#define LAYOUTS_TOTAL_BYTES 258
 
 #ifdef __cplusplus
 extern "C" {
