@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import tbn_compiler as tbn
+from benchmarks.tiny import NETWORKS, int8_instructions, with_statistics
 from tbn_compiler.backends.c import export_c
 from tbn_compiler.backends.c.mcu import CPUS, measure
 
@@ -61,6 +62,50 @@ def compared(layer: str, p: int, replicate: str) -> str:
     return f"{layer}, p = {p}, {replicate}"
 
 
+_TILES = {"p": 4, "alpha": "tile"}
+_IMAGE = (32, IMAGE, IMAGE)
+_LINE = (32, 64)
+# Kinds of layers: layer, shape of the input, tiling, and the aligned layer of the same kind.
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any], str]] = {
+    "3 x 3": (lambda: nn.Conv2d(32, 32, 3, padding=1), _IMAGE, _TILES, "3 x 3"),
+    "3 x 3, stride 2": (lambda: nn.Conv2d(32, 32, 3, 2, 1), _IMAGE, _TILES, "3 x 3"),
+    "3 x 3, 2 groups": (lambda: nn.Conv2d(32, 32, 3, padding=1, groups=2), _IMAGE, _TILES, "3 x 3"),
+    "3 x 3, 8 groups": (lambda: nn.Conv2d(32, 32, 3, padding=1, groups=8), _IMAGE, _TILES, "3 x 3"),
+    "3 x 3, 30 channels": (lambda: nn.Conv2d(32, 30, 3, padding=1), _IMAGE, _TILES, "3 x 3"),
+    "3 x 3, rolled": (lambda: nn.Conv2d(32, 32, 3, padding=1), _IMAGE, _TILES | {"replicate": "roll"}, "3 x 3"),
+    "3 x 3, 2 x 2 copies": (lambda: nn.Conv2d(32, 32, 3, padding=1), _IMAGE, {"p": (2, 2)}, "3 x 3"),
+    "3 x 3, transposed": (lambda: nn.ConvTranspose2d(32, 32, 3, padding=1), _IMAGE, _TILES, "3 x 3"),
+    "3 x 3, transposed, stride 2": (lambda: nn.ConvTranspose2d(32, 32, 3, 2, 1, 1), _IMAGE, _TILES, "3 x 3"),
+    "3 x 3, depthwise": (lambda: nn.Conv2d(64, 64, 3, padding=1, groups=64), (64, 25, 5), _TILES, "3 x 3"),
+    "3 x 3, depthwise, stride 2": (
+        *(lambda: nn.Conv2d(64, 64, 3, 2, 1, groups=64), (64, 16, 16), _TILES),
+        "3 x 3",
+    ),
+    "1-D, 3": (lambda: nn.Conv1d(32, 32, 3, padding=1), _LINE, _TILES, "1-D, 3"),
+    "1-D, 3, 2 groups": (lambda: nn.Conv1d(32, 32, 3, padding=1, groups=2), _LINE, _TILES, "1-D, 3"),
+    "linear": (lambda: nn.Linear(256, 64), (256,), _TILES, "linear"),
+    "linear, 62 outputs": (lambda: nn.Linear(256, 62), (256,), _TILES, "linear"),
+}
+
+
+def kind(name: str) -> str:
+    """Name of a kind of layer in the results."""
+    return f"kind: {name}"
+
+
+def network(name: str) -> str:
+    """Name of a network of MLPerf Tiny in the results."""
+    return f"network: {name}"
+
+
+def _behind_relu(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(make(), nn.ReLU())
+
+
+def _with_statistics(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: with_statistics(make())
+
+
 # Name: model, shape of the input, options of the tiling.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
     # Layers below 64,000 weights are binary: p = 1.
@@ -71,6 +116,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]
         for layer, p in COMPARED
         for r in ("repeat", "hadamard")
     },
+    **{kind(n): (_behind_relu(make), shape, tiling | {"min_size": 0}) for n, (make, shape, tiling, _) in KINDS.items()},
+    **{network(n): (_with_statistics(make), shape, {"p": 4, "min_size": 0}) for n, (make, shape) in NETWORKS.items()},
 }
 
 
@@ -87,6 +134,10 @@ def cases() -> Iterator[tuple[str, str, str]]:
             yield from ((compared(layer, p, replicate), choice, "cortex-m4") for choice in choices)
             if p == 4:
                 yield compared(layer, p, replicate), "speed", "cortex-m0plus"
+    yield from ((kind(name), "speed", "cortex-m4") for name in KINDS)
+    for name in NETWORKS:
+        yield from ((network(name), choice, "cortex-m4") for choice in ("float", "speed", "int8"))
+        yield network(name), "int8", "cortex-m0plus"
 
 
 def run(model: str, choice: str, cpu: str, folder: Path) -> dict[str, Any]:
@@ -94,13 +145,18 @@ def run(model: str, choice: str, cpu: str, folder: Path) -> dict[str, Any]:
     make, shape, options = MODELS[model]
     torch.manual_seed(0)
     module = make().eval()
-    if choice in CHOICES:
-        module = tbn.lower(tbn.transform(module, tbn.TilingConfig(**options)))
+    peer = int8_instructions(module, shape) if model.startswith(("kind", "network")) else None
+    weights = sum(value.numel() for name, value in module.named_parameters() if value.dim() > 1)
     inputs = torch.randn(VECTORS, *shape)
     inputs[-1] *= torch.rand(shape) < 0.25
+    if choice in (*CHOICES, "int8"):
+        module = tbn.lower(tbn.transform(module, tbn.TilingConfig(**options)))
+    if choice == "int8":
+        batch = torch.randn(32, *shape)
+        module = tbn.optimize(module, batch[:1], activation="int8", calibration=[batch], intermediates="int8")
     with torch.no_grad():
         expected = module(inputs).flatten(1)
-    optimize: Any = choice if choice in CHOICES else "balanced"
+    optimize: Any = choice if choice in CHOICES else "speed" if model.startswith("network") else "balanced"
     plan = export_c(module, inputs[:1], folder / "net.c", name="net", optimize=optimize, target=cpu)
     if choice == "dense":
         write_dense_conv(module[0], folder / "net.c")
@@ -118,7 +174,8 @@ def run(model: str, choice: str, cpu: str, folder: Path) -> dict[str, Any]:
         "stack_bytes": result.stack_bytes,
         "relative_error": result.max_error / expected.abs().max().item(),
         "steps": [step.kernel for step in plan.steps] if choice != "dense" else ["dense_conv.c"],
-        "estimated_instructions": plan.cost if choice in CHOICES else None,
+        "estimated_instructions": plan.cost if choice != "dense" else None,
+        **({} if peer is None else {"int8_instructions": peer, "int8_weight_bytes": weights}),
     }
 
 
@@ -144,7 +201,8 @@ def page(text: str, results: dict[str, Any]) -> str:
         "mlp": [row for row in rows if row["model"] == "784-128-10"],
         "conv": [row for row in rows if row["model"].startswith("conv ")],
     }
-    made = {name: _table(found) for name, found in tables.items()} | {"signs": _comparison(rows)}
+    made = {name: _table(found) for name, found in tables.items()}
+    made |= {"signs": _comparison(rows), "kinds": _kinds(rows), "networks": _networks(rows)}
     for name, table in made.items():
         before, marker, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
@@ -169,6 +227,61 @@ def _comparison(rows: Sequence[dict[str, Any]]) -> str:
                 memory = [f"{row['static_bytes'] + row['stack_bytes']:,}" for row in pair]
                 figures = [*(f"{count:,}" for count in counts), f"{counts[1] / counts[0]:.2f}", *flash, *memory]
                 lines.append(f"| {' | '.join([cpu, layer, str(p), choice, *figures])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _kinds(rows: Sequence[dict[str, Any]]) -> str:
+    """Kinds of layers beside the aligned one, and beside int8 kernels."""
+    found = {row["model"]: row for row in rows}
+    lines = [
+        "| layer | kernels | instructions | a multiply-add | of the aligned one's | of int8 kernels | flash B |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, (make, shape, _, aligned) in KINDS.items():
+        row, neighbour = found[kind(name)], found[kind(aligned)]
+        most = row["instructions"][1]
+        macs = _macs(make(), shape)
+        share = most / macs / (neighbour["instructions"][1] / _macs(KINDS[aligned][0](), KINDS[aligned][1]))
+        kernels = ", ".join(f"`{kernel}`" for step in row["steps"] for kernel in step.split(", "))
+        lines.append(
+            f"| {name} | {kernels} | {most:,} | {most / macs:.2f} | {share:.2f} "
+            f"| {most / row['int8_instructions']:.2f} | {row['flash_bytes']:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _macs(layer: Any, shape: tuple[int, ...]) -> int:
+    """Weights times the positions that they meet."""
+    with torch.no_grad():
+        output = layer(torch.zeros(1, *shape))
+    positions = 1 if isinstance(layer, nn.Linear) else output[0, 0].numel()
+    if isinstance(layer, nn.ConvTranspose2d):
+        positions = shape[1] * shape[2]
+    weights: int = layer.weight.numel()
+    return weights * positions
+
+
+def _networks(rows: Sequence[dict[str, Any]]) -> str:
+    """The networks of MLPerf Tiny in float, tiled, and tiled with int8 activations, beside int8 kernels."""
+    lines = [
+        "| network | core | activations | weights | instructions | of int8 kernels | flash B | int8 flash B | RAM B |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        if row["model"].startswith("network: "):
+            most, memory = row["instructions"][1], row["static_bytes"] + row["stack_bytes"]
+            figures = [
+                row["model"].removeprefix("network: "),
+                row["cpu"],
+                "int8" if row["kernels"] == "int8" else "float",
+                "float" if row["kernels"] == "float" else "p = 4",
+                f"{most:,}",
+                f"{most / row['int8_instructions']:.2f}" if row["cpu"] == "cortex-m4" else "",
+                f"{row['flash_bytes']:,}",
+                f"{row['int8_weight_bytes']:,}",
+                f"{memory:,}",
+            ]
+            lines.append(f"| {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
 
 

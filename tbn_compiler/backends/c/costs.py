@@ -30,6 +30,7 @@ INSTRUCTIONS: dict[str, tuple[float, float, float]] = {
     "clamp": (9.53, 63.3, 62.2),
     "cos": (62.9, 928, 2.03e+03),
     "divide_scalar": (5.01, 153, 378),
+    "divide_into_scalar": (5.01, 153, 378),
     "elu": (35.2, 758, 1.58e+03),
     "erf": (82.6, 1.89e+03, 4.24e+03),
     "exp": (69.5, 1.05e+03, 2.24e+03),

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.mcu_costs import Attention, Function
-from tbn_compiler.backends.c import Plan, export_c, ir
+from tbn_compiler.backends.c import Plan, emit, export_c, ir
 from tbn_compiler.backends.c.costs import INSTRUCTIONS
 from tbn_compiler.backends.c.emit import template_names
 from tbn_compiler.backends.c.float_instances import INSTANCES
 from tbn_compiler.backends.c.geometry import inside, whole_places
 from tbn_compiler.backends.c.mcu import CPUS, measure
+from tbn_compiler.backends.c.plan import Implementation
+from tbn_compiler.backends.c.registry import Context
 from tests.backends.c.programs import Network, check
 from tests.backends.c.toolchain import needs_arm, needs_cc
 
@@ -232,3 +234,37 @@ def test_plans_are_within_a_quarter_of_the_count(name: str, tmp_path: Path) -> N
     plan = export_c(make().eval(), x, tmp_path / "net.c", name="net", target="cortex-m4", optimize=optimize)  # type: ignore[arg-type]
     count = measure(tmp_path / "net.c", CPUS["cortex-m4"], x.flatten(1)).instructions[0]
     assert plan.cost == pytest.approx(count, rel=0.25)
+
+
+def test_every_function_has_a_cost() -> None:
+    """Kernels that are made of a common loop are units of their own."""
+    loops = ("loops/unary.c", "loops/binary.c", "loops/reduce.c", "loops/reduce_index.c")
+    functions = {path.stem for path in emit._TEMPLATES.glob("*.c") if any(loop in path.read_text() for loop in loops)}
+    assert functions <= set(INSTRUCTIONS)
+    assert "divide_into_scalar" in functions
+
+
+@needs_cc
+def test_kernels_that_go_down_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are chosen for few windows; here for every width."""
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.Conv2d(3, 3, (3, width), padding=width // 2, groups=3) for width in range(1, 10)
+            )
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(layer(x) for layer in self.layers)
+
+    def last(self: Context, small: Implementation, *others: Implementation) -> Implementation:
+        return others[-1] if others else small
+
+    monkeypatch.setattr(Context, "fastest", last)
+    network = Network(Narrow().eval(), [(torch.randn(1, 3, 13, 9),)])
+    check([network], tmp_path)
+    assert network.plan is not None
+    assert {kernel for kernel in INSTANCES if kernel.startswith("conv_down") and not kernel.endswith("_block")} <= set(
+        network.plan.kernels
+    )

@@ -168,7 +168,7 @@ KERNEL_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "whole_rows: a single copy is not rolled": (16, 10, {"p": 1, "replicate": "roll"}),
     "tiled_linear_bytes: rows across tiles": (64, 10, {"p": 4}),
     "whole_rows: not of whole bytes": (13, 12, {"p": 4, "alpha": "tile"}),
-    "tiled_linear_bits: rows across tiles": (10, 6, {"p": 4}),
+    "whole_rows, tiled_finish_rows: rows across tiles": (10, 6, {"p": 4}),
     "tiled_linear_bits: tile within a row": (30, 9, {"p": 27}),
     "tiled_linear_bits: alphas within rows": (64, 10, {"p": 4, "alpha": "tile"}),
     "tiled_linear_bits: all rows distinct anyway": (8, 3, {"p": 2, "alpha": "tile"}),

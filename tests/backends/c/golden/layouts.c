@@ -6,10 +6,11 @@
  *   2: tiled linear 4 -> 2, p=1, 2 unique rows, 1 alpha, ReLU -> 1 x 2
  *   4: tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, input as 4 scaled copies, bias -> 1 x 4
  *
- * Constants 98 bytes, scratch memory 160 bytes.
+ * Constants 258 bytes, scratch memory 160 bytes.
  */
 #include "layouts.h"
 
+#include <float.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -250,100 +251,169 @@ static void layouts_relu(const float *x, float *y, size_t size)
 }
 
 /*
- * A linear layer whose weight, read row by row, is one tile repeated from end to end, each row times its alpha.
- * Bits: element j of the tile is bit j % 8 of byte j / 8, 1 for +1 and 0 for -1.
+ * Inputs by column group: 0, groups, 2 * groups, ..., then 1, groups + 1, and so on; groups divides their number.
  */
-typedef struct {
-    size_t in_features;
-    size_t out_features;
-    size_t unique_rows;    /* rows to compute; row r has the signs of row r % unique_rows */
-    size_t tile_size;      /* elements */
-    size_t rows_per_alpha; /* row r has alpha[r / rows_per_alpha] */
-    const float *alpha;    /* NULL: 1 for every row */
-    const float *bias;     /* out_features elements, or NULL */
-    int relu;
-} layouts_tiled_linear;
-
-/* Store one unique row's product in every row of y that repeats it, with that row's alpha. */
-static void layouts_tiled_linear_store(const layouts_tiled_linear *layer, size_t row, float product, float *y)
+static void layouts_tiled_regroup(const float *x, size_t inputs, size_t groups, float *y)
 {
-    for (size_t r = row; r < layer->out_features; r += layer->unique_rows) {
-        const float value = layer->alpha != NULL ? layer->alpha[r / layer->rows_per_alpha] * product : product;
-        y[r] = layouts_activate(layer->bias != NULL ? value + layer->bias[r] : value, layer->relu);
+    for (size_t group = 0; group < groups; ++group) {
+        for (size_t i = group; i < inputs; i += groups) {
+            *y++ = x[i];
+        }
     }
-}
-
-/* How the tile of a linear layer fills its weight, where that is not simply end to end. */
-typedef struct {
-    size_t p_in;              /* neighbouring inputs that share a tile element */
-    size_t shift;             /* copy i of the tile is rolled by i * shift elements */
-    size_t input_size;        /* elements of x */
-    const float *copy_alpha;  /* copy i has copy_alpha[i * p_in + j] at neighbour j; NULL: alphas scale whole rows */
-    const float *input_alpha; /* the inputs are x times each of these, one behind the other; NULL: x as it is */
-} layouts_tiled_runs;
-
-/* The sum of count elements of x, stride apart, with the signs at positions t, t + 1, ... of the tile. */
-static float layouts_bits_product(const uint8_t *tile, size_t t, const float *x, size_t stride, size_t count)
-{
-    float sum = 0.0f;
-
-    for (size_t i = 0; i < count; ++i, ++t) {
-        const float value = x[i * stride];
-        sum += ((unsigned)tile[t / 8] >> (t % 8) & 1u) ? value : -value;
-    }
-    return sum;
 }
 
 /*
- * Any layout and row length.
- * Each tile element serves a group of p_in neighbouring inputs: a row takes the first inputs of all groups, then the
- * second ones, and so on. Each pass goes run by run: in a run, tile elements follow one another and no scale changes.
- * Products of two sizes stay below the number of weights, which has to fit size_t.
+ * Products of x with rows of signs, 4 rows in a pass. 4 rows share 16 buckets: the signs that the rows have for an
+ * input, 1 for +, are the number of the bucket that the input is added to, so that one addition serves 4 rows. At the
+ * end a row's product is the sum of all buckets, each with the sign of the row's bit in its number.
+ *
+ * table holds those 4-bit numbers by pass, input, lower half of a byte first.
  */
-static void layouts_tiled_linear_bits(const layouts_tiled_linear *layer, const layouts_tiled_runs *runs,
-    const uint8_t *tile, const float *x, float *y)
+static void layouts_tiled_bucket4x1_fold(const float *bucket, float *sums)
 {
-    const size_t row_size = layer->in_features / runs->p_in;
-    const size_t tile_size = layer->tile_size;
+    /* Bucket 15 - b has the opposite signs of bucket b. */
+    float differences[8];
 
-    for (size_t row = 0; row < layer->unique_rows; ++row) {
-        float value = 0.0f;
-        for (size_t neighbour = 0; neighbour < runs->p_in; ++neighbour) {
-            size_t copy = row * row_size / tile_size;
-            size_t j = row * row_size % tile_size; /* element of the copy before it is rolled */
-            size_t replica = 0;
-            size_t i = neighbour; /* element of x */
-            size_t count;
+    for (size_t b = 0; b < 8; ++b) {
+        differences[b] = bucket[b] - bucket[15 - b];
+    }
+    layouts_tiled_signed_sums(differences, sums);
+}
 
-            for (size_t done = 0; done < row_size; done += count) {
-                const size_t t = (j + tile_size - copy * runs->shift % tile_size) % tile_size;
-                float scale = runs->copy_alpha != NULL ? runs->copy_alpha[copy * runs->p_in + neighbour] : 1.0f;
+static void layouts_tiled_bucket4x1(const uint8_t *table, const float *x, size_t inputs, size_t passes,
+    float *memory, float *products)
+{
 
-                while (i >= runs->input_size) {
-                    i -= runs->input_size;
-                    ++replica;
-                }
-                if (runs->input_alpha != NULL) {
-                    scale *= runs->input_alpha[replica];
-                }
-                /* A run ends with the row, the copy, the tile or the replica, whichever comes first. */
-                count = row_size - done;
-                count = count < tile_size - j ? count : tile_size - j;
-                count = count < tile_size - t ? count : tile_size - t;
-                if (i + (count - 1) * runs->p_in >= runs->input_size) {
-                    count = (runs->input_size - i - 1) / runs->p_in + 1;
-                }
-                value += scale * layouts_bits_product(tile, t, x + i, runs->p_in, count);
+    for (; passes != 0; --passes) {
+        const float *next = x;
 
-                i += count * runs->p_in;
-                j += count;
-                if (j == tile_size) {
-                    j = 0;
-                    ++copy;
-                }
+        memory[0] = 0;
+        memory[1] = 0;
+        memory[2] = 0;
+        memory[3] = 0;
+        memory[4] = 0;
+        memory[5] = 0;
+        memory[6] = 0;
+        memory[7] = 0;
+        memory[8] = 0;
+        memory[9] = 0;
+        memory[10] = 0;
+        memory[11] = 0;
+        memory[12] = 0;
+        memory[13] = 0;
+        memory[14] = 0;
+        memory[15] = 0;
+        for (size_t count = inputs / 8; count != 0; --count) {
+            {
+                const float value = next[0];
+
+                memory[table[0] & 15] += value;
             }
+            {
+                const float value = next[1];
+
+                memory[table[0] >> 4] += value;
+            }
+            {
+                const float value = next[2];
+
+                memory[table[1] & 15] += value;
+            }
+            {
+                const float value = next[3];
+
+                memory[table[1] >> 4] += value;
+            }
+            {
+                const float value = next[4];
+
+                memory[table[2] & 15] += value;
+            }
+            {
+                const float value = next[5];
+
+                memory[table[2] >> 4] += value;
+            }
+            {
+                const float value = next[6];
+
+                memory[table[3] & 15] += value;
+            }
+            {
+                const float value = next[7];
+
+                memory[table[3] >> 4] += value;
+            }
+            next += 8;
+            table += 4;
         }
-        layouts_tiled_linear_store(layer, row, value, y);
+        for (size_t count = inputs % 8 / 2; count != 0; --count) {
+            {
+                const float value = next[0];
+
+                memory[table[0] & 15] += value;
+            }
+            {
+                const float value = next[1];
+
+                memory[table[0] >> 4] += value;
+            }
+            next += 2;
+            table += 1;
+        }
+        if (inputs % 2 != 0) {
+            {
+                const float value = next[0];
+
+                memory[table[0] & 15] += value;
+            }
+            table += 1;
+        }
+        layouts_tiled_bucket4x1_fold(memory, products);
+        products += 4;
+    }
+}
+
+/* What follows the products of a layer whose outputs are sums of several of them. */
+typedef struct {
+    size_t outputs;          /* features or channels */
+    size_t positions;        /* of each channel; 1 for features */
+    size_t terms;            /* products of an output */
+    const uint16_t *product; /* numbers of the products, by output */
+    const float *factor;     /* what each is multiplied with */
+    /* Where the scale changes inside a row, further products correct the sum. */
+    size_t corrections;
+    const uint16_t *corrected; /* by correction: number of the output, in order */
+    const uint16_t *correcting_product;
+    const float *correcting_factor;
+    const float *bias; /* of each output, or NULL */
+    int relu;
+} layouts_tiled_combine_layer;
+
+static void layouts_tiled_combine(const layouts_tiled_combine_layer *layer, const float *products, size_t position,
+    float *y)
+{
+    const uint16_t *product = layer->product;
+    const float *factor = layer->factor;
+    size_t correction = 0;
+
+    y += position / layer->positions * layer->positions * layer->outputs + position % layer->positions;
+    for (size_t output = 0; output < layer->outputs; ++output, y += layer->positions) {
+        float value = 0.0f;
+        float sum;
+
+        for (size_t term = layer->terms; term != 0; --term) {
+            value += *factor++ * products[*product++];
+        }
+        sum = value;
+        for (; correction < layer->corrections && layer->corrected[correction] == output; ++correction) {
+            sum += layer->correcting_factor[correction] * products[layer->correcting_product[correction]];
+        }
+        /* Corrections have other signs: they would turn infinity into NaN. */
+        if (value >= -FLT_MAX && value <= FLT_MAX) {
+            value = sum;
+        }
+        *y = layouts_activate(layer->bias != NULL ? value + layer->bias[output] : value, layer->relu);
     }
 }
 
@@ -368,24 +438,34 @@ static const uint8_t layouts_layer_2_weight_tile_table_2x4[1] = {
     0xa4
 };
 
+/* 4.weight_tile_bucket4x1_2x1: 1 bytes of packed bits */
+static const uint8_t layouts_layer_4_weight_tile_bucket4x1_2x1[1] = {
+    0x02
+};
+
+/* 4.weight_tile_products: 4 x 8 uint16_t */
+static const uint16_t layouts_layer_4_weight_tile_products[32] = {
+    0x0000u, 0x0001u, 0x0001u, 0x0000u, 0x0004u, 0x0005u,
+    0x0005u, 0x0004u, 0x0001u, 0x0000u, 0x0000u, 0x0001u,
+    0x0005u, 0x0004u, 0x0004u, 0x0005u, 0x0000u, 0x0001u,
+    0x0001u, 0x0000u, 0x0004u, 0x0005u, 0x0005u, 0x0004u,
+    0x0001u, 0x0000u, 0x0000u, 0x0001u, 0x0005u, 0x0004u,
+    0x0004u, 0x0005u
+};
+
+/* 4.weight_tile_factors: 4 x 8 float */
+static const float layouts_layer_4_weight_tile_factors[32] = {
+    0.131225586f, 0.137329102f, 0.137329102f, 0.131225586f, 0.125976562f, 0.131835938f,
+    0.131835938f, 0.125976562f, 0.131225586f, 0.137329102f, 0.137329102f, 0.131225586f,
+    0.125976562f, 0.131835938f, 0.131835938f, 0.125976562f, 0.0944824219f, 0.0988769531f,
+    0.0988769531f, 0.0944824219f, 0.0997314453f, 0.104370117f, 0.104370117f, 0.0997314453f,
+    0.0944824219f, 0.0988769531f, 0.0988769531f, 0.0944824219f, 0.0997314453f, 0.104370117f,
+    0.104370117f, 0.0997314453f
+};
+
 /* 4.bias: 4 float */
 static const float layouts_layer_4_bias[4] = {
     -0.625f, 0.375f, 0.0f, -0.375f
-};
-
-/* 4.weight_alpha: 4 float */
-static const float layouts_layer_4_weight_alpha[4] = {
-    0.390625f, 0.375f, 0.28125f, 0.296875f
-};
-
-/* 2.weight_alpha: 4 float */
-static const float layouts_layer_2_weight_alpha[4] = {
-    0.3359375f, 0.3515625f, 0.3515625f, 0.3359375f
-};
-
-/* 4.weight_tile: 1 bytes of packed bits */
-static const uint8_t layouts_layer_4_weight_tile[1] = {
-    0x96
 };
 
 /* tiled linear 12 -> 8, p=4, rolled by 3, 8 unique rows, 1 alpha, bias, ReLU */
@@ -402,24 +482,18 @@ static const layouts_tiled_finish_rows_layer layouts_layer_0_finish = {
 };
 
 /* tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, input as 4 scaled copies, bias */
-static const layouts_tiled_linear layouts_layer_4_layer = {
-    8, /* in_features */
-    4, /* out_features */
-    4, /* unique_rows */
-    8, /* tile_size */
-    0, /* rows_per_alpha */
-    NULL, /* alpha */
+static const layouts_tiled_combine_layer layouts_layer_4_combine = {
+    4, /* outputs */
+    1, /* positions */
+    8, /* terms */
+    layouts_layer_4_weight_tile_products, /* product */
+    layouts_layer_4_weight_tile_factors, /* factor */
+    0, /* corrections */
+    NULL, /* corrected */
+    NULL, /* correcting_product */
+    NULL, /* correcting_factor */
     layouts_layer_4_bias, /* bias */
     0 /* relu */
-};
-
-/* tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, input as 4 scaled copies, bias */
-static const layouts_tiled_runs layouts_layer_4_runs = {
-    2, /* p_in */
-    0, /* shift */
-    2, /* input_size */
-    layouts_layer_4_weight_alpha, /* copy_alpha */
-    layouts_layer_2_weight_alpha /* input_alpha */
 };
 
 static float layouts_scratch[LAYOUTS_SCRATCH_BYTES / sizeof(float)];
@@ -428,8 +502,11 @@ void layouts_run(const float *input, float *output)
 {
     float *const layer_0_out = layouts_scratch + 32; /* 32 bytes */
     float *const layer_2_sums = layouts_scratch; /* 16 bytes */
-    float *const layer_2_out = layouts_scratch + 4; /* 8 bytes */
+    float *const layer_2_out = layouts_scratch + 24; /* 8 bytes */
     float *const layer_0_memory = layouts_scratch; /* 128 bytes */
+    float *const layer_4_grouped = layouts_scratch + 26; /* 8 bytes */
+    float *const layer_4_memory = layouts_scratch; /* 64 bytes */
+    float *const layer_4_products = layouts_scratch + 16; /* 32 bytes */
 
     /* 0: tiled linear 12 -> 8, p=4, rolled by 3, 8 unique rows, 1 alpha, bias, ReLU */
     layouts_tiled_bucket4x2(layouts_layer_0_weight_tile_bucket4x2_8x12, input, 12, 1, layer_0_memory,
@@ -441,6 +518,10 @@ void layouts_run(const float *input, float *output)
     layouts_tiled_table(layouts_layer_2_weight_tile_table_2x4, layer_2_sums, 4, 2, layer_2_out);
     layouts_relu(layer_2_out, layer_2_out, 2);
     /* 4: tiled linear 8 -> 4, p=4 (2 x 2), 4 unique rows, 4 alphas, input as 4 scaled copies, bias */
-    layouts_tiled_linear_bits(&layouts_layer_4_layer, &layouts_layer_4_runs, layouts_layer_4_weight_tile,
-        layer_2_out, output);
+    layouts_tiled_regroup(layer_2_out, 2, 2, layer_4_grouped);
+    for (size_t j = 0; j < 2; ++j) {
+        layouts_tiled_bucket4x1(layouts_layer_4_weight_tile_bucket4x1_2x1, layer_4_grouped + j, 1, 1,
+            layer_4_memory, layer_4_products + j * 4);
+    }
+    layouts_tiled_combine(&layouts_layer_4_combine, layer_4_products, 0, output);
 }

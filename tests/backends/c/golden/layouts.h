@@ -10,8 +10,8 @@
 
 /* Memory for intermediate results; all constants: packed tiles, scales, biases, float weights and tables; and both. */
 #define LAYOUTS_SCRATCH_BYTES 160
-#define LAYOUTS_WEIGHT_BYTES 98
-#define LAYOUTS_TOTAL_BYTES 258
+#define LAYOUTS_WEIGHT_BYTES 258
+#define LAYOUTS_TOTAL_BYTES 418
 
 #ifdef __cplusplus
 extern "C" {
