@@ -25,7 +25,7 @@ from tests.backends.c.toolchain import needs_cc
 
 pytestmark = needs_cc
 
-BATCHES, BATCH_SIZE = 5, 24  # 120 networks a run
+BATCHES, BATCH_SIZE = 4, 24  # 96 networks a run
 
 
 class Residual(nn.Module):

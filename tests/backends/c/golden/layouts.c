@@ -51,7 +51,8 @@ static void layouts_tiled_bucket4x2_fold(const float *bucket, float *sums)
 static void layouts_tiled_bucket4x2(const uint8_t *table, const float *x, size_t inputs, size_t passes,
     float *memory, float *products)
 {
-    float (*const buckets)[2] = (float(*)[2])memory;
+    typedef float bucket_of_each[2]; /* group of rows */
+    bucket_of_each *const buckets = (bucket_of_each *)memory;
 
     for (; passes != 0; --passes) {
         const float *next = x;

@@ -114,7 +114,8 @@ static void {{ name }}_{{ kernel }}_fold(const {{ number }} *bucket, {{ number }
 static void {{ name }}_{{ kernel }}(const uint8_t *table, const {{ element }} *x, size_t inputs,{{ " size_t stride,\n   " if strided }} size_t passes,{{ " " if strided else "\n    " }}{{ "int precision, " if fixed else "const int32_t *block, " if block }}{{ number }} *memory, {{ "float" if floats or fixed else "int32_t" }} *products)
 {
 {% if lanes > 1 %}
-    {{ number }} (*const buckets)[{{ lanes }}] = ({{ number }}(*)[{{ lanes }}])memory;
+    typedef {{ number }} bucket_of_each[{{ lanes }}]; /* group of rows */
+    bucket_of_each *const buckets = (bucket_of_each *)memory;
 {% endif %}
 {% if fixed %}
     const {{ name }}_fixed_block block = {{ name }}_fixed_block_of(x, inputs, precision);
