@@ -131,6 +131,17 @@ CASES: dict[str, Case] = {
     ),
     "without bias": Case(_chain(nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 8, 3, bias=False)), (4, 6, 6), {"p": 2}),
     "scales inside rows": Case(_two(lambda: nn.Linear(12, 12)), (12,), {"p": 9, "alpha": "tile"}),
+    "one padded pixel": Case(_two(lambda: nn.Conv2d(4, 4, 3, padding=1)), (4, 1, 1), {"p": 2}),
+    "one strided position": Case(_chain(nn.Conv2d(4, 8, 3, 4), nn.Conv2d(8, 8, 1)), (4, 5, 5), {"p": 2}),
+    "groups of one position": Case(
+        _chain(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 1, groups=2)), (4, 3, 3), {"p": 2}
+    ),
+    **{
+        f"groups that end inside the {alpha}": Case(
+            _two(lambda: nn.Conv2d(12, 12, 3, padding=1, groups=2)), (12, 4, 5), {"p": 3, "alpha": alpha}
+        )
+        for alpha in ("layer", "tile")
+    },
     "residual": Case(lambda: Residual(8), (8, 6, 6), {"p": 2}, intermediates=True, batch=2),
     "functions": Case(lambda: Residual(8, nn.Hardswish()), (8, 5, 6), {"p": 2}, intermediates=True),
     "more functions": Case(lambda: Residual(8, nn.GELU("tanh")), (8, 5, 6), {"p": 2}, intermediates=True),
