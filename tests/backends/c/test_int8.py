@@ -302,6 +302,29 @@ def test_numbers_that_are_not_finite_end_at_the_range(tmp_path: Path) -> None:
     assert actual.tolist() == [0, 63.5, -63.5, 63.5, -63.5, 0, 1, 0, 63.5, -63.5, 0]
 
 
+@needs_cc
+def test_padding_within_limits_and_windows_in_the_padding(tmp_path: Path) -> None:
+    """Zeros around an image are limited as it is; the largest of no elements is minus infinity, as in PyTorch."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, 0.125, 0, -127, 127)
+
+    class Padded(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            padded = [torch.nn.functional.pad(x * factor, (1, 1)) for factor in (2, 3, 4)]
+            return rounded(padded[0].clamp(max=-0.5)), rounded(padded[1].clamp(min=0.5)), rounded(padded[2].relu())
+
+    class Apart(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.max_pool2d(rounded(x), (1, 2), 1, (0, 1), dilation=3)
+
+    networks = [
+        programs.Network(Padded(), [(torch.randn(1, 3, 4),)]),
+        programs.Network(Apart(), [(torch.randn(1, 1, 2, 2),)], nan=True),
+    ]
+    programs.check(networks, tmp_path)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_fixed_point_rounds_to_the_nearest(seed: int) -> None:
     """Against fractions: never further from the exact number than a half and a little."""
