@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.geometry import inside
 from tbn_compiler.backends.c.tiled_int8 import why_float
 
 _LIMITS = (-ir.INT8_LIMIT, ir.INT8_LIMIT)
@@ -238,7 +239,9 @@ def _moves(operation: ir.Operation) -> bool:
         case ir.Pad():
             return operation.value == 0
         case ir.Pool():
-            return operation.function == "max_pool"
+            # A window in the padding alone has no largest element: that is minus infinity, which int8 does not hold.
+            alone = 0 in (*inside(operation.window, 0), *inside(operation.window, 1))
+            return operation.function == "max_pool" and not alone
     return False
 
 
@@ -254,14 +257,14 @@ def _quantize_early(operation: ir.Operation, view: _View) -> _Change | None:
         return None
     if isinstance(before, ir.Pool) and operation.limits[0] > -ir.INT8_LIMIT and before.window.padding != (0, 0):
         return None  # of a window in the padding alone nothing is known
+    if isinstance(before, ir.Pad) and not operation.limits[0] <= 0 <= operation.limits[1]:
+        return None  # the limits hold for the padding too
     quantised = {value: view.integer_value(value) for value in sources if isinstance(value, ir.Value)}
     early = tuple(
         replace(operation, name=integers.name, inputs=(value,), output=integers)
         for value, integers in quantised.items()
     )
     mover = replace(before, inputs=tuple(quantised[value] for value in before.inputs), output=operation.output)  # type: ignore[index]
-    if isinstance(before, ir.Pad) and operation.limits[0] > 0:
-        return None
     return _Change((before, operation), (*early, mover))
 
 

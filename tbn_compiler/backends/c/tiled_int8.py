@@ -64,7 +64,7 @@ def integer_layer(operation: ir.TiledLinear | ir.TiledConv, context: Context) ->
         return _depthwise(operation, context, title)
     layout, options = operation.layout, context.options
     geometry = _Geometry.of(operation)
-    pair = geometry.positions > 1
+    pair = _in_pairs(operation, geometry)
     repeat = geometry.pairs if pair else 1
     groups = operation.groups if isinstance(operation, ir.TiledConv) else 1
     calls: list[Call] = []
@@ -84,17 +84,29 @@ def integer_layer(operation: ir.TiledLinear | ir.TiledConv, context: Context) ->
     return Implementation(title, tuple(calls), cost=repeat * each, choice=reason)
 
 
+def _in_pairs(operation: ir.TiledLinear | ir.TiledConv, geometry: _Geometry) -> bool:
+    """Whether inputs are gathered for two results; a single result may read them where they are."""
+    if geometry.positions > 1:
+        return True
+    if isinstance(operation, ir.TiledLinear):
+        return False
+    window = operation.window
+    return window.kernel != window.input or window.padding != (0, 0)
+
+
 def _group_calls(
     operation: ir.TiledLinear | ir.TiledConv, context: Context, title: str, geometry: _Geometry, group: int
 ) -> tuple[list[Call], int, str, list[ir.Constant]]:
     """The calls for one group's outputs, instructions of the sums and why, and the stored rows."""
     layout, rows = operation.layout, operation.product.rows
     groups = operation.groups if isinstance(operation, ir.TiledConv) else 1
-    pair = geometry.positions > 1
+    if operation.product.group_rows % rows:
+        rows = operation.product.group_rows  # the last repeat is not whole
+    pair = _in_pairs(operation, geometry)
     parts = _parts(layout.row_size) if pair else [(0, layout.row_size)]
     arithmetic: Arithmetic = "pair" if pair else "int8"
     kernels, reason = _choose(rows, [end - start for start, end in parts], arithmetic, context.options)
-    place: At | Workspace = At(operation.inputs[0])
+    place: At | Workspace = At(operation.inputs[0], group * layout.row_size)
     calls: list[Call] = []
     if pair:
         place = Workspace("patch", layout.row_size, "int32")
@@ -106,7 +118,7 @@ def _group_calls(
     for index, (kernel, (start, end)) in enumerate(zip(kernels, parts, strict=True)):
         order = kernel.kernel.removeprefix("tiled_")
         table = context.constant(f"{operation.tile.name}_{order}", kernel.make_table(signs[:, start:end]))
-        at = At(place.operand, start) if isinstance(place, At) else At(place, start)
+        at = replace(place, offset=place.offset + start) if isinstance(place, At) else At(place, start)
         arguments: list[Argument] = [table, at, end - start, kernel.size]
         if kernel.memory:
             arguments.append(Workspace("memory", kernel.memory, "int32"))

@@ -131,6 +131,17 @@ CASES: dict[str, Case] = {
     ),
     "without bias": Case(_chain(nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 8, 3, bias=False)), (4, 6, 6), {"p": 2}),
     "scales inside rows": Case(_two(lambda: nn.Linear(12, 12)), (12,), {"p": 9, "alpha": "tile"}),
+    "one padded pixel": Case(_two(lambda: nn.Conv2d(4, 4, 3, padding=1)), (4, 1, 1), {"p": 2}),
+    "one strided position": Case(_chain(nn.Conv2d(4, 8, 3, 4), nn.Conv2d(8, 8, 1)), (4, 5, 5), {"p": 2}),
+    "groups of one position": Case(
+        _chain(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 1, groups=2)), (4, 3, 3), {"p": 2}
+    ),
+    **{
+        f"groups that end inside the {alpha}": Case(
+            _two(lambda: nn.Conv2d(12, 12, 3, padding=1, groups=2)), (12, 4, 5), {"p": 3, "alpha": alpha}
+        )
+        for alpha in ("layer", "tile")
+    },
     "residual": Case(lambda: Residual(8), (8, 6, 6), {"p": 2}, intermediates=True, batch=2),
     "functions": Case(lambda: Residual(8, nn.Hardswish()), (8, 5, 6), {"p": 2}, intermediates=True),
     "more functions": Case(lambda: Residual(8, nn.GELU("tanh")), (8, 5, 6), {"p": 2}, intermediates=True),
@@ -289,6 +300,29 @@ def test_numbers_that_are_not_finite_end_at_the_range(tmp_path: Path) -> None:
     network.plan = export_c(network.module, (values,), tmp_path / "net0.c", name="net0")
     ((actual,),) = programs._run([network], tmp_path)[0]
     assert actual.tolist() == [0, 63.5, -63.5, 63.5, -63.5, 0, 1, 0, 63.5, -63.5, 0]
+
+
+@needs_cc
+def test_padding_within_limits_and_windows_in_the_padding(tmp_path: Path) -> None:
+    """Zeros around an image are limited as it is; the largest of no elements is minus infinity, as in PyTorch."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, 0.125, 0, -127, 127)
+
+    class Padded(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            padded = [torch.nn.functional.pad(x * factor, (1, 1)) for factor in (2, 3, 4)]
+            return rounded(padded[0].clamp(max=-0.5)), rounded(padded[1].clamp(min=0.5)), rounded(padded[2].relu())
+
+    class Apart(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.max_pool2d(rounded(x), (1, 2), 1, (0, 1), dilation=3)
+
+    networks = [
+        programs.Network(Padded(), [(torch.randn(1, 3, 4),)]),
+        programs.Network(Apart(), [(torch.randn(1, 1, 2, 2),)], nan=True),
+    ]
+    programs.check(networks, tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(4))
