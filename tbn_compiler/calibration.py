@@ -143,7 +143,7 @@ def calibrate_inputs(module: nn.Module, batches: Iterable[Any]) -> dict[str, flo
         found = find_scales(module, batches, list(names))
     scales = {}
     for (tensor, name), scale in zip(names.items(), found, strict=True):
-        if scale is not None:
+        if scale:
             tensor.fill_(math.log(scale) if isinstance(tensor, nn.Parameter) else scale)
             scales[name] = scale
     return scales

@@ -311,9 +311,10 @@ def _calibrate(module: nn.Module, batches: Iterable[Any], layers: Scales, betwee
     buffers = [gm.get_buffer(input_scale_key(weight)) for gm, weight in layers]
     found = find_scales(module, batches, [*buffers, *(gm.get_buffer(name) for gm, name in between)])
     for (gm, weight), buffer, scale in zip(layers, buffers, found, strict=False):
-        if scale is None:
-            drop_scale(gm, weight, "no calibration batch reached it: each token has a scale of its own")
-        else:
+        if scale:
             buffer.fill_(scale)
+            continue
+        why = "no calibration batch reached it" if scale is None else "its inputs were all 0 in the calibration batches"
+        drop_scale(gm, weight, f"{why}: each token has a scale of its own")
     for (gm, name), scale in zip(between, found[len(buffers) :], strict=True):
         set_scale(gm, name, scale)

@@ -66,9 +66,9 @@ class Magnitudes:
             self.counts += torch.histc(magnitude.cpu().double(), _BINS, 0, self.top)
 
     def best_scale(self) -> float | None:
-        """The scale with the least mean square error of the values; ``None`` if all are 0, or none has been seen."""
+        """The scale with the least mean square error of the values; 0 if all are 0, ``None`` if none has been seen."""
         if self.top == 0.0:
-            return None
+            return 0.0 if self.elements else None
         if self.activation == "binary":
             return max(self.total / self.elements, INT8_TINY)
         width = self.top / _BINS
@@ -127,7 +127,7 @@ def find_scales(module: nn.Module, batches: Iterable[Any], scales: Sequence[Tens
         scales: by which the layers are known.
 
     Returns:
-        A number for each of ``scales``; ``None`` where no batch reached the layer with anything but zeros.
+        A number for each of ``scales``; 0 where every input was 0, and ``None`` where no batch reached the layer.
 
     Raises:
         TBNError: there are no batches, or an input of a layer is not finite.

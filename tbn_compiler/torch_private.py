@@ -62,6 +62,7 @@ __all__ = [
     "mark_as_captured",
     "operator_schema",
     "original_module",
+    "positional_inputs",
     "size_guards",
     "static_fakes",
     "takes_tensors_only",
@@ -323,6 +324,16 @@ def takes_tensors_only(graph: fx.Graph) -> bool:
         return False
     positional, named = info.in_spec.children()
     return named.num_children == 0 and all(child.is_leaf() for child in positional.children())
+
+
+def positional_inputs(graph: fx.Graph) -> int:
+    """How many arguments a graph of ``torch.export`` takes in order; others, and those of other graphs, have names."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    if info is None or info.in_spec.num_children != 2:
+        return 0
+    positional, _ = info.in_spec.children()
+    count: int = positional.num_children
+    return count
 
 
 def drop_input_checks(gm: fx.GraphModule) -> None:

@@ -502,3 +502,14 @@ def test_forward_mode_is_active() -> None:
     with torch.autograd.forward_ad.dual_level():
         assert torch_private.forward_mode_is_active(), changed("forward_ad._current_level")
     assert not torch_private.forward_mode_is_active()
+
+
+def test_positional_inputs() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+            return x * scale
+
+    x = torch.ones(2)
+    graph = torch.export.export(Scaled(), (x,), {"scale": x}).module().graph
+    assert torch_private.positional_inputs(graph) == 1, changed("the structure of the inputs of an exported graph")
+    assert torch_private.positional_inputs(torch.fx.symbolic_trace(nn.ReLU()).graph) == 0

@@ -74,14 +74,14 @@ _QUANTIZE = torch.ops.tbn.quantize_input.default
 
 
 def set_scale(gm: fx.GraphModule, name: str, scale: float | None) -> None:
-    """Set the scale of a value; ``None`` leaves the value a float.
+    """Set the scale of a value; ``None``, or 0 for a value that was always 0, leaves it a float.
 
     The scale of a layer that reads the value goes before ``scale``: both are of the same numbers, or of the largest of
     them, and where they are equal nothing has to be rescaled.
     """
     (attribute,) = gm.graph.find_nodes(op="get_attr", target=name)
     (node,) = attribute.users
-    if scale is not None:
+    if scale:
         readers = (_layer_scale(gm, user) for user in _readers(gm, node))
         gm.get_buffer(name).fill_(next((found for found in readers if found is not None), scale))
         return

@@ -238,7 +238,7 @@ def test_optimize_finds_scales(captured: bool) -> None:
     assert not scales(packed)
 
 
-def test_layers_that_no_batch_reaches_keep_their_own() -> None:
+def test_layers_that_no_batch_reaches_keep_their_own(tmp_path: Path) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -250,7 +250,9 @@ def test_layers_that_no_batch_reaches_keep_their_own() -> None:
     x = torch.randn(4, 16)
     fast = tbn.optimize(tbn.lower(tbn.transform(Model(), config())), x, activation="int8", calibration=[x])
     assert len(scales(fast)) == 1
-    assert "no calibration batch reached it: each token has a scale of its own" in str(tbn.summary(fast))
+    assert "its inputs were all 0 in the calibration batches: each token has a scale" in str(tbn.summary(fast))
+    with pytest.raises(tbn.ExportError, match="calibration batches in which its inputs are not all 0"):
+        tbn.export_c(fast, x, tmp_path / "net.c")
     assert fast(x).isfinite().all()
     qat = tbn.transform(Model(), config(activation="int8", input_scale="layer"))
     assert list(tbn.calibrate_inputs(qat, [x])) == ["used"]

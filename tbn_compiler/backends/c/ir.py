@@ -418,7 +418,7 @@ INT8_LIMIT = 127
 
 @dataclass(frozen=True)
 class Quantize(Operation):
-    """``float32 -> int8``: ``round(x * (1 / scale))``, halves to even, brought into ``limits``. NaN becomes 0.
+    """``float32 -> int8``: ``round(x * (1 / scale))``, halves to even, brought into ``limits``. NaN counts as 0.
 
     Attributes:
         scale: what the integer 1 stands for.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
@@ -15,7 +15,7 @@ from tbn_compiler.backends.onnx import bits
 from tbn_compiler.backends.onnx.exact import write_exactly
 from tbn_compiler.errors import ExportError
 from tbn_compiler.graph.capture import quiet_export
-from tbn_compiler.torch_private import tree_leaves, tree_unflatten
+from tbn_compiler.torch_private import positional_inputs, tree_leaves, tree_unflatten
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -106,9 +106,10 @@ def trace(module: nn.Module, inputs: Inputs, batched: Sequence[str]) -> Exported
     shapes = {name: {0: batch} if name in batched else None for name in inputs}
     try:
         with torch.no_grad(), quiet_export():
-            # A graph takes its arguments in the order in which it was traced, not by name.
-            in_order = list(inspect.signature(module.forward).parameters)[: len(inputs)] == list(inputs)
-            arguments, named = (tuple(inputs.values()), {}) if in_order else ((), inputs)
+            # A captured graph takes its arguments as it was traced: in order, or by name.
+            in_order = positional_inputs(module.graph) if isinstance(module, fx.GraphModule) else 0
+            arguments = tuple(inputs.values())[:in_order]
+            named = dict(list(inputs.items())[in_order:])
             return torch.export.export(module, arguments, named, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         listed = ", ".join(

@@ -60,7 +60,7 @@ def _run(operation: ir.Operation, *inputs: Tensor) -> Tensor:
             padding = (window.padding[1], bottom[1], window.padding[0], bottom[0])
             padded = F.pad(images, padding, value=-1000.0)
             found = F.max_pool2d(padded, window.kernel, window.stride, 0, window.dilation)
-            return found[..., : window.output[0], : window.output[1]].long()
+            return found[..., : window.output[0], : window.output[1]].to(x.dtype)
         case ir.Strided() | ir.Copy():
             access = operation.access if isinstance(operation, ir.Strided) else ir.Access.whole(operation.output.shape)
             return torch.as_strided(x.contiguous(), access.sizes, access.strides, access.offset)

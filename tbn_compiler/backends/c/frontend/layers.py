@@ -149,9 +149,8 @@ def _input_scale(importer: Importer, node: fx.Node, args: Arguments) -> float:
     if args["activation"] != "int8":
         raise importer.unsupported(node, f"activation={args['activation']!r}: inputs are floats or int8 in C")
     if args["input_scale"] is None:
-        reason = (
-            "each token has a scale of its own; in C a layer has one: tbn_compiler.optimize(..., calibration=batches)"
-        )
+        reason = "each token has a scale of its own, and in C a layer has one: tbn_compiler.optimize(..., "
+        reason += "calibration=batches), with calibration batches in which its inputs are not all 0"
         raise importer.unsupported(node, reason)
     return importer.positive(node, importer.constant(node, args["input_scale"], infinite=True).array.item())
 
