@@ -101,8 +101,10 @@ def test_networks_run_as_c_on_the_host_and_on_the_core(trial, capsys):
         assert row.endswith(f"| {emulated['instructions']:,} |")
     tiled, binary, full = (networks[key]["target"] for key in ("tbn4", "binary", "float"))
     assert tiled["weight_bytes"] < binary["weight_bytes"] < full["weight_bytes"]
-    for figure in ("instructions", "flash_bytes"):
-        assert tiled["emulated"][figure] < min(binary["emulated"][figure], full["emulated"][figure])
+    tiled, binary, full = tiled["emulated"], binary["emulated"], full["emulated"]
+    assert tiled["flash_bytes"] < binary["flash_bytes"] < full["flash_bytes"]
+    # Signs alone may take longer than floats in so small a network: the scales of many short rows are applied apart.
+    assert tiled["instructions"] < min(binary["instructions"], full["instructions"])
     capsys.readouterr()
     assert main(["measure", *trial.arguments]) == 0  # everything is there
     assert capsys.readouterr().out == ""

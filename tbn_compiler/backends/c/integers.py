@@ -255,8 +255,6 @@ def _quantize_early(operation: ir.Operation, view: _View) -> _Change | None:
     sources = list(dict.fromkeys(before.inputs))
     if not all(isinstance(value, ir.Value) and value in view.maker and view.only_reader(value) for value in sources):
         return None
-    if isinstance(before, ir.Pool) and operation.limits[0] > -ir.INT8_LIMIT and before.window.padding != (0, 0):
-        return None  # of a window in the padding alone nothing is known
     if isinstance(before, ir.Pad) and not operation.limits[0] <= 0 <= operation.limits[1]:
         return None  # the limits hold for the padding too
     quantised = {value: view.integer_value(value) for value in sources if isinstance(value, ir.Value)}

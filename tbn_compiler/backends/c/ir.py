@@ -11,6 +11,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from tbn_compiler.backends.c.places import Access as Access
+from tbn_compiler.backends.c.places import Axis as Axis
+from tbn_compiler.backends.c.places import Window as Window
+from tbn_compiler.backends.c.places import row_major as row_major
 from tbn_compiler.tiling import TiledProduct, TileLayout
 
 DType = Literal["float32", "int32", "int8"]
@@ -133,38 +137,6 @@ class Unary(Operation):
 
 
 @dataclass(frozen=True)
-class Access:
-    """Which elements of an array an operation reads, as an array of another shape: ``offset + sum(index * strides)``.
-
-    Strides are in elements; 0 repeats an element, a negative one goes backwards.
-    """
-
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int = 0
-
-    @classmethod
-    def whole(cls, shape: tuple[int, ...]) -> Access:
-        """All elements in order."""
-        return cls(shape, row_major(shape))
-
-    @property
-    def in_order(self) -> bool:
-        """Whether these are neighbouring elements in order."""
-        used = [(n, s) for n, s in zip(self.sizes, self.strides, strict=True) if n > 1]
-        return tuple(s for _, s in used) == row_major(tuple(n for n, _ in used))
-
-
-def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of an array of this shape."""
-    strides, stride = [], 1
-    for size in reversed(shape):
-        strides.append(stride)
-        stride *= size
-    return tuple(reversed(strides))
-
-
-@dataclass(frozen=True)
 class Strided(Operation):
     """A copy of the elements that ``access`` names: permute, slice, flip, expand, ..."""
 
@@ -200,15 +172,6 @@ class ChannelAffine(Operation):
 
     scale: Constant
     shift: Constant
-    inner: int
-
-
-@dataclass(frozen=True)
-class Axis:
-    """An axis in the middle of an array: ``[outer, size, inner]``."""
-
-    outer: int
-    size: int
     inner: int
 
 
@@ -292,40 +255,6 @@ class Pad(Operation):
 
     value: float
     result: Access
-
-
-@dataclass(frozen=True)
-class Window:
-    """How a window of a 2-D convolution or pooling slides over an image; 1-D has height 1. Pairs are (height, width).
-
-    Attributes:
-        input, output: sizes of the images.
-        kernel: size of the window.
-        stride, padding, dilation: as in PyTorch; the padding is that before the first row and column. The window may
-            reach any distance beyond the last ones: what lies outside counts as padding.
-    """
-
-    input: tuple[int, int]
-    output: tuple[int, int]
-    kernel: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-
-    @property
-    def input_size(self) -> int:
-        """Elements of one channel of the input."""
-        return math.prod(self.input)
-
-    @property
-    def output_size(self) -> int:
-        """Elements of one channel of the output."""
-        return math.prod(self.output)
-
-    @property
-    def kernel_size(self) -> int:
-        """Elements of the window."""
-        return math.prod(self.kernel)
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,16 @@ class Decoded:
         return int(self.tables.shape[2])
 
 
+def tile_bits(operation: ir.Tiled) -> np.ndarray:
+    """The signs of a packed tile, ``bool [q]``."""
+    count = operation.layout.tile_size
+    return np.unpackbits(operation.tile.array, count=count, bitorder="little").astype(bool)
+
+
 def decoded_signs(operation: ir.Tiled) -> np.ndarray:
     """The signs of a packed weight, ``bool [m, n]``."""
     layout = operation.layout
-    bits = np.unpackbits(operation.tile.array, count=layout.tile_size, bitorder="little")
-    weight = layout.replicate(torch.from_numpy(bits.astype(np.float32) * 2 - 1))
+    weight = layout.replicate(torch.from_numpy(tile_bits(operation).astype(np.float32) * 2 - 1))
     return (weight.reshape(layout.rows, -1) > 0).numpy()
 
 

@@ -16,17 +16,16 @@ Rows are stored whole in any layout: those of the tile where it holds whole rows
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.geometry import window_struct
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.plan import Argument, At, Call, Implementation, Index, Struct, Workspace
 from tbn_compiler.backends.c.registry import Context
+from tbn_compiler.backends.c.tiled_decoding import decoded_signs
 from tbn_compiler.backends.c.tiled_instances import Arithmetic, Finish, depthwise_name, finish_name, pair_patch_name
 from tbn_compiler.backends.c.tiled_rows import RowsKernel, integer_candidates, integer_instructions
 from tbn_compiler.backends.c.tiled_structs import describe
@@ -70,8 +69,9 @@ def integer_layer(operation: ir.TiledLinear | ir.TiledConv, context: Context) ->
     calls: list[Call] = []
     instructions, reason = 0, ""
     tables = set()
+    signs = decoded_signs(operation).reshape(groups, -1, layout.row_size)
     for group in range(groups):
-        found, instructions, reason, stored = _group_calls(operation, context, title, geometry, group)
+        found, instructions, reason, stored = _group_calls(operation, context, title, geometry, group, signs[group])
         calls += [replace(call, repeat=repeat) for call in found]
         tables.update(stored)
     each = groups * instructions
@@ -95,9 +95,14 @@ def _in_pairs(operation: ir.TiledLinear | ir.TiledConv, geometry: _Geometry) -> 
 
 
 def _group_calls(
-    operation: ir.TiledLinear | ir.TiledConv, context: Context, title: str, geometry: _Geometry, group: int
+    operation: ir.TiledLinear | ir.TiledConv,
+    context: Context,
+    title: str,
+    geometry: _Geometry,
+    group: int,
+    signs: np.ndarray,
 ) -> tuple[list[Call], int, str, list[ir.Constant]]:
-    """The calls for one group's outputs, instructions of the sums and why, and the stored rows."""
+    """The calls for one group's outputs, whose rows have these signs, instructions of the sums and why, and tables."""
     layout, rows = operation.layout, operation.product.rows
     groups = operation.groups if isinstance(operation, ir.TiledConv) else 1
     if operation.product.group_rows % rows:
@@ -113,11 +118,10 @@ def _group_calls(
         calls.append(_gather(operation, group, place))
     part_sums = -(-rows // kernels[0].granule) * kernels[0].granule
     sums = Workspace("sums", part_sums * len(parts), "int32")
-    signs = _signs(operation)[group * layout.rows // groups :][:rows]
     tables = []
     for index, (kernel, (start, end)) in enumerate(zip(kernels, parts, strict=True)):
         order = kernel.kernel.removeprefix("tiled_")
-        table = context.constant(f"{operation.tile.name}_{order}", kernel.make_table(signs[:, start:end]))
+        table = context.constant(f"{operation.tile.name}_{order}", kernel.make_table(signs[:rows, start:end]))
         at = replace(place, offset=place.offset + start) if isinstance(place, At) else At(place, start)
         arguments: list[Argument] = [table, at, end - start, kernel.size]
         if kernel.memory:
@@ -136,7 +140,8 @@ def _depthwise(operation: ir.TiledConv, context: Context, title: str) -> Impleme
     """Each channel by itself: its few signs become factors, which serve all positions."""
     layout, window, (source,) = operation.layout, operation.window, operation.inputs
     rows = operation.product.distinct_rows
-    table = context.constant(f"{operation.tile.name}_filters", _pack(_signs(operation)[:rows]))
+    signs = np.packbits(decoded_signs(operation)[:rows], bitorder="little")
+    table = context.constant(f"{operation.tile.name}_filters", signs)
     geometry = _Geometry.of(operation)
     struct = _finish_struct(operation, context, title, geometry, rows, slice(0, layout.rows), (1, rows))
     kernel = depthwise_name(window.kernel[1], window.dilation[1], window.stride[1], _result(operation))
@@ -155,18 +160,15 @@ def _depthwise(operation: ir.TiledConv, context: Context, title: str) -> Impleme
     return Implementation(title, (call,), cost=operation.output.size * instructions, choice="a filter for each channel")
 
 
-def _pack(signs: np.ndarray) -> np.ndarray:
-    return np.packbits(signs.reshape(-1), bitorder="little")
-
-
 def _title(operation: ir.TiledLinear | ir.TiledConv) -> str:
-    layout = operation.layout
+    layout, rows = operation.layout, operation.product.rows
     what = f"tiled linear {layout.row_size} -> {layout.rows}"
     if isinstance(operation, ir.TiledConv):
         kernel = " x ".join(map(str, layout.shape[2:]))
         groups = f", {operation.groups} groups" if operation.groups > 1 else ""
         what = f"tiled conv {operation.input_channels} -> {layout.rows} channels, {kernel}{groups}"
-    return f"{what} in int8{describe(operation, operation.product.rows)}"
+        rows *= operation.groups
+    return f"{what} in int8{describe(operation, rows)}"
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ def _choose(rows: int, inputs: list[int], arithmetic: Arithmetic, options: Optio
     """The same kind of kernel for every part of the inputs: the one with the fewest instructions in all, and why."""
     found: dict[str, list[RowsKernel]] = {}
     for count in inputs:
-        for kernel in _allowed(rows, count, arithmetic, options):
+        for kernel in integer_candidates(rows, count, arithmetic, options):
             found.setdefault(kernel.kernel.replace("_any", ""), []).append(kernel)
     complete = [kernels for kernels in found.values() if len(kernels) == len(inputs)]
     costs = sorted(((sum(k.instructions for k in kernels), kernels) for kernels in complete), key=lambda cost: cost[0])
@@ -244,18 +246,6 @@ def _choose(rows: int, inputs: list[int], arithmetic: Arithmetic, options: Optio
     what = "two positions" if arithmetic == "pair" else "a vector"
     reason = f"about {instructions:,} instructions for {what}"
     return best, reason + (f"; {others[0][1][0].kernel} takes {others[0][0]:,}" if others else "")
-
-
-def _allowed(rows: int, inputs: int, arithmetic: Arithmetic, options: Options) -> Iterator[RowsKernel]:
-    yield from integer_candidates(rows, inputs, arithmetic, options)
-
-
-def _signs(operation: ir.TiledLinear | ir.TiledConv) -> np.ndarray:
-    """All rows, as ``bool [rows, inputs]``."""
-    layout = operation.layout
-    bits = np.unpackbits(operation.tile.array, count=layout.tile_size, bitorder="little")
-    tile = torch.from_numpy(2.0 * bits.astype(np.float32) - 1)
-    return layout.replicate(tile).reshape(layout.rows, -1).numpy() > 0
 
 
 def fixed_point(ratios: np.ndarray, addends: np.ndarray, largest_sum: int) -> tuple[int, np.ndarray, np.ndarray, int]:

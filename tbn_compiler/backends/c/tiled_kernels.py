@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-import numpy as np
-
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.geometry import inside, window_struct
 from tbn_compiler.backends.c.plan import At, Call, Implementation, Index, Struct, Workspace
 from tbn_compiler.backends.c.registry import Context, implements
 from tbn_compiler.backends.c.tiled_any_rows import any_rows
+from tbn_compiler.backends.c.tiled_decoding import tile_bits
 from tbn_compiler.backends.c.tiled_filters import filters
 from tbn_compiler.backends.c.tiled_instances import patch_name
 from tbn_compiler.backends.c.tiled_int8 import integer_layer
@@ -184,7 +183,7 @@ def _rows(
     rows = product.rows * replicas
     kernel, choice = choose(rows, inputs, context.options)
     order = f"{kernel.kernel.removeprefix('tiled_')}_{rows}x{inputs}"
-    table = context.prepare(operation.tile, order, lambda: kernel.make_table(_signs(operation, rows)))
+    table = context.prepare(operation.tile, order, lambda: kernel.make_table(tile_bits(operation).reshape(rows, -1)))
     finish = row_alpha(operation) is not None or operation.bias is not None
     finish |= operation.input_alpha is not None or product.repeats > 1
     in_place = replicas == 1 and positions == 1 and rows % kernel.granule == 0
@@ -201,9 +200,3 @@ def _rows(
     each = kernel.instructions + (finish_instructions(layout.rows, context.options) if finish or not in_place else 0)
     each += patch_instructions(inputs, context.options) if before else 0
     return Implementation(title, tuple(calls), cost=repeat * each, choice=choice)
-
-
-def _signs(operation: ir.TiledLinear | ir.TiledConv, rows: int) -> np.ndarray:
-    """The tile as ``bool [rows, inputs]``."""
-    bits = np.unpackbits(operation.tile.array, count=operation.layout.tile_size, bitorder="little")
-    return bits.astype(bool).reshape(rows, -1)

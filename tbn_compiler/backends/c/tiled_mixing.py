@@ -26,6 +26,7 @@ from tbn_compiler.backends.c.costs import instructions
 from tbn_compiler.backends.c.geometry import window_struct
 from tbn_compiler.backends.c.plan import Argument, At, Call, Implementation, Index, Struct, Workspace
 from tbn_compiler.backends.c.registry import Context
+from tbn_compiler.backends.c.tiled_decoding import tile_bits
 from tbn_compiler.backends.c.tiled_instances import MIXES_WITH_MEMORY, mix_name, patch_name
 from tbn_compiler.backends.c.tiled_rows import (
     RowsKernel,
@@ -151,9 +152,7 @@ def _by_group(layout: TileLayout, tile: np.ndarray) -> np.ndarray:
 
 def _table(operation: ir.TiledLinear | ir.TiledConv, kernel: RowsKernel) -> np.ndarray:
     """The tables of all calls, one behind the other."""
-    layout = operation.layout
-    bits = np.unpackbits(operation.tile.array, count=layout.tile_size, bitorder="little").astype(bool)
-    p, rows, inputs = (signs := _by_group(layout, bits)).shape
+    p, rows, inputs = (signs := _by_group(operation.layout, tile_bits(operation))).shape
     of_calls = signs.reshape(p // kernel.groups, kernel.groups, rows, inputs).swapaxes(1, 2)
     return np.concatenate([kernel.make_table(call.reshape(rows, -1)) for call in of_calls])
 

@@ -292,7 +292,7 @@ def integer_instructions(what: str, count: int, options: Options) -> int:
     return round(_INTEGER_PARTS["cortex-m0plus" if options.target == "cortex-m0plus" else "others"][what] * count)
 
 
-# A product of 64 bits is a call on the smallest core.
+# From differences of networks with one layer more. A product of 64 bits is a call on the smallest core.
 _INTEGER_PARTS = {
     "others": {"patch": 9.0, "finish": 13.0, "depthwise": 5.1},
     "cortex-m0plus": {"patch": 12.0, "finish": 55.0, "depthwise": 4.0},

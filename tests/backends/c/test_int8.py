@@ -117,7 +117,8 @@ CASES: dict[str, Case] = {
     ),
     "misaligned": Case(_two(lambda: nn.Conv2d(6, 6, 3)), (6, 7, 7), {"p": 4, "alpha": "layer"}),
     "rolled": Case(_two(lambda: nn.Conv2d(8, 8, 3)), (8, 7, 7), {"p": 4, "replicate": "roll", "shift": 5}),
-    "two axes": Case(_two(lambda: nn.Linear(16, 16)), (16,), {"p": (2, 2), "alpha": "tile"}),
+    "two axes": Case(_two(lambda: nn.Linear(16, 16)), (16,), {"p": (2, 2)}),
+    "two axes, scales inside rows": Case(_two(lambda: nn.Linear(16, 16)), (16,), {"p": (2, 2), "alpha": "tile"}),
     "signs": Case(_two(lambda: nn.Conv2d(8, 8, 3, padding=1)), (8, 6, 6), HADAMARD),
     "signs, linear": Case(_two(lambda: nn.Linear(16, 16)), (3, 16), HADAMARD | {"alpha": "tile"}),
     "depthwise, any window": Case(_two(lambda: nn.Conv2d(4, 4, (3, 2), groups=4)), (4, 8, 8), {"p": 2}),
@@ -150,6 +151,9 @@ CASES: dict[str, Case] = {
         _chain(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(72, 8)),
         (4, 7, 7),
         {"p": 2},
+    ),
+    "pools with padding": Case(
+        _chain(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3)), (4, 9, 9), {"p": 2}
     ),
     "average": Case(
         _chain(nn.Conv2d(4, 8, 1), nn.Sigmoid(), nn.AvgPool2d((4, 6)), nn.Flatten(), nn.Linear(8, 8)),
@@ -200,16 +204,19 @@ def test_programs_equal_the_oracle_bit_for_bit(tmp_path: Path) -> None:
         graphs.append(graph)
         networks.append(programs.Network(module, samples, plan=plan))
     found = programs._run(networks, tmp_path)
+    in_float = set()
     for name, network, graph, results in zip(CASES, networks, graphs, found, strict=True):
         operations, outputs = simplify(graph)
         if any(isinstance(x, ir.Tiled) and x.input_scale is None for x in operations):
-            continue  # layers in floating point are compared with PyTorch
+            in_float.add(name)  # compared with PyTorch
+            continue
         for sample, result in zip(network.samples, results, strict=True):
             values = int8_oracle.run(operations, dict(zip(graph.inputs, sample, strict=True)))
             for value, actual in zip(outputs, result, strict=True):
                 expected = values[value].flatten().float()
                 error = (torch.from_numpy(actual) - expected).abs().max()
                 assert error <= 1e-6 * expected.abs().max(), (name, error)
+    assert in_float == {"scales inside rows", "transposed", "two axes, scales inside rows"}
     _compare_with_torch(networks, found)
 
 
@@ -224,7 +231,7 @@ def _compare_with_torch(networks: Sequence[programs.Network], found: Sequence[An
                 expected = network.module(*sample).flatten()
             error = (torch.from_numpy(actual) - expected).abs() / expected.abs().max()
             assert error.max() <= 0.03, (name, error.max())
-            assert (error <= 1e-5).float().mean() >= 0.5, (name, error.sort().values)
+            assert (error <= 1e-5).float().mean() >= 0.95, (name, error.sort().values)
 
 
 def test_whole_networks_stay_integers(tmp_path: Path) -> None:
@@ -236,6 +243,10 @@ def test_whole_networks_stay_integers(tmp_path: Path) -> None:
     assert kernels[-1].endswith("finish_float")
     assert any("int8_sum" in kernel for kernel in kernels)
     assert any("int8_mean_int8" in kernel for kernel in kernels)
+
+
+def test_pools_behind_a_relu_take_integers(tmp_path: Path) -> None:
+    assert "max_pool_int8" in _export(CASES["pools with padding"], tmp_path).kernels
 
 
 def test_functions_become_tables(tmp_path: Path) -> None:

@@ -3,16 +3,7 @@
 /* {{ name }}_matmul for at least 4 rows{{ " and %d columns" | format(columns) if several }}, which are taken at once; the last ones are the last, some of them once more. */
 static void {{ name }}_{{ kernel }}(const {{ name }}_matmul_sizes *sizes, const float *a, const float *b, float *y)
 {
-    const size_t batches = sizes->batch[0] * sizes->batch[1] * sizes->batch[2];
-
-    for (size_t batch = 0; batch < batches; ++batch) {
-        const ptrdiff_t outer = (ptrdiff_t)(batch / sizes->batch[2] / sizes->batch[1]);
-        const ptrdiff_t middle = (ptrdiff_t)(batch / sizes->batch[2] % sizes->batch[1]);
-        const ptrdiff_t inner = (ptrdiff_t)(batch % sizes->batch[2]);
-        const float *const left = a + outer * sizes->a[0] + middle * sizes->a[1] + inner * sizes->a[2];
-        const float *const right = b + outer * sizes->b[0] + middle * sizes->b[1] + inner * sizes->b[2];
-        float *const result = y + outer * sizes->y[0] + middle * sizes->y[1] + inner * sizes->y[2];
-
+{% include "loops/matmul_batch.c" %}
         for (size_t next = 0; next < sizes->rows; next += 4) {
             const size_t i = sizes->rows - next < 4 ? sizes->rows - 4 : next;
 

@@ -75,7 +75,7 @@ static void {{ name }}_{{ kernel }}(const {{ name }}_window *window, const {{ na
             const size_t top = line * window->stride_height - window->padding_height;
 
             for (size_t column = 0; column < window->output_width; column += 2) {
-                /* A position without a neighbour stores its result over that of the padding. */
+                /* The last position of an odd line stores its result over that of what would be its neighbour. */
                 const size_t next = column + 1 < window->output_width ? 1 : 0;
                 const size_t left = column * window->stride_width - window->padding_width;
                 const int32_t *tap = taps;

@@ -22,7 +22,7 @@ static void {{ name }}_{{ kernel }}(const {{ name }}_tiled_int8_{{ "layer" if in
     const size_t line = pair / pairs;
     const size_t column = pair % pairs * 2;
     const size_t stride = layer->output_stride;
-    /* A position without a neighbour stores its result over that of the padding. */
+    /* The last position of an odd line stores its result over that of what would be its neighbour. */
     const size_t next = column + 1 < layer->width ? layer->position_stride : 0;
 {% endif %}
 {% if integers %}

@@ -1,7 +1,8 @@
 {# Parameters: kernel. #}
 /*
  * The inputs of two neighbouring output positions of a convolution in the order of a filter, as x0 + 65536 * x1. pair
- * counts them through all lines of all samples of all_channels; in a line of odd length the last position has a neighbour in the padding.
+ * counts them through all lines of all samples, of all_channels each; in a line of odd length the last position has a
+ * neighbour that is none, and whose results are not kept.
  */
 static void {{ name }}_{{ kernel }}(const {{ name }}_window *window, size_t channels, size_t all_channels, const int8_t *x, size_t pair,
     int32_t *patch)
