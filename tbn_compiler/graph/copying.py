@@ -15,7 +15,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
@@ -51,15 +51,23 @@ def copy_with_tensors(module: _Module) -> _Module:
 def _copy(module: _Module, found: list[Any], memo: dict[int, Any]) -> _Module:
     # Every module has a dozen of them, which copy.deepcopy takes apart and puts together one by one.
     memo |= {id(value): type(value)() for value in found if type(value) is collections.OrderedDict and not value}
-    copied = {id(value) for value in found if isinstance(value, nn.Module)}
-    rebound = _unbound_copies([value for value in found if isinstance(value, types.FunctionType)], copied)
+    forwards = {id(type(value).forward) for value in found if isinstance(value, fx.GraphModule)}
+    wrapped = {id(value) for value in found if id(value) in forwards}
+    copied = {id(value) for value in found if isinstance(value, nn.Module)} | wrapped
+    functions = [value for value in found if isinstance(value, types.FunctionType) and id(value) not in wrapped]
+    rebound = _unbound_copies(functions, copied)
     memo |= {id(function): new for function, new, _ in rebound}
+    memo |= dict.fromkeys(wrapped, _present_forward)
+    wrappers = [value for value in found if _is_wrapper(value, wrapped)]
+    memo |= {id(wrapper): object.__new__(type(wrapper)) for wrapper in wrappers}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own copy of an exported graph
         for submodule in reversed(list(module.modules())):  # children come after their parents
-            if isinstance(submodule, fx.GraphModule):
-                memo[id(submodule)] = copy_graph_module(submodule, memo)
+            if isinstance(submodule, fx.GraphModule) and id(submodule) not in memo:
+                copy_graph_module(submodule, memo)
         result = copy.deepcopy(module, memo)
+        for wrapper in wrappers:
+            vars(memo[id(wrapper)]).update(copy.deepcopy(vars(wrapper), memo))
         for function, new, cells in rebound:
             for cell, content in cells:
                 cell.cell_contents = copy.deepcopy(content, memo)
@@ -71,24 +79,44 @@ def _copy(module: _Module, found: list[Any], memo: dict[int, Any]) -> _Module:
     return result
 
 
+def _present_forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    """The ``forward`` of a graph module's class.
+
+    It stands in copies for that of the original, which wrappers on the instance call (of mixed precision, say): the
+    class of a copy has another one as soon as a pass rewrites its graph.
+    """
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _is_wrapper(value: Any, functions: Collection[int]) -> bool:
+    """Whether a value is a callable object around one of the functions; some of them cannot be copied or pickled."""
+    kinds = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
+    if not functions or isinstance(value, kinds) or not callable(value) or not hasattr(value, "__dict__"):
+        return False
+    return any(id(held) in functions for held in reachable(value))
+
+
 def copy_graph_module(gm: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
-    """Copy a graph module with all that it holds.
+    """Copy a graph module with all that it holds, and note the copy in ``memo``.
 
     Its own copy drops attributes and submodules that the graph does not name, and makes every buffer persistent.
     """
+    shares_code = getattr(type(gm), "tbn_shares_code", False)
+    # What it holds may be bound to it: the copy has to exist before.
+    result: Any = object.__new__(type(gm)) if shares_code else fx.GraphModule.__new__(graph_class(gm))
+    memo[id(gm)] = result
     shell = nn.Module()
     # torch.export puts a train and an eval that only raise on its modules.
     shell.__dict__ = {key: value for key, value in gm.__dict__.items() if key not in ("_graph", "train", "eval")}
     shell = copy.deepcopy(shell, memo)
     graph = copy.deepcopy(gm.graph)
-    if not getattr(type(gm), "tbn_shares_code", False):
-        result: fx.GraphModule = graph_class(gm)(shell, graph, type(gm).__name__)
+    if shares_code:  # its class has the code of this graph already
+        result.__dict__.update(shell.__dict__, _graph=graph)
+        graph.owning_module = result
+    else:
+        result.__init__(shell, graph, type(gm).__name__)
         result.__dict__.update(shell.__dict__)
-        return result
-    result = object.__new__(type(gm))  # which has the code of this graph already
-    result.__dict__.update(shell.__dict__, _graph=graph)
-    graph.owning_module = result
-    return result
+    return cast("fx.GraphModule", result)
 
 
 def graph_class(gm: fx.GraphModule) -> type[fx.GraphModule]:

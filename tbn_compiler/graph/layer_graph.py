@@ -112,8 +112,7 @@ class TiledGraph(CarriesTilings, fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own copy of an exported graph
-            memo[id(self)] = result = copy_graph_module(self, memo)
-        return result
+            return copy_graph_module(self, memo)
 
     def __reduce__(self) -> Any:
         flat, structure = _flat_twin(self)

@@ -440,3 +440,60 @@ def test_exported_modules_copy_without_a_word() -> None:
         warnings.simplefilter("error")
         clone = share_tensors_copy(program.module())
     assert clone.train(False) is clone
+
+
+class Rounding:
+    """A callable object around a forward that refuses to be pickled or copied, as those of mixed precision do."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any) -> Tensor:
+        return self.function(*args).round(decimals=2)
+
+    def __getstate__(self) -> Any:
+        raise TypeError("not to be pickled")
+
+
+def in_a_closure(model: nn.Module) -> None:
+    forward = type(model).forward
+    model.forward = types.MethodType(lambda self, x: forward(self, x).round(decimals=2), model)
+
+
+def in_an_object(model: nn.Module) -> None:
+    rounding = Rounding(type(model).forward)
+
+    def forward(*args: Any) -> Tensor:
+        return rounding(*args)
+
+    model._original_forward = model.forward
+    model.forward = types.MethodType(forward, model)
+
+
+def in_a_partial(model: nn.Module) -> None:
+    def forward(module: Any, x: Tensor) -> Tensor:
+        return module._old_forward(x).round(decimals=2)
+
+    model._old_forward = model.forward
+    model.forward = functools.update_wrapper(functools.partial(forward, model), model._old_forward)
+
+
+@pytest.mark.parametrize("wrap", [in_a_closure, in_an_object, in_a_partial])
+@pytest.mark.parametrize(
+    "build", [lambda: nn.Linear(16, 8), lambda: fx.symbolic_trace(nn.Sequential(nn.Linear(16, 8)))]
+)
+def test_a_wrapped_forward_is_that_of_the_present_graph(build: Any, wrap: Callable[[nn.Module], None]) -> None:
+    """Trainers patch ``forward`` on the instance: lowering rewrites the graph under the wrapper."""
+    qat = tbn.transform(build(), tbn.TilingConfig(p=4, min_size=0))
+    x = torch.randn(3, 16)
+    expected = tbn.lower(qat)(x).round(decimals=2)
+    wrap(qat)
+    packed = tbn.lower(qat)
+    assert torch.equal(packed(x), expected)
+    assert torch.equal(tbn.lower(packed)(x), expected)
+    with torch.no_grad():
+        for parameter in qat.parameters():
+            parameter.fill_(5.0)
+    bias = packed.get_parameter(next(name for name, _ in packed.named_parameters() if name.endswith("bias")))
+    assert torch.equal(bias, torch.full_like(bias, 5.0))  # shared, as in every copy
