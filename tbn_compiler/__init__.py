@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tbn_compiler import backends
+from tbn_compiler import backends, integrations
 from tbn_compiler.calibration import calibrate, calibrate_inputs
 from tbn_compiler.compiler import lower, optimize, transform
 from tbn_compiler.config import LayerInfo, TilingConfig
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tbn_compiler.backends.onnx import ExportedFile, WeightForm
 
 backends.register()
+integrations.register()
 
 
 def export_c(

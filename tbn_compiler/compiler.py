@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import torch
@@ -38,6 +38,15 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram  # it loads sympy
 
 Module = TypeVar("Module", bound=nn.Module)
+
+# What is told of every model that transform, lower or load is about to return, and may add attributes to it.
+model_observers: list[Callable[[nn.Module], None]] = []
+
+
+def tell_observers(model: nn.Module) -> None:
+    """Let all observers see a model."""
+    for observe in model_observers:
+        observe(model)
 
 
 @overload
@@ -96,6 +105,7 @@ def transform(model: nn.Module | ExportedProgram, config: TilingConfig | None = 
     if unmatched:
         names = ", ".join(record.name for record in records)
         warnings.warn(f"config patterns {unmatched} match no layer; layers: {names}", stacklevel=2)
+    tell_observers(module)
     return module
 
 
@@ -114,13 +124,18 @@ def tile_model(model: nn.Module, config: TilingConfig, specs: Mapping[str, TileS
         copied = share_tensors_copy(model)
     except Exception as error:
         raise TransformError(f"cannot copy the structure of {type(model).__name__}: {error}") from error
-    disable_fast_paths(copied)
-    scope = Scope(config, specs)
     if isinstance(copied, fx.GraphModule):
+        disable_fast_paths(copied)
         gm = copied if isinstance(copied, TiledGraph) else adopt(copied, copied.graph)
-        return run_passes(gm, training_pipeline(scope))
-    tile_modules(copied, scope)
+        return run_passes(gm, training_pipeline(Scope(config, specs)))
+    tile_in_place(copied, config, specs)
     return copied
+
+
+def tile_in_place(model: nn.Module, config: TilingConfig, specs: Mapping[str, TileSpec] | None = None) -> None:
+    """Tile the weights of a model that the caller owns and that is no graph; ``specs`` as for :func:`tile_model`."""
+    disable_fast_paths(model)
+    tile_modules(model, Scope(config, specs))
 
 
 def unwrap(module: Any, error: type[Exception]) -> nn.Module:
@@ -161,7 +176,9 @@ def lower(module: Module) -> Module:
             "lower the module that transform returned"
         )
     _check_gathered(unwrapped)
-    return cast("Module", lower_model(share_tensors_copy(unwrapped)))
+    lowered = lower_model(share_tensors_copy(unwrapped))
+    tell_observers(lowered)
+    return cast("Module", lowered)
 
 
 def _check_gathered(module: nn.Module) -> None:

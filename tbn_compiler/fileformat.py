@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from tbn_compiler.errors import ConfigError, SerializationError
 from tbn_compiler.files import replacing
 from tbn_compiler.graph.records import alpha_key, input_scale_key, tile_key
 from tbn_compiler.graph.tiling_data import (
+    FURTHER,
     OPTIONS,
     SPEC_FIELDS,
     check_fields,
@@ -60,6 +61,7 @@ ENTRY = "tbn"
 
 _FIELDS = ("version", "layers", "left_alone", "aliases")
 _LAYER_FIELDS = (*SPEC_FIELDS, "note")
+_PACKED_OPTIONS = (*OPTIONS, "activation", "input_scale")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -138,7 +140,7 @@ def make_header(contents: PackedHeader, tensors: Mapping[str, Tensor]) -> dict[s
     """
     header = {
         "version": FORMAT_VERSION,
-        "layers": {name: spec_to_data(layer.spec) | {"note": layer.note} for name, layer in contents.layers.items()},
+        "layers": {name: layer_to_data(layer) for name, layer in contents.layers.items()},
         "left_alone": dict(contents.left_alone),
         "aliases": dict(contents.aliases),
     }
@@ -191,13 +193,34 @@ def write_file(path: Any, contents: PackedHeader, tensors: Mapping[str, Tensor])
         temporary.chmod(mode)  # safetensors makes a file that only its owner may read
 
 
+def layer_to_data(layer: StoredLayer) -> dict[str, Any]:
+    """A layer's entry as plain data, ready for JSON."""
+    return spec_to_data(layer.spec) | {"note": layer.note}
+
+
+def layer_from_data(data: Any, optional: Collection[str] = (*OPTIONS, *FURTHER)) -> StoredLayer:
+    """The layer that :func:`layer_to_data` wrote.
+
+    Args:
+        data: the entry, whatever it is.
+        optional: fields that it may have beside those that it must have.
+
+    Raises:
+        SerializationError: the entry is damaged; names the field.
+        ConfigError: its values do not fit each other.
+    """
+    check_fields("its entry", data, _LAYER_FIELDS, optional)
+    spec = spec_from_data(data)
+    if data["note"] is not None and not isinstance(data["note"], str):
+        raise SerializationError(f"note is {shorten(data['note'])}, not a text")
+    return StoredLayer(spec, data["note"])
+
+
 def _read_layer(name: str, layer: Any, version: int, tensors: Mapping[str, Tensor]) -> StoredLayer:
     """Check one layer's header entry, alone and against its tensors."""
     try:
-        check_fields("its entry", layer, _LAYER_FIELDS, () if version == 1 else (*OPTIONS, "activation", "input_scale"))
-        spec = spec_from_data(layer)
-        if layer["note"] is not None and not isinstance(layer["note"], str):
-            raise SerializationError(f"note is {shorten(layer['note'])}, not a text")
+        stored = layer_from_data(layer, () if version == 1 else _PACKED_OPTIONS)
+        spec = stored.spec
         keys = (tile_key, alpha_key, *([input_scale_key] if spec.input_scale == "layer" else []))
         missing = [key(name) for key in keys if key(name) not in tensors]
         if missing:
@@ -208,7 +231,7 @@ def _read_layer(name: str, layer: Any, version: int, tensors: Mapping[str, Tenso
             _check_input_scale(tensors[input_scale_key(name)])
     except (SerializationError, ConfigError) as error:
         raise SerializationError(f"layer {name!r}: {error}") from error
-    return StoredLayer(spec, layer["note"])
+    return stored
 
 
 def _check_tile(tile: Tensor, spec: TileSpec) -> None:

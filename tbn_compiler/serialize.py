@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, fx, nn
 
-from tbn_compiler.compiler import Module, lower_model, tile_model, unwrap
+from tbn_compiler.compiler import Module, lower_model, tell_observers, tile_model, unwrap
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import LoweringError, SerializationError, TransformError
 from tbn_compiler.fileformat import PackedHeader, StoredLayer, read_file, write_file
@@ -73,7 +73,7 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
             f"save stores packed tiles, but {trained[0]!r} is still a trainable weight: call tbn_compiler.lower first "
             "(or torch.save the state_dict to go on training later)"
         )
-    for weight, difference in _rewritten_calls(packed):
+    for weight, difference in rewritten_calls(packed):
         raise SerializationError(
             f"layer {weight!r} was rewritten by tbn_compiler.optimize, which no file holds ({difference}): save the "
             "lowered module, and optimise after load"
@@ -118,12 +118,13 @@ def load(path: str | os.PathLike[str], model: nn.Module | ExportedProgram) -> nn
     earlier = {record.weight: record.spec for record in get_records(model) or () if record.spec is not None}
     gm = tile_model(model, TilingConfig(), placed)
     try:
-        _check_tilings(gm, header, earlier)
+        check_tilings(gm, header, earlier)
         lower_model(gm, tensors)
-        _restore_records(gm, header)
+        restore_records(gm, header)
         _load_state(gm, tensors)
     except (LoweringError, SerializationError) as error:
         raise SerializationError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    tell_observers(gm)
     return gm.eval()
 
 
@@ -162,7 +163,7 @@ def _stored_once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     return tensors, aliases
 
 
-def _rewritten_calls(module: nn.Module) -> Iterator[tuple[str, str]]:
+def rewritten_calls(module: nn.Module) -> Iterator[tuple[str, str]]:
     """The calls on stored tiles that are not what lowering makes of their layers: the weight, and the difference."""
     for path, part in graph_parts(module):
         records = {record.weight: record for record in own_records(part) or ()}
@@ -229,7 +230,7 @@ def _device(model: nn.Module) -> str:
     return "cpu" if device == "meta" else device
 
 
-def _check_tilings(gm: nn.Module, header: PackedHeader, earlier: Mapping[str, TileSpec]) -> None:
+def check_tilings(gm: nn.Module, header: PackedHeader, earlier: Mapping[str, TileSpec]) -> None:
     """Every stored tile must have found its weight, and no weight may be tiled in another way, or called in one.
 
     ``earlier`` are the tilings that the model had before, by weight name.
@@ -246,7 +247,7 @@ def _check_tilings(gm: nn.Module, header: PackedHeader, earlier: Mapping[str, Ti
             )
         if record.spec is None:
             raise SerializationError(f"weight {name!r} cannot be tiled in this model: {record.reason}{_hint(name, gm)}")
-        if replace(earlier.get(name, layer.spec), latent="weight") != layer.spec:
+        if name in earlier and replace(earlier[name], latent="weight") != layer.spec:
             raise SerializationError(
                 f"weight {name!r} is tiled with {describe_spec(layer.spec)} in the file, with "
                 f"{describe_spec(earlier[name])} in the model: load into the float model, which has no tilings"
@@ -257,7 +258,7 @@ def _check_tilings(gm: nn.Module, header: PackedHeader, earlier: Mapping[str, Ti
                 f"weight {name!r} is tiled with {describe_spec(record.spec)} in the model, but not in the file: load "
                 "into the float model, which has no tilings"
             )
-    for name, difference in _rewritten_calls(gm):
+    for name, difference in rewritten_calls(gm):
         raise SerializationError(
             f"layer {name!r} of the model was rewritten since it was lowered ({difference}): load into the float model"
         )
@@ -273,7 +274,7 @@ def _hint(name: str, gm: nn.Module) -> str:
     )
 
 
-def _restore_records(gm: nn.Module, header: PackedHeader) -> None:
+def restore_records(gm: nn.Module, header: PackedHeader) -> None:
     """Put into the records what the file says of each weight."""
     records = [_restored(record, header) for record in get_records(gm) or ()]
     if not isinstance(gm, fx.GraphModule):  # each module that shares a weight has a record of its own

@@ -22,6 +22,8 @@ from torch import fx, nn
 
 from tbn_compiler.graph.records import LayerRecord
 
+GENERATED = "tbn_generated"  # says of a class that it was made for the code of a graph
+
 _Module = TypeVar("_Module", bound=nn.Module)
 _SHARED = (torch.Tensor, LayerRecord)  # tensors, and what cannot change
 # Nothing that these hold is part of a model's structure.
@@ -124,7 +126,8 @@ def graph_class(gm: fx.GraphModule) -> type[fx.GraphModule]:
 
     Every graph module has a class of its own below it; PyTorch's further ones have no constructor.
     """
-    made_from = next(cls for cls in type(gm).__mro__ if not cls.__qualname__.endswith("GraphModuleImpl"))
+    generated = (cls for cls in type(gm).__mro__ if not vars(cls).get(GENERATED))
+    made_from = next(cls for cls in generated if not cls.__qualname__.endswith("GraphModuleImpl"))
     return fx.GraphModule if made_from.__module__.startswith("torch.") else made_from
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
-from tbn_compiler.graph.copying import copy_graph_module, graph_class
+from tbn_compiler.graph.copying import GENERATED, copy_graph_module, graph_class
 from tbn_compiler.graph.records import TRANSPOSED, CarriesTilings, own_records
 from tbn_compiler.graph.tiled_parameters import decoded_weight
 from tbn_compiler.torch_private import OpOverload, has_usual_code, input_structure
@@ -97,7 +97,8 @@ class TiledGraph(CarriesTilings, fx.GraphModule):
             self.__dict__.update(compiled)
             self.__class__ = known
             return cast("PythonCode", code)
-        names = {"__module__": made_from.__module__, "__qualname__": "GraphModuleImpl"}
+        # Not torch's "GraphModuleImpl": accelerate patches the class where it reads that, here one that others share.
+        names = {"__module__": made_from.__module__, "__qualname__": name, GENERATED: True}
         self.__class__ = type(name, (made_from,), names)
         code = super().recompile()
         # The names of the globals stand in the code; equal names may mean other objects.

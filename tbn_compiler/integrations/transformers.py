@@ -1,0 +1,357 @@
+"""Hugging Face transformers: ``save_pretrained`` and ``from_pretrained`` of tiled models.
+
+A model of transformers that :func:`~tbn_compiler.transform`, :func:`~tbn_compiler.lower` or
+:func:`~tbn_compiler.load` returns carries a quantizer, so that its own methods store it as what it is: its weights or
+tiles in safetensors, sharded where large, and how they are tiled in ``config.json``::
+
+    {"quantization_config": {"quant_method": "tbn", "form": "packed", "layers": {"model.layers.0.mlp.up_proj.weight":
+     {"shape": [512, 128], "p": 4, ...}}, ...}}
+
+``AutoModel*.from_pretrained`` then builds the model, tiles its layers on the meta device as that says, and loads into
+them. A float checkpoint is tiled on the way with :class:`TbnConfig`::
+
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=TbnConfig(tbn.TilingConfig(p=4)))
+
+The plug-in is in use wherever both packages are imported. A program without this package cannot read such a folder:
+transformers warns there of an unknown quantization type, and takes the weights that it does not find as new ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+import safetensors
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tbn_compiler.compiler import lower, lower_model, tile_in_place
+from tbn_compiler.config import TilingConfig
+from tbn_compiler.errors import ConfigError, LoweringError, SerializationError, TransformError
+from tbn_compiler.fileformat import PackedHeader, StoredLayer, layer_from_data, layer_to_data
+from tbn_compiler.graph.records import (
+    alpha_key,
+    get_records,
+    input_scale_key,
+    is_tiling_record,
+    own_records,
+    record_holders,
+    split_key,
+    tile_key,
+)
+from tbn_compiler.graph.tiled_parameters import STRENGTH
+from tbn_compiler.graph.tiling_data import shorten
+from tbn_compiler.packing import packed_size
+from tbn_compiler.serialize import check_tilings, restore_records, rewritten_calls
+
+QUANT_METHOD = "tbn"
+VERSION = 1
+Form: TypeAlias = Literal["train", "packed"]
+
+_FIELDS = ("version", "form", "layers", "left_alone")
+
+
+@register_quantization_config(QUANT_METHOD)
+class TbnConfig(QuantizationConfigMixin):
+    """How ``from_pretrained`` tiles a float checkpoint, and what ``config.json`` says of a tiled one.
+
+    Args:
+        tiling: how to tile a float checkpoint; default :class:`~tbn_compiler.TilingConfig`. A mapping of its options
+            serves too. A checkpoint that is tiled already says so itself.
+        form: what a float checkpoint becomes: ``"train"``, as :func:`~tbn_compiler.transform` gives, or ``"packed"``,
+            as :func:`~tbn_compiler.lower` does.
+        layers: of a tiled checkpoint, the tiling of each weight by name, as
+            :mod:`~tbn_compiler.fileformat` writes it.
+        left_alone: of a tiled checkpoint, by weight name, why each other layer is in float.
+        gradual: of a tiled checkpoint, whether it is trained gradually.
+        version: format version of the last three.
+        quant_method: always ``"tbn"``.
+
+    Raises:
+        ConfigError: an option of the tiling is unknown or out of range.
+        SerializationError: the entry of a checkpoint is damaged, or written by a later version.
+
+    Example:
+        >>> TbnConfig(TilingConfig(p=8), form="packed").form
+        'packed'
+    """
+
+    def __init__(
+        self,
+        tiling: TilingConfig | Mapping[str, Any] | None = None,
+        form: Form = "train",
+        *,
+        layers: Mapping[str, Any] | None = None,
+        left_alone: Mapping[str, str] | None = None,
+        gradual: bool = False,
+        version: int = VERSION,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise SerializationError(
+                f"quantization_config has format version {shorten(version)}; this tbn_compiler reads up to {VERSION}: "
+                "upgrade it"
+            )
+        if unknown:
+            raise SerializationError(
+                f"quantization_config has the unknown field {', '.join(map(shorten, unknown))}: it may change what the "
+                "tiles mean, so a later tbn_compiler must read it"
+            )
+        if quant_method != QUANT_METHOD:
+            raise ConfigError(f"quant_method is {quant_method!r}, not {QUANT_METHOD!r}")
+        if form not in get_args(Form):
+            raise ConfigError(f"form={form!r} is not one of {', '.join(map(repr, get_args(Form)))}")
+        if tiling is not None and not isinstance(tiling, TilingConfig):
+            if not isinstance(tiling, Mapping):
+                raise ConfigError(f"tiling must be a TilingConfig, got {type(tiling).__name__} {tiling!r}")
+            tiling = TilingConfig(**tiling)
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # that of transformers' own methods is an enum
+        self.version = version
+        self.form = form
+        self.tiling = tiling
+        self.layers = None if layers is None else _read_layers(layers)
+        self.left_alone = dict(left_alone or {})
+        self.gradual = bool(gradual)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of ``config.json``; options of a tiling that were not applied yet stand there without a filter."""
+        data: dict[str, Any] = {"quant_method": self.quant_method, "version": self.version, "form": self.form}
+        if self.layers is not None:
+            data["layers"] = {name: layer_to_data(layer) for name, layer in self.layers.items()}
+            data["left_alone"] = dict(self.left_alone)
+            return data | ({"gradual": True} if self.gradual else {})
+        if self.tiling is not None:
+            options = {field.name: getattr(self.tiling, field.name) for field in fields(self.tiling)}
+            options["overrides"] = {pattern: dict(given) for pattern, given in self.tiling.overrides}
+            data["tiling"] = {name: value for name, value in options.items() if name != "filter"}
+        return data
+
+    def describe(self, model: nn.Module) -> None:
+        """Take over how a model is tiled, and whether it is lowered.
+
+        Raises:
+            SerializationError: the model holds weights of both kinds, or was rewritten since it was lowered.
+        """
+        records = get_records(model) or ()
+        state = model.state_dict()
+        tiled = [record for record in records if record.spec is not None]
+        packed = {record.weight for record in tiled if tile_key(record.weight) in state}
+        if packed and len(packed) != len(tiled):
+            weight = next(record.weight for record in tiled if record.weight not in packed)
+            raise SerializationError(f"some layers are lowered, and {weight!r} is not: lower the whole model")
+        for weight, difference in rewritten_calls(model):
+            raise SerializationError(
+                f"layer {weight!r} was rewritten by tbn_compiler.optimize, which no checkpoint holds ({difference}): "
+                "save the lowered model, and optimise after from_pretrained"
+            )
+        self.form = "packed" if packed else "train"
+        self.layers = {record.weight: StoredLayer(record.spec, record.note) for record in tiled if record.spec}
+        self.left_alone = {record.weight: record.reason for record in records if record.reason}
+        self.gradual = any(split_key(key)[1] == STRENGTH for key in state)
+
+
+def _read_layers(layers: Mapping[str, Any]) -> dict[str, StoredLayer]:
+    if not isinstance(layers, Mapping):
+        raise SerializationError(f"layers of the quantization_config are {shorten(layers)}, not an object")
+    return {name: _read_layer(name, data) for name, data in layers.items()}
+
+
+def _read_layer(name: str, data: Any) -> StoredLayer:
+    try:
+        return layer_from_data(data)
+    except (ConfigError, SerializationError) as error:
+        raise SerializationError(f"quantization_config, layer {name!r}: {error}") from error
+
+
+def mark(root: nn.Module) -> None:
+    """Let every model of transformers in a tiled model know that it is one, so that its own methods store it as such.
+
+    A part that holds no tiled layer stays as it is.
+    """
+    for module in root.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        config = TbnConfig()
+        try:
+            config.describe(module)
+        except SerializationError:
+            config.layers = {}  # told again when it is saved, with the reason
+        if config.layers or get_records(module):
+            attributes = {
+                "hf_quantizer": TbnQuantizer(config),
+                # Weights that train are no quantized ones: they may be cast, and trainers need no adapter for them.
+                "is_quantized": config.form == "packed",
+                "quantization_method": QUANT_METHOD,
+            }
+            for name, value in attributes.items():
+                setattr(module, name, value)
+            if hasattr(module.config, "quantization_config"):  # of a model that was loaded, and changed since
+                module.config.quantization_config = config
+
+
+_Value = TypeVar("_Value")
+
+
+def _named_as_in(model: PreTrainedModel, values: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Values by weight, under the names that the weights have in a model.
+
+    A model and the same with a head on it load each other's checkpoints: the head's file says ``model.layers.0.fc`` of
+    what the other calls ``layers.0.fc``, and has layers of its own that the other lacks.
+    """
+    prefix = f"{model.base_model_prefix}."
+    inside = bool(model.base_model_prefix) and hasattr(model, model.base_model_prefix)  # has a head on it
+    if inside and not any(name.startswith(prefix) for name in values):
+        return {prefix + name: value for name, value in values.items()}
+    if not inside and any(name.startswith(prefix) for name in values):
+        return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    if inside and type(model).__name__ not in (model.config.architectures or ()):  # another head
+        own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        kept = (name for name in values if name.startswith(prefix) or _parameter(name) in own)
+        return {name: values[name] for name in kept}
+    return dict(values)
+
+
+def _parameter(weight: str) -> str:
+    """The parameter that a weight is, or is a view of."""
+    return re.sub(r"_\d+$", "", weight)
+
+
+def _dense_state(model: nn.Module) -> dict[str, Any]:
+    """The ``state_dict`` of the float model with the weights that a tiled one computes with."""
+    packed = lower(model)
+    state = {name: value for name, value in packed.state_dict().items() if not is_tiling_record(value)}
+    for record in get_records(packed) or ():
+        if record.spec is None:
+            continue
+        for weight in (record.weight, *record.tied_weights):
+            for key in (tile_key, alpha_key, input_scale_key):
+                state.pop(key(weight), None)
+        for parameter in (record.parameter, *record.tied):
+            path, name = split_key(parameter)
+            state[parameter] = getattr(packed.get_submodule(path), name).detach()
+    return state
+
+
+def _stored_tiles(files: Iterable[str]) -> set[str]:
+    """The weights whose tiles stand in safetensors files."""
+    found: set[str] = set()
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safetensors.safe_open(file, framework="pt") as opened:
+                found |= {key.removesuffix("_tile") for key in opened.keys() if key.endswith("_tile")}  # noqa: SIM118
+    return found
+
+
+def _placeholders(model: nn.Module, layers: Mapping[str, StoredLayer]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors without values in the places of stored ones, by ``state_dict`` key."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for record in get_records(model) or ():
+        if record.spec is None:
+            continue
+        spec, weight = layers[record.weight].spec, parameters[record.parameter]
+        q = spec.layout.tile_size
+        if spec.tile_dtype == "binary":
+            yield tile_key(record.weight), weight.new_empty(packed_size(q), dtype=torch.uint8)
+        else:
+            yield tile_key(record.weight), weight.new_empty(q)
+        yield alpha_key(record.weight), weight.new_empty(spec.num_alphas)
+        if spec.input_scale == "layer":
+            yield input_scale_key(record.weight), weight.new_empty(())
+
+
+@register_quantizer(QUANT_METHOD)
+class TbnQuantizer(HfQuantizer):
+    """What transformers asks of a quantization method: here a model is tiled, or lowered, in place."""
+
+    quantization_config: TbnConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Give a model on the meta device the layers of its checkpoint."""
+        config = self.quantization_config
+        if not self.pre_quantized:
+            return
+        if config.layers is None:
+            raise SerializationError("quantization_config of the checkpoint does not say how its layers are tiled")
+        packed = config.form == "packed"
+        for weight in _stored_tiles(kwargs.get("checkpoint_files") or ()) - config.layers.keys():
+            raise SerializationError(
+                f"the files hold a tile of {weight!r}, of which quantization_config says nothing: config.json and the "
+                "files were not written together"
+            )
+        layers = _named_as_in(model, config.layers)
+        # Alphas of packed layers come from the file: no alpha source needs to exist meanwhile.
+        specs = {
+            name: replace(layer.spec, alpha_source="W", latent="weight") if packed else layer.spec
+            for name, layer in layers.items()
+        }
+        header = PackedHeader(layers, _named_as_in(model, config.left_alone), {})
+        try:
+            tile_in_place(model, TilingConfig(gradual=config.gradual), specs)
+            check_tilings(model, header, {})
+            if packed:
+                lower_model(model, dict(_placeholders(model, layers)))
+        except (LoweringError, SerializationError) as error:
+            raise SerializationError(
+                f"quantization_config of the checkpoint does not fit {type(model).__name__}: {error}"
+            ) from error
+        restore_records(model, header)
+        for _, holder in record_holders(model):
+            if any(record.spec is not None for record in own_records(holder) or ()):
+                # What transformers does to new weights is not for those that are computed.
+                holder._is_hf_initialized = True  # type: ignore[assignment]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Tile a float model with its weights."""
+        config = self.quantization_config
+        if not self.pre_quantized:
+            tile_in_place(model, config.tiling or TilingConfig())
+            if not any(record.spec for record in get_records(model) or ()):
+                raise TransformError(f"nothing to tile in {type(model).__name__}: none of its layers is eligible")
+            if config.form == "packed":
+                lower_model(model)
+            config.describe(model)
+            self.pre_quantized = True
+        mark(model)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called before a model is saved: lets its ``config.json`` say what the model is by now."""
+        self.quantization_config.describe(model)
+        model.config.quantization_config = self.quantization_config
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        """Tiled models can be saved, before and after lowering."""
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The dense model of a tiled one: every tiled weight as a parameter of its full size."""
+        config = copy.deepcopy(model.config)
+        vars(config).pop("quantization_config", None)
+        dense = type(model)(config)
+        dense.load_state_dict(_dense_state(model))
+        nn.Module.to(dense, dtype=dtype)
+        dense.train(model.training)
+        return dense
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients pass through the layers: adapters can be trained on packed ones."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the weights themselves train."""
+        return self.quantization_config.form == "train"
+
+    @property
+    def is_compileable(self) -> bool:
+        """Both forms can be compiled."""
+        return True
