@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
-import safetensors
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
@@ -240,16 +239,6 @@ def _dense_state(model: nn.Module) -> dict[str, Any]:
     return state
 
 
-def _stored_tiles(files: Iterable[str]) -> set[str]:
-    """The weights whose tiles stand in safetensors files."""
-    found: set[str] = set()
-    for file in files:
-        if str(file).endswith(".safetensors"):
-            with safetensors.safe_open(file, framework="pt") as opened:
-                found |= {key.removesuffix("_tile") for key in opened.keys() if key.endswith("_tile")}  # noqa: SIM118
-    return found
-
-
 def _placeholders(model: nn.Module, layers: Mapping[str, StoredLayer]) -> Iterator[tuple[str, Tensor]]:
     """Tensors without values in the places of stored ones, by ``state_dict`` key."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -281,11 +270,6 @@ class TbnQuantizer(HfQuantizer):
         if config.layers is None:
             raise SerializationError("quantization_config of the checkpoint does not say how its layers are tiled")
         packed = config.form == "packed"
-        for weight in _stored_tiles(kwargs.get("checkpoint_files") or ()) - config.layers.keys():
-            raise SerializationError(
-                f"the files hold a tile of {weight!r}, of which quantization_config says nothing: config.json and the "
-                "files were not written together"
-            )
         layers = _named_as_in(model, config.layers)
         # Alphas of packed layers come from the file: no alpha source needs to exist meanwhile.
         specs = {

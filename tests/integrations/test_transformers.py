@@ -281,7 +281,6 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "field": (lambda q: q["layers"]["lm_head.weight"].pop("p"), "layer 'lm_head.weight': its entry lacks 'p'"),
     "value": (lambda q: q["layers"]["lm_head.weight"].update(p=7), "layer 'lm_head.weight': .*7"),
     "shape": (lambda q: q["layers"]["lm_head.weight"].update(shape=[64, 48]), "has shape .64, 48. in the file"),
-    "a layer less": (lambda q: q["layers"].pop("lm_head.weight"), "the files hold a tile of 'lm_head.weight'"),
     "name": (
         lambda q: q["layers"].update({"model.foot.weight": q["layers"]["lm_head.weight"]}),
         "no linear or conv weight 'model.foot.weight'",
