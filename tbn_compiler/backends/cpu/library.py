@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,8 @@ LEVEL_VARIABLE = "TBN_CPU_LEVEL"
 INTERFACE = 6
 """Version of the interface in ``src/tbn_cpu.h`` (``TBN_INTERFACE``)."""
 
-_STEM = "_tbn_cpu"
+# One file for every Python: it is no extension module (setup.py).
+_LIBRARY = "_tbn_cpu.dll" if os.name == "nt" else "_tbn_cpu.so"
 _size, _pointer = ctypes.c_size_t, ctypes.c_void_p
 
 
@@ -114,11 +114,8 @@ _FUNCTIONS = {
 
 def library_path() -> Path | None:
     """The shared library beside this module, or ``None`` if the installation built none."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(_STEM + suffix)
-        if path.exists():
-            return path
-    return None
+    path = Path(__file__).with_name(_LIBRARY)
+    return path if path.exists() else None
 
 
 @functools.cache

@@ -1,0 +1,81 @@
+"""The files that are published: what is in them, for whom they are, and that they run where nothing else is."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import tbn_compiler
+from tests.package import matrix
+
+pytest.importorskip("build")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return matrix.build(tmp_path_factory.mktemp("package"))
+
+
+def _tracked(folder: str) -> set[str]:
+    listed = subprocess.run(["git", "ls-files", folder], cwd=matrix.ROOT, capture_output=True, text=True, check=True)
+    return set(listed.stdout.split())
+
+
+def test_contents(files: tuple[Path, Path]) -> None:
+    """Every file of the package, the library, and nothing from beside it."""
+    sdist, wheel = files
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == _tracked("tbn_compiler") | {"tbn_compiler/backends/cpu/_tbn_cpu.so"}
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert _tracked("tbn_compiler") <= inside
+    assert {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "setup.py"} <= inside
+    assert not [name for name in inside if name.startswith(("tests/", "benchmarks/"))]
+
+
+def test_for_every_python_on_its_platform(files: tuple[Path, Path]) -> None:
+    _, wheel = files
+    assert re.fullmatch(r"tbn_compiler-.*-py3-none-\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        (tags,) = (name for name in archive.namelist() if name.endswith("/WHEEL"))
+        assert "Root-Is-Purelib: false" in archive.read(tags).decode()
+
+
+def test_description(files: tuple[Path, Path]) -> None:
+    """The package index shows the README, where links into the repository lead nowhere."""
+    _, wheel = files
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        message = Parser().parsestr(archive.read(metadata).decode())
+    assert message["Version"] == tbn_compiler.__version__
+    assert message["Description-Content-Type"] == "text/markdown"
+    assert message["Author"]
+    description = str(message.get_payload())
+    assert "tbn.transform(" in description
+    assert re.findall(r"\]\((?!https?://|#)[^)]*\)", description) == []
+
+
+def test_the_library_needs_only_old_parts_of_the_c_library(files: tuple[Path, Path]) -> None:
+    """``auditwheel`` finds a manylinux tag: nothing but the C library is linked."""
+    pytest.importorskip("auditwheel")
+    shown = matrix.run([sys.executable, "-m", "auditwheel", "show", files[1]], files[1].parent)
+    assert re.search(r'following platform\s+tag: "manylinux_2_\d+_\w+"', " ".join(shown.split()))
+
+
+def test_the_installed_package_runs(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Beside the dependencies of this environment; ``python -m tests.package.matrix`` tries others."""
+    target = tmp_path / "installed"
+    matrix.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, files[1]], tmp_path)
+    (tmp_path / "smoke.py").write_text(matrix.SMOKE.read_text())
+    output = matrix.run([sys.executable, "smoke.py", target], tmp_path, PYTHONPATH=str(target))
+    found = json.loads(output.splitlines()[-1])
+    assert found["tbn-compiler"] == tbn_compiler.__version__
+    assert found["level"] is not None
