@@ -172,22 +172,16 @@ def train(model: nn.Module, data: ImageData, recipe: Recipe, soft_labels: Tensor
         order = torch.randperm(len(data.train_x))
         for batch in order[: steps_per_epoch * recipe.batch_size].split(recipe.batch_size):
             logits = model(data.train_x[batch])
-            loss = F.cross_entropy(logits, data.train_y[batch])
-            if soft_labels is not None:
-                soft = distillation_loss(logits, soft_labels[batch], recipe.temperature)
-                loss = (1 - recipe.distill) * loss + recipe.distill * soft
+            if soft_labels is None:
+                loss = F.cross_entropy(logits, data.train_y[batch])
+            else:
+                options = {"weight": recipe.distill, "temperature": recipe.temperature}
+                loss = tbn.distillation_loss(logits, soft_labels[batch], data.train_y[batch], **options)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     model.eval()
-
-
-def distillation_loss(logits: Tensor, soft_labels: Tensor, temperature: float) -> Tensor:
-    """Divergence from the softened labels (Hinton et al. 2015), scaled so that its gradient keeps its size."""
-    student = F.log_softmax(logits / temperature, 1)
-    teacher = F.log_softmax(soft_labels / temperature, 1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 @torch.no_grad()

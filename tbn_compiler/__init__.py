@@ -26,7 +26,13 @@ from tbn_compiler.errors import (
 )
 from tbn_compiler.serialize import load, save
 from tbn_compiler.summary import Summary, summary
-from tbn_compiler.training import convert_latent, init_from_float, set_tiling_strength, tiling_strength
+from tbn_compiler.training import (
+    convert_latent,
+    distillation_loss,
+    init_from_float,
+    set_tiling_strength,
+    tiling_strength,
+)
 from tbn_compiler.version import __version__
 
 if TYPE_CHECKING:
@@ -126,6 +132,7 @@ __all__ = [
     "calibrate",
     "calibrate_inputs",
     "convert_latent",
+    "distillation_loss",
     "explain",
     "export_c",
     "export_onnx",

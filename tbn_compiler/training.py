@@ -123,6 +123,62 @@ def _load_float(module: nn.Module, state_dict: Mapping[str, Any], sources: set[s
     module.load_state_dict(state_dict, strict=False)
 
 
+def distillation_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    weight: float = 0.7,
+    temperature: float = 2.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Loss of a classifier that learns from another one's answers, and from labels.
+
+    ``(1 - weight) * cross_entropy(logits, labels) + weight * T^2 * KL(softmax(teacher / T) || softmax(logits / T))``
+    (Hinton, Vinyals, Dean 2015, arXiv 1503.02531); ``T^2`` keeps the size of the gradient. The teacher of a tiled
+    network is mostly the float one that it was made from.
+
+    Args:
+        logits: of the network that learns, ``[N, C]``, or ``[N, C, ...]`` with the classes of many places, as
+            ``cross_entropy`` takes them. The loss is computed in at least float32, under autocast too.
+        teacher_logits: those of the other network for the same inputs, of the same shape; no gradient reaches them.
+        labels: as ``cross_entropy`` takes them; default: learn from the teacher alone, whatever ``weight``.
+        weight: of the teacher, 0 to 1.
+        temperature: above 0; more lets the less likely classes count for more.
+        label_smoothing: as for ``cross_entropy``.
+
+    Returns:
+        The mean over examples, and over places.
+
+    Raises:
+        ConfigError: ``weight`` or ``temperature`` is out of range, or the shapes differ.
+
+    Example:
+        >>> logits, teacher = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 0.0], [9.0, 0.0, 0.0]])
+        >>> float(distillation_loss(logits[:1], teacher[:1]))
+        0.0
+    """
+    if not 0 <= weight <= 1:
+        raise ConfigError(f"weight must be between 0 and 1, got {weight!r}")
+    if not 0 < temperature < float("inf"):
+        raise ConfigError(f"temperature must be above 0, got {temperature!r}")
+    if logits.shape != teacher_logits.shape or logits.dim() < 2:
+        raise ConfigError(
+            f"logits are {tuple(logits.shape)}, those of the teacher {tuple(teacher_logits.shape)}: both must be "
+            "[N, C, ...]"
+        )
+    with torch.autocast(logits.device.type, enabled=False):
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logits, teacher = logits.to(wide), teacher_logits.detach().to(wide)
+        student_log, teacher_log = ((each / temperature).log_softmax(1) for each in (logits, teacher))
+        divergence = nn.functional.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(1).mean()
+        soft = divergence * temperature**2
+        if labels is None:
+            return soft
+        hard = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        return (1 - weight) * hard + weight * soft
+
+
 def convert_latent(module: Module, latent: Latent) -> Module:
     """Let a module train its tiles instead of weights, or weights instead of tiles; the network computes the same.
 

@@ -362,3 +362,46 @@ def test_norms_are_estimated_again_by_pytorchs_own_function() -> None:
     torch.testing.assert_close(qat[1].running_mean, results.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(qat[1].running_var, results.var(0), rtol=5e-2, atol=1e-3)
     assert all(torch.equal(weights[key], value) for key, value in qat.named_parameters())
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3), (2, 5, 3, 4)])
+def test_distillation_is_the_written_formula(shape: tuple[int, ...]) -> None:
+    logits = torch.randn(shape, requires_grad=True)
+    teacher = torch.randn(shape, requires_grad=True)
+    labels = torch.randint(0, 5, (shape[0], *shape[2:]))
+    student, theirs = (each.detach().double().movedim(1, -1).reshape(-1, 5) for each in (logits, teacher))
+    p, q = ((each / 3).softmax(1) for each in (theirs, student))
+    soft = 9 * (p * (p / q).log()).sum(1).mean()
+    hard = -student.log_softmax(1).gather(1, labels.reshape(-1, 1)).mean()
+    found = tbn.distillation_loss(logits, teacher, labels, weight=0.4, temperature=3)
+    oracle.assert_close(found.detach(), (0.6 * hard + 0.4 * soft).float(), 1e-6)
+    oracle.assert_close(tbn.distillation_loss(logits, teacher, temperature=3).detach(), soft.float(), 1e-6)
+    found.backward()
+    assert logits.grad is not None
+    assert teacher.grad is None
+    assert tbn.distillation_loss(logits, logits.detach()).abs() < 1e-6
+    smooth = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert torch.equal(tbn.distillation_loss(logits, teacher, labels, weight=0, label_smoothing=0.1), smooth)
+
+
+def test_distillation_counts_in_float32() -> None:
+    logits, teacher = 40 * torch.randn(8, 100), 40 * torch.randn(8, 100)
+    expected = tbn.distillation_loss(logits.bfloat16().float(), teacher.bfloat16().float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tbn.distillation_loss(logits.bfloat16(), teacher.bfloat16())
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": 1.1}, r"weight must be between 0 and 1, got 1\.1"),
+        ({"weight": float("nan")}, "weight must be between 0 and 1"),
+        ({"temperature": 0}, "temperature must be above 0, got 0"),
+        ({"teacher_logits": torch.zeros(4, 2)}, r"logits are \(4, 3\), those of the teacher \(4, 2\)"),
+    ],
+)
+def test_distillation_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tbn.distillation_loss(**{"logits": torch.zeros(4, 3), "teacher_logits": torch.zeros(4, 3)} | arguments)
