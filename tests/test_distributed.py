@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
 import torch.distributed.nn.functional  # before a group is made: see `examples/paper/devices.py`
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -135,6 +136,36 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], nn.Module]]] = {
 }
 
 
+def stages(form: str) -> list[nn.Sequential]:
+    """The two halves of a network, each with its own layers, tiled and perhaps lowered."""
+    torch.manual_seed(6)
+    halves = [nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), nn.Sequential(nn.Linear(16, 8))]
+    tiled = [tbn.transform(half, CONFIG) for half in halves]
+    return tiled if form == "train" else [tbn.lower(half) for half in tiled]
+
+
+def pipeline_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(8)
+    return torch.randn(8, 16, generator=generator), torch.randint(0, 8, (8,), generator=generator)
+
+
+def _pipeline_stage(rank: int, form: str) -> dict[str, Any]:
+    """Run one half of the network in PyTorch's pipeline: its gradients, and the results where it is the last."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    module = stages(form)[rank]
+    x, y = pipeline_batch()
+    stage = PipelineStage(module, rank, PROCESSES, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, n_microbatches=4, loss_fn=F.cross_entropy if form == "train" else None)
+    if rank == 0:
+        schedule.step(x)
+        output = None
+    else:
+        output = schedule.step(target=y, losses=[]) if form == "train" else schedule.step()
+    gradients = {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
+    return {"output": None if output is None else output.detach(), "gradients": gradients}
+
+
 def _process(rank: int, folder: str) -> None:
     """One of the processes: run every case, and let rank 0 write what came out."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -149,6 +180,8 @@ def _process(rank: int, folder: str) -> None:
         state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
         elements = sum(shard_elements(parameter) for parameter in wrapped.parameters())
         results[name] = {"losses": losses, "state": state, "elements": elements}
+        if name.startswith("fsdp"):
+            dist.checkpoint.save({"model": get_model_state_dict(module)}, checkpoint_id=f"{folder}/{name}")
         if name == "fsdp":
             results[name]["summary"] = str(tbn.summary(module))
             try:
@@ -157,15 +190,23 @@ def _process(rank: int, folder: str) -> None:
                 results[name]["error"] = str(error)
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
+    for form in ("train", "packed"):
+        torch.save(_pipeline_stage(rank, form), f"{folder}/stage {rank} {form}.pt")
     del module, wrapped
     gc.collect()
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the processes wrote."""
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.spawn(_process, args=(str(folder),), nprocs=PROCESSES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Any:
     return torch.load(folder / "results.pt")
 
 
@@ -198,6 +239,41 @@ def test_gathered_state_lowers_as_that_of_one_process(results: Any, case: str, b
     x = torch.randn(5, 16)
     with torch.no_grad():
         oracle.assert_close(tbn.lower(fresh)(x), tbn.lower(alone)(x), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # it says so of any checkpoint read alone
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("fsdp")])
+def test_distributed_checkpoints(results: Any, folder: Path, case: str) -> None:
+    """Written by two processes in parts, read by one; the tilings are compared."""
+    module = CASES[case][0]()
+    state = {"model": module.state_dict()}
+    for value in state["model"].values():
+        if value.is_floating_point():
+            value.zero_()
+    dist.checkpoint.load(state, checkpoint_id=folder / case, no_dist=True)
+    module.load_state_dict(state["model"])
+    torch.testing.assert_close(dict(module.state_dict()), dict(results[case]["state"]), rtol=0, atol=0)
+    if case == "fsdp":
+        other = whole(p=2, alpha="layer")
+        state = {"model": other.state_dict()}
+        dist.checkpoint.load(state, checkpoint_id=folder / case, no_dist=True)
+        with pytest.raises(RuntimeError, match="is tiled with p=2, 1 alpha from A, in the checkpoint with p=4"):
+            other.load_state_dict(state["model"])
+
+
+@pytest.mark.parametrize("form", ["train", "packed"])
+def test_pipeline_of_two_stages(folder: Path, form: str) -> None:
+    first, second = stages(form)
+    x, y = pipeline_batch()
+    output = second(first(x))
+    found = [torch.load(folder / f"stage {rank} {form}.pt") for rank in range(PROCESSES)]
+    torch.testing.assert_close(found[1]["output"], output.detach(), rtol=1e-5, atol=1e-6)
+    if form == "packed":
+        return
+    F.cross_entropy(output, y).backward()
+    for stage, module in zip(found, (first, second), strict=True):
+        gradients = {name: value.grad for name, value in module.named_parameters()}
+        torch.testing.assert_close(stage["gradients"], gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_sharded_module_says_to_gather_first(results: Any) -> None:
