@@ -8,7 +8,6 @@ paper's "#Params (M-Bit)".
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -37,11 +36,11 @@ from tbn_compiler.graph.layers import (
 )
 from tbn_compiler.graph.records import LayerRecord, get_records, graph_parts, join_key, own_records
 from tbn_compiler.graph.shapes import visit_results
+from tbn_compiler.tables import as_text
 from tbn_compiler.tiling import TiledProduct
 from tbn_compiler.torch_private import original_module
 
 _FLOAT_BITS = 32
-_WIDEST = 10_000  # columns; wider than any name
 
 
 @dataclass(frozen=True)
@@ -156,10 +155,7 @@ class Summary:
 
     def __str__(self) -> str:
         """The table in its natural width, for files and pipes: no name is folded."""
-        console = Console(file=io.StringIO(), width=_WIDEST, color_system=None)
-        console.print(self.table())
-        assert isinstance(console.file, io.StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+        return as_text(self.table())
 
     def _total_cells(self, number: Callable[[int], str]) -> list[str]:
         t = self.totals

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from rich.console import Console
 
 from tbn_compiler.cli.models import add_model, load_model, parse_shape
+from tbn_compiler.cli.output import add_json, print_json
+from tbn_compiler.tables import console
 
 
 def add_parser(commands: Any) -> None:
@@ -57,6 +58,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--package", choices=("arduino", "cmake"), help="write a folder for a build system")
     parser.add_argument("--plan", action="store_true", help="print steps, kernels, costs and memory")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="picture of the scratch memory (needs matplotlib)")
+    add_json(parser)
     parser.set_defaults(run=_run)
 
 
@@ -70,8 +72,11 @@ def _run(arguments: argparse.Namespace) -> None:
     plan = export_c(load_model(arguments), inputs, arguments.output, **options)
     if arguments.draw is not None:
         plan.draw(arguments.draw)
+    if arguments.json:
+        print_json({"output": arguments.output} | plan.to_dict())
+        return
     if arguments.plan:
-        Console().print(plan.table())
+        console().print(plan.table())
     written = arguments.output if arguments.package else f"{arguments.output} and {arguments.output.with_suffix('.h')}"
     sizes = f"{plan.weight_bytes:,} bytes of constants, {plan.scratch_bytes:,} of scratch"
     print(f"wrote {written}: {sizes}")

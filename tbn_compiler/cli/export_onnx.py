@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tbn_compiler.cli.models import add_model, load_model, parse_shape
+from tbn_compiler.cli.output import add_json, print_json
 
 
 def add_parser(commands: Any) -> None:
@@ -41,6 +43,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--opset", type=int, default=18, help="default: %(default)s")
     parser.add_argument("--fixed-batch", action="store_true", help="keep the batch size of --input")
     parser.add_argument("--no-optimize", action="store_true", help="keep norms and copies as they are")
+    add_json(parser)
     parser.set_defaults(run=_run)
 
 
@@ -59,6 +62,9 @@ def _run(arguments: argparse.Namespace) -> None:
         bits=arguments.bits,
         accuracy_level=arguments.accuracy_level,
     )
+    if arguments.json:
+        print_json(asdict(written))
+        return
     print(f"wrote {written.path}: {written.size:,} bytes, opset {written.opset}, {len(written.forms)} tiled layers")
     for reason, count in Counter(written.reasons.values()).items():
         print(f"note: {count} layers keep packed bits: {reason}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -13,18 +15,47 @@ if TYPE_CHECKING:
 
 def plan_table(plan: Plan) -> Table:
     """One row a step: operation, kernel and why, instructions, stored bytes, scratch bytes in use, the peak marked."""
-    table = Table(title=f"{plan.name}: {_sizes(plan)}")
+    table = Table(title=escape(f"{plan.name}: {_sizes(plan)}"))
     for column in ("step", "operation", "result", "kernel"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for column in ("estimated instructions", "constants", "scratch in use"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for index, (step, live) in enumerate(zip(plan.steps, plan.live_bytes, strict=True)):
         kernel = f"{step.kernel or 'none'}" + (f" ({step.choice})" if step.choice else "")
         peak = " (peak)" if live and step.node == plan.peak_step else ""
         shape = " x ".join(map(str, step.shape)) or "1"
         numbers = (f"{step.cost:,}", f"{step.constant_bytes:,}", f"{live:,}{peak}")
-        table.add_row(str(index), step.title, shape, kernel, *numbers)
+        table.add_row(str(index), escape(step.title), shape, escape(kernel), *numbers)
     return table
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data: sizes, steps and buffers."""
+    steps = [
+        {
+            "layer": step.layer,
+            "operation": step.implementation.title,
+            "shape": list(step.shape),
+            "kernels": list(step.implementation.kernels),
+            "choice": step.implementation.choice,
+            "notes": list(step.notes),
+            "estimated_instructions": step.cost,
+            "constant_bytes": step.constant_bytes,
+            "live_bytes": live,
+        }
+        for step, live in zip(plan.steps, plan.live_bytes, strict=True)
+    ]
+    return {
+        "name": plan.name,
+        "options": dataclasses.asdict(plan.options),
+        "weight_bytes": plan.weight_bytes,
+        "scratch_bytes": plan.scratch_bytes,
+        "total_bytes": plan.total_bytes,
+        "largest_layer_bytes": plan.largest_layer_bytes,
+        "estimated_instructions": plan.cost,
+        "steps": steps,
+        "buffers": [dataclasses.asdict(buffer) for buffer in plan.buffers],
+    }
 
 
 def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:

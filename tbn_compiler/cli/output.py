@@ -1,0 +1,29 @@
+"""What commands print: a table for people, or data with ``--json``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def add_json(parser: Any) -> None:
+    """The option ``--json``, which every command has: data on standard output and nothing else."""
+    parser.add_argument("--json", action="store_true", help="print data as JSON instead of text")
+
+
+def print_json(data: Any) -> None:
+    """Print data as JSON. Numbers that JSON has no form for (infinity, NaN) are ``null``; paths are strings."""
+    print(json.dumps(_plain(data), indent=2))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
