@@ -220,7 +220,7 @@ def test_float_checkpoint_is_taken_with_a_note(capsys, factory, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{}"], "is not of the form module:factory"),
+        (["{}"], "the model '.*' is not of the form module:name"),
         (["nowhere_to_be_found:mlp"], "cannot import 'nowhere_to_be_found'"),
         (["{}:absent"], "has no 'absent'"),
         (["{}:number"], "returned a int, not an nn.Module"),

@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from tbn_compiler.cli.arrays import load_arrays
-from tbn_compiler.cli.models import parse_positive
+from tbn_compiler.cli.options import Repeated, parse_positive
 from tbn_compiler.cli.output import add_json, print_json
 from tbn_compiler.errors import ConfigError
 from tbn_compiler.tables import console
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("source", type=Path, help="C file of export-c; its header lies beside it")
     parser.add_argument(
-        "--cpu", choices=_CPUS, action="append", help=f"core to run on; may be repeated (default: {_PAPER_CPU})"
+        "--cpu", choices=_CPUS, action=Repeated, help=f"core to run on; may be repeated (default: {_PAPER_CPU})"
     )
     parser.add_argument(
         "--vectors",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tbn_compiler.cli.models import parse_positive
+from tbn_compiler.cli.options import parse_positive
 from tbn_compiler.cli.output import add_json, print_json
 from tbn_compiler.tables import console
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from tbn_compiler.cli.arrays import load_arrays
-from tbn_compiler.cli.models import add_model, load_model, parse_positive, parse_shape
+from tbn_compiler.cli.models import add_model, load_model
+from tbn_compiler.cli.options import Repeated, parse_positive, parse_shape
 from tbn_compiler.cli.output import add_json, print_json
 from tbn_compiler.compiler import lower
 from tbn_compiler.errors import ExportError
@@ -33,7 +34,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--input",
         type=parse_shape,
-        action="append",
+        action=Repeated,
         help="shape of a random input, e.g. 8,784 (default: the shapes in the ONNX file)",
     )
     parser.add_argument(
