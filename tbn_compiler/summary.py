@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx, nn
 
+from tbn_compiler import html
 from tbn_compiler.errors import TBNError
 from tbn_compiler.graph.attention import ATTENTION_WEIGHTS, attention_layer
 from tbn_compiler.graph.calls import tiled_call
@@ -36,6 +37,8 @@ from tbn_compiler.graph.layers import (
 )
 from tbn_compiler.graph.records import LayerRecord, get_records, graph_parts, join_key, own_records
 from tbn_compiler.graph.shapes import visit_results
+from tbn_compiler.html import Bars, Column, Facts, Section
+from tbn_compiler.html.pictures import Bar
 from tbn_compiler.tables import as_text
 from tbn_compiler.tiling import TiledProduct
 from tbn_compiler.torch_private import original_module
@@ -127,7 +130,7 @@ class Summary:
 
     def to_markdown(self) -> str:
         """The summary as a GitHub-flavoured Markdown table, with exact numbers and a column of notes."""
-        titles = [*(title.replace("\n", " ") for title in _COLUMNS), "note"]
+        titles = [*_TITLES, "note"]
         aligns = ["---" if title in _LEFT else "---:" for title in titles]
         t = self.totals
         counts = f"{t['tiled_layers']} tiled, {t['float_layers']} left alone"
@@ -152,6 +155,50 @@ class Summary:
         lines = [f"{t['tiled_layers']} layers tiled, {t['float_layers']} left alone; multiply-adds (MACs) {unit}"]
         lines += [f"{row.name}: {row.note}" for row in self.layers if row.note]
         return Group(table, *map(Text, lines))
+
+    def section(self) -> Section:
+        """The summary as a part of a page: totals, where bits and multiply-adds are, and the exact table."""
+        t = self.totals
+        unit = "per output position" if self.per_position else "for the example input"
+        ratio = f"{_FLOAT_BITS / t['bits_per_weight']:.1f}x" if t["bits_per_weight"] else "-"
+        facts = (
+            ("weights", f"{t['weights']:,}"),
+            ("stored bits", f"{t['stored_bits']:,}"),
+            ("bits per weight", f"{t['bits_per_weight']:.3f}"),
+            ("smaller than float32", ratio),
+            ("scales (alphas)", f"{t['alphas']:,}"),
+            ("multiply-adds", f"{_compact(t['macs_tiled'])} of {_compact(t['macs'])}"),
+        )
+        columns = [Column(title, title not in _LEFT and title != "shape", _HINTS.get(title, "")) for title in _TITLES]
+        counts = f"{t['tiled_layers']} tiled, {t['float_layers']} left alone"
+        table = html.Table(
+            f"Layers; multiply-adds (MACs) {unit}",
+            (*columns, Column("note")),
+            tuple((*_cells(row, "{:,}".format), row.note) for row in self.layers),
+            (*self._total_cells("{:,}".format), counts),
+        )
+        return Section("Layers", (Facts(facts), self._bars(), table))
+
+    def _bars(self) -> Bars:
+        bits = max((row.stored_bits for row in self.layers), default=0) or 1
+        macs = max((row.macs or 0 for row in self.layers), default=0) or 1
+        rows = []
+        for row in self.layers:
+            share = 100 * row.stored_bits / bits
+            text = f"{_compact(row.stored_bits)} ({row.bits_per_weight:.3f} a weight)"
+            dense, tiled = row.macs or 0, row.macs_tiled or 0
+            computed = "-" if row.macs is None else f"{_compact(tiled)} of {_compact(dense)}"
+            work = Bar("multiply-adds", 100 * dense / macs, 100 * tiled / macs, computed)
+            rows.append((row.name, (Bar("stored bits", share, share, text), work)))
+        return Bars("Where the bits are, and the multiply-adds: computed ones of the dense layer's", tuple(rows))
+
+    def to_html(self) -> str:
+        """The summary as an HTML fragment that needs nothing else, neither style nor script."""
+        return html.fragment(self.section())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.to_html()
 
     def __str__(self) -> str:
         """The table in its natural width, for files and pipes: no name is folded."""
@@ -178,7 +225,17 @@ _COLUMNS = (
     "MACs\ndense",
     "MACs\ntiled",
 )
+_TITLES = tuple(title.replace("/\n", "/").replace("\n", " ") for title in _COLUMNS)  # in one line
 _LEFT = ("layer", "kind", "note")
+_HINTS = {
+    "N": "weight elements",
+    "p": "copies of the tile",
+    "q": "elements of the tile",
+    "unique rows": "rows with different signs: all that is multiplied",
+    "alphas": "stored scales",
+    "MACs dense": "multiply-adds of the layer without tiles",
+    "MACs tiled": "multiply-adds of the rows that differ",
+}
 
 
 def _compact(value: int) -> str:

@@ -17,7 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from tbn_compiler import html
 from tbn_compiler.errors import ExportError
+from tbn_compiler.html import Column, Section
 from tbn_compiler.torch_private import tree_leaves
 
 Arrays = dict[str, np.ndarray]
@@ -92,6 +94,24 @@ class Comparison(Sequence[Difference]):
             table.add_row(*map(escape, (*_cells(row), "ok" if row.within(tolerance) else f"above {tolerance:g}")))
         return table
 
+    def section(self, tolerance: float | None = None) -> Section:
+        """The comparison as a part of a page; with a verdict if there is a ``tolerance``."""
+        verdicts = [] if tolerance is None else [Column(f"within {tolerance:g}")]
+        columns = (*(Column(title, title not in _COLUMNS[:2]) for title in _COLUMNS), *verdicts)
+        rows = (
+            (*_cells(row), *([] if tolerance is None else ["yes" if row.within(tolerance) else "no"]))
+            for row in self.outputs
+        )
+        return Section("The file against the model", (html.Table("Outputs", columns, tuple(rows)),))
+
+    def to_html(self, tolerance: float | None = None) -> str:
+        """The comparison as an HTML fragment that needs nothing else, neither style nor script."""
+        return html.fragment(self.section(tolerance))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.to_html()
+
 
 _COLUMNS = ("output", "shape", "max. absolute error", "relative error", "top-1 agreement")
 
@@ -133,6 +153,19 @@ def run_model(module: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[np.nd
     return [leaf.numpy() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
+def load_onnxruntime() -> Any:
+    """The package ``onnxruntime``.
+
+    Raises:
+        ExportError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExportError(f"verify needs onnxruntime ({error}): pip install 'tbn-compiler[onnx]'") from error
+    return onnxruntime
+
+
 class OnnxFile:
     """An ONNX file in ONNX Runtime on the CPU.
 
@@ -141,10 +174,7 @@ class OnnxFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ExportError(f"verify needs onnxruntime ({error}): pip install 'tbn-compiler[onnx]'") from error
+        onnxruntime = load_onnxruntime()
         if not Path(path).is_file():
             raise ExportError(f"{path} is no file")
         try:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tbn_compiler.tables import console
 
 
 def add_json(parser: Any) -> None:
@@ -17,6 +22,20 @@ def add_json(parser: Any) -> None:
 def print_json(data: Any) -> None:
     """Print data as JSON. Numbers that JSON has no form for (infinity, NaN) are ``null``; paths are strings."""
     print(json.dumps(_plain(data), indent=2))
+
+
+@contextmanager
+def stages(number: int) -> Iterator[Callable[[str], None]]:
+    """Progress on standard error, if that is a terminal; gives what is called with each stage when it begins."""
+    terminal = console(stderr=True)
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+        task = progress.add_task("", total=number, completed=-1)
+
+        def begin(name: str) -> None:
+            progress.update(task, description=name, advance=1)
+
+        yield begin
 
 
 def _plain(value: Any) -> Any:

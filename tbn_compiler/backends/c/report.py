@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from tbn_compiler import html
+from tbn_compiler.html import Column, Facts, MemoryMap, Notes, Part, Section
+from tbn_compiler.html.pictures import Box
+
 if TYPE_CHECKING:
     from tbn_compiler.backends.c.plan import Plan
 
@@ -27,6 +31,42 @@ def plan_table(plan: Plan) -> Table:
         numbers = (f"{step.cost:,}", f"{step.constant_bytes:,}", f"{live:,}{peak}")
         table.add_row(str(index), escape(step.title), shape, escape(kernel), *numbers)
     return table
+
+
+def plan_section(plan: Plan) -> Section:
+    """A plan as a part of a page: sizes, the memory map over time, steps with kernels and costs, and the buffers."""
+    facts = (
+        ("constants", f"{plan.weight_bytes:,} B"),
+        ("scratch memory", f"{plan.scratch_bytes:,} B"),
+        ("of it needed at once", f"{max(plan.live_bytes, default=0):,} B"),
+        ("estimated instructions", f"{plan.cost:,}"),
+        ("on", _target(plan)),
+        ("kernels chosen for", plan.options.optimize),
+    )
+    columns = (
+        *(Column("step", numeric=True), Column("operation"), Column("result"), Column("kernel"), Column("why")),
+        Column("instructions", numeric=True, hint=f"estimated for {_target(plan)}"),
+        Column("constants", numeric=True, hint="bytes"),
+        Column("scratch in use", numeric=True, hint="bytes"),
+    )
+    rows = []
+    for index, (step, live) in enumerate(zip(plan.steps, plan.live_bytes, strict=True)):
+        shape = "x".join(map(str, step.shape)) or "1"
+        numbers = (f"{step.cost:,}", f"{step.constant_bytes:,}", f"{live:,}")
+        rows.append((str(index), step.title, shape, step.kernel or "none", step.choice, *numbers))
+    total = ("", "total", "", "", "", f"{plan.cost:,}", f"{plan.weight_bytes:,}", f"{plan.scratch_bytes:,}")
+    parts: list[Part] = [Facts(facts)]
+    if plan.buffers:
+        boxes = tuple(Box(b.name, b.nbytes, b.offset, b.first, b.last) for b in plan.buffers)
+        parts.append(MemoryMap("Scratch memory over time", boxes, plan.live_bytes, plan.scratch_bytes))
+        titles = ("buffer", "bytes", "offset", "first step", "last step")
+        cells = tuple((b.name, f"{b.nbytes:,}", f"{b.offset:,}", str(b.first), str(b.last)) for b in plan.buffers)
+        listing = tuple(Column(title, numeric=title != "buffer") for title in titles)
+        parts.append(html.Table("Buffers in the scratch block", listing, cells, folded=True))
+    else:
+        parts.append(Notes(("No scratch memory: nothing is kept between steps but inputs and outputs.",)))
+    parts.append(html.Table("Steps of the run function", columns, tuple(rows), total))
+    return Section(f"C program ({plan.name})", tuple(parts))
 
 
 def plan_data(plan: Plan) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tbn_compiler import html
 from tbn_compiler.errors import TBNError
+from tbn_compiler.html import Column, Notes, Part, Section
 
 _logger = logging.getLogger("tbn_compiler.backends.dynamo")
 
@@ -111,6 +113,26 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """The reports as plain data (ready for JSON): ``{"graphs": [...], "totals": {...}}``."""
         return {"graphs": [dataclasses.asdict(graph) for graph in self.graphs], "totals": self.totals}
+
+    def section(self) -> Section:
+        """The reports as a part of a page: a table for each graph, and what was not done, with the layers' names."""
+        columns = (Column("layer"), Column("kind"), Column("what it runs on, and what was done"))
+        parts: list[Part] = [Notes((self.total_line,))]
+        for index, graph in enumerate(self.graphs):
+            title = f"Graph {index}, {graph.form}: {graph.lowered} of {len(graph.layers)} on packed tiles"
+            rows = tuple((layer.name, layer.kind, layer.state) for layer in graph.layers)
+            reasons = [f"{', '.join(names)}: {reason}" for reason, names in graph.reasons.items()]
+            parts += [html.Table(title, columns, rows)] if rows else [Notes((title,))]
+            parts += [Notes((*graph.notes, *reasons), listed=True)] if graph.notes or reasons else []
+        return Section("Compiled graphs", tuple(parts))
+
+    def to_html(self) -> str:
+        """The reports as an HTML fragment that needs nothing else, neither style nor script."""
+        return html.fragment(self.section())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.to_html()
 
     def __str__(self) -> str:
         """The reports of all graphs, and a line of totals."""

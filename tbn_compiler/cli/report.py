@@ -1,0 +1,97 @@
+"""``tbn-compiler report``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model
+from tbn_compiler.cli.output import add_json, print_json, stages
+from tbn_compiler.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tbn_compiler.reporting import MeasuredNetwork
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of the command line."""
+    from tbn_compiler.backends.c.options import OptimizeFor, Target
+
+    parser = commands.add_parser(
+        "report",
+        help="write a page about a model: layers, C program, memory, errors",
+        description="Write one HTML page that needs nothing else: layers with bits and multiply-adds, the C program "
+        "with its kernels, costs and memory over time, and the error of each layer lowered, in int8, in C and in ONNX.",
+    )
+    add_model(parser)
+    add_inputs(parser, "errors are those on it; real inputs say more")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: %(default)s")
+    parser.add_argument("--title", help="of the page (default: the name of the model's class)")
+    parser.add_argument(
+        "--optimize",
+        choices=get_args(OptimizeFor),
+        default="balanced",
+        help="what kernels in C are chosen for (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--target",
+        choices=get_args(Target),
+        default="generic",
+        help="processor whose costs decide (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sweep",
+        type=Path,
+        metavar="FILE.json",
+        help="networks to show size against accuracy of: a list of {name, stored_bits, accuracy}, accuracy in per cent",
+    )
+    add_json(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from tbn_compiler.reporting import STAGES, report
+
+    sweep = [] if arguments.sweep is None else _read_sweep(arguments.sweep)
+    model = load_model(arguments)
+    inputs = example_inputs(arguments, model)
+    options = {"title": arguments.title, "optimize": arguments.optimize, "target": arguments.target}
+    with stages(len(STAGES)) as on_stage:
+        result = report(model, inputs, sweep=sweep, on_stage=on_stage, **options)
+    result.write(arguments.output)
+    if arguments.json:
+        print_json({"output": arguments.output} | result.to_dict())
+        return
+    print(f"wrote {arguments.output}: {len(result.summary.layers)} layers")
+    for what, why in result.errors.missing.items():
+        print(f"note: {what}: {why}")
+
+
+def _read_sweep(path: Path) -> list[MeasuredNetwork]:
+    """The networks in a file.
+
+    Raises:
+        ConfigError: it is missing, or of another form.
+    """
+    from tbn_compiler.reporting import MeasuredNetwork
+
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ConfigError(f"{path} holds no list of networks")
+    return [MeasuredNetwork(*_fields(row, f"{path}: network {index}")) for index, row in enumerate(rows)]
+
+
+def _fields(row: Any, where: str) -> tuple[str, int, float]:
+    fields = {"name": str, "stored_bits": int, "accuracy": int | float}
+    for name, kind in fields.items():
+        if not isinstance(row, Mapping) or not isinstance(row.get(name), kind) or isinstance(row[name], bool):
+            raise ConfigError(f"{where} must have name, stored_bits (an integer) and accuracy, got {row!r}")
+    return row["name"], row["stored_bits"], float(row["accuracy"])
