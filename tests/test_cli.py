@@ -155,6 +155,19 @@ def test_piped_tables_are_as_wide_as_they_need(capsys, factory):
     assert len(row) > 120
 
 
+def test_progress_is_for_terminals(capsys, factory):
+    """On standard error, so that what is piped is the result alone; a file or a pipe there sees none of it."""
+    command = ("summary", f"{factory}:mlp", "--min-size", 0, "--json")
+    _, out, err = run(capsys, *command)
+    assert err == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORCE_COLOR", "1")  # for rich, a terminal
+        _, again, err = run(capsys, *command)
+    assert again == out
+    assert "model" in err
+    assert "0/2" in err
+
+
 def test_a_tiled_model_keeps_its_tiling(capsys, factory):
     status, _, err = run(capsys, "summary", f"{factory}:tiled", "--p", 2)
     assert status == 1

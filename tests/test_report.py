@@ -14,6 +14,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
@@ -264,6 +266,30 @@ def test_memory_map_keeps_to_its_frame() -> None:
     assert len(picture.steps) == 27
     narrow = MemoryMap("map", (Box("b", 4, 0, 0, 0),), (4,), 100_000)  # a hair: no text fits
     assert narrow.rectangles[0].lines == ()
+
+
+@pytest.mark.parametrize("depth", [1, 12])
+def test_drawn_plan_has_no_cut_titles_and_no_labels_that_overlap(
+    depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(16, 16), nn.Hardswish(), nn.LayerNorm(16))]
+    qat = tbn.transform(nn.Sequential(*layers), tbn.TilingConfig(min_size=0))
+    plan = tbn.export_c(qat, torch.zeros(1, 16), tmp_path / "net.c", name="a_network_with_a_long_name")
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    plan.draw("plan.png")
+    (figure,) = drawn
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert legend is not None
+    texts = [*axes.texts, *legend.get_texts()]
+    extents = [text.get_window_extent() for text in texts]
+    assert sum("a_network_with_a_long_name" in text.get_text() for text in texts) == 1
+    for index, extent in enumerate(extents):
+        assert figure.bbox.x0 <= extent.x0 < extent.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= extent.y0 < extent.y1 <= figure.bbox.y1
+        assert not any(extent.overlaps(other) for other in extents[:index])
 
 
 @pytest.mark.parametrize(

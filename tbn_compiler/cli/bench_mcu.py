@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tbn_compiler.cli.arrays import load_arrays
 from tbn_compiler.cli.options import Repeated, parse_positive
-from tbn_compiler.cli.output import add_json, print_json
+from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.errors import ConfigError
 from tbn_compiler.tables import console
 
@@ -62,7 +62,11 @@ def _run(arguments: argparse.Namespace) -> None:
     else:
         inputs, outputs = _load(arguments.vectors, arguments.count)
     names = dict.fromkeys(arguments.cpu or [_PAPER_CPU])
-    results = [measure(arguments.source, CPUS[name], inputs, outputs) for name in names]
+    results = []
+    with stages(len(names)) as begin:
+        for name in names:
+            begin(name)
+            results.append(measure(arguments.source, CPUS[name], inputs, outputs))
     if arguments.json:
         print_json([_row(result) for result in results])
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model
-from tbn_compiler.cli.output import add_json, print_json
+from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.tables import console
 
 
@@ -62,8 +62,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
     names = ("name", "scratch", "optimize", "target", "skip_zeros", "layer_hook", "self_test", "package")
     options = {name: getattr(arguments, name) for name in names}
-    model = load_model(arguments)
-    plan = export_c(model, example_inputs(arguments, model), arguments.output, **options)
+    with stages(2) as begin:
+        begin("model")
+        model = load_model(arguments)
+        begin("C file")
+        plan = export_c(model, example_inputs(arguments, model), arguments.output, **options)
     if arguments.draw is not None:
         plan.draw(arguments.draw)
     if arguments.json:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model
 from tbn_compiler.cli.options import Repeated
-from tbn_compiler.cli.output import add_json, print_json
+from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.errors import ConfigError
 
 
@@ -66,20 +66,23 @@ def _run(arguments: argparse.Namespace) -> None:
 
     if arguments.fixed_batch and arguments.batched_input:
         raise ConfigError("--fixed-batch and --batched-input contradict each other: give one of them")
-    model = load_model(arguments)
-    written = export_onnx(
-        model,
-        example_inputs(arguments, model),
-        arguments.output,
-        weights=arguments.weights,
-        dynamic_batch=arguments.batched_input or not arguments.fixed_batch,
-        opset=arguments.opset,
-        optimized=arguments.optimize,
-        bits=arguments.bits,
-        accuracy_level=arguments.accuracy_level,
-        input_names=arguments.input_name,
-        output_names=arguments.output_name,
-    )
+    with stages(2) as begin:
+        begin("model")
+        model = load_model(arguments)
+        begin("ONNX file")
+        written = export_onnx(
+            model,
+            example_inputs(arguments, model),
+            arguments.output,
+            weights=arguments.weights,
+            dynamic_batch=arguments.batched_input or not arguments.fixed_batch,
+            opset=arguments.opset,
+            optimized=arguments.optimize,
+            bits=arguments.bits,
+            accuracy_level=arguments.accuracy_level,
+            input_names=arguments.input_name,
+            output_names=arguments.output_name,
+        )
     if arguments.json:
         print_json(asdict(written))
         return

@@ -28,12 +28,14 @@ def print_json(data: Any) -> None:
 def stages(number: int) -> Iterator[Callable[[str], None]]:
     """Progress on standard error, if that is a terminal; gives what is called with each stage when it begins."""
     terminal = console(stderr=True)
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<13}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        task = progress.add_task("", total=number, completed=-1)
 
         def begin(name: str) -> None:
-            progress.update(task, description=name, advance=1)
+            if progress.task_ids:
+                progress.update(progress.task_ids[0], description=name, advance=1)
+            else:
+                progress.add_task(name, total=number)
 
         yield begin
 

@@ -56,11 +56,11 @@ def _run(arguments: argparse.Namespace) -> None:
     from tbn_compiler.reporting import STAGES, report
 
     sweep = [] if arguments.sweep is None else _read_sweep(arguments.sweep)
-    model = load_model(arguments)
-    inputs = example_inputs(arguments, model)
     options = {"title": arguments.title, "optimize": arguments.optimize, "target": arguments.target}
-    with stages(len(STAGES)) as on_stage:
-        result = report(model, inputs, sweep=sweep, on_stage=on_stage, **options)
+    with stages(1 + len(STAGES)) as begin:
+        begin("model")
+        model = load_model(arguments)
+        result = report(model, example_inputs(arguments, model), sweep=sweep, on_stage=begin, **options)
     result.write(arguments.output)
     if arguments.json:
         print_json({"output": arguments.output} | result.to_dict())

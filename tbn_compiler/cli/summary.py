@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model
-from tbn_compiler.cli.output import add_json, print_json
+from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.compiler import optimize
 from tbn_compiler.summary import summary
 from tbn_compiler.tables import console
@@ -27,9 +27,12 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    model = load_model(arguments)
-    inputs = example_inputs(arguments, model) if arguments.input or arguments.inputs else None
-    result = summary(optimize(model, inputs) if arguments.optimize else model, inputs)
+    with stages(2) as begin:
+        begin("model")
+        model = load_model(arguments)
+        inputs = example_inputs(arguments, model) if arguments.input or arguments.inputs else None
+        begin("summary")
+        result = summary(optimize(model, inputs) if arguments.optimize else model, inputs)
     if arguments.json:
         print_json(result.to_dict())
     elif arguments.markdown:

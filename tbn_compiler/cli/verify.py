@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import nn
 from tbn_compiler.cli.arrays import load_arrays
 from tbn_compiler.cli.models import add_model, load_model
 from tbn_compiler.cli.options import Repeated, parse_positive, parse_shape
-from tbn_compiler.cli.output import add_json, print_json
+from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.compiler import lower
 from tbn_compiler.errors import ExportError
 from tbn_compiler.tables import console
-from tbn_compiler.verify import CFile, OnnxFile, verify
+from tbn_compiler.verify import CFile, Comparison, OnnxFile, verify
 
 
 def add_parser(commands: Any) -> None:
@@ -58,12 +59,25 @@ def add_parser(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.file.suffix not in (".onnx", ".c"):
         raise ExportError(f"{arguments.file} is neither an .onnx nor a .c file")
+    with stages(3) as begin:
+        comparison = _compare(arguments, begin)
+    if arguments.json:
+        print_json(comparison.to_dict(arguments.tolerance))
+    else:
+        console().print(comparison.table(arguments.tolerance))
+    return 0 if comparison.within(arguments.tolerance) else 1
+
+
+def _compare(arguments: argparse.Namespace, begin: Callable[[str], None]) -> Comparison:
+    """Run the file and the model."""
+    begin("model")
     model = load_model(arguments)
     if arguments.checkpoint is None and not _are_equal(model, load_model(arguments)):
         raise ExportError(
             f"{arguments.model} gives other weights at every call, with which no file can be compared: give the "
             "checkpoint with --against"
         )
+    begin("file")
     stored = None if arguments.inputs is None else load_arrays(arguments.inputs)
     generator = np.random.default_rng(arguments.seed)
     file: OnnxFile | CFile
@@ -77,12 +91,8 @@ def _run(arguments: argparse.Namespace) -> int:
         random = file.random_inputs(arguments.input, generator) if stored is None else {}
     inputs = random if stored is None else file.name_inputs(stored)
     actual = file.run(inputs)
-    comparison = verify(actual, lower(model), inputs)
-    if arguments.json:
-        print_json(comparison.to_dict(arguments.tolerance))
-    else:
-        console().print(comparison.table(arguments.tolerance))
-    return 0 if comparison.within(arguments.tolerance) else 1
+    begin("comparison")
+    return verify(actual, lower(model), inputs)
 
 
 def _are_equal(first: nn.Module, second: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from functools import cached_property
 _COLORS = 6  # that the style has for buffers
 
 # Pixels of a picture in its natural size.
-_LETTER, _LINE = 6.6, 14.0  # width of a letter of 11 pixels, and a line of them
+_LETTER, LINE = 6.8, 14.0  # width of a letter of 11 pixels, and a line of them
 _LEFT, _RIGHT, _TOP, _BOTTOM = 16.0, 14.0, 12.0, 40.0
 _TICK_GAP = 8.0
 
@@ -116,7 +116,7 @@ class MemoryMap:
     @cached_property
     def _step(self) -> float:
         """Pixels of a step: room for its number, more if there are few steps."""
-        return max(text_width(str(len(self.live))) + _TICK_GAP, min(110.0, 640.0 / max(len(self.live), 1)))
+        return max(text_width(str(len(self.live))) + _TICK_GAP, min(150.0, 640.0 / max(len(self.live), 1)))
 
     @cached_property
     def left(self) -> float:
@@ -168,25 +168,31 @@ class MemoryMap:
         for number, box in enumerate(self.boxes):
             x, width = self.left + self._step * box.first, self._step * (box.last - box.first + 1)
             y, height = self._y(box.offset + box.nbytes), self._y(box.offset) - self._y(box.offset + box.nbytes)
-            lines = [text for text in (box.name, f"{box.nbytes:,} B") if text_width(text) <= width - 6]
-            lines = lines[: max(0, int((height - 4) // _LINE))]
+            texts = (box.name, f"{box.nbytes:,} B")
+            lines = [text for text in texts if max(text_width(box.name), text_width(text)) <= width - 6]
+            lines = lines[: max(0, int((height - 4) // LINE))]
             # In its first step, where no line of another step's height crosses, if that is wide enough.
             fits_a_step = all(text_width(text) <= self._step - 6 for text in lines)
             middle = x + (self._step if fits_a_step else width) / 2
-            start = y + height / 2 - _LINE * (len(lines) - 1) / 2 + 4
-            placed = tuple((start + _LINE * index, text) for index, text in enumerate(lines))
+            start = y + height / 2 - LINE * (len(lines) - 1) / 2 + 4
+            placed = tuple((start + LINE * index, text) for index, text in enumerate(lines))
             title = f"{box.name}: {box.nbytes:,} bytes at {box.offset:,}, steps {box.first} to {box.last}"
             found.append(Rectangle(x, y, width, height, number % _COLORS, title, placed, middle))
         return found
 
     @property
-    def live_line(self) -> str:
-        """The points of the line of bytes in use, for ``<polyline>``."""
+    def live_corners(self) -> list[tuple[float, float]]:
+        """The corners of the line of bytes in use."""
         corners: list[tuple[float, float]] = []
         for index, value in enumerate(self.live):
             x, y = self.left + self._step * index, self._y(value)
             corners += [(x, y), (x + self._step, y)]
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+        return corners
+
+    @property
+    def live_line(self) -> str:
+        """The line of bytes in use, for ``<polyline>``."""
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.live_corners)
 
 
 @dataclass(frozen=True)
