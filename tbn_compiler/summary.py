@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -167,7 +167,7 @@ class Summary:
             ("bits per weight", f"{t['bits_per_weight']:.3f}"),
             ("smaller than float32", ratio),
             ("scales (alphas)", f"{t['alphas']:,}"),
-            ("multiply-adds", f"{_compact(t['macs_tiled'])} of {_compact(t['macs'])}"),
+            ("multiply-adds", f"{_compact(t['macs_tiled'])} of {_compact(t['macs'])}" if t["macs"] else "-"),
         )
         columns = [Column(title, title not in _LEFT and title != "shape", _HINTS.get(title, "")) for title in _TITLES]
         counts = f"{t['tiled_layers']} tiled, {t['float_layers']} left alone"
@@ -285,6 +285,11 @@ def summary(module: nn.Module, example_inputs: Any = None) -> Summary:
     sizes = None if example_inputs is None else _output_sizes(module, example_inputs)
     rows = tuple(_summarize(record, calls.get(record.weight, []), sizes) for record in records)
     return Summary(rows, per_position=sizes is None)
+
+
+def summarize_records(records: Iterable[LayerRecord]) -> Summary:
+    """Summarise records of layers whose calls are not known: multiply-adds are per output position, by the kind."""
+    return Summary(tuple(_summarize(record, [], None) for record in records), per_position=True)
 
 
 def _summarize(record: LayerRecord, calls: list[_Call], sizes: Counter[fx.Node] | None) -> LayerSummary:

@@ -13,7 +13,7 @@ from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tbn_compiler.reporting import MeasuredNetwork
+    from tbn_compiler.reporting import MeasuredNetwork, Report
 
 
 def add_parser(commands: Any) -> None:
@@ -24,7 +24,8 @@ def add_parser(commands: Any) -> None:
         "report",
         help="write a page about a model: layers, C program, memory, errors",
         description="Write one HTML page that needs nothing else: layers with bits and multiply-adds, the C program "
-        "with its kernels, costs and memory over time, and the error of each layer lowered, in int8, in C and in ONNX.",
+        "with its kernels, costs and memory over time, and the error of each layer lowered, in int8, in C and in ONNX. "
+        "Of a packed file (FILE.safetensors in place of the model) it has the layers alone.",
     )
     add_model(parser)
     add_inputs(parser, "errors are those on it; real inputs say more")
@@ -53,6 +54,27 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    result = _report_file(arguments) if arguments.model.endswith(".safetensors") else _report_model(arguments)
+    result.write(arguments.output)
+    if arguments.json:
+        print_json({"output": arguments.output} | result.to_dict())
+        return
+    print(f"wrote {arguments.output}: {len(result.summary.layers)} layers")
+    for what, why in result.errors.missing.items() if result.errors else ():
+        print(f"note: {what}: {why}")
+
+
+def _report_file(arguments: argparse.Namespace) -> Report:
+    from tbn_compiler.reporting import report_file
+
+    if arguments.input or arguments.inputs or arguments.checkpoint or arguments.sweep:
+        raise ConfigError(
+            "a packed file holds no network: name its module:factory, and give the file with --checkpoint"
+        )
+    return report_file(arguments.model, title=arguments.title)
+
+
+def _report_model(arguments: argparse.Namespace) -> Report:
     from tbn_compiler.reporting import STAGES, report
 
     sweep = [] if arguments.sweep is None else _read_sweep(arguments.sweep)
@@ -60,14 +82,7 @@ def _run(arguments: argparse.Namespace) -> None:
     with stages(1 + len(STAGES)) as begin:
         begin("model")
         model = load_model(arguments)
-        result = report(model, example_inputs(arguments, model), sweep=sweep, on_stage=begin, **options)
-    result.write(arguments.output)
-    if arguments.json:
-        print_json({"output": arguments.output} | result.to_dict())
-        return
-    print(f"wrote {arguments.output}: {len(result.summary.layers)} layers")
-    for what, why in result.errors.missing.items():
-        print(f"note: {what}: {why}")
+        return report(model, example_inputs(arguments, model), sweep=sweep, on_stage=begin, **options)
 
 
 def _read_sweep(path: Path) -> list[MeasuredNetwork]:

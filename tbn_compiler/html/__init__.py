@@ -7,6 +7,7 @@ light or dark.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,7 @@ from tbn_compiler.html.pictures import Bars, MemoryMap, Scatter
 
 if TYPE_CHECKING:
     import jinja2
+    from markupsafe import Markup
 
 __all__ = ["Bars", "Column", "Facts", "MemoryMap", "Notes", "Part", "Scatter", "Section", "Table", "fragment", "page"]
 
@@ -109,10 +111,19 @@ def _render(template: str, **values: object) -> str:
 def _environment() -> jinja2.Environment:
     import jinja2  # `import tbn_compiler` does without it
 
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tbn_compiler.html"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
+    return environment
+
+
+def _breakable(name: str) -> Markup:
+    """Text whose long names may be broken behind a dot or an underscore."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(_|(?<=[A-Za-z])\.)(?=\w)", r"\1<wbr>", str(escape(name))))

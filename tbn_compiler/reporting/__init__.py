@@ -18,13 +18,14 @@ from tbn_compiler.files import replacing
 from tbn_compiler.html import Column, Notes, Part, Scatter, Section, Table
 from tbn_compiler.html.pictures import Point
 from tbn_compiler.reporting.errors import NetworkErrors, measure_errors
+from tbn_compiler.reporting.files import summarize_file
 from tbn_compiler.summary import Summary, summary
 
 if TYPE_CHECKING:
     from tbn_compiler.backends.c import Plan
     from tbn_compiler.backends.c.options import OptimizeFor, Target
 
-__all__ = ["MeasuredNetwork", "NetworkErrors", "Report", "report"]
+__all__ = ["MeasuredNetwork", "NetworkErrors", "Report", "report", "report_file", "summarize_file"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class Report:
 
     Attributes:
         title: of the page.
-        inputs: the example inputs in words.
+        inputs: what it is about in a line: the example inputs, or a file.
         summary: layers with bits, and with multiply-adds for the example inputs where these can be counted.
         plan: of the C program, or why there is none.
-        errors: of each layer in each form.
+        errors: of each layer in each form; ``None`` of a file, which holds no network to run.
         sweep: other tilings of it, with their accuracies; may be empty.
     """
 
@@ -59,7 +60,7 @@ class Report:
     inputs: str
     summary: Summary
     plan: Plan | str
-    errors: NetworkErrors
+    errors: NetworkErrors | None
     sweep: tuple[MeasuredNetwork, ...] = ()
 
     def sections(self) -> tuple[Section, ...]:
@@ -68,14 +69,14 @@ class Report:
         return (
             self.summary.section(),
             no_program if isinstance(self.plan, str) else self.plan.section(),
-            self.errors.section(),
+            *([] if self.errors is None else [self.errors.section()]),
             *([_sweep_section(self.sweep)] if self.sweep else []),
             Section("Words", (_words(),)),
         )
 
     def to_html(self) -> str:
         """The page: one HTML file that needs nothing else, without script. Equal reports give equal pages."""
-        return html.page(self.title, f"Inputs: {self.inputs}", self.sections())
+        return html.page(self.title, self.inputs, self.sections())
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data (ready for JSON)."""
@@ -85,7 +86,7 @@ class Report:
             "summary": self.summary.to_dict(),
             "plan": None if isinstance(self.plan, str) else self.plan.to_dict(),
             "no_plan_because": self.plan if isinstance(self.plan, str) else None,
-            "errors": self.errors.to_dict(),
+            "errors": None if self.errors is None else self.errors.to_dict(),
             "sweep": [vars(network) for network in self.sweep],
         }
 
@@ -148,7 +149,19 @@ def report(
     with suppress(TBNError):  # it has run: what decides by values has no count for these inputs, but one per position
         layers = summary(module, inputs)
     words = ", ".join(f"{'x'.join(map(str, value.shape)) or '1'} {_dtype(value)}" for value in inputs)
-    return Report(title or f"{type(module).__name__}, tiled", words, layers, plan, errors, tuple(sweep))
+    return Report(title or f"{type(module).__name__}, tiled", f"Inputs: {words}", layers, plan, errors, tuple(sweep))
+
+
+def report_file(path: str | os.PathLike[str], *, title: str | None = None) -> Report:
+    """Make the report of a packed file alone: its layers, as far as the file knows them.
+
+    Raises:
+        SerializationError: the file is damaged, foreign or newer than this version.
+        OSError: the file cannot be read.
+    """
+    size = f"{Path(path).stat().st_size:,} bytes"
+    why = "a packed file holds no network; name its module:factory, and give the file with --checkpoint."
+    return Report(title or f"{Path(path).name}, packed", f"Packed file of {size}", summarize_file(path), why, None)
 
 
 STAGES = ("summary", "lowered", "int8", "C", "ONNX")
