@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tbn_compiler.backends.c.options import OptimizeFor, ScratchOwner, Target
     from tbn_compiler.backends.dynamo import Explanation
     from tbn_compiler.backends.onnx import ExportedFile, WeightForm
-    from tbn_compiler.reporting import MeasuredNetwork, Report
+    from tbn_compiler.reporting import Report, Sweep
 
 backends.register()
 
@@ -112,7 +112,7 @@ def report(
     title: str | None = None,
     optimize: OptimizeFor = "balanced",
     target: Target = "generic",
-    sweep: Sequence[MeasuredNetwork] = (),
+    sweep: Sweep | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Report:
     """Make the report of a network, one page to look at; see :func:`tbn_compiler.reporting.report`."""

@@ -24,7 +24,7 @@ from tbn_compiler.backends.c import host
 from tbn_compiler.backends.dynamo import Explanation, GraphReport, LayerReport
 from tbn_compiler.cli import main
 from tbn_compiler.html.pictures import Box, MemoryMap, Point, Scatter, round_ticks, text_width
-from tbn_compiler.reporting import MeasuredNetwork, NetworkErrors, Report, report
+from tbn_compiler.reporting import NetworkErrors, Report, read_sweep, report
 from tbn_compiler.verify import Comparison, Difference
 from tests import browser
 
@@ -51,13 +51,15 @@ class Network(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def made() -> Report:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Report:
     torch.manual_seed(0)
     config = tbn.TilingConfig(p=4, min_size=0, alpha="tile", float_layers=("branch",))
     qat = tbn.transform(Network(), config)
-    points = [MeasuredNetwork(f"p = {p}, seed {seed}", 4000 // p + seed, 90.0 - p / 2 + seed / 9)
+    points = [{"name": f"p = {p}, seed {seed}", "bytes": 4000 // p + seed, "metric": 90.0 - p / 2 + seed / 9}
               for seed in range(3) for p in (1, 2, 4, 8)]  # fmt: skip
-    return report(qat, torch.randn(2, 1, 12, 12), title="A <network> & its report", sweep=points)
+    file = tmp_path_factory.mktemp("sweep") / "sweep.json"
+    file.write_text(json.dumps({"version": 1, "metric": "accuracy %", "points": points}))
+    return report(qat, torch.randn(2, 1, 12, 12), title="A <network> & its report", sweep=read_sweep(file))
 
 
 class Outline(HTMLParser):
@@ -146,7 +148,7 @@ def test_errors_of_every_layer_in_every_form(made: Report) -> None:
     data = json.loads(json.dumps(made.to_dict()))
     assert data["errors"]["outputs"]["output"].keys() == forms
     assert data["summary"]["totals"] == made.summary.totals
-    assert data["sweep"][0] == {"name": "p = 1, seed 0", "stored_bits": 4000, "accuracy": 89.5}
+    assert data["sweep"]["points"][0] == {"name": "p = 1, seed 0", "bytes": 4000, "metric": 89.5}
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,8 +328,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # the other tests write ONNX files; it takes seconds
-    sweep: Any = [{"name": "p = 4", "stored_bits": 192, "accuracy": 90}]
-    Path("sweep.json").write_text(json.dumps(sweep))
+    points: Any = [{"name": "p = 4", "bytes": 192, "metric": 0.9}, {"name": "p = 32", "bytes": 8, "metric": None}]
+    Path("sweep.json").write_text(json.dumps({"metric": "top-1", "points": points}))
     Path("net.toml").write_text('[tiling]\nmin_size = 0\n[report]\ninput = [[3, 16]]\nsweep = "sweep.json"\n')
     command = ["report", "reported_models:mlp", "--config", "net.toml", "--title", "Mine"]
     assert main(command) == 0
@@ -335,11 +337,14 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     page = Path("report.html").read_text()
     assert "<h1>Mine</h1>" in page
     assert "Inputs: 3x16 float32" in page
-    assert "Size against accuracy" in page
+    assert "Size against top-1" in page
+    assert page.count('<circle class="point"') == 1  # the other one has nothing to show
+    assert re.search(r"p = 32</td><td[^>]*>8</td><td[^>]*>-</td>", page)
     for text, message in (
         ("[1", "is no JSON"),
-        ("{}", "holds no list of networks"),
-        ('[{"name": "a"}]', "network 0 must have name, stored_bits"),
+        ("[]", "is no sweep: it has no list 'points'"),
+        ('{"points": [{"name": "a"}]}', "point 0 must have name, bytes"),
+        ('{"points": [{"name": "a", "bytes": 1, "metric": "x"}]}', "point 0 must have name, bytes"),
     ):
         Path("sweep.json").write_text(text)
         assert main(command) == 1

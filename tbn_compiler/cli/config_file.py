@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tbn_compiler.cli.options import TILING, Repeated, import_attribute
+from tbn_compiler.cli.options import TILING, Repeated, load_object
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError
 
@@ -84,6 +84,16 @@ def apply(path: Path, commands: Mapping[str, argparse.ArgumentParser], given: ar
     commands[given.command].set_defaults(**values)
 
 
+def make_config(options: Mapping[str, Any]) -> TilingConfig:
+    """The tiling of a preset, the paper's if none is named, with further fields over it.
+
+    Raises:
+        ConfigError: a field is unknown or a value out of range.
+    """
+    fields = dict(options)
+    return PRESETS[fields.pop("preset", "paper")](**fields)
+
+
 def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """The options of a command, by their names in a file."""
     return {
@@ -151,12 +161,12 @@ def _tiling(table: Mapping[str, Any], where: str) -> dict[str, Any]:
         name = options["filter"]
         if not isinstance(name, str):
             raise ConfigError(f"{where} filter must be a string module:function, got {name!r}")
-        options["filter"] = import_attribute(name, f"{where} filter")
-    preset = options.get("preset", "paper")
-    if preset not in PRESETS:
+        options["filter"] = load_object(name, f"{where} filter")
+    preset = options.get("preset")
+    if "preset" in options and preset not in PRESETS:
         raise ConfigError(f"{where} preset={preset!r} is not one of {', '.join(map(repr, PRESETS))}")
     try:
-        PRESETS[preset](**{key: value for key, value in options.items() if key != "preset"})
+        make_config(options)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return options

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tbn_compiler.cli.arrays import load_arrays
 from tbn_compiler.cli.checkpoints import Tiling, restore
-from tbn_compiler.cli.config_file import PRESETS, add_config
-from tbn_compiler.cli.options import Repeated, import_attribute, parse_copies, parse_positive, parse_shape
+from tbn_compiler.cli.config_file import PRESETS, add_config, make_config
+from tbn_compiler.cli.options import Repeated, load_object, parse_copies, parse_positive, parse_shape
 from tbn_compiler.compiler import transform
 from tbn_compiler.config import AlphaMode, AlphaSource, Replication, SmallLayers, TileDType, TilingConfig
 from tbn_compiler.errors import ConfigError
@@ -119,17 +119,15 @@ def _tiling(arguments: argparse.Namespace) -> Tiling:
     if arguments.keep_float:
         given["float_layers"] = tuple(arguments.keep_float)
     explicit = bool(given) or arguments.preset is not None
-    options = {**arguments.tiling, **given}
-    if not options and not explicit:
+    if not arguments.tiling and not explicit:
         return Tiling()
-    preset = arguments.preset or options.get("preset", "paper")
-    options.pop("preset", None)
-    return Tiling(PRESETS[preset](**options), None if explicit else arguments.config)
+    preset = {} if arguments.preset is None else {"preset": arguments.preset}
+    return Tiling(make_config({**arguments.tiling, **preset, **given}), None if explicit else arguments.config)
 
 
 def _build(spec: str) -> nn.Module:
     """Import ``module:factory`` (the current folder comes first) and call it."""
-    model = import_attribute(spec, "the model")()
+    model = load_object(spec, "the model")()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{spec} returned a {type(model).__name__}, not an nn.Module")
     return model

@@ -61,7 +61,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224") from None
 
 
-def import_attribute(spec: str, what: str) -> Any:
+def load_object(spec: str, what: str) -> Any:
     """What ``module:name`` means; modules in the current folder come first.
 
     Raises:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -13,7 +11,7 @@ from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tbn_compiler.reporting import MeasuredNetwork, Report
+    from tbn_compiler.reporting import Report
 
 
 def add_parser(commands: Any) -> None:
@@ -47,7 +45,7 @@ def add_parser(commands: Any) -> None:
         "--sweep",
         type=Path,
         metavar="FILE.json",
-        help="networks to show size against accuracy of: a list of {name, stored_bits, accuracy}, accuracy in per cent",
+        help="other tilings of the network, for size against accuracy: {metric, points: [{name, bytes, metric}]}",
     )
     add_json(parser)
     parser.set_defaults(run=_run)
@@ -75,38 +73,11 @@ def _report_file(arguments: argparse.Namespace) -> Report:
 
 
 def _report_model(arguments: argparse.Namespace) -> Report:
-    from tbn_compiler.reporting import STAGES, report
+    from tbn_compiler.reporting import STAGES, read_sweep, report
 
-    sweep = [] if arguments.sweep is None else _read_sweep(arguments.sweep)
+    sweep = None if arguments.sweep is None else read_sweep(arguments.sweep)
     options = {"title": arguments.title, "optimize": arguments.optimize, "target": arguments.target}
     with stages(1 + len(STAGES)) as begin:
         begin("model")
         model = load_model(arguments)
         return report(model, example_inputs(arguments, model), sweep=sweep, on_stage=begin, **options)
-
-
-def _read_sweep(path: Path) -> list[MeasuredNetwork]:
-    """The networks in a file.
-
-    Raises:
-        ConfigError: it is missing, or of another form.
-    """
-    from tbn_compiler.reporting import MeasuredNetwork
-
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise ConfigError(f"{path} holds no list of networks")
-    return [MeasuredNetwork(*_fields(row, f"{path}: network {index}")) for index, row in enumerate(rows)]
-
-
-def _fields(row: Any, where: str) -> tuple[str, int, float]:
-    fields = {"name": str, "stored_bits": int, "accuracy": int | float}
-    for name, kind in fields.items():
-        if not isinstance(row, Mapping) or not isinstance(row.get(name), kind) or isinstance(row[name], bool):
-            raise ConfigError(f"{where} must have name, stored_bits (an integer) and accuracy, got {row!r}")
-    return row["name"], row["stored_bits"], float(row["accuracy"])

@@ -15,32 +15,17 @@ from tbn_compiler import html
 from tbn_compiler.compiler import lower, unwrap
 from tbn_compiler.errors import ConfigError, TBNError
 from tbn_compiler.files import replacing
-from tbn_compiler.html import Column, Notes, Part, Scatter, Section, Table
-from tbn_compiler.html.pictures import Point
+from tbn_compiler.html import Notes, Part, Section
 from tbn_compiler.reporting.errors import NetworkErrors, measure_errors
 from tbn_compiler.reporting.files import summarize_file
+from tbn_compiler.reporting.sweeps import Sweep, read_sweep, sweep_data, sweep_section
 from tbn_compiler.summary import Summary, summary
 
 if TYPE_CHECKING:
     from tbn_compiler.backends.c import Plan
     from tbn_compiler.backends.c.options import OptimizeFor, Target
 
-__all__ = ["MeasuredNetwork", "NetworkErrors", "Report", "report", "report_file", "summarize_file"]
-
-
-@dataclass(frozen=True)
-class MeasuredNetwork:
-    """A network of a sweep.
-
-    Attributes:
-        name: how it is tiled, in a few words.
-        stored_bits: bits of its weights, as the summary counts them.
-        accuracy: what it reached, in per cent.
-    """
-
-    name: str
-    stored_bits: int
-    accuracy: float
+__all__ = ["NetworkErrors", "Report", "Sweep", "read_sweep", "report", "report_file", "summarize_file"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +38,7 @@ class Report:
         summary: layers with bits, and with multiply-adds for the example inputs where these can be counted.
         plan: of the C program, or why there is none.
         errors: of each layer in each form; ``None`` of a file, which holds no network to run.
-        sweep: other tilings of it, with their accuracies; may be empty.
+        sweep: other tilings of it, with what they reached, if there are any.
     """
 
     title: str
@@ -61,7 +46,7 @@ class Report:
     summary: Summary
     plan: Plan | str
     errors: NetworkErrors | None
-    sweep: tuple[MeasuredNetwork, ...] = ()
+    sweep: Sweep | None = None
 
     def sections(self) -> tuple[Section, ...]:
         """The parts of the page."""
@@ -70,7 +55,7 @@ class Report:
             self.summary.section(),
             no_program if isinstance(self.plan, str) else self.plan.section(),
             *([] if self.errors is None else [self.errors.section()]),
-            *([_sweep_section(self.sweep)] if self.sweep else []),
+            *([] if self.sweep is None else [sweep_section(self.sweep)]),
             Section("Words", (_words(),)),
         )
 
@@ -87,7 +72,7 @@ class Report:
             "plan": None if isinstance(self.plan, str) else self.plan.to_dict(),
             "no_plan_because": self.plan if isinstance(self.plan, str) else None,
             "errors": None if self.errors is None else self.errors.to_dict(),
-            "sweep": [vars(network) for network in self.sweep],
+            "sweep": None if self.sweep is None else sweep_data(self.sweep),
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -107,7 +92,7 @@ def report(
     title: str | None = None,
     optimize: OptimizeFor = "balanced",
     target: Target = "generic",
-    sweep: Sequence[MeasuredNetwork] = (),
+    sweep: Sweep | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Report:
     """Make the report of a network: what is tiled, what the C program does, and how far each form is from the model.
@@ -149,7 +134,7 @@ def report(
     with suppress(TBNError):  # it has run: what decides by values has no count for these inputs, but one per position
         layers = summary(module, inputs)
     words = ", ".join(f"{'x'.join(map(str, value.shape)) or '1'} {_dtype(value)}" for value in inputs)
-    return Report(title or f"{type(module).__name__}, tiled", f"Inputs: {words}", layers, plan, errors, tuple(sweep))
+    return Report(title or f"{type(module).__name__}, tiled", f"Inputs: {words}", layers, plan, errors, sweep)
 
 
 def report_file(path: str | os.PathLike[str], *, title: str | None = None) -> Report:
@@ -170,20 +155,6 @@ STAGES = ("summary", "lowered", "int8", "C", "ONNX")
 
 def _dtype(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
-
-
-def _sweep_section(sweep: Sequence[MeasuredNetwork]) -> Section:
-    points = tuple(Point(network.name, network.stored_bits, network.accuracy) for network in sweep)
-    columns = (
-        *(Column("number", numeric=True), Column("network")),
-        *(Column("stored bits", numeric=True), Column("accuracy, %", numeric=True)),
-    )
-    rows = tuple(
-        (str(index), network.name, f"{network.stored_bits:,}", f"{network.accuracy:.2f}")
-        for index, network in enumerate(sweep, 1)
-    )
-    picture = Scatter("One point a network; the table has their names by number", "stored bits", "accuracy, %", points)
-    return Section("Size against accuracy", (picture, Table("Networks", columns, rows)))
 
 
 def _words() -> Part:
