@@ -123,7 +123,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _breakable(name: str) -> Markup:
-    """Text whose long names may be broken behind a dot or an underscore."""
+    """Text whose long names may be broken behind a dot or an underscore, and no arrow inside."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"(_|(?<=[A-Za-z])\.)(?=\w)", r"\1<wbr>", str(escape(name))))
+    return Markup(re.sub(r"(_|(?<=[A-Za-z])\.)(?=\w)", r"\1<wbr>", str(escape(name)).replace("-&gt;", "&rarr;")))
