@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
+import select
 import shutil
 import subprocess
+import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -148,3 +152,96 @@ def contrast(first: list[float], second: list[float]) -> float:
 
     low, high = sorted((luminance(first), luminance(second)))
     return (high + 0.05) / (low + 0.05)
+
+
+# The browser talks on its descriptors 3 and 4, whatever these are here.
+_START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for number, end in zip((3, 4), ends):
+    os.dup2(end, number)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+_KEYS = {"Tab": 9, "Enter": 13, "ArrowRight": 39}
+
+
+class Window:
+    """A window of a browser with a page in it, for a hand on the keyboard (Chrome's protocol for developers)."""
+
+    def __init__(self, page: Path, width: int) -> None:
+        options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe")
+        asked, self._write = os.pipe()
+        self._read, answered = os.pipe()
+        command = [sys.executable, "-c", _START, str(asked), str(answered), find_chromium(), *options]
+        self._process = subprocess.Popen(command, pass_fds=(asked, answered), stderr=subprocess.DEVNULL)
+        os.close(asked)
+        os.close(answered)
+        self._session: dict[str, str] = {}
+        self._sent, self._received = 0, b""
+        try:
+            self._open(page, width)
+        except BaseException:
+            self._process.kill()
+            raise
+
+    def _open(self, page: Path, width: int) -> None:
+        target = self._ask("Target.createTarget", url=page.resolve().as_uri())["targetId"]
+        self._session = {"sessionId": self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self._ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.wait_for("document.readyState === 'complete'")
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session = {}
+        try:
+            self._ask("Browser.close")
+            self._process.wait(timeout=60)
+        finally:
+            self._process.kill()  # if it is still there
+            os.close(self._write)
+            os.close(self._read)
+
+    def _ask(self, method: str, **parameters: Any) -> Any:
+        self._sent += 1
+        question = {"id": self._sent, "method": method, "params": parameters, **self._session}
+        os.write(self._write, json.dumps(question).encode() + b"\0")
+        while True:
+            while b"\0" not in self._received:
+                assert select.select([self._read], [], [], 60)[0], f"no answer to {method}"
+                part = os.read(self._read, 65536)
+                assert part, "the browser is gone"
+                self._received += part
+            text, _, self._received = self._received.partition(b"\0")
+            answer = json.loads(text)
+            if answer.get("id") == self._sent:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of an expression in the page."""
+        answer = self._ask("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def wait_for(self, condition: str) -> None:
+        """Wait until a condition holds in the page."""
+        for _ in range(200):
+            if self.evaluate(condition):
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"never came true: {condition}")
+
+    def press(self, key: str) -> None:
+        """Press and release a key."""
+        named = {"key": key, "code": key, "windowsVirtualKeyCode": _KEYS[key]}
+        text = {"text": "\r"} if key == "Enter" else {}
+        self._ask("Input.dispatchKeyEvent", type="keyDown", **named, **text)
+        self._ask("Input.dispatchKeyEvent", type="keyUp", **named)
+
+    def focused(self) -> str:
+        """What has the focus: its label or text; empty if nothing has."""
+        element = "document.activeElement"
+        text = f"({element}.getAttribute('aria-label') || {element}.textContent).trim()"
+        return str(self.evaluate(f"{element} === document.body ? '' : {text}"))

@@ -252,6 +252,35 @@ def test_in_a_browser(made: Report, scheme: str, tmp_path: Path) -> None:
         assert all(browser.contrast(color, seen["background"]) > 4.5 for color in seen["colors"])
 
 
+def test_with_a_keyboard(made: Report, tmp_path: Path) -> None:
+    """The tabulator goes through links, tables and pictures in order; keys open what is folded, and scroll."""
+    made.write(tmp_path / "report.html")
+    with browser.Window(tmp_path / "report.html", 400) as window:
+        seen = []
+        while len(seen) < 40:
+            window.press("Tab")
+            seen.append(window.focused())
+            if seen[-1] == "Buffers in the scratch block" and "Buffers in the scratch block" not in seen[:-1]:
+                window.press("Enter")
+                window.wait_for("document.querySelector('details').open")
+            if seen[-1] == "Steps of the run function":
+                assert window.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+                window.press("ArrowRight")
+                window.wait_for("document.activeElement.scrollLeft > 0")
+            if not seen[-1]:
+                break
+        sections = [section.title for section in made.sections()]
+        assert seen == [
+            "Skip to the report", *sections, "Layers; multiply-adds (MACs) for the example input",
+            "Scratch memory over time", "Buffers in the scratch block", "Buffers in the scratch block",
+            "Steps of the run function", "Relative errors",
+            "One point a network; the table has their names by number", "Networks", "",
+        ]  # fmt: skip
+        window.press("Tab")
+        window.press("Enter")
+        window.wait_for("document.activeElement.id === 'main'")
+
+
 def test_fragments_in_a_browser(made: Report, tmp_path: Path) -> None:
     page = f"<!DOCTYPE html><body style='margin: 0'>{''.join(fragments(made).values())}</body>"
     for seen in browser.probe(page, "light", (400, 1000), tmp_path):
