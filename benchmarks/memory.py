@@ -200,16 +200,17 @@ def plot(model: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
-    figure, axis = plt.subplots(figsize=(8, 4))
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     for column in CONFIGS:
         layers = account_model(model, column).layers
         axis.plot([(layer.weight + layer.live) / MIB for layer in layers], marker=".", label=column)
     axis.set(xlabel="layer", ylabel="weights and live activations [MiB]", title=f"{model}, one input")
     axis.set_ylim(bottom=0)
-    axis.margins(y=0.15)
-    axis.legend(ncols=len(CONFIGS), loc="upper center")
-    figure.tight_layout()
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.margins(x=0.02)
+    figure.legend(ncols=len(CONFIGS), loc="outside lower center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -100,6 +100,7 @@ def draw(results: Results, studies: Mapping[str, Study], path: Path) -> None:
     hide the differences between the others. Other shifts of the rolled layout are left to the tables.
     """
     from matplotlib.figure import Figure  # only the figure needs it
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(10, 3.6 * ((len(studies) + 1) // 2)), layout="constrained")
     panels = figure.subplots((len(studies) + 1) // 2, 2, squeeze=False).flatten()
@@ -118,16 +119,22 @@ def draw(results: Results, studies: Mapping[str, Study], path: Path) -> None:
                 positions = [bits * offset for bits, _ in points]
                 axes.errorbar(positions, middles, yerr=(below, above), fmt=marker, capsize=3, label=family)
         axes.set_xscale("log", base=2)
+        # As many labels as stand apart.
+        axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
+        axes.xaxis.set_major_formatter("{x:.3g}")
         if not study.falls:
             axes.set_yscale("log")
-            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                set_formatter("{x:g}")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
+            axes.yaxis.set_major_formatter("{x:g}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_locator(NullLocator())
         axes.invert_yaxis()
         axes.set_title(study.title, fontsize=9)
         axes.set(xlabel="stored bits a weight", ylabel=study.measure if study.falls else "errors %")
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+    marks = dict(pair[::-1] for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True))
+    if marks:
+        figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=len(marks), fontsize=8)
     for axes in panels[len(studies) :]:
         axes.remove()
     figure.savefig(path, dpi=90)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tbn_compiler import backends, integrations
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tbn_compiler.backends.c.options import OptimizeFor, ScratchOwner, Target
     from tbn_compiler.backends.dynamo import Explanation
     from tbn_compiler.backends.onnx import ExportedFile, WeightForm
+    from tbn_compiler.reporting import Report, Sweep
 
 backends.register()
 integrations.register()
@@ -111,6 +112,24 @@ def export_onnx(
     )
 
 
+def report(
+    module: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    title: str | None = None,
+    optimize: OptimizeFor = "balanced",
+    target: Target = "generic",
+    sweep: Sweep | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Report:
+    """Make the report of a network, one page to look at; see :func:`tbn_compiler.reporting.report`."""
+    from tbn_compiler.reporting import report as make_report  # it asks the backends
+
+    return make_report(
+        module, example_inputs, title=title, optimize=optimize, target=target, sweep=sweep, on_stage=on_stage
+    )
+
+
 def explain(compiled: nn.Module) -> Explanation:
     """What ``torch.compile(..., backend="tbn")`` made of a module; see :func:`tbn_compiler.backends.dynamo.explain`."""
     from tbn_compiler.backends.dynamo import explain as explain_compiled
@@ -140,6 +159,7 @@ __all__ = [
     "load",
     "lower",
     "optimize",
+    "report",
     "save",
     "set_tiling_strength",
     "summary",

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
+from tbn_compiler import tables
 from tbn_compiler.compiler import lower, transform
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import TBNError
@@ -108,7 +109,7 @@ def run(out: Path, epochs: int = 30, seed: int = 0, console: Console | None = No
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the networks are small: more threads cost more than they bring
     try:
-        return _run(out, epochs, seed, console or Console())
+        return _run(out, epochs, seed, console or tables.console())
     finally:
         torch.set_num_threads(threads)
 

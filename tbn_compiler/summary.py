@@ -8,22 +8,22 @@ paper's "#Params (M-Bit)".
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from torch import fx, nn
 
+from tbn_compiler import html
 from tbn_compiler.errors import TBNError
 from tbn_compiler.graph.attention import ATTENTION_WEIGHTS, attention_layer
 from tbn_compiler.graph.calls import tiled_call
@@ -37,11 +37,13 @@ from tbn_compiler.graph.layers import (
 )
 from tbn_compiler.graph.records import LayerRecord, get_records, graph_parts, join_key, own_records
 from tbn_compiler.graph.shapes import visit_results
+from tbn_compiler.html import Bars, Column, Facts, Section
+from tbn_compiler.html.pictures import Bar
+from tbn_compiler.tables import as_text
 from tbn_compiler.tiling import TiledProduct
 from tbn_compiler.torch_private import original_module
 
 _FLOAT_BITS = 32
-_WIDEST = 10_000  # columns; wider than any name
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Summary:
 
     def to_markdown(self) -> str:
         """The summary as a GitHub-flavoured Markdown table, with exact numbers and a column of notes."""
-        titles = [*(title.replace("\n", " ") for title in _COLUMNS), "note"]
+        titles = [*_TITLES, "note"]
         aligns = ["---" if title in _LEFT else "---:" for title in titles]
         t = self.totals
         counts = f"{t['tiled_layers']} tiled, {t['float_layers']} left alone"
@@ -154,12 +156,53 @@ class Summary:
         lines += [f"{row.name}: {row.note}" for row in self.layers if row.note]
         return Group(table, *map(Text, lines))
 
+    def section(self) -> Section:
+        """The summary as a part of a page: totals, where bits and multiply-adds are, and the exact table."""
+        t = self.totals
+        unit = "per output position" if self.per_position else "for the example input"
+        ratio = f"{_FLOAT_BITS / t['bits_per_weight']:.1f}x" if t["bits_per_weight"] else "-"
+        facts = (
+            ("weights", f"{t['weights']:,}"),
+            ("stored bits", f"{t['stored_bits']:,}"),
+            ("bits per weight", f"{t['bits_per_weight']:.3f}"),
+            ("smaller than float32", ratio),
+            ("scales (alphas)", f"{t['alphas']:,}"),
+            ("multiply-adds", f"{_compact(t['macs_tiled'])} of {_compact(t['macs'])}" if t["macs"] else "-"),
+        )
+        columns = [Column(title, title not in _LEFT and title != "shape", _HINTS.get(title, "")) for title in _TITLES]
+        counts = f"{t['tiled_layers']} tiled, {t['float_layers']} left alone"
+        table = html.Table(
+            f"Layers; multiply-adds (MACs) {unit}",
+            (*columns, Column("note")),
+            tuple((*_cells(row, "{:,}".format), row.note) for row in self.layers),
+            (*self._total_cells("{:,}".format), counts),
+        )
+        return Section("Layers", (Facts(facts), self._bars(), table))
+
+    def _bars(self) -> Bars:
+        bits = max((row.stored_bits for row in self.layers), default=0) or 1
+        macs = max((row.macs or 0 for row in self.layers), default=0) or 1
+        rows = []
+        for row in self.layers:
+            share = 100 * row.stored_bits / bits
+            text = f"{_compact(row.stored_bits)} ({row.bits_per_weight:.3f} a weight)"
+            dense, tiled = row.macs or 0, row.macs_tiled or 0
+            computed = "-" if row.macs is None else f"{_compact(tiled)} of {_compact(dense)}"
+            work = Bar("multiply-adds", 100 * dense / macs, 100 * tiled / macs, computed)
+            rows.append((row.name, (Bar("stored bits", share, share, text), work)))
+        return Bars("Where the bits are, and the multiply-adds: computed ones of the dense layer's", tuple(rows))
+
+    def to_html(self) -> str:
+        """The summary as an HTML fragment that needs nothing else, neither style nor script."""
+        return html.fragment(self.section())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.to_html()
+
     def __str__(self) -> str:
         """The table in its natural width, for files and pipes: no name is folded."""
-        console = Console(file=io.StringIO(), width=_WIDEST, color_system=None)
-        console.print(self.table())
-        assert isinstance(console.file, io.StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+        return as_text(self.table())
 
     def _total_cells(self, number: Callable[[int], str]) -> list[str]:
         t = self.totals
@@ -182,7 +225,17 @@ _COLUMNS = (
     "MACs\ndense",
     "MACs\ntiled",
 )
+_TITLES = tuple(title.replace("/\n", "/").replace("\n", " ") for title in _COLUMNS)  # in one line
 _LEFT = ("layer", "kind", "note")
+_HINTS = {
+    "N": "weight elements",
+    "p": "copies of the tile",
+    "q": "elements of the tile",
+    "unique rows": "rows with different signs: all that is multiplied",
+    "alphas": "stored scales",
+    "MACs dense": "multiply-adds of the layer without tiles",
+    "MACs tiled": "multiply-adds of the rows that differ",
+}
 
 
 def _compact(value: int) -> str:
@@ -232,6 +285,11 @@ def summary(module: nn.Module, example_inputs: Any = None) -> Summary:
     sizes = None if example_inputs is None else _output_sizes(module, example_inputs)
     rows = tuple(_summarize(record, calls.get(record.weight, []), sizes) for record in records)
     return Summary(rows, per_position=sizes is None)
+
+
+def summarize_records(records: Iterable[LayerRecord]) -> Summary:
+    """Summarise records of layers whose calls are not known: multiply-adds are per output position, by the kind."""
+    return Summary(tuple(_summarize(record, [], None) for record in records), per_position=True)
 
 
 def _summarize(record: LayerRecord, calls: list[_Call], sizes: Counter[fx.Node] | None) -> LayerSummary:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor, nn
 
+from tbn_compiler import html
 from tbn_compiler.errors import ExportError
+from tbn_compiler.html import Column, Section
 from tbn_compiler.torch_private import tree_leaves
 
 Arrays = dict[str, np.ndarray]
@@ -51,6 +56,72 @@ class Difference:
         return self.relative <= tolerance
 
 
+@dataclass(frozen=True)
+class Comparison(Sequence[Difference]):
+    """How far the outputs of a file are from the model's: one :class:`Difference` for each, in order.
+
+    Attributes:
+        outputs: the differences.
+    """
+
+    outputs: tuple[Difference, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> Difference: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Difference, ...]: ...
+    def __getitem__(self, index: int | slice) -> Difference | tuple[Difference, ...]:
+        return self.outputs[index]
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the relative error of every output is at most ``tolerance``."""
+        return all(difference.within(tolerance) for difference in self.outputs)
+
+    def to_dict(self, tolerance: float) -> dict[str, Any]:
+        """The comparison as plain data, with a verdict for every output and for all."""
+        rows = [dataclasses.asdict(row) | {"within": row.within(tolerance)} for row in self.outputs]
+        return {"tolerance": tolerance, "within": self.within(tolerance), "outputs": rows}
+
+    def table(self, tolerance: float) -> Table:
+        """A ``rich`` table, a row for each output."""
+        table = Table()
+        for title in (*_COLUMNS, ""):
+            table.add_column(title, overflow="fold")
+        for row in self.outputs:
+            table.add_row(*map(escape, (*_cells(row), "ok" if row.within(tolerance) else f"above {tolerance:g}")))
+        return table
+
+    def section(self, tolerance: float | None = None) -> Section:
+        """The comparison as a part of a page; with a verdict if there is a ``tolerance``."""
+        verdicts = [] if tolerance is None else [Column(f"within {tolerance:g}")]
+        columns = (*(Column(title, title not in _COLUMNS[:2]) for title in _COLUMNS), *verdicts)
+        rows = (
+            (*_cells(row), *([] if tolerance is None else ["yes" if row.within(tolerance) else "no"]))
+            for row in self.outputs
+        )
+        return Section("The file against the model", (html.Table("Outputs", columns, tuple(rows)),))
+
+    def to_html(self, tolerance: float | None = None) -> str:
+        """The comparison as an HTML fragment that needs nothing else, neither style nor script."""
+        return html.fragment(self.section(tolerance))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.to_html()
+
+
+_COLUMNS = ("output", "shape", "max. absolute error", "relative error", "top-1 agreement")
+
+
+def _cells(row: Difference) -> tuple[str, ...]:
+    shape = "x".join(map(str, row.shape)) or "1"
+    top1 = "-" if row.top1 is None else f"{row.top1:.2%}"
+    return row.name, shape, f"{row.absolute:.3g}", f"{row.relative:.3g}", top1
+
+
 def compare(name: str, actual: np.ndarray, expected: np.ndarray) -> Difference:
     """Compare an output of a file with the model's; the file's may be flat.
 
@@ -82,6 +153,19 @@ def run_model(module: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[np.nd
     return [leaf.numpy() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
+def load_onnxruntime() -> Any:
+    """The package ``onnxruntime``.
+
+    Raises:
+        ExportError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExportError(f"verify needs onnxruntime ({error}): pip install 'tbn-compiler[onnx]'") from error
+    return onnxruntime
+
+
 class OnnxFile:
     """An ONNX file in ONNX Runtime on the CPU.
 
@@ -90,10 +174,7 @@ class OnnxFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ExportError(f"verify needs onnxruntime ({error}): pip install 'tbn-compiler[onnx]'") from error
+        onnxruntime = load_onnxruntime()
         if not Path(path).is_file():
             raise ExportError(f"{path} is no file")
         try:
@@ -210,7 +291,7 @@ def _by_name(arrays: Mapping[str, np.ndarray], names: list[str]) -> Mapping[str,
     return arrays
 
 
-def verify(actual: Mapping[str, np.ndarray], module: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[Difference]:
+def verify(actual: Mapping[str, np.ndarray], module: nn.Module, inputs: Mapping[str, np.ndarray]) -> Comparison:
     """Compare the outputs of a file with those of the model on the same inputs.
 
     Raises:
@@ -223,4 +304,5 @@ def verify(actual: Mapping[str, np.ndarray], module: nn.Module, inputs: Mapping[
         raise ExportError(f"the model does not run on {shapes}: {error}") from error
     if len(actual) != len(expected):
         raise ExportError(f"the file has {len(actual)} outputs, the model {len(expected)}")
-    return [compare(name, value, wanted) for (name, value), wanted in zip(actual.items(), expected, strict=True)]
+    pairs = zip(actual.items(), expected, strict=True)
+    return Comparison(tuple(compare(name, value, wanted) for (name, value), wanted in pairs))

@@ -28,6 +28,12 @@ def tiled():
 def number():
     return 3
 
+def deep():
+    name = "a_long_name_of_a_layer_that_folds_in_eighty_columns"
+    model = nn.Sequential()
+    model.add_module(f"{name}_{name}", nn.Linear(16, 8))
+    return model
+
 def curved():
     return nn.Sequential(nn.Linear(16, 32), nn.Hardshrink())
 """
@@ -72,19 +78,21 @@ def test_runs_as_a_module():
 
 def test_summary_formats(capsys, factory):
     arguments = ("summary", f"{factory}:mlp", "--min-size", 0, "--p", 4)
-    status, out, _ = run(capsys, *arguments, "--format", "json", "--input", "2,16")
+    status, out, _ = run(capsys, *arguments, "--json", "--input", "2,16")
     data = json.loads(out)
     assert status == 0
     assert [layer["p"] for layer in data["layers"]] == [4, 4]
     assert data["totals"]["macs"] == 2 * (16 * 32 + 32 * 4)
-    assert run(capsys, *arguments, "--format", "markdown")[1].startswith("| layer | kind |")
+    assert run(capsys, *arguments, "--markdown")[1].startswith("| layer | kind |")
     assert "2 layers tiled, 0 left alone" in run(capsys, *arguments)[1]
+    with pytest.raises(SystemExit):
+        main(["summary", f"{factory}:mlp", "--json", "--markdown"])
 
 
 def test_tiling_options(capsys, factory):
     status, out, _ = run(
         capsys, "summary", f"{factory}:mlp", "--preset", "imagenet", "--min-size", 0, "--p", 2, "--alpha", "tile",
-        "--keep-float", "2", "--format", "json",
+        "--keep-float", "2", "--json",
     )  # fmt: skip
     first, last = json.loads(out)["layers"]
     assert status == 0
@@ -93,7 +101,7 @@ def test_tiling_options(capsys, factory):
 
 
 def test_layouts(capsys, factory):
-    arguments = ("summary", f"{factory}:mlp", "--min-size", 0, "--format", "json")
+    arguments = ("summary", f"{factory}:mlp", "--min-size", 0, "--json")
     rows = json.loads(run(capsys, *arguments, "--p", "2x4", "--alpha", "output")[1])["layers"]
     assert [(row["p"], row["p_in"], row["alphas"]) for row in rows] == [(8, 4, 2), (8, 4, 2)]
     rows = json.loads(run(capsys, *arguments, "--p", 4, "--replicate", "roll", "--shift", 3)[1])["layers"]
@@ -102,7 +110,7 @@ def test_layouts(capsys, factory):
 
 def test_optimize(capsys, factory, tmp_path):
     arguments = (f"{factory}:plain", "--min-size", 0, "--input", "1,16")
-    rows = json.loads(run(capsys, "summary", *arguments, "--optimize", "--format", "json")[1])["layers"]
+    rows = json.loads(run(capsys, "summary", *arguments, "--optimize", "--json")[1])["layers"]
     assert rows[1]["macs_tiled"] * 16 == rows[1]["macs"]
     assert run(capsys, "export-c", *arguments, "-o", "net.c")[0] == 0
     text = (tmp_path / "net.c").read_text()
@@ -122,11 +130,49 @@ def test_export_c_packages_and_reports(capsys, factory, tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
 
+def test_exports_as_json(capsys, factory):
+    arguments = (f"{factory}:plain", "--min-size", 0, "--input", "1,16", "--json")
+    status, out, _ = run(capsys, "export-c", *arguments, "-o", "net.c", "--plan")
+    data = json.loads(out)
+    assert status == 0
+    assert (data["output"], data["weight_bytes"], data["options"]["optimize"]) == ("net.c", 44, "balanced")
+    assert sum(step["estimated_instructions"] for step in data["steps"]) == data["estimated_instructions"] > 0
+    assert max(step["live_bytes"] for step in data["steps"]) <= data["scratch_bytes"]
+    data = json.loads(run(capsys, "export-onnx", *arguments, "-o", "net.onnx")[1])
+    assert data["path"] == "net.onnx"
+    assert data["forms"] == {"0.weight": "bits", "2.weight": "bits"}
+
+
+def test_piped_tables_are_as_wide_as_they_need(capsys, factory):
+    """No name is folded or cut, however narrow a terminal would be."""
+    name = "a_long_name_of_a_layer_that_folds_in_eighty_columns"
+    status, out, err = run(
+        capsys, "export-c", f"{factory}:deep", "--min-size", 0, "--input", "1,16", "-o", "net.c", "--plan"
+    )
+    assert status == 0, err
+    row = next(line for line in out.splitlines() if f" {name}_{name}: " in line)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out
+    assert len(row) > 120
+
+
+def test_progress_is_for_terminals(capsys, factory):
+    """On standard error, so that what is piped is the result alone; a file or a pipe there sees none of it."""
+    command = ("summary", f"{factory}:mlp", "--min-size", 0, "--json")
+    _, out, err = run(capsys, *command)
+    assert err == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORCE_COLOR", "1")  # for rich, a terminal
+        _, again, err = run(capsys, *command)
+    assert again == out
+    assert "model" in err
+    assert "0/2" in err
+
+
 def test_a_tiled_model_keeps_its_tiling(capsys, factory):
     status, _, err = run(capsys, "summary", f"{factory}:tiled", "--p", 2)
     assert status == 1
     assert "the model is tiled already: leave the tiling options out" in err
-    _, out, _ = run(capsys, "summary", f"{factory}:tiled", "--format", "json")
+    _, out, _ = run(capsys, "summary", f"{factory}:tiled", "--json")
     assert [layer["p"] for layer in json.loads(out)["layers"]] == [8, 8]
 
 
@@ -167,7 +213,7 @@ def test_checkpoint_of_version_0_1_needs_its_options(capsys, factory, tmp_path):
     assert status == 1
     assert "was trained with tiles (0.alpha_source), but does not say how: it is of version 0.1" in err
     with pytest.warns(UserWarning, match="does not say how they are tiled"):
-        status, out, err = run(capsys, *command, "--p", 8, "--min-size", 0, "--format", "json")
+        status, out, err = run(capsys, *command, "--p", 8, "--min-size", 0, "--json")
     assert [layer["p"] for layer in json.loads(out)["layers"]] == [8, 8]
     with pytest.warns(UserWarning, match="does not say how they are tiled"):
         status, _, err = run(capsys, *command, "--p", 8, "--min-size", 0, "--keep-float", "2")
@@ -187,7 +233,7 @@ def test_float_checkpoint_is_taken_with_a_note(capsys, factory, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{}"], "is not of the form module:factory"),
+        (["{}"], "the model '.*' is not of the form module:name"),
         (["nowhere_to_be_found:mlp"], "cannot import 'nowhere_to_be_found'"),
         (["{}:absent"], "has no 'absent'"),
         (["{}:number"], "returned a int, not an nn.Module"),
@@ -239,7 +285,7 @@ def test_export_of_an_unsupported_model_writes_nothing(capsys, factory, tmp_path
 
 def test_demo(capsys, tmp_path):
     pytest.importorskip("sklearn")
-    status, out, err = run(capsys, "demo", "--out", tmp_path / "demo", "--epochs", 8)
+    status, out, err = run(capsys, "demo", "--out", tmp_path / "demo", "--epochs", 8, "--json")
     assert status == 0, err
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert results["TBN (p = 4)"]["bits_per_weight"] < results["binary (p = 1)"]["bits_per_weight"] == 1.0
@@ -250,4 +296,5 @@ def test_demo(capsys, tmp_path):
         assert results["c"]["relative_error"] < 1e-5
     names = {path.name for path in (tmp_path / "demo").iterdir()}
     assert names == {"digits.c", "digits.h", "digits.safetensors", "results.json"}
-    assert "written to" in out
+    assert json.loads(out) == results
+    assert "written to" in err

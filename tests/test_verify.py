@@ -1,4 +1,5 @@
 import contextlib
+import json
 import sys
 import zipfile
 
@@ -75,7 +76,14 @@ def test_onnx(capsys, factory):
     assert status == 1
     assert "above 0.0001" in out
     assert run(capsys, *verify, "--against", "other.safetensors", "--tolerance", 100)[0] == 0
-    assert run(capsys, *verify, "--against", "packed.safetensors", "--tolerance", 0, "--batch", 64)[0] == 1
+    status, out, _ = run(capsys, *verify, "--against", "packed.safetensors", "--tolerance", 0, "--batch", 64, "--json")
+    data = json.loads(out)
+    assert status == 1
+    assert not data["within"]
+    (output,) = data["outputs"]
+    assert output["shape"] == [64, 4]
+    assert 0 < output["relative"] < 1e-4
+    assert output["top1"] == 1.0
 
 
 def test_options_of_export_onnx(capsys, factory):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import tbn_compiler
-from tbn_compiler.cli import bench_mcu, demo, export_c, export_onnx, summary, verify
+from tbn_compiler.cli import bench_mcu, config_file, demo, export_c, export_onnx, report, summary, verify
 from tbn_compiler.errors import TBNError
 
-_COMMANDS = (demo, summary, export_c, export_onnx, verify, bench_mcu)
+_COMMANDS = (demo, summary, report, export_c, export_onnx, verify, bench_mcu)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,8 +18,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A command may return a status of its own.
     """
-    arguments = _parser().parse_args(argv)
+    parser, commands = _parser()
+    arguments = parser.parse_args(argv)
     try:
+        if getattr(arguments, "config", None) is not None:
+            config_file.apply(arguments.config, commands, arguments)
+            arguments = parser.parse_args(argv)
         status: int | None = arguments.run(arguments)
     except (TBNError, OSError) as error:
         print(f"tbn-compiler: error: {error}", file=sys.stderr)
@@ -27,10 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status or 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser, and those of the commands by name."""
     parser = argparse.ArgumentParser(prog="tbn-compiler", description="A compiler for Tiled Bit Networks.")
     parser.add_argument("--version", action="version", version=f"tbn-compiler {tbn_compiler.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for command in _COMMANDS:
         command.add_parser(commands)
-    return parser
+    return parser, commands.choices

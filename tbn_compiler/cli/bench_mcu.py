@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from tbn_compiler.cli.arrays import load_arrays
-from tbn_compiler.cli.models import parse_positive
+from tbn_compiler.cli.options import Repeated, parse_positive
+from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.errors import ConfigError
+from tbn_compiler.tables import console
 
 if TYPE_CHECKING:
     from tbn_compiler.backends.c.mcu import Measurement
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("source", type=Path, help="C file of export-c; its header lies beside it")
     parser.add_argument(
-        "--cpu", choices=_CPUS, action="append", help=f"core to run on; may be repeated (default: {_PAPER_CPU})"
+        "--cpu", choices=_CPUS, action=Repeated, help=f"core to run on; may be repeated (default: {_PAPER_CPU})"
     )
     parser.add_argument(
         "--vectors",
@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--count", type=parse_positive, default=1, help="how many vectors to run (default: %(default)s)"
     )
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="default: %(default)s")
+    add_json(parser)
     parser.set_defaults(run=_run)
 
 
@@ -62,11 +62,15 @@ def _run(arguments: argparse.Namespace) -> None:
     else:
         inputs, outputs = _load(arguments.vectors, arguments.count)
     names = dict.fromkeys(arguments.cpu or [_PAPER_CPU])
-    results = [measure(arguments.source, CPUS[name], inputs, outputs) for name in names]
-    if arguments.format == "json":
-        print(json.dumps([_row(result) for result in results], indent=2))
+    results = []
+    with stages(len(names)) as begin:
+        for name in names:
+            begin(name)
+            results.append(measure(arguments.source, CPUS[name], inputs, outputs))
+    if arguments.json:
+        print_json([_row(result) for result in results])
     else:
-        Console().print(_table(arguments.source, results))
+        console().print(_table(arguments.source, results))
 
 
 def _load(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -97,9 +101,9 @@ def _table(source: Path, results: list[Measurement]) -> Table:
         caption=f"RAM is beside input and output, stack included. FPS is an estimate at 64 MHz: it assumes "
         f"{_ASSUMED_CYCLES_PER_INSTRUCTION} cycles an instruction.",
     )
-    table.add_column("core")
+    table.add_column("core", overflow="fold")
     for column in ("instructions", "flash B", "RAM B", "of it stack", "max error", "est. FPS"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for result in results:
         low, high = min(result.instructions), max(result.instructions)
         rate = _frames_per_second(result)

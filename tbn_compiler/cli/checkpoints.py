@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,38 @@ from tbn_compiler.serialize import load
 from tbn_compiler.training import init_from_float
 
 
-def restore(model: nn.Module, path: Path, config: TilingConfig | None) -> nn.Module:
+@dataclass(frozen=True)
+class Tiling:
+    """How the user wants a float model to be tiled.
+
+    Attributes:
+        config: the options; ``None`` if there are none.
+        file: the file that all of them come from; ``None`` if one was given on the command line.
+    """
+
+    config: TilingConfig | None = None
+    file: Path | None = None
+
+    def refuse(self, why: str) -> None:
+        """Refuse options for a model that is tiled already; those of a file, which serves other commands, get a note.
+
+        Raises:
+            ConfigError: options were given on the command line.
+        """
+        if self.config is not None and self.file is None:
+            raise ConfigError(f"{why}: leave the tiling options out")
+        if self.config is not None:
+            print(f"note: {why}: [tiling] in {self.file} is not used", file=sys.stderr)
+
+
+def restore(model: nn.Module, path: Path, tiling: Tiling) -> nn.Module:
     """The tiled or lowered model of a checkpoint.
 
     Args:
         model: the architecture: the float model, or one that is tiled already.
         path: a packed file; or a ``state_dict`` (``.safetensors``, or of ``torch.save``), of the trained or lowered
             module, which says itself how it is tiled, or of the float model.
-        config: how to tile where neither model nor checkpoint says so; ``None`` if the user gave no such options.
+        tiling: how to tile where neither model nor checkpoint says so.
 
     Raises:
         SerializationError: the file is damaged or does not fit the model, or does not say how its layers are tiled.
@@ -38,15 +63,15 @@ def restore(model: nn.Module, path: Path, config: TilingConfig | None) -> nn.Mod
         OSError: the file cannot be read.
     """
     if _is_packed(path):
-        _refuse_options(config, f"{path} is a packed file")
+        tiling.refuse(f"{path} is a packed file")
         return load(path, model)
     state = _read(path)
     tilings = state_tilings(state)
     if get_records(model) is not None:
-        _refuse_options(config, "the model is tiled already")
+        tiling.refuse("the model is tiled already")
         return _fill(model, state, path)
     if tilings:
-        _refuse_options(config, f"{path} says how its layers are tiled")
+        tiling.refuse(f"{path} says how its layers are tiled")
         gradual = any(split_key(key)[1] == STRENGTH for key in state)
         tiled = tile_model(model, TilingConfig(gradual=gradual), tilings)
         found = {record.weight: record for record in get_records(tiled) or ()}
@@ -63,22 +88,17 @@ def restore(model: nn.Module, path: Path, config: TilingConfig | None) -> nn.Mod
                 raise SerializationError(f"{path} does not fit the model: {error}") from error
         return _fill(tiled, state, path)
     trained = [key for key in state if key.endswith(("alpha_source", "_tile"))]
-    if trained and config is None:
+    if trained and tiling.config is None:
         raise SerializationError(
             f"{path} was trained with tiles ({trained[0]}), but does not say how: it is of version 0.1. Give the "
             "options that it was trained with (--p, --alpha, --min-size, ...)"
         )
-    tiled = transform(model, config)
+    tiled = transform(model, tiling.config)
     if trained:
         return _fill(tiled, state, path)
     init_from_float(tiled, state)
     print(f"note: {path} is a float checkpoint: alphas are the mean magnitudes of its weights", file=sys.stderr)
     return tiled
-
-
-def _refuse_options(config: TilingConfig | None, why: str) -> None:
-    if config is not None:
-        raise ConfigError(f"{why}: leave the tiling options out")
 
 
 def _fill(model: nn.Module, state: Mapping[str, Any], path: Path) -> nn.Module:

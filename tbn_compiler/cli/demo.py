@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tbn_compiler.cli.models import parse_positive
+from tbn_compiler.cli.options import parse_positive
+from tbn_compiler.cli.output import add_json, print_json
+from tbn_compiler.tables import console
 
 
 def add_parser(commands: Any) -> None:
@@ -17,10 +19,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--epochs", type=parse_positive, default=30, help="epochs per network (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    add_json(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from tbn_compiler.demo import run
 
-    run(arguments.out, arguments.epochs, arguments.seed)
+    results = run(arguments.out, arguments.epochs, arguments.seed, console(stderr=arguments.json))
+    if arguments.json:
+        print_json(results)

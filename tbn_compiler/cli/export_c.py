@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from rich.console import Console
-
-from tbn_compiler.cli.models import add_model, load_model, parse_shape
+from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model
+from tbn_compiler.cli.output import add_json, print_json, stages
+from tbn_compiler.tables import console
 
 
 def add_parser(commands: Any) -> None:
@@ -18,13 +17,7 @@ def add_parser(commands: Any) -> None:
 
     parser = commands.add_parser("export-c", help="write a model as one standalone C99 file and a header")
     add_model(parser)
-    parser.add_argument(
-        "--input",
-        type=parse_shape,
-        action="append",
-        required=True,
-        help="shape of an input, e.g. 1,784; once for each input",
-    )
+    add_inputs(parser, "fixes the sizes in the file, and is what its self-test runs")
     parser.add_argument(
         "-o",
         "--output",
@@ -51,12 +44,16 @@ def add_parser(commands: Any) -> None:
         default="generic",
         help="processor whose costs decide (default: %(default)s)",
     )
-    parser.add_argument("--skip-zeros", action="store_true", help="run time may depend on the data")
-    parser.add_argument("--layer-hook", action="store_true", help="call a macro of yours behind every step")
-    parser.add_argument("--self-test", action="store_true", help="add a test on a random input")
+    for flag, text in (
+        ("--skip-zeros", "run time may depend on the data"),
+        ("--layer-hook", "call a macro of yours behind every step"),
+        ("--self-test", "add a test that runs the inputs and compares with what PyTorch gives"),
+        ("--plan", "print steps, kernels, costs and memory"),
+    ):
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=text)
     parser.add_argument("--package", choices=("arduino", "cmake"), help="write a folder for a build system")
-    parser.add_argument("--plan", action="store_true", help="print steps, kernels, costs and memory")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="picture of the scratch memory (needs matplotlib)")
+    add_json(parser)
     parser.set_defaults(run=_run)
 
 
@@ -65,13 +62,18 @@ def _run(arguments: argparse.Namespace) -> None:
 
     names = ("name", "scratch", "optimize", "target", "skip_zeros", "layer_hook", "self_test", "package")
     options = {name: getattr(arguments, name) for name in names}
-    generator = torch.Generator().manual_seed(0)  # a test on zeros would see little
-    inputs = tuple(torch.randn(shape, generator=generator) for shape in arguments.input)
-    plan = export_c(load_model(arguments), inputs, arguments.output, **options)
+    with stages(2) as begin:
+        begin("model")
+        model = load_model(arguments)
+        begin("C file")
+        plan = export_c(model, example_inputs(arguments, model), arguments.output, **options)
     if arguments.draw is not None:
         plan.draw(arguments.draw)
+    if arguments.json:
+        print_json({"output": arguments.output} | plan.to_dict())
+        return
     if arguments.plan:
-        Console().print(plan.table())
+        console().print(plan.table())
     written = arguments.output if arguments.package else f"{arguments.output} and {arguments.output.with_suffix('.h')}"
     sizes = f"{plan.weight_bytes:,} bytes of constants, {plan.scratch_bytes:,} of scratch"
     print(f"wrote {written}: {sizes}")

@@ -1,23 +1,25 @@
-"""What several commands share: the options that name a model and how to tile it, and loading it."""
+"""What several commands share: the options that name a model, its inputs and how to tile it, and loading them."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
-import sys
+import inspect
 from pathlib import Path
 from typing import get_args
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
-from tbn_compiler.cli.checkpoints import restore
+from tbn_compiler.cli.arrays import load_arrays
+from tbn_compiler.cli.checkpoints import Tiling, restore
+from tbn_compiler.cli.config_file import PRESETS, add_config, make_config
+from tbn_compiler.cli.options import Repeated, load_object, parse_copies, parse_positive, parse_shape
 from tbn_compiler.compiler import transform
 from tbn_compiler.config import AlphaMode, AlphaSource, Replication, SmallLayers, TileDType, TilingConfig
 from tbn_compiler.errors import ConfigError
 from tbn_compiler.graph.records import get_records
-
-_PRESETS = {"paper": TilingConfig.paper, "imagenet": TilingConfig.imagenet, "time-series": TilingConfig.time_series}
+from tbn_compiler.torch_private import original_module
 
 
 def add_model(parser: argparse.ArgumentParser, *, checkpoint: str = "--checkpoint") -> None:
@@ -31,12 +33,13 @@ def add_model(parser: argparse.ArgumentParser, *, checkpoint: str = "--checkpoin
         type=Path,
         help="packed file of tbn_compiler.save, or a state_dict (.safetensors, .pt) of the float or the tiled model",
     )
+    add_config(parser)
     group = parser.add_argument_group(
         "tiling", "how to tile a float model; refused where the model or its checkpoint is tiled already, and says how"
     )
-    group.add_argument("--preset", choices=tuple(_PRESETS), help="default: paper")
+    group.add_argument("--preset", choices=tuple(PRESETS), help="default: paper")
     group.add_argument(
-        "--p", type=_copies, help=f"copies of the tile, or OUTxIN along both axes (default: {defaults.p})"
+        "--p", type=parse_copies, help=f"copies of the tile, or OUTxIN along both axes (default: {defaults.p})"
     )
     group.add_argument(
         "--alpha",
@@ -56,63 +59,75 @@ def add_model(parser: argparse.ArgumentParser, *, checkpoint: str = "--checkpoin
         "--small", choices=get_args(SmallLayers), help=f"what smaller layers become (default: {defaults.small})"
     )
     group.add_argument(
-        "--keep-float", metavar="PATTERN", action="append", help="layers to keep in float; may be repeated"
+        "--keep-float", metavar="PATTERN", action=Repeated, help="layers to keep in float; may be repeated"
     )
 
 
-def parse_positive(text: str) -> int:
-    """A number of at least 1, for ``type=`` of an option."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def add_inputs(parser: argparse.ArgumentParser, use: str) -> None:
+    """The options ``--input`` and ``--inputs``; ``use`` says what the inputs are for."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--input",
+        type=parse_shape,
+        action=Repeated,
+        metavar="SHAPE",
+        help=f"shape of a random input, e.g. 1,3,224,224, once for each input: {use}",
+    )
+    group.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="FILE",
+        help="stored inputs instead: .npy, or .npz with an array for each parameter of forward",
+    )
 
 
-def _copies(text: str) -> int | tuple[int, int]:
-    parts = text.split("x")
-    try:
-        numbers = [parse_positive(part) for part in parts]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of copies such as 4 or 2x2") from None
-    if len(numbers) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r} has more than two axes")
-    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+def example_inputs(arguments: argparse.Namespace, model: nn.Module) -> tuple[Tensor, ...]:
+    """The inputs that the arguments name, in the order of ``forward``: normally distributed, or stored ones.
+
+    Stored floating point is taken as float32, integers as int64.
+
+    Raises:
+        ConfigError: there are none, or they cannot be read, or their names are not those of ``forward``.
+    """
+    if arguments.inputs is not None:
+        arrays = _in_order(load_arrays(arguments.inputs), model, arguments.inputs)
+        return tuple(torch.from_numpy(array.astype(_DTYPES.get(array.dtype.kind, array.dtype))) for array in arrays)
+    if not arguments.input:
+        raise ConfigError("give the shape of each input with --input, or stored inputs with --inputs")
+    generator = torch.Generator().manual_seed(0)  # a test on zeros would see little
+    return tuple(torch.randn(shape, generator=generator) for shape in arguments.input)
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """A shape, for ``type=`` of an option."""
-    try:
-        return tuple(parse_positive(part) for part in text.split(","))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224") from None
+_DTYPES = {"f": np.float32, "i": np.int64, "u": np.int64}
 
 
-def _config(arguments: argparse.Namespace) -> TilingConfig | None:
-    """The tiling options; ``None`` if none were given."""
+def _in_order(arrays: dict[str, np.ndarray], model: nn.Module, path: Path) -> list[np.ndarray]:
+    """Arrays in the order of the parameters of ``forward``; a single one, or ``arr_0``, ..., need no names."""
+    if len(arrays) == 1 or list(arrays) == [f"arr_{index}" for index in range(len(arrays))]:
+        return list(arrays.values())
+    names = [name for name in inspect.signature(original_module(model).forward).parameters if name in arrays]
+    if len(names) != len(arrays):
+        strange = ", ".join(repr(name) for name in arrays if name not in names)
+        raise ConfigError(f"{path} holds {strange}, which is no parameter of forward of {type(model).__name__}")
+    return [arrays[name] for name in names]
+
+
+def _tiling(arguments: argparse.Namespace) -> Tiling:
+    """The tiling options of the command line, over those of the file."""
     names = ("p", "alpha", "alpha_source", "tile_dtype", "replicate", "shift", "min_size", "small")
-    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.keep_float:
-        options["float_layers"] = tuple(arguments.keep_float)
-    if not options and arguments.preset is None:
-        return None
-    return _PRESETS[arguments.preset or "paper"](**options)
+        given["float_layers"] = tuple(arguments.keep_float)
+    explicit = bool(given) or arguments.preset is not None
+    if not arguments.tiling and not explicit:
+        return Tiling()
+    preset = {} if arguments.preset is None else {"preset": arguments.preset}
+    return Tiling(make_config({**arguments.tiling, **preset, **given}), None if explicit else arguments.config)
 
 
 def _build(spec: str) -> nn.Module:
     """Import ``module:factory`` (the current folder comes first) and call it."""
-    module_name, _, factory_name = spec.partition(":")
-    if not module_name or not factory_name:
-        raise ConfigError(f"{spec!r} is not of the form module:factory")
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"cannot import {module_name!r}: {error}") from error
-    try:
-        factory = getattr(module, factory_name)
-    except AttributeError:
-        raise ConfigError(f"module {module_name!r} has no {factory_name!r}") from None
-    model = factory()
+    model = load_object(spec, "the model")()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{spec} returned a {type(model).__name__}, not an nn.Module")
     return model
@@ -125,11 +140,10 @@ def load_model(arguments: argparse.Namespace) -> nn.Module:
         ConfigError: tiling options for a model that is tiled already.
         SerializationError: the checkpoint does not fit.
     """
-    model, config = _build(arguments.model), _config(arguments)
+    model, tiling = _build(arguments.model), _tiling(arguments)
     if arguments.checkpoint is not None:
-        return restore(model, arguments.checkpoint, config)
+        return restore(model, arguments.checkpoint, tiling)
     if get_records(model) is None:
-        return transform(model, config)
-    if config is not None:
-        raise ConfigError("the model is tiled already: leave the tiling options out")
+        return transform(model, tiling.config)
+    tiling.refuse("the model is tiled already")
     return model

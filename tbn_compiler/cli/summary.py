@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-import torch
-from rich.console import Console
-
-from tbn_compiler.cli.models import add_model, load_model, parse_shape
+from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model
+from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.compiler import optimize
 from tbn_compiler.summary import summary
+from tbn_compiler.tables import console
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of the command line."""
     parser = commands.add_parser("summary", help="show what is tiled in a model and what it saves")
     add_model(parser)
+    add_inputs(parser, "counts MACs for it")
     parser.add_argument(
-        "--input", type=parse_shape, action="append", help="shape of an input, e.g. 1,3,224,224: counts MACs for it"
+        "--optimize", action=argparse.BooleanOptionalAction, default=False, help="count the module that optimize makes"
     )
-    parser.add_argument("--optimize", action="store_true", help="count the module that optimize makes")
-    parser.add_argument("--format", choices=("table", "markdown", "json"), default="table", help="default: %(default)s")
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--markdown", action="store_true", help="print a Markdown table with exact numbers")
+    add_json(formats)
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    inputs: Any = tuple(torch.zeros(shape) for shape in arguments.input) if arguments.input else None
-    model = load_model(arguments)
-    result = summary(optimize(model, inputs) if arguments.optimize else model, inputs)
-    if arguments.format == "json":
-        print(json.dumps(result.to_dict(), indent=2))
-    elif arguments.format == "markdown":
+    with stages(2) as begin:
+        begin("model")
+        model = load_model(arguments)
+        inputs = example_inputs(arguments, model) if arguments.input or arguments.inputs else None
+        begin("summary")
+        result = summary(optimize(model, inputs) if arguments.optimize else model, inputs)
+    if arguments.json:
+        print_json(result.to_dict())
+    elif arguments.markdown:
         print(result.to_markdown(), end="")
     else:
-        console = Console()
-        console.print(result.table()) if console.is_terminal else print(result, end="")
+        console().print(result.table())

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from tbn_compiler.cli.arrays import load_arrays
-from tbn_compiler.cli.models import add_model, load_model, parse_positive, parse_shape
+from tbn_compiler.cli.models import add_model, load_model
+from tbn_compiler.cli.options import Repeated, parse_positive, parse_shape
+from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.compiler import lower
 from tbn_compiler.errors import ExportError
-from tbn_compiler.verify import CFile, Difference, OnnxFile, verify
+from tbn_compiler.tables import console
+from tbn_compiler.verify import CFile, Comparison, OnnxFile, verify
 
 
 def add_parser(commands: Any) -> None:
@@ -33,7 +35,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--input",
         type=parse_shape,
-        action="append",
+        action=Repeated,
         help="shape of a random input, e.g. 8,784 (default: the shapes in the ONNX file)",
     )
     parser.add_argument(
@@ -50,18 +52,32 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--scratch", choices=("static", "caller"), help="of a C file, to be checked (default: as in its header)"
     )
+    add_json(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.file.suffix not in (".onnx", ".c"):
         raise ExportError(f"{arguments.file} is neither an .onnx nor a .c file")
+    with stages(3) as begin:
+        comparison = _compare(arguments, begin)
+    if arguments.json:
+        print_json(comparison.to_dict(arguments.tolerance))
+    else:
+        console().print(comparison.table(arguments.tolerance))
+    return 0 if comparison.within(arguments.tolerance) else 1
+
+
+def _compare(arguments: argparse.Namespace, begin: Callable[[str], None]) -> Comparison:
+    """Run the file and the model."""
+    begin("model")
     model = load_model(arguments)
     if arguments.checkpoint is None and not _are_equal(model, load_model(arguments)):
         raise ExportError(
             f"{arguments.model} gives other weights at every call, with which no file can be compared: give the "
             "checkpoint with --against"
         )
+    begin("file")
     stored = None if arguments.inputs is None else load_arrays(arguments.inputs)
     generator = np.random.default_rng(arguments.seed)
     file: OnnxFile | CFile
@@ -75,9 +91,8 @@ def _run(arguments: argparse.Namespace) -> int:
         random = file.random_inputs(arguments.input, generator) if stored is None else {}
     inputs = random if stored is None else file.name_inputs(stored)
     actual = file.run(inputs)
-    differences = verify(actual, lower(model), inputs)
-    Console().print(_table(differences, arguments.tolerance))
-    return 0 if all(difference.within(arguments.tolerance) for difference in differences) else 1
+    begin("comparison")
+    return verify(actual, lower(model), inputs)
 
 
 def _are_equal(first: nn.Module, second: nn.Module) -> bool:
@@ -86,17 +101,3 @@ def _are_equal(first: nn.Module, second: nn.Module) -> bool:
     return states[0].keys() == states[1].keys() and all(
         torch.equal(value, states[1][key]) for key, value in states[0].items() if isinstance(value, torch.Tensor)
     )
-
-
-def _table(differences: list[Difference], tolerance: float) -> Table:
-    table = Table("output", "shape", "max. absolute error", "relative error", "top-1 agreement", "")
-    for difference in differences:
-        table.add_row(
-            difference.name,
-            "x".join(map(str, difference.shape)),
-            f"{difference.absolute:.3g}",
-            f"{difference.relative:.3g}",
-            "-" if difference.top1 is None else f"{difference.top1:.2%}",
-            "ok" if difference.within(tolerance) else f"above {tolerance:g}",
-        )
-    return table

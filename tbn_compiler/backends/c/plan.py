@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from tbn_compiler import html
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.costs import Work
 from tbn_compiler.backends.c.options import Options
-from tbn_compiler.backends.c.report import draw_plan, plan_table
+from tbn_compiler.backends.c.report import draw_plan, plan_data, plan_section, plan_table
 
 C_TYPES = {
     "float32": "float",
@@ -306,6 +308,22 @@ class Plan:
     def table(self) -> Table:
         """A row for each step: operation, kernel, cost, constants and scratch memory. ``print`` it with ``rich``."""
         return plan_table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data (ready for JSON): options, sizes in bytes, a dictionary for each step and buffer."""
+        return plan_data(self)
+
+    def section(self) -> html.Section:
+        """The plan as a part of a page: sizes, memory over time, kernels and costs."""
+        return plan_section(self)
+
+    def to_html(self) -> str:
+        """The plan as an HTML fragment that needs nothing else, neither style nor script."""
+        return html.fragment(self.section())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.to_html()
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Write a picture of the scratch memory over the steps; the suffix gives the format. Needs matplotlib."""

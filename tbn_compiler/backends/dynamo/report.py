@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import weakref
 from collections.abc import Callable, Iterable
@@ -10,7 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tbn_compiler import html
 from tbn_compiler.errors import TBNError
+from tbn_compiler.html import Column, Notes, Part, Section
 
 _logger = logging.getLogger("tbn_compiler.backends.dynamo")
 
@@ -34,9 +37,13 @@ class LayerReport:
     declined: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One line, and one more for each reason."""
-        state = ", ".join(("on a packed tile" if self.lowered else "in training form", *self.done))
-        return "\n".join([f"{self.name} ({self.kind}): {state}", *(f"  but {reason}" for reason in self.declined)])
+        """What was done, in one line; reasons are listed by their graph, where several layers may share one."""
+        return f"{self.name} ({self.kind}): {self.state}"
+
+    @property
+    def state(self) -> str:
+        """What it runs on and what was done to it."""
+        return ", ".join(("on a packed tile" if self.lowered else "in training form", *self.done))
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,27 @@ class GraphReport:
     layers: tuple[LayerReport, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def lowered(self) -> int:
+        """How many layers run on packed tiles."""
+        return sum(layer.lowered for layer in self.layers)
+
+    @property
+    def reasons(self) -> dict[str, tuple[str, ...]]:
+        """Why something was not done, each reason with the names of its layers, in order of first appearance."""
+        names: dict[str, dict[str, None]] = {}
+        for layer in self.layers:
+            for reason in layer.declined:
+                names.setdefault(reason, {})[layer.name] = None
+        return {reason: tuple(layers) for reason, layers in names.items()}
+
     def __str__(self) -> str:
-        """A heading, then the notes and the layers."""
-        lowered = sum(layer.lowered for layer in self.layers)
-        lines = [f"{self.form}: {lowered} of {len(self.layers)} tiled layers on packed tiles"]
-        lines += [f"  {line}" for entry in (*self.notes, *self.layers) for line in str(entry).splitlines()]
+        """A heading, the notes, the layers, and each reason once with the layers that it holds for."""
+        lines = [f"{self.form}: {self.lowered} of {_count(len(self.layers), 'tiled layer')} on packed tiles"]
+        lines += [f"  {entry}" for entry in (*self.notes, *self.layers)]
+        for reason, names in self.reasons.items():
+            who = names[0] if len(names) == 1 else f"{len(names)} layers ({', '.join(names)})"
+            lines.append(f"  but for {who}: {reason}")
         return "\n".join(lines)
 
 
@@ -68,11 +91,56 @@ class Explanation:
 
     graphs: tuple[GraphReport, ...]
 
-    def __str__(self) -> str:
-        """The reports of all graphs."""
+    @property
+    def totals(self) -> dict[str, int]:
+        """Numbers of graphs, tiled layers, those of them on packed tiles, and different reasons."""
+        return {
+            "graphs": len(self.graphs),
+            "layers": sum(len(graph.layers) for graph in self.graphs),
+            "lowered": sum(graph.lowered for graph in self.graphs),
+            "reasons": len({reason for graph in self.graphs for reason in graph.reasons}),
+        }
+
+    @property
+    def total_line(self) -> str:
+        """The totals in one line, or that nothing was compiled yet."""
         if not self.graphs:
             return "nothing was compiled with backend='tbn' yet: call the module once"
-        return "\n".join(f"graph {index}, {graph}" for index, graph in enumerate(self.graphs))
+        t = self.totals
+        layers = f"{t['lowered']} of {_count(t['layers'], 'tiled layer')} on packed tiles"
+        return f"total: {_count(t['graphs'], 'graph')}, {layers}, {_count(t['reasons'], 'reason')}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The reports as plain data (ready for JSON): ``{"graphs": [...], "totals": {...}}``."""
+        return {"graphs": [dataclasses.asdict(graph) for graph in self.graphs], "totals": self.totals}
+
+    def section(self) -> Section:
+        """The reports as a part of a page: a table for each graph, and what was not done, with the layers' names."""
+        columns = (Column("layer"), Column("kind"), Column("what it runs on, and what was done"))
+        parts: list[Part] = [Notes((self.total_line,))]
+        for index, graph in enumerate(self.graphs):
+            title = f"Graph {index}, {graph.form}: {graph.lowered} of {len(graph.layers)} on packed tiles"
+            rows = tuple((layer.name, layer.kind, layer.state) for layer in graph.layers)
+            reasons = [f"{', '.join(names)}: {reason}" for reason, names in graph.reasons.items()]
+            parts += [html.Table(title, columns, rows)] if rows else [Notes((title,))]
+            parts += [Notes((*graph.notes, *reasons), listed=True)] if graph.notes or reasons else []
+        return Section("Compiled graphs", tuple(parts))
+
+    def to_html(self) -> str:
+        """The reports as an HTML fragment that needs nothing else, neither style nor script."""
+        return html.fragment(self.section())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.to_html()
+
+    def __str__(self) -> str:
+        """The reports of all graphs, and a line of totals."""
+        return "\n".join([*(f"graph {index}, {graph}" for index, graph in enumerate(self.graphs)), self.total_line])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ def test_command(
     np.savez("vectors.npz", inputs=inputs.numpy(), outputs=mlp(inputs).detach().numpy())
     run: Callable[..., int] = lambda *arguments: main(["bench-mcu", "mlp.c", *arguments])  # noqa: E731
 
-    assert run("--vectors", "vectors.npz", "--count", "2", "--format", "json", "--cpu", "cortex-m7") == 0
+    assert run("--vectors", "vectors.npz", "--count", "2", "--json", "--cpu", "cortex-m7") == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["cpu"] == "cortex-m7"
     assert row["max_error"] < 1e-5

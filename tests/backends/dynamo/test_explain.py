@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import tbn_compiler as tbn
-from tbn_compiler.backends.dynamo import compile_graph
+from tbn_compiler.backends.dynamo import Explanation, GraphReport, LayerReport, compile_graph
 from tests import oracle
 
 CONFIG = tbn.TilingConfig(p=4, min_size=0)
@@ -34,14 +35,26 @@ def test_report(unbound: None, eager_graphs: list[fx.GraphModule], caplog: pytes
         [
             "inference: 2 of 2 tiled layers on packed tiles",
             "  0 (conv2d): on a packed tile, packed here, batch-norm folded, epilogue silu",
-            "    but its copies are not carried on: it has a bias",
             "  3 (conv_transpose2d): on a packed tile, packed here",
-            "    but batch_norm (node 'input_3') is not folded: "
+            "  but for 0: its copies are not carried on: it has a bias",
+            "  but for 3: batch_norm (node 'input_3') is not folded: "
             "the alphas of a transpose convolution belong to its inputs, not to its outputs",
         ]
     )
-    assert str(tbn.explain(fast)) == f"graph 0, {text}"
+    total = "total: 1 graph, 2 of 2 tiled layers on packed tiles, 2 reasons"
+    assert str(tbn.explain(fast)) == f"graph 0, {text}\n{total}"
+    assert json.loads(json.dumps(tbn.explain(fast).to_dict()))["totals"] == tbn.explain(fast).totals
     assert [record.message for record in caplog.records if record.name.startswith("tbn_compiler")] == [text]
+
+
+def test_equal_reasons_are_said_once() -> None:
+    layers = [LayerReport(name, "linear", True, declined=("it has a bias",)) for name in ("up", "down")]
+    layers.append(LayerReport("head", "linear", False, declined=("another reason", "it has a bias")))
+    explanation = Explanation((GraphReport("inference", tuple(layers)), GraphReport("inference", tuple(layers[:1]))))
+    lines = str(explanation).splitlines()
+    assert lines[4:6] == ["  but for 3 layers (up, down, head): it has a bias", "  but for head: another reason"]
+    assert lines[6] == "graph 1, inference: 1 of 1 tiled layer on packed tiles"
+    assert lines[-1] == "total: 2 graphs, 3 of 4 tiled layers on packed tiles, 2 reasons"
 
 
 class Checkpointed(nn.Module):
