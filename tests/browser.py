@@ -188,7 +188,10 @@ class Window:
         target = self._ask("Target.createTarget", url=page.resolve().as_uri())["targetId"]
         self._session = {"sessionId": self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         self._ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.wait_for("document.readyState === 'complete'")
+        # Keys that come before the page has the focus are lost.
+        self._ask("Emulation.setFocusEmulationEnabled", enabled=True)
+        self.wait_for("document.readyState === 'complete' && document.hasFocus()")
+        self.wait_for(f"document.URL === {json.dumps(page.resolve().as_uri())}")
 
     def __enter__(self) -> Window:
         return self
