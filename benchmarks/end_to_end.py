@@ -46,6 +46,7 @@ from torch.nn import functional as F
 import tbn_compiler as tbn
 from benchmarks.machine import machine, with_rows
 from benchmarks.models import ViT, resnet18
+from examples.documents import markdown
 from tbn_compiler.backends import cpu
 from tbn_compiler.backends.cpu import bound
 from tbn_compiler.ops.calls import OPERATORS
@@ -221,21 +222,19 @@ def calls(repeats: int = 20_000) -> dict[str, float]:
 
 def calls_table(found: dict[str, float]) -> str:
     """What calls cost, as a Markdown table."""
-    return "\n".join(["| operator | us |", "|---|---:|", *(f"| `{name}` | {us:.1f} |" for name, us in found.items())])
+    return markdown(["operator", "us"], [[f"`{name}`", f"{us:.1f}"] for name, us in found.items()])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table: medians in milliseconds, and ratios to the fastest peers."""
-    lines = [
-        f"| p = 4, one thread: ms | {' | '.join(FORMS)} | float over the best float | int8 over the best of all |",
-        f"|---|{'---:|' * (len(FORMS) + 2)}",
-    ]
+    cells = []
     for row in rows:
         times = [f"{row[name]['median_ms']:.3g}" for name in FORMS]
         peers = (fastest(row, FORMS[:2]), "tiled"), (fastest(row), "tiled, int8")
         ratios = [f"{row[peer]['median_ms'] / row[name]['median_ms']:.2f}x" for peer, name in peers]
-        lines.append(f"| {row['title']} | {' | '.join((*times, *ratios))} |")
-    return "\n".join(lines)
+        cells.append([row["title"], *times, *ratios])
+    titles = ["p = 4, one thread: ms", *FORMS, "float over the best float", "int8 over the best of all"]
+    return markdown(titles, cells)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks import gpu_cases, gpu_graphs, memory
 from benchmarks.gpu_results import Row
 from benchmarks.gpu_roofline import Ceilings, Estimate, convolution, dense_linear, tiled_linear
+from examples.documents import fill, markdown
 
 # Of the speed-up that the model allows.
 GOAL = 0.8
@@ -153,7 +154,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
 }
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a Markdown table, a column for each key."""
 
     def text(value: Any) -> str:
@@ -164,26 +165,21 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         return str(value)
 
     titles = list(rows[0])
-    lines = [titles, ["---:"] * len(titles), *([text(row[title]) for title in titles] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(titles, [[text(row[title]) for title in titles] for row in rows], left=())
 
 
 def memory_table(result: Mapping[str, Any]) -> str:
     """Table 7, and what the libraries' workspaces add."""
     rows = {row["column"]: row for row in measured(result, "memory") if row["model"] == "ViT"}
-    peaks = {column: rows[column]["peak"] / memory.MIB for column in memory.CONFIGS if column in rows}
-    lines = memory.table(peaks, "ViT, measured without the library's workspace [MiB]").split("\n")
-    lines[0] += " peak with the workspace |"
-    lines[1] += " ---: |"
-    for number, column in enumerate(peaks, 2):
-        row = rows[column]
-        lines[number] += f" {(row['peak'] + row['library_workspace']) / memory.MIB:.1f} |"
-    return "\n".join(lines)
+    found = {column: rows[column] for column in memory.CONFIGS if column in rows}
+    peaks = {column: row["peak"] / memory.MIB for column, row in found.items()}
+    more = {column: (row["peak"] + row["library_workspace"]) / memory.MIB for column, row in found.items()}
+    return memory.table(peaks, "ViT, measured without the library's workspace [MiB]", more)
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, str]:
     """The tables of a result, by their names in docs/gpu.md."""
-    found = {name: markdown(rows) for name, make in TABLES.items() if (rows := make(result))}
+    found = {name: table(rows) for name, make in TABLES.items() if (rows := make(result))}
     if any(row["model"] == "ViT" for row in measured(result, "memory")):
         found["memory"] = memory_table(result)
     return found
@@ -259,7 +255,5 @@ def described(result: Mapping[str, Any]) -> str:
 
 
 def fill_document(result: Mapping[str, Any], document: str) -> str:
-    """``document`` with the tables of a result between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
-    for name, table in tables(result).items():
-        document = memory.fill(document, f"table: {name}", table)
-    return memory.fill(document, "machine", described(result))
+    """``document`` with the tables of a result, and the machine."""
+    return fill(document, tables(result) | {"machine": described(result)})

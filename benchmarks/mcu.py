@@ -21,6 +21,7 @@ from torch import nn
 
 import tbn_compiler as tbn
 from benchmarks.tiny import NETWORKS, int8_instructions, with_statistics
+from examples.documents import fill, markdown
 from tbn_compiler.backends.c import export_c
 from tbn_compiler.backends.c.mcu import CPUS, measure
 
@@ -195,7 +196,7 @@ def _version(tool: str) -> str:
 
 
 def page(text: str, results: dict[str, Any]) -> str:
-    """The document with its tables, between ``<!-- NAME -->`` and ``<!-- end -->``, made anew."""
+    """The document with its tables made anew."""
     rows = results["cases"]
     tables = {
         "mlp": [row for row in rows if row["model"] == "784-128-10"],
@@ -203,20 +204,14 @@ def page(text: str, results: dict[str, Any]) -> str:
     }
     made = {name: _table(found) for name, found in tables.items()}
     made |= {"signs": _comparison(rows), "kinds": _kinds(rows), "networks": _networks(rows)}
-    for name, table in made.items():
-        before, marker, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        text = f"{before}{marker}{table}{end}{after}"
-    return text
+    return fill(text, made)
 
 
 def _comparison(rows: Sequence[dict[str, Any]]) -> str:
     """Layers with plain copies beside the same ones with Hadamard signs."""
     found = {(row["model"], row["kernels"], row["cpu"]): row for row in rows}
-    lines = [
-        "| core | layer | p | kernels | instructions, plain | Hadamard | ratio | flash B | | RAM B | |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    titles = ["core", "layer", "p", "kernels", "instructions, plain", "Hadamard", "ratio", "flash B", "", "RAM B", ""]
+    cells = []
     for layer, p in COMPARED:
         plain, signed = (compared(layer, p, replicate) for replicate in ("repeat", "hadamard"))
         for model, choice, cpu in found:
@@ -226,28 +221,25 @@ def _comparison(rows: Sequence[dict[str, Any]]) -> str:
                 flash = [f"{row['flash_bytes']:,}" for row in pair]
                 memory = [f"{row['static_bytes'] + row['stack_bytes']:,}" for row in pair]
                 figures = [*(f"{count:,}" for count in counts), f"{counts[1] / counts[0]:.2f}", *flash, *memory]
-                lines.append(f"| {' | '.join([cpu, layer, str(p), choice, *figures])} |")
-    return "\n".join(lines) + "\n"
+                cells.append([cpu, layer, str(p), choice, *figures])
+    return markdown(titles, cells, left=["core", "layer", "kernels"])
 
 
 def _kinds(rows: Sequence[dict[str, Any]]) -> str:
     """Kinds of layers beside the aligned one, and beside int8 kernels."""
     found = {row["model"]: row for row in rows}
-    lines = [
-        "| layer | kernels | instructions | a multiply-add | of the aligned one's | of int8 kernels | flash B |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
+    cells = []
     for name, (make, shape, _, aligned) in KINDS.items():
         row, neighbour = found[kind(name)], found[kind(aligned)]
         most = row["instructions"][1]
         macs = _macs(make(), shape)
         share = most / macs / (neighbour["instructions"][1] / _macs(KINDS[aligned][0](), KINDS[aligned][1]))
         kernels = ", ".join(f"`{kernel}`" for step in row["steps"] for kernel in step.split(", "))
-        lines.append(
-            f"| {name} | {kernels} | {most:,} | {most / macs:.2f} | {share:.2f} "
-            f"| {most / row['int8_instructions']:.2f} | {row['flash_bytes']:,} |"
-        )
-    return "\n".join(lines) + "\n"
+        figures = [f"{figure:.2f}" for figure in (most / macs, share, most / row["int8_instructions"])]
+        cells.append([name, kernels, f"{most:,}", *figures, f"{row['flash_bytes']:,}"])
+    text_titles = ["layer", "kernels"]
+    titles = [*text_titles, "instructions", "a multiply-add", "of the aligned one's", "of int8 kernels", "flash B"]
+    return markdown(titles, cells, left=text_titles)
 
 
 def _macs(layer: Any, shape: tuple[int, ...]) -> int:
@@ -263,43 +255,39 @@ def _macs(layer: Any, shape: tuple[int, ...]) -> int:
 
 def _networks(rows: Sequence[dict[str, Any]]) -> str:
     """The networks of MLPerf Tiny in float, tiled, and tiled with int8 activations, beside int8 kernels."""
-    lines = [
-        "| network | core | activations | weights | instructions | of int8 kernels | flash B | int8 flash B | RAM B |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|",
-    ]
+    text_titles = ["network", "core", "activations", "weights"]
+    titles = [*text_titles, "instructions", "of int8 kernels", "flash B", "int8 flash B", "RAM B"]
+    cells = []
     for row in rows:
         if row["model"].startswith("network: "):
             most, memory = row["instructions"][1], row["static_bytes"] + row["stack_bytes"]
-            figures = [
-                row["model"].removeprefix("network: "),
-                row["cpu"],
-                "int8" if row["kernels"] == "int8" else "float",
-                "float" if row["kernels"] == "float" else "p = 4",
-                f"{most:,}",
-                f"{most / row['int8_instructions']:.2f}" if row["cpu"] == "cortex-m4" else "",
-                f"{row['flash_bytes']:,}",
-                f"{row['int8_weight_bytes']:,}",
-                f"{memory:,}",
-            ]
-            lines.append(f"| {' | '.join(figures)} |")
-    return "\n".join(lines) + "\n"
+            cells.append(
+                [
+                    row["model"].removeprefix("network: "),
+                    row["cpu"],
+                    "int8" if row["kernels"] == "int8" else "float",
+                    "float" if row["kernels"] == "float" else "p = 4",
+                    f"{most:,}",
+                    f"{most / row['int8_instructions']:.2f}" if row["cpu"] == "cortex-m4" else "",
+                    f"{row['flash_bytes']:,}",
+                    f"{row['int8_weight_bytes']:,}",
+                    f"{memory:,}",
+                ]
+            )
+    return markdown(titles, cells, left=text_titles)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| core | model | kernels | instructions | of the fastest peer | flash B | RAM B | of it stack |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
-    ]
+    titles = ["core", "model", "kernels", "instructions", "of the fastest peer", "flash B", "RAM B", "of it stack"]
+    cells = []
     # The fastest peer, which comes first.
     peers = {(row["model"], row["cpu"]): row["instructions"][1] for row in reversed(rows) if row["kernels"] in PEERS}
     for row in rows:
         most, memory = row["instructions"][1], row["static_bytes"] + row["stack_bytes"]
         share = most / peers[row["model"], row["cpu"]]
-        lines.append(
-            f"| {row['cpu']} | {row['model']} | {row['kernels']} | {most:,} | {100 * share:.1f} % "
-            f"| {row['flash_bytes']:,} | {memory:,} | {row['stack_bytes']:,} |"
-        )
-    return "\n".join(lines) + "\n"
+        sizes = [f"{size:,}" for size in (row["flash_bytes"], memory, row["stack_bytes"])]
+        cells.append([row["cpu"], row["model"], row["kernels"], f"{most:,}", f"{100 * share:.1f} %", *sizes])
+    return markdown(titles, cells, left=titles[:3])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import tbn_compiler as tbn
 from benchmarks.models import PointNet, ViT
+from examples.documents import fill, markdown
 from tbn_compiler.backends.triton import linear_workspace
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "gpu.md"
@@ -172,26 +173,27 @@ def account_model(model: str, column: str) -> Memory:
     return account(module, [torch.zeros(MODELS[model][1], device="meta")], tiles)
 
 
-def table(peaks: dict[str, float], title: str) -> str:
-    """Peaks in MiB, and the stored parameters, beside the paper's, as Markdown."""
-    lines = [
-        f"| {title} | peak | paper | parameters | tiles among them | paper |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+def table(peaks: Mapping[str, float], title: str, with_workspace: Mapping[str, float] | None = None) -> str:
+    """Peaks in MiB, and the stored parameters, beside the paper's, as Markdown.
+
+    Args:
+        peaks: what is shown of every column of the paper's table.
+        title: what the peaks are of.
+        with_workspace: the same peaks with the libraries' workspace, for a column of their own.
+    """
+    header = [title, "peak", "paper", "parameters", "tiles among them", "paper"]
+    rows = []
     for column, peak in peaks.items():
         module, tiles = build("ViT", column)
         parameters = account(module, [], tiles).parameters / MIB
         theirs = PAPER[column]
         share = f"{tiles / MIB:.2f}" if tiles else ""
-        lines.append(f"| {column} | {peak:.1f} | {theirs[0]} | {parameters:.2f} | {share} | {theirs[1]} |")
-    return "\n".join(lines)
-
-
-def fill(document: str, mark: str, text: str) -> str:
-    """``document`` with what stands between ``<!-- mark -->`` and the next ``<!-- end -->`` replaced."""
-    before, begin, rest = document.partition(f"<!-- {mark} -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    return f"{before}{begin}{text}\n{end}{after}"
+        rows.append([column, f"{peak:.1f}", f"{theirs[0]}", f"{parameters:.2f}", share, f"{theirs[1]}"])
+    if with_workspace is not None:
+        header.append("peak with the workspace")
+        rows = [[*row, f"{with_workspace[row[0]]:.1f}"] for row in rows]
+    made: str = markdown(header, rows)
+    return made
 
 
 def plot(model: str, path: Path) -> None:
@@ -229,7 +231,7 @@ def main() -> int:
     found, text = counted()
     print(text)
     if arguments.docs:
-        DOCUMENT.write_text(fill(DOCUMENT.read_text(), "table: counted", text))
+        DOCUMENT.write_text(fill(DOCUMENT.read_text(), {"counted": text}))
         for model in MODELS:
             plot(model, DOCUMENT.parent / f"memory_{model.lower()}.png")
     return int(any(memory.peak / MIB > PAPER[column][0] for column, memory in found.items()))

@@ -31,6 +31,7 @@ from torch import nn
 import tbn_compiler as tbn
 from benchmarks.machine import machine
 from benchmarks.models import ViT, resnet18
+from examples.documents import markdown
 
 RESULT = Path(__file__).parent / "results" / "onnx.json"
 CONFIG = tbn.TilingConfig(p=4, alpha="tile")
@@ -154,11 +155,18 @@ def measure(name: str, seconds: float) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| model | form | file [KB] | latency [us] | relative error |", "|---|---|---:|---:|---:|"]
-    for row in rows:
-        size, latency = f"{row['bytes'] / 1e3:,.1f}", f"{row['microseconds']:,.0f}"
-        lines.append(f"| {row['model']} | {row['form']} | {size} | {latency} | {row['relative_error']:.1e} |")
-    return "\n".join(lines)
+    cells = [
+        [
+            row["model"],
+            row["form"],
+            f"{row['bytes'] / 1e3:,.1f}",
+            f"{row['microseconds']:,.0f}",
+            f"{row['relative_error']:.1e}",
+        ]
+        for row in rows
+    ]
+    header = ["model", "form", "file [KB]", "latency [us]", "relative error"]
+    return markdown(header, cells, left=["model", "form"])
 
 
 def main() -> int:

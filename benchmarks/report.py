@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import end_to_end
-from benchmarks.memory import fill
+from benchmarks import end_to_end, onnx
+from examples.documents import fill, markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -26,12 +26,6 @@ def read(name: str) -> Result:
     """A result file."""
     found: Result = json.loads((RESULTS / f"{name}.json").read_text())
     return found
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table whose first columns hold text, and the others numbers."""
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
 def machine(result: Result) -> str:
@@ -86,22 +80,8 @@ def cpu_goals(result: Result) -> str:
         ]
         for goal in result["goals"]
     ]
-    return markdown(["what", "tiled", "peer", "ratio", "goal", "reached"], rows, 3)
-
-
-def onnx_forms(result: Result) -> str:
-    """Size and latency of the forms of an ONNX file."""
-    rows = [
-        [
-            row["model"],
-            row["form"],
-            f"{row['bytes'] / 1e3:,.1f}",
-            f"{row['microseconds']:,.0f}",
-            f"{row['relative_error']:.1e}",
-        ]
-        for row in result["rows"]
-    ]
-    return markdown(["model", "form", "file [KB]", "latency [us]", "relative error"], rows, 2)
+    header = ["what", "tiled", "peer", "ratio", "goal", "reached"]
+    return markdown(header, rows, left=header[:3])
 
 
 def summary(cpu: Result, compiled: Result) -> str:
@@ -132,7 +112,8 @@ def summary(cpu: Result, compiled: Result) -> str:
         peer = end_to_end.fastest(row)
         ratios = [f"{row[peer]['median_ms'] / row[name]['median_ms']:.1f}x" for name in ("tiled", "tiled, int8")]
         rows.append([f"whole network: {row['title']}", f"{peers[peer]}, its fastest peer", *ratios])
-    return markdown(["p = 4, one thread", "against", "float32 activations", "int8 activations"], rows, 2)
+    header = ["p = 4, one thread", "against", "float32 activations", "int8 activations"]
+    return markdown(header, rows, left=header[:2])
 
 
 def microcontrollers(result: Result) -> str:
@@ -170,38 +151,33 @@ def documents() -> dict[Path, dict[str, Callable[[], str]]]:
     """What is filled in where: texts by their marks, by document."""
     return {
         ROOT / "README.md": {
-            "table: speed": lambda: summary(read("cpu"), read("end_to_end")),
+            "speed": lambda: summary(read("cpu"), read("end_to_end")),
             "machine": lambda: machine(read("cpu")),
-            "table: gpu": lambda: gpu_linear(read("gpu")),
-            "table: mcu": lambda: microcontrollers(read("mcu")),
+            "gpu": lambda: gpu_linear(read("gpu")),
+            "mcu": lambda: microcontrollers(read("mcu")),
         },
         ROOT / "docs" / "cpu.md": {
             "machine": lambda: machine(read("cpu")),
-            "table: calls": lambda: end_to_end.calls_table(read("end_to_end")["calls_us"]),
-            "table: goals": lambda: cpu_goals(read("cpu")),
-            "table: linear": lambda: cpu_linear(read("cpu")),
-            "table: copies": lambda: cpu_copies(read("cpu")),
-            "table: conv": lambda: cpu_conv(read("cpu")),
+            "calls": lambda: end_to_end.calls_table(read("end_to_end")["calls_us"]),
+            "goals": lambda: cpu_goals(read("cpu")),
+            "linear": lambda: cpu_linear(read("cpu")),
+            "copies": lambda: cpu_copies(read("cpu")),
+            "conv": lambda: cpu_conv(read("cpu")),
         },
         ROOT / "docs" / "compile.md": {
             "machine": lambda: machine(read("end_to_end")),
-            "table: end to end": lambda: end_to_end.table(read("end_to_end")["rows"]),
+            "end to end": lambda: end_to_end.table(read("end_to_end")["rows"]),
         },
         ROOT / "docs" / "onnx.md": {
             "machine": lambda: machine(read("onnx")),
-            "table: forms": lambda: onnx_forms(read("onnx")),
+            "forms": lambda: onnx.table(read("onnx")["rows"]),
         },
     }
 
 
 def filled(path: Path, texts: dict[str, Callable[[], str]]) -> str:
     """A document with its tables."""
-    document = path.read_text()
-    for mark, text in texts.items():
-        if f"<!-- {mark} -->\n" not in document:
-            raise ValueError(f"{path.name} has no mark <!-- {mark} -->")
-        document = fill(document, mark, text())
-    return document
+    return fill(path.read_text(), {mark: text() for mark, text in texts.items()})
 
 
 def main() -> int:

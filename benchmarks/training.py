@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 import tbn_compiler as tbn
 from benchmarks.machine import machine, with_rows
-from benchmarks.report import markdown
 from benchmarks.transform_cost import decoder
+from examples.documents import markdown
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the paper's networks stand beside its scripts
 from paper.convnets import VGGSmall, resnet18_cifar

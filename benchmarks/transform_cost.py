@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import tbn_compiler as tbn
 from benchmarks.machine import machine
 from benchmarks.models import resnet18
-from benchmarks.report import markdown
+from examples.documents import markdown
 
 RESULT = Path(__file__).parent / "results" / "transform_cost.json"
 CONFIG = tbn.TilingConfig(p=4)

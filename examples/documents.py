@@ -1,13 +1,16 @@
-"""Result files of studies, and the Markdown tables that are generated from them into the pages under ``docs``."""
+"""Result files of studies and benchmarks, and the Markdown that is made from them for the pages.
+
+The scripts beside this file import it as ``documents``, benchmarks and tests as ``examples.documents``.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paper.runs import write_atomically
+END = "<!-- end -->"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -18,14 +21,28 @@ def load(path: Path) -> dict[str, Any]:
 
 def save(results: Mapping[str, Any], path: Path) -> None:
     """Write a result file at once, so that a study that is stopped leaves a whole one."""
+    # Only the scripts save; the others that import this module need not have ``paper`` on their path.
+    from paper.runs import write_atomically
+
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(results, indent=1) + "\n")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str]) -> str:
-    """A Markdown table; columns with a title in ``left`` are aligned left, the others right."""
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str] | None = None) -> str:
+    """A Markdown table, without a line break behind it.
+
+    Args:
+        header: titles of the columns.
+        rows: texts of the cells.
+        left: titles of the columns that are aligned left, the others right; by default the first column alone.
+    """
+    left = header[:1] if left is None else left
     rule = ["---" if title in left else "---:" for title in header]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+    return "\n".join(map(_line, (header, rule, *rows)))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def show_or_write(name: str, table: str, document: Path, *, show: bool, write: bool) -> None:
@@ -37,10 +54,19 @@ def show_or_write(name: str, table: str, document: Path, *, show: bool, write: b
         document.write_text(text, encoding="utf-8")
 
 
-def fill(document: str, tables: Mapping[str, str]) -> str:
-    """``document`` with its tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, replaced."""
-    for name, table in tables.items():
-        before, begin, rest = document.partition(f"<!-- table: {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        document = f"{before}{begin}{table}\n{end}{after}"
+def fill(document: str, texts: Mapping[str, str]) -> str:
+    """``document`` with what stands between ``<!-- NAME -->`` and the next ``<!-- end -->`` replaced, for each name.
+
+    Raises:
+        ValueError: a mark is not in the document, or no end follows it before the next mark.
+    """
+    for name, text in texts.items():
+        before, begin, rest = document.partition(f"<!-- {name} -->\n")
+        if not begin:
+            raise ValueError(f"the document has no mark <!-- {name} -->")
+        replaced, end, after = rest.partition(END)
+        # Without the second condition, another block and all that stands before it would be lost.
+        if not end or "<!-- " in replaced:
+            raise ValueError(f"the document has no {END} for <!-- {name} -->")
+        document = f"{before}{begin}{text}\n{end}{after}"
     return document

@@ -124,7 +124,7 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def fill(document: str, results: Mapping[str, Any]) -> str:
-    """``document`` with its tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, replaced."""
+    """``document`` with its tables replaced by those of ``results``."""
     return documents.fill(document, tables(results))
 
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
+from examples.documents import fill, markdown
 from tbn_compiler.graph.records import get_records
 
 DOC = Path(__file__).parent.parent / "docs" / "coverage.md"
-START, END = "<!-- table -->\n", "<!-- end -->\n"
 COLUMNS = ("layer", "tiled", "trains", "lowered", "deduplicated", "replica flow", "C", "ONNX")
 
 
@@ -198,22 +198,20 @@ def _text(cell: bool | str | None) -> str:
 
 
 def table(folder: Path) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    rows = []
     for name, (build, shape) in LAYERS.items():
         try:
             cells = find_out(build, shape, folder / "layer.c")
         except tbn.TransformError:
             cells = {}
-        lines.append("| " + " | ".join([name, *(_text(cells.get(column)) for column in COLUMNS[1:])]) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *(_text(cells.get(column)) for column in COLUMNS[1:])])
+    return markdown(COLUMNS, rows, left=COLUMNS)
 
 
 def test_coverage_table_is_true(tmp_path: Path) -> None:
     text = DOC.read_text()
-    before, rest = text.split(START)
-    written, after = rest.split(END)
-    found = table(tmp_path)
+    found = fill(text, {"coverage": table(tmp_path)})
     if os.environ.get("TBN_UPDATE_DOCS"):
-        DOC.write_text(before + START + found + END + after)
+        DOC.write_text(found)
     else:
-        assert written == found
+        assert text == found

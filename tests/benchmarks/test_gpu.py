@@ -337,7 +337,7 @@ def test_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tables_and_document(result: dict[str, Any]) -> None:
     document = memory.DOCUMENT.read_text()
     for name in (*gpu_report.TABLES, "memory"):
-        assert f"<!-- table: {name} -->\n" in document
+        assert f"<!-- {name} -->\n" in document
     filled = fill_document(result, document)
     for name, table in tables(result).items():
         assert table in filled, name

@@ -256,7 +256,7 @@ def test_document_holds_the_tables_of_the_result_file() -> None:
     made = layout_tables.tables(results, STUDIES)
     assert documents.fill(document, made) == document
     for name in made:
-        assert f"<!-- table: {name} -->" in document
+        assert f"<!-- {name} -->" in document
 
 
 def test_committed_results_are_of_the_studies_as_they_are() -> None:

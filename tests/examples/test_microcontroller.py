@@ -309,7 +309,7 @@ def test_page_holds_the_tables_of_the_result_file():
     document, results = DOCUMENT.read_text(encoding="utf-8"), read_results(RESULTS)
     assert report.fill(document, results, TASKS) == document
     for name in report.tables(results, TASKS):
-        assert f"<!-- table: {name} -->" in document
+        assert f"<!-- {name} -->" in document
 
 
 def test_recorded_recipes_are_the_present_ones():

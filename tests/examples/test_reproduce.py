@@ -49,7 +49,7 @@ def test_all_tables_and_figures_are_there(program, capsys):
 def test_the_page_holds_every_table(program, committed, name):
     """Renew it with ``python examples/reproduce.py --docs``."""
     text = program.as_markdown(program.TABLES[name](committed))
-    assert f"<!-- table: {name} -->\n{text}\n<!-- end -->" in program.DOCUMENT.read_text()
+    assert f"<!-- {name} -->\n{text}\n<!-- end -->" in program.DOCUMENT.read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,7 @@
 """Build the package, and install and run it with several versions of Python and PyTorch.
 
-    python -m tests.package.matrix 3.10:2.9.1 3.13:2.15.0 --output results.json
+    python -m tests.package.matrix 3.10:2.9.1 3.13:2.15.0 --output benchmarks/results/packages.json
+    python -m tests.package.matrix --docs    # writes the table of docs/stability.md from that file
 
 Every pair gets an environment of its own, and in turn the wheel and the source distribution. Interpreters are looked
 for as ``python3.x`` and as full paths. The test suite samples one pair, in the environment that it runs in.
@@ -15,12 +16,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.documents import fill, markdown
+
 ROOT = Path(__file__).parent.parent.parent
 SMOKE = Path(__file__).with_name("smoke.py")
+RESULTS = ROOT / "benchmarks" / "results" / "packages.json"
+DOCUMENT = ROOT / "docs" / "stability.md"
 
 
 def build(folder: Path) -> tuple[Path, Path]:
@@ -66,6 +71,20 @@ def try_pair(python: str, torch: str, package: Path, folder: Path) -> dict[str, 
     return found | {"package": "wheel" if package.suffix == ".whl" else "source"}
 
 
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The pairs that were tried as a Markdown table; what a failed one printed is in the result file."""
+    rows = []
+    for result in results:
+        # A pair that failed has the interpreter as it was asked for, which may be a path of somebody's machine.
+        versions = [Path(result["python"]).name, result["torch"]]
+        if "error" in result:
+            rows.append([*versions, "", "", "**no**"])
+        else:
+            rows.append([*versions, result["package"], result["level"] or "none", "yes"])
+    header = ["Python", "PyTorch", "package", "native kernels", "works"]
+    return markdown(header, rows, left=header)
+
+
 def _pair(text: str) -> tuple[str, str]:
     python, _, torch = text.rpartition(":")
     if not python or not torch:
@@ -74,11 +93,18 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Try all pairs; the exit status is 1 if one of them fails."""
+    """Try all pairs, or fill the document; the exit status is 1 if a pair fails."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("pairs", nargs="+", type=_pair, metavar="PYTHON:TORCH", help="versions to try together")
+    parser.add_argument("pairs", nargs="*", type=_pair, metavar="PYTHON:TORCH", help="versions to try together")
     parser.add_argument("--output", type=Path, help="file for the results, as JSON")
+    parser.add_argument("--docs", action="store_true", help=f"only fill docs/{DOCUMENT.name} from {RESULTS.name}")
     arguments = parser.parse_args(argv)
+    if arguments.docs == bool(arguments.pairs):
+        parser.error("name pairs to try, or give --docs alone")
+    if arguments.docs:
+        text = fill(DOCUMENT.read_text(), {"packages": table(json.loads(RESULTS.read_text()))})
+        DOCUMENT.write_text(text)
+        return 0
     results, failed = [], 0
     with tempfile.TemporaryDirectory() as temporary:
         sdist, wheel = build(Path(temporary))

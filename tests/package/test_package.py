@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tbn_compiler
+from examples.documents import fill
 from tests.package import matrix
 
 pytest.importorskip("build")
@@ -79,3 +80,39 @@ def test_the_installed_package_runs(files: tuple[Path, Path], tmp_path: Path) ->
     found = json.loads(output.splitlines()[-1])
     assert found["tbn-compiler"] == tbn_compiler.__version__
     assert found["level"] is not None
+
+
+WORKED = {"python": "3.10.13", "torch": "2.9.1+cu128", "level": "avx512vnni", "package": "wheel", "loss": 0.2}
+FAILED = {"python": "/opt/python/bin/python3.13", "torch": "2.15.0", "error": "no such version\n| of many |"}
+
+
+def test_the_table_of_tried_pairs() -> None:
+    assert matrix.table([WORKED, WORKED | {"level": None, "package": "source"}, FAILED]).splitlines()[2:] == [
+        "| 3.10.13 | 2.9.1+cu128 | wheel | avx512vnni | yes |",
+        "| 3.10.13 | 2.9.1+cu128 | source | none | yes |",
+        "| python3.13 | 2.15.0 |  |  | **no** |",
+    ]
+
+
+def test_docs_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path / "packages.json")
+    monkeypatch.setattr(matrix, "DOCUMENT", tmp_path / "page.md")
+    matrix.RESULTS.write_text(json.dumps([WORKED, FAILED]))
+    matrix.DOCUMENT.write_text("before\n<!-- packages -->\nold\n<!-- end -->\nbehind\n")
+    assert matrix.main(["--docs"]) == 0
+    made = matrix.table([WORKED, FAILED])
+    assert matrix.DOCUMENT.read_text() == f"before\n<!-- packages -->\n{made}\n<!-- end -->\nbehind\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["3.10:2.9.1", "--docs"]])
+def test_either_pairs_or_docs(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        matrix.main(arguments)
+    assert "name pairs to try, or give --docs alone" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_results() -> None:
+    if not matrix.RESULTS.exists():
+        pytest.skip("no pairs were tried")
+    document = matrix.DOCUMENT.read_text()
+    assert fill(document, {"packages": matrix.table(json.loads(matrix.RESULTS.read_text()))}) == document
