@@ -33,7 +33,7 @@ from benchmarks.machine import machine
 from benchmarks.models import ViT, resnet18
 
 RESULT = Path(__file__).parent / "results" / "onnx.json"
-CONFIG = tbn.TilingConfig(p=4, alpha="tile")
+CONFIG = tbn.TilingConfig(p=4, alpha="tile", min_size=64_000)
 
 # Options of export_onnx by the name in the table.
 FORMS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tbn_compiler.compiler import lower_model, tile_model, transform
-from tbn_compiler.config import TilingConfig
+from tbn_compiler.config import PAPER_MIN_SIZE, TilingConfig
 from tbn_compiler.errors import ConfigError, LoweringError, SerializationError
 from tbn_compiler.graph.records import get_records, split_key, state_tilings, tile_key
 from tbn_compiler.graph.tiled_parameters import STRENGTH
@@ -68,6 +68,8 @@ def restore(model: nn.Module, path: Path, config: TilingConfig | None) -> nn.Mod
             f"{path} was trained with tiles ({trained[0]}), but does not say how: it is of version 0.1. Give the "
             "options that it was trained with (--p, --alpha, --min-size, ...)"
         )
+    if trained and config is not None and config.min_size is None:
+        config = config.replace(min_size=PAPER_MIN_SIZE)  # what version 0.1 tiled with where nothing else was said
     tiled = transform(model, config)
     if trained:
         return _fill(tiled, state, path)

@@ -34,7 +34,7 @@ def add_model(parser: argparse.ArgumentParser, *, checkpoint: str = "--checkpoin
     group = parser.add_argument_group(
         "tiling", "how to tile a float model; refused where the model or its checkpoint is tiled already, and says how"
     )
-    group.add_argument("--preset", choices=tuple(_PRESETS), help="default: paper")
+    group.add_argument("--preset", choices=tuple(_PRESETS), help="the paper's settings (default: TilingConfig's own)")
     group.add_argument(
         "--p", type=_copies, help=f"copies of the tile, or OUTxIN along both axes (default: {defaults.p})"
     )
@@ -44,14 +44,21 @@ def add_model(parser: argparse.ArgumentParser, *, checkpoint: str = "--checkpoin
         help=f"one scale per layer, copy along the output, or copy (default: {defaults.alpha})",
     )
     group.add_argument(
-        "--alpha-source", choices=get_args(AlphaSource), help="where scales come from (default: the preset's)"
+        "--alpha-source",
+        choices=get_args(AlphaSource),
+        help=f"where scales come from (default: the preset's, or {defaults.alpha_source})",
     )
     group.add_argument("--tile-dtype", choices=get_args(TileDType), help=f"default: {defaults.tile_dtype}")
     group.add_argument("--replicate", choices=get_args(Replication), help=f"default: {defaults.replicate}")
     group.add_argument(
         "--shift", type=parse_positive, help=f"elements that 'roll' rolls each copy by (default: {defaults.shift})"
     )
-    group.add_argument("--min-size", type=int, help="smaller layers are not tiled (default: the preset's)")
+    group.add_argument(
+        "--min-size",
+        type=int,
+        help="smaller layers are not tiled (default: the preset's, or derived from the model: at most 64,000, and half "
+        "of the weights are tiled)",
+    )
     group.add_argument(
         "--small", choices=get_args(SmallLayers), help=f"what smaller layers become (default: {defaults.small})"
     )
@@ -95,7 +102,7 @@ def _config(arguments: argparse.Namespace) -> TilingConfig | None:
         options["float_layers"] = tuple(arguments.keep_float)
     if not options and arguments.preset is None:
         return None
-    return _PRESETS[arguments.preset or "paper"](**options)
+    return TilingConfig(**options) if arguments.preset is None else _PRESETS[arguments.preset](**options)
 
 
 def _build(spec: str) -> nn.Module:
