@@ -24,6 +24,7 @@ from tbn_compiler.errors import (
     TBNError,
     TransformError,
 )
+from tbn_compiler.planning import LayerPlan, Sensitivity, Sweep, plan, sensitivity, sweep
 from tbn_compiler.serialize import load, save
 from tbn_compiler.summary import Summary, summary
 from tbn_compiler.training import convert_latent, init_from_float, set_tiling_strength, tiling_strength
@@ -115,9 +116,12 @@ __all__ = [
     "ConfigError",
     "ExportError",
     "LayerInfo",
+    "LayerPlan",
     "LoweringError",
+    "Sensitivity",
     "SerializationError",
     "Summary",
+    "Sweep",
     "TBNError",
     "TilingConfig",
     "TransformError",
@@ -132,9 +136,12 @@ __all__ = [
     "load",
     "lower",
     "optimize",
+    "plan",
     "save",
+    "sensitivity",
     "set_tiling_strength",
     "summary",
+    "sweep",
     "tiling_strength",
     "transform",
 ]
