@@ -56,7 +56,9 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"tbn-compiler {tbn.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo"], ["summary"], ["export-c"], ["export-onnx"], ["verify"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["demo"], ["summary"], ["plan"], ["sweep"], ["export-c"], ["export-onnx"], ["verify"]]
+)
 def test_help_names_every_option(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--help"])

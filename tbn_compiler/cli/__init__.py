@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 import tbn_compiler
-from tbn_compiler.cli import bench_mcu, demo, export_c, export_onnx, summary, verify
+from tbn_compiler.cli import bench_mcu, demo, export_c, export_onnx, plan, summary, sweep, verify
 from tbn_compiler.errors import TBNError
 
-_COMMANDS = (demo, summary, export_c, export_onnx, verify, bench_mcu)
+_COMMANDS = (demo, summary, plan, sweep, export_c, export_onnx, verify, bench_mcu)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -78,6 +78,21 @@ def restore(model: nn.Module, path: Path, config: TilingConfig | None) -> nn.Mod
     return tiled
 
 
+def load_float_state(model: nn.Module, path: Path) -> None:
+    """Load a ``state_dict`` of the float model into it.
+
+    Raises:
+        SerializationError: the file is damaged, is one of a tiled model, or does not fit.
+        OSError: the file cannot be read.
+    """
+    if _is_packed(path):
+        raise SerializationError(f"{path} is a packed file, and no checkpoint of the float model")
+    state = _read(path)
+    if state_tilings(state):
+        raise SerializationError(f"{path} is of a tiled model, and no checkpoint of the float model")
+    _fill(model, state, path)
+
+
 def _refuse_options(config: TilingConfig | None, why: str) -> None:
     if config is not None:
         raise ConfigError(f"{why}: leave the tiling options out")

@@ -7,11 +7,11 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from torch import nn
 
-from tbn_compiler.cli.checkpoints import restore
+from tbn_compiler.cli.checkpoints import load_float_state, restore
 from tbn_compiler.compiler import transform
 from tbn_compiler.config import AlphaMode, AlphaSource, Replication, SmallLayers, TileDType, TilingConfig
 from tbn_compiler.errors import ConfigError
@@ -36,7 +36,7 @@ def add_model(parser: argparse.ArgumentParser, *, checkpoint: str = "--checkpoin
     )
     group.add_argument("--preset", choices=tuple(_PRESETS), help="the paper's settings (default: TilingConfig's own)")
     group.add_argument(
-        "--p", type=_copies, help=f"copies of the tile, or OUTxIN along both axes (default: {defaults.p})"
+        "--p", type=parse_copies, help=f"copies of the tile, or OUTxIN along both axes (default: {defaults.p})"
     )
     group.add_argument(
         "--alpha",
@@ -75,7 +75,8 @@ def parse_positive(text: str) -> int:
     return value
 
 
-def _copies(text: str) -> int | tuple[int, int]:
+def parse_copies(text: str) -> int | tuple[int, int]:
+    """A number of copies, for ``type=`` of an option."""
     parts = text.split("x")
     try:
         numbers = [parse_positive(part) for part in parts]
@@ -105,10 +106,14 @@ def _config(arguments: argparse.Namespace) -> TilingConfig | None:
     return TilingConfig(**options) if arguments.preset is None else _PRESETS[arguments.preset](**options)
 
 
-def _build(spec: str) -> nn.Module:
-    """Import ``module:factory`` (the current folder comes first) and call it."""
-    module_name, _, factory_name = spec.partition(":")
-    if not module_name or not factory_name:
+def load_object(spec: str) -> Any:
+    """What ``module:name`` stands for; the current folder comes first.
+
+    Raises:
+        ConfigError: it is not of this form, or there is no such thing.
+    """
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
         raise ConfigError(f"{spec!r} is not of the form module:factory")
     sys.path.insert(0, os.getcwd())
     try:
@@ -116,13 +121,40 @@ def _build(spec: str) -> nn.Module:
     except ModuleNotFoundError as error:
         raise ConfigError(f"cannot import {module_name!r}: {error}") from error
     try:
-        factory = getattr(module, factory_name)
+        return getattr(module, name)
     except AttributeError:
-        raise ConfigError(f"module {module_name!r} has no {factory_name!r}") from None
-    model = factory()
+        raise ConfigError(f"module {module_name!r} has no {name!r}") from None
+
+
+def _build(spec: str) -> nn.Module:
+    """Import ``module:factory`` and call it."""
+    model = load_object(spec)()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{spec} returned a {type(model).__name__}, not an nn.Module")
     return model
+
+
+def add_float_model(parser: argparse.ArgumentParser) -> None:
+    """The options that name a float model, and what its layers have whatever becomes of them."""
+    parser.add_argument("model", help="module:factory, a callable without arguments that returns the float nn.Module")
+    parser.add_argument("--checkpoint", type=Path, help="state_dict (.safetensors, .pt) of the float model")
+    parser.add_argument("--alpha", choices=get_args(AlphaMode), help="one scale per layer, or copy (default: layer)")
+    parser.add_argument(
+        "--keep-float", metavar="PATTERN", action="append", help="layers to keep in float; may be repeated"
+    )
+
+
+def load_float_model(arguments: argparse.Namespace) -> tuple[nn.Module, TilingConfig]:
+    """The float model that the arguments name, with its checkpoint, and what its layers have.
+
+    Raises:
+        SerializationError: the checkpoint does not fit.
+    """
+    model = _build(arguments.model)
+    if arguments.checkpoint is not None:
+        load_float_state(model, arguments.checkpoint)
+    given = {"alpha": arguments.alpha, "float_layers": arguments.keep_float}
+    return model, TilingConfig(**{name: value for name, value in given.items() if value})
 
 
 def load_model(arguments: argparse.Namespace) -> nn.Module:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from tbn_compiler.planning.planner import plan
 from tbn_compiler.planning.sensitivity import Sensitivity
 from tbn_compiler.planning.tables import PlainTable
 from tbn_compiler.summary import summary
+
+if TYPE_CHECKING:
+    from tbn_compiler.backends.c.options import Target
 
 _VERSION = 1
 Point = TilingConfig | LayerPlan | Mapping[str, float] | str
@@ -152,6 +155,8 @@ def sweep(
     seed: int = 0,
     sensitivity: Sensitivity | None = None,
     example_inputs: Any = None,
+    config: TilingConfig | None = None,
+    target: Target = "generic",
 ) -> Sweep:
     """Train one model under several tilings and compare what they reach with what they store.
 
@@ -168,8 +173,10 @@ def sweep(
         metric: what it is called.
         path: JSON file with the results, made if there is none.
         seed: of PyTorch's generators at the start of each point; they go on afterwards as if nothing had been.
-        sensitivity: what budgets are planned with.
-        example_inputs: of the costs in budgets.
+        sensitivity: of budgets, as for :func:`plan`, as are the next ones.
+        example_inputs: what costs are counted for.
+        config: what the layers have beside their option.
+        target: processor of the costs in C.
 
     Returns:
         A :class:`Sweep`, with the points that were asked for in their order.
@@ -193,8 +200,17 @@ def sweep(
     known = {} if path is None else _read(Path(path), metric)
     found: list[SweepPoint] = []
     for name, point in wanted.items():
-        config = _config(model, point, sensitivity, example_inputs)
-        data = None if config is None else json.loads(json.dumps(_data(config)))
+        if isinstance(point, Mapping):
+            point = plan(
+                model,
+                budget=point,
+                sensitivity=sensitivity,
+                example_inputs=example_inputs,
+                config=config,
+                target=target,
+            )
+        tiling = _tiling(point)
+        data = None if tiling is None else json.loads(json.dumps(_data(tiling)))
         if name in known:
             if known[name].config != data:
                 raise ConfigError(
@@ -202,7 +218,7 @@ def sweep(
                     "sweep another file"
                 )
         else:
-            known[name] = _train(model, name, config, data, train, evaluate, seed)
+            known[name] = _train(model, name, tiling, data, train, evaluate, seed)
             if path is not None:
                 _write(Path(path), Sweep(metric, tuple(known.values())))
         found.append(known[name])
@@ -212,7 +228,7 @@ def sweep(
 def _named(points: Mapping[str, Point] | Iterable[Point]) -> dict[str, Point]:
     if isinstance(points, str):
         raise ConfigError(f"points must be a mapping or a sequence, got {points!r}")
-    pairs = list(points.items()) if isinstance(points, Mapping) else [(_name(point), point) for point in points]
+    pairs = list(points.items()) if isinstance(points, Mapping) else [(point_name(point), point) for point in points]
     named = dict(pairs)
     if len(named) < len(pairs):
         twice = next(name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index]))
@@ -222,7 +238,8 @@ def _named(points: Mapping[str, Point] | Iterable[Point]) -> dict[str, Point]:
     return named
 
 
-def _name(point: Point) -> str:
+def point_name(point: Point) -> str:
+    """What a point is called where the user gives no name."""
     if isinstance(point, TilingConfig):
         p = point.p if isinstance(point.p, int) else "x".join(map(str, point.p))
         layout = "" if point.replicate == "repeat" else f" {point.replicate}"
@@ -236,15 +253,11 @@ def _budget_name(budget: Mapping[str, float]) -> str:
     return ", ".join(f"{name} <= {limit:,.12g}" for name, limit in budget.items()) or "plan"
 
 
-def _config(
-    model: nn.Module, point: Point, sensitivity: Sensitivity | None, example_inputs: Any
-) -> TilingConfig | None:
-    if isinstance(point, TilingConfig):
-        return point
+def _tiling(point: object) -> TilingConfig | None:
     if isinstance(point, LayerPlan):
         return point.config
-    if isinstance(point, Mapping):
-        return plan(model, budget=point, sensitivity=sensitivity, example_inputs=example_inputs).config
+    if isinstance(point, TilingConfig):
+        return point
     if point == "float":
         return None
     raise ConfigError(f"point {point!r} is no TilingConfig, LayerPlan or budget, nor 'float'")
