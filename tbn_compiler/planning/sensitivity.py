@@ -168,7 +168,8 @@ def sensitivity(
     For a layer and an option it is the mean loss over the batches with ``W`` of this layer replaced by the weight that
     the option gives it, ``alpha * B`` (Eq. 2-9) with alphas from ``W`` itself, less the mean loss of the float model.
     All else stays float. Nothing is trained, so this ranks layers and options, it does not say what a trained network
-    loses: HAWQ-V3 (arXiv 2011.10680) ranks by a second-order estimate of the same change, AdaQuant (arXiv 2006.10518)
+    loses, nor that it never tells classes apart whose rows of the last layer are copies: give that an override with
+    ``p=1``. HAWQ-V3 (arXiv 2011.10680) ranks by a second-order estimate of the same change, AdaQuant (arXiv 2006.10518)
     measures it as here. An option that is negative here would lower the loss of these batches.
 
     Without batches there is no loss, and the measure is ``|W - alpha B|**2 / |W|**2``. In a chain of layers that pass
