@@ -180,7 +180,8 @@ def test_sweep_errors(capsys: Any, factory: str, tmp_path: Path, arguments: tupl
 
 def test_pictures(capsys: Any, factory: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert run(capsys, "plan", f"{factory}:net", "--budget", 1000, "--draw", "plan.png")[0] == 0
+    drawn = ("--draw", "plan.png", "--draw-sensitivity", "found.png")
+    assert run(capsys, "plan", f"{factory}:net", "--budget", 1000, *drawn)[0] == 0
     sweep = ("sweep", f"{factory}:net", "--train", f"{factory}:train", "--float", "--p", 2, "--draw", "sweep.png")
     assert run(capsys, *sweep)[0] == 0
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("plan.png", "sweep.png"))
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("plan.png", "found.png", "sweep.png"))

@@ -49,19 +49,23 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the plan, with its config")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="picture of the plan (needs matplotlib)")
+    parser.add_argument("--draw-sensitivity", type=Path, metavar="FILE", help="picture of what was measured")
     parser.add_argument("--format", choices=FORMS, default="table", help="default: %(default)s")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     model, config = load_float_model(arguments)
+    measured = find_sensitivity(arguments, model, config)
+    if arguments.draw_sensitivity is not None:
+        measured.draw(arguments.draw_sensitivity)
     budget: dict[str, float] = {}
     for given in arguments.budget or ():
         budget |= given
     found = plan(
         model,
         budget=budget,
-        sensitivity=find_sensitivity(arguments, model, config),
+        sensitivity=measured,
         objective=arguments.objective,
         example_inputs=tuple(torch.zeros(shape) for shape in arguments.input) if arguments.input else None,
         config=config,

@@ -7,7 +7,7 @@ import glob
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from tbn_compiler.errors import ConfigError, TransformError
 from tbn_compiler.graph.layers import apply_view, find_record, layer_calls
 from tbn_compiler.graph.records import TRANSPOSED, LayerRecord, get_records, graph_parts, layer_name
 from tbn_compiler.graph.tiled_parameters import read_forms
+from tbn_compiler.graph.tiling_data import describe_spec
 from tbn_compiler.planning.options import LayerOption
 from tbn_compiler.tiling import TileSpec
 
@@ -138,6 +139,11 @@ def find_layers(model: nn.Module, config: TilingConfig, options: Iterable[LayerO
         PlannableLayer(name, record.kind, record.shape, record.parameter if _is_part(record) else "", specs[name])
         for name, record in eligible.items()
     )
+
+
+def tiling_text(spec: TileSpec | None) -> str:
+    """What becomes of a weight, in words that are equal for equal weights; the format of its inputs is not in them."""
+    return "float" if spec is None else describe_spec(replace(spec, activation="float", input_scale="token"))
 
 
 def _is_part(record: LayerRecord) -> bool:

@@ -19,7 +19,14 @@ from tbn_compiler.errors import ConfigError, TBNError
 from tbn_compiler.graph.records import get_records
 from tbn_compiler.planning.costs import COSTS, Costs
 from tbn_compiler.planning.layer_plan import LayerPlan, PlannedLayer
-from tbn_compiler.planning.layers import PlannableLayer, check_float_model, find_layers, option_name, untrained
+from tbn_compiler.planning.layers import (
+    PlannableLayer,
+    check_float_model,
+    find_layers,
+    option_name,
+    tiling_text,
+    untrained,
+)
 from tbn_compiler.planning.options import DEFAULT_CANDIDATES, Candidate, parse_options
 from tbn_compiler.planning.search import LOSS, Search
 from tbn_compiler.planning.sensitivity import Sensitivity, sensitivity
@@ -68,7 +75,7 @@ def plan(
         example_inputs: what ``macs`` and the costs in C are counted for; as for :func:`~tbn_compiler.summary`, in C
             a tensor or a tuple of them.
         config: what the layers have beside their option, as for :func:`sensitivity`.
-        candidates: options to choose from; default: those of ``sensitivity``. Each of them must be among those.
+        candidates: options to choose from; default: those of ``sensitivity``, which must have measured each of them.
         target: processor of the costs in C.
         optimize: what the C backend chooses kernels for.
 
@@ -87,7 +94,7 @@ def plan(
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
         >>> found = tbn.plan(model, budget={"bytes": 300})
         >>> found.choice
-        {'0': 'p=2', '2': 'p=4'}
+        {'0': 'p=4', '2': 'binary'}
         >>> qat = tbn.transform(model, found.config)
     """
     limits = _limits(budget, objective)
@@ -153,7 +160,7 @@ def _measured(
 
 
 def _changes(layers: Iterable[PlannableLayer], measured: Sensitivity) -> dict[tuple[str, str], float]:
-    """The measured change of each layer and option.
+    """The measured change of each layer and option: that of the same tiling, whatever it is called.
 
     Raises:
         ConfigError: one was not measured.
@@ -163,14 +170,17 @@ def _changes(layers: Iterable[PlannableLayer], measured: Sensitivity) -> dict[tu
     for layer in layers:
         if layer.name not in known or known[layer.name].shape != layer.shape:
             raise ConfigError(f"the sensitivity is not of this model: it has no layer {layer.name!r} of {layer.shape}")
-        for option in layer.specs:
-            change = known[layer.name].change(option)
-            if change is None:
+        of_tiling = dict(
+            zip(known[layer.name].tilings, (change for _, change in known[layer.name].changes), strict=True)
+        )
+        for option, spec in layer.specs.items():
+            tiling = tiling_text(spec)
+            if tiling not in of_tiling:
                 raise ConfigError(
-                    f"the sensitivity of layer {layer.name!r} has no option {option!r}: measure it with the same "
+                    f"the sensitivity of layer {layer.name!r} has no {option!r} ({tiling}): measure it with the same "
                     "candidates and config"
                 )
-            found[layer.name, option] = change
+            found[layer.name, option] = of_tiling[tiling]
     return found
 
 

@@ -16,7 +16,7 @@ from tbn_compiler.errors import ConfigError, TBNError
 from tbn_compiler.graph.copying import copy_with_tensors
 from tbn_compiler.graph.random_state import keep_random_state
 from tbn_compiler.graph.shapes import split_inputs
-from tbn_compiler.planning.layers import check_float_model, find_layers, tiled_weights, uniform
+from tbn_compiler.planning.layers import check_float_model, find_layers, tiled_weights, tiling_text, uniform
 from tbn_compiler.planning.options import DEFAULT_CANDIDATES, Candidate, LayerOption, parse_options
 from tbn_compiler.planning.tables import PlainTable
 from tbn_compiler.tiling import TileSpec, tiled_weight
@@ -37,12 +37,14 @@ class LayerSensitivity:
         kind: ``"linear"``, ``"conv2d"``, ...
         shape: shape of the weight.
         changes: for each option that the layer takes, by name, what it does; infinite where the loss is not finite.
+        tilings: what each of these options is for this layer, in words.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     changes: tuple[tuple[str, float], ...]
+    tilings: tuple[str, ...]
 
     def change(self, option: str) -> float | None:
         """What an option does, by its name; ``None`` if the layer does not take it, or it equals an earlier one."""
@@ -81,6 +83,7 @@ class Sensitivity:
                 "kind": layer.kind,
                 "shape": list(layer.shape),
                 "changes": {name: change if math.isfinite(change) else None for name, change in layer.changes},
+                "tilings": list(layer.tilings),
             }
             for layer in self.layers
         ]
@@ -110,6 +113,7 @@ class Sensitivity:
                     str(layer["kind"]),
                     tuple(map(int, layer["shape"])),
                     tuple((str(k), math.inf if v is None else float(v)) for k, v in layer["changes"].items()),
+                    tuple(text for _, text in zip(layer["changes"], map(str, layer["tilings"]), strict=True)),
                 )
                 for layer in data["layers"]
             )
@@ -239,6 +243,7 @@ def sensitivity(
             layer.kind,
             layer.shape,
             tuple((option, found[layer.name, option]) for option in layer.specs),
+            tuple(map(tiling_text, layer.specs.values())),
         )
         for layer in layers
     )

@@ -192,12 +192,23 @@ def test_what_cannot_be_reached(model: nn.Sequential, measured: tbn.Sensitivity)
         ({"budget": {"macs": 1}}, r"the cost 'macs' \(multiply-adds\) is that of an input: give example_inputs"),
         ({"budget": 1, "target": "avr"}, "target='avr' is not one of generic"),
         ({"budget": 1, "sensitivity": 3}, "must be what tbn_compiler.sensitivity returned, got int"),
-        ({"budget": 1, "candidates": ["float", 16]}, "has no option 'p=16'"),
+        ({"budget": 1, "candidates": ["float", 16]}, r"layer '0' has no 'p=16' \(p=16, 1 alpha from W\)"),
+        ({"budget": 1, "config": TilingConfig(replicate="hadamard")}, r"has no 'p=4 alpha=tile' \(p=4, replicate='ha"),
     ],
 )
 def test_what_is_refused(model: nn.Sequential, measured: tbn.Sensitivity, options: dict[str, Any], told: str) -> None:
     with pytest.raises(tbn.ConfigError, match=told):
         tbn.plan(model, **({"sensitivity": measured} | options))
+
+
+def test_a_tiling_is_known_by_what_it_is(model: nn.Sequential, measured: tbn.Sensitivity) -> None:
+    """Not by its name or place: candidates may have another order, and overrides may come later."""
+    found = tbn.plan(model, budget=1000, sensitivity=measured, candidates=[{"p": 4, "alpha": "tile"}, "float"])
+    assert set(found.choice.values()) <= {"p=4 alpha=tile", "float"}
+    config = TilingConfig(overrides={"4": {"p": 1}})
+    kept = tbn.plan(model, budget=1000, sensitivity=measured, config=config, candidates=[{"alpha": "tile", "p": 4}, 1])
+    assert kept.layers[2].p == 1
+    assert kept.layers[2].change == measured["4"]["binary"]
 
 
 def test_a_sensitivity_of_another_model(model: nn.Sequential, measured: tbn.Sensitivity) -> None:
