@@ -17,7 +17,7 @@ from tbn_compiler.compiler import tile_model
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError
 from tbn_compiler.graph.records import LayerRecord, get_records
-from tbn_compiler.planning.layers import PlannableLayer, option_name, uniform, untrained
+from tbn_compiler.planning.layers import PlannableLayer, UniformModels, option_name, untrained
 from tbn_compiler.planning.options import LayerOption
 from tbn_compiler.planning.solve import Term
 from tbn_compiler.summary import LayerSummary, summary
@@ -77,7 +77,7 @@ class Costs:
         return self._known[config]
 
     def terms(
-        self, config: TilingConfig, layers: Sequence[PlannableLayer], options: Sequence[LayerOption]
+        self, models: UniformModels, layers: Sequence[PlannableLayer], options: Sequence[LayerOption]
     ) -> dict[str, Term]:
         """The figures of each layer under each option that it takes."""
         values: dict[str, dict[tuple[str, str], float]] = {name: {} for name in self.names}
@@ -86,7 +86,7 @@ class Costs:
         for option in options:
             if not any(option.name in taken for taken in specs.values()):
                 continue
-            module = uniform(self.model, config, option).eval()
+            module = models[option]
             plan = self._plan(module)
             totals = self._totals(module, plan)
             parts = _parts(module, self.names, self.example_inputs, plan, specs)

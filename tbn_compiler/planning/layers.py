@@ -74,6 +74,20 @@ def uniform(model: nn.Module, config: TilingConfig, option: LayerOption) -> nn.M
     return tile_model(model, untrained(with_options(config, {"*": option})))
 
 
+class UniformModels:
+    """Copies of a model in which every layer has the same option, each made once; see :func:`uniform`."""
+
+    def __init__(self, model: nn.Module, config: TilingConfig) -> None:
+        self.model, self.config = model, config
+        self._made: dict[LayerOption, nn.Module] = {}
+
+    def __getitem__(self, option: LayerOption) -> nn.Module:
+        """The copy with an option, in evaluation mode."""
+        if option not in self._made:
+            self._made[option] = uniform(self.model, self.config, option).eval()
+        return self._made[option]
+
+
 def untrained(config: TilingConfig) -> TilingConfig:
     """The same tiling with nothing trained beside the weights."""
     overrides = {
@@ -110,26 +124,26 @@ def option_name(record: LayerRecord) -> str:
     return layer_name(record.weight)
 
 
-def find_layers(model: nn.Module, config: TilingConfig, options: Iterable[LayerOption]) -> tuple[PlannableLayer, ...]:
+def find_layers(models: UniformModels, options: Iterable[LayerOption]) -> tuple[PlannableLayer, ...]:
     """The layers that can be tiled, with those of the options that they take.
 
-    Layers that ``config`` keeps in float are not among them; one to which its overrides give a ``p`` has that alone.
+    Layers that the config keeps in float are not among them; one to which its overrides give a ``p`` has that alone.
 
     Raises:
         TransformError: no layer can be tiled.
         ConfigError: a layer takes none of the options.
     """
-    eligible = _tiled(uniform(model, config, LayerOption("binary", (("p", 1),))))
+    eligible = _tiled(models[LayerOption("binary", (("p", 1),))])
     if not eligible:
         raise TransformError(
-            f"no layer of {type(model).__name__} can be tiled: see the summary of what transform gives"
+            f"no layer of {type(models.model).__name__} can be tiled: see the summary of what transform gives"
         )
     specs: dict[str, dict[str, TileSpec | None]] = {name: {} for name in eligible}
     for option in options:
-        tiled = {} if option.is_float else _tiled(uniform(model, config, option))
+        tiled = {} if option.is_float else _tiled(models[option])
         for name, record in eligible.items():
             found = tiled[name].spec if name in tiled else None
-            fits = not _has_own_p(config, record) if option.is_float else found is not None
+            fits = not _has_own_p(models.config, record) if option.is_float else found is not None
             if fits and found not in specs[name].values():
                 specs[name][option.name] = found
     for name, taken in specs.items():

@@ -21,6 +21,7 @@ from tbn_compiler.planning.costs import COSTS, Costs
 from tbn_compiler.planning.layer_plan import LayerPlan, PlannedLayer
 from tbn_compiler.planning.layers import (
     PlannableLayer,
+    UniformModels,
     check_float_model,
     find_layers,
     option_name,
@@ -55,7 +56,7 @@ def plan(
     The solver proves that no other choice is better. Costs:
 
     ================  ==================================================================================
-    ``bytes``         packed tiles and alphas (float32), and 4 bytes for each weight that stays float
+    ``bytes``         packed tiles, alphas (float32), and 4 bytes for each float weight that the summary lists
     ``macs``          multiply-adds of all linear and convolution layers for ``example_inputs``
     ``flash``         bytes of constants of the C file for ``target``: those of the weights, and all others
     ``ram``           bytes of its scratch memory
@@ -102,11 +103,12 @@ def plan(
     model = check_float_model(model)
     measured = _measured(model, config, sensitivity, candidates)
     options = measured.options if candidates is None else parse_options(candidates)
-    layers = find_layers(model, config, options)
+    models = UniformModels(model, config)
+    layers = find_layers(models, options)
     changes = _changes(layers, measured)
     names = dict.fromkeys(name for name in (*limits, objective, "bytes") if name != LOSS)
     costs = Costs(model, tuple(names), example_inputs, target, optimize)
-    terms = {LOSS: Term(changes)} | costs.terms(config, layers, options)
+    terms = {LOSS: Term(changes)} | costs.terms(models, layers, options)
     search = Search(layers, options, config, costs, terms, limits, objective)
     choice = search.best()
     planned = {layer.name: search.named[choice[layer.name]] for layer in layers}

@@ -116,12 +116,16 @@ class Search:
                 found[name] = (alone, least) if least[name] > self.limits[name] else (choice, within)
         return found
 
+    def _rest(self, name: str) -> str:
+        rest = 0 if self.terms[name].largest else round(self.terms[name].rest)
+        return f" ({rest:,} of them beside the layers that can be tiled)" if rest > 0 else ""
+
     def _why_none(self, least: Mapping[str, float]) -> str:
         """What can be reached where the budget cannot."""
         if not least:
             return "no choice of the candidates has a finite loss: see the sensitivity"
         told = ", ".join(
-            f"{name} at most {limit:,.12g}, and the least is {least[name]:,.12g}"
+            f"{name} at most {limit:,.12g}, and the least is {least[name]:,.12g}{self._rest(name)}"
             for name, limit in self.limits.items()
             if least[name] > limit
         )

@@ -16,7 +16,7 @@ from tbn_compiler.errors import ConfigError, TBNError
 from tbn_compiler.graph.copying import copy_with_tensors
 from tbn_compiler.graph.random_state import keep_random_state
 from tbn_compiler.graph.shapes import split_inputs
-from tbn_compiler.planning.layers import check_float_model, find_layers, tiled_weights, tiling_text, uniform
+from tbn_compiler.planning.layers import UniformModels, check_float_model, find_layers, tiled_weights, tiling_text
 from tbn_compiler.planning.options import DEFAULT_CANDIDATES, Candidate, LayerOption, parse_options
 from tbn_compiler.planning.tables import PlainTable
 from tbn_compiler.tiling import TileSpec, tiled_weight
@@ -214,7 +214,8 @@ def sensitivity(
     options = parse_options(candidates)
     config = TilingConfig() if config is None else config
     copied = copy_with_tensors(check_float_model(model)).eval()
-    layers = find_layers(copied, config, options)
+    models = UniformModels(copied, config)
+    layers = find_layers(models, options)
     measure: Callable[[Tensor, TileSpec], float] = weight_error
     before: float | None = None
     if batches is not None:
@@ -234,7 +235,7 @@ def sensitivity(
             found |= {(layer.name, option.name): 0.0 for layer in layers}
             continue
         taking = {layer.name for layer in layers if option.name in layer.specs}
-        for name, spec, weight in tiled_weights(uniform(copied, config, option)) if taking else ():
+        for name, spec, weight in tiled_weights(models[option]) if taking else ():
             if name in taking:
                 found[name, option.name] = measure(weight, spec)
     results = tuple(

@@ -8,7 +8,7 @@ from torch import nn
 
 import tbn_compiler as tbn
 from tbn_compiler import TilingConfig
-from tbn_compiler.planning.layers import exact_pattern, find_layers, uniform, with_options
+from tbn_compiler.planning.layers import UniformModels, exact_pattern, find_layers, uniform, with_options
 from tbn_compiler.planning.options import LayerOption, parse_option, parse_options
 
 
@@ -83,7 +83,7 @@ def test_exact_patterns(name: str, taken: bool) -> None:
 def test_what_a_layer_takes() -> None:
     """Options that are equal for it once, and only those whose tile has at least 8 weights."""
     model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 8, bias=False), nn.Linear(8, 4))
-    layers = find_layers(model, TilingConfig(), parse_options(["float", "binary", 4, 3, 8]))
+    layers = find_layers(UniformModels(model, TilingConfig()), parse_options(["float", "binary", 4, 3, 8]))
     assert {layer.name: list(layer.specs) for layer in layers} == {
         "0": ["float", "binary", "p=4", "p=8"],  # 54 weights: p=4 becomes 3, and p=8 becomes 6
         "1": ["float", "binary", "p=4", "p=3", "p=8"],
@@ -98,15 +98,15 @@ def test_layers_of_the_users_own() -> None:
     """What the config keeps in float is not planned; a layer with a p of its own has that."""
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
     config = TilingConfig(float_layers=("0",), filter=lambda layer: layer.name != "1", overrides={"2": {"p": 2}})
-    layers = find_layers(model, config, parse_options(["float", 4, 8]))
+    layers = find_layers(UniformModels(model, config), parse_options(["float", 4, 8]))
     assert {layer.name: list(layer.specs) for layer in layers} == {"2": ["p=4"], "3": ["float", "p=4", "p=8"]}
     spec = layers[0].specs["p=4"]
     assert spec is not None
     assert spec.layout.p == 2
     with pytest.raises(tbn.ConfigError, match=r"layer '2' .* takes none of the candidates"):
-        find_layers(model, config, parse_options(["float"]))
+        find_layers(UniformModels(model, config), parse_options(["float"]))
     with pytest.raises(tbn.TransformError, match="no layer of Sequential can be tiled"):
-        find_layers(nn.Sequential(nn.ReLU()), config, parse_options([4]))
+        find_layers(UniformModels(nn.Sequential(nn.ReLU()), config), parse_options([4]))
 
 
 def test_nothing_is_drawn_or_kept() -> None:
