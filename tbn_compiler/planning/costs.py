@@ -58,16 +58,22 @@ class Costs:
 
     def __post_init__(self) -> None:
         """Check that all figures can be had."""
-        from tbn_compiler.backends.c.options import OptimizeFor, Target
-
         for name in self.names:
             if name not in COSTS:
                 raise ConfigError(f"{name!r} is no cost: there are {', '.join(COSTS)}")
             if name != "bytes" and self.example_inputs is None:
                 raise ConfigError(f"the cost {name!r} ({COSTS[name]}) is that of an input: give example_inputs")
+        if not self._in_c and (self.target, self.optimize) == ("generic", "balanced"):
+            return
+        from tbn_compiler.backends.c.options import OptimizeFor, Target  # it loads the C backend
+
         for option, choices in (("target", Target), ("optimize", OptimizeFor)):
             if getattr(self, option) not in get_args(choices):
                 raise ConfigError(f"{option}={getattr(self, option)!r} is not one of {', '.join(get_args(choices))}")
+
+    @property
+    def _in_c(self) -> bool:
+        return bool(set(self.names).intersection(_OF_C))
 
     def of(self, config: TilingConfig) -> dict[str, int]:
         """The figures of the model tiled as ``config`` says."""
@@ -98,7 +104,7 @@ class Costs:
         return {name: Term(values[name], name == "ram", _typical(name, rests[name])) for name in self.names}
 
     def _plan(self, module: nn.Module) -> Plan | None:
-        if not set(self.names).intersection(_OF_C):
+        if not self._in_c:
             return None
         from tbn_compiler.backends.c.frontend import import_graph
         from tbn_compiler.backends.c.options import Options
