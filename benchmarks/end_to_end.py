@@ -171,7 +171,9 @@ def measure(name: str, p: int, turns: int) -> dict[str, Any]:
     torch.manual_seed(0)
     network = MODELS[name]
     model, x = network.build().eval(), torch.randn(network.shape)
-    runs = variants(model, tbn.TilingConfig(p=p, **network.options), x, without_compiling=network.bound)
+    runs = variants(
+        model, tbn.TilingConfig(p=p, **{"min_size": 64_000} | network.options), x, without_compiling=network.bound
+    )
     times: dict[str, list[float]] = {variant: [] for variant in runs}
     for turn in range(turns + 2):
         for variant, run in runs.items():

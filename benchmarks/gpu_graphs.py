@@ -38,7 +38,7 @@ def models(name: str, batch: int, device: torch.device) -> tuple[nn.Module, nn.M
     make, size = MODELS[name]
     torch.manual_seed(0)
     dense = make().eval()
-    packed = tbn.lower(tbn.transform(make().eval(), tbn.TilingConfig(p=P))).eval()
+    packed = tbn.lower(tbn.transform(make().eval(), tbn.TilingConfig(p=P, min_size=64_000))).eval()
     x = torch.randn(batch, *size, dtype=torch.bfloat16, device=device)
     return dense.to(device, torch.bfloat16), packed.to(device, torch.bfloat16), x
 

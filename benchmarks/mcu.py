@@ -110,7 +110,7 @@ def _with_statistics(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 # Name: model, shape of the input, options of the tiling.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
     # Layers below 64,000 weights are binary: p = 1.
-    "784-128-10": (mlp, (784,), {"p": 4, "alpha": "tile"}),
+    "784-128-10": (mlp, (784,), {"p": 4, "alpha": "tile", "min_size": 64_000}),
     **{f"conv {c}": (conv(c), (c, IMAGE, IMAGE), {"p": 4, "alpha": "tile", "min_size": 0}) for c in CHANNELS},
     **{
         compared(layer, p, r): (*LAYERS[layer], {"p": p, "alpha": "tile", "min_size": 0, "replicate": r})

@@ -41,9 +41,9 @@ PAPER = {
 }
 CONFIGS = {
     "full precision": None,
-    "FP, tiled by 4": tbn.TilingConfig(p=4, tile_dtype="float", alpha_source="W"),
+    "FP, tiled by 4": tbn.TilingConfig(p=4, tile_dtype="float", alpha_source="W", min_size=64_000),
     "BWNN": tbn.TilingConfig(p=1, alpha_source="W"),
-    "TBN 4": tbn.TilingConfig(p=4, alpha_source="W"),
+    "TBN 4": tbn.TilingConfig(p=4, alpha_source="W", min_size=64_000),
 }
 MODELS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
     "ViT": (ViT, (1, 3, 256, 256)),

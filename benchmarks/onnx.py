@@ -34,7 +34,7 @@ from benchmarks.models import ViT, resnet18
 from examples.documents import markdown
 
 RESULT = Path(__file__).parent / "results" / "onnx.json"
-CONFIG = tbn.TilingConfig(p=4, alpha="tile")
+CONFIG = tbn.TilingConfig(p=4, alpha="tile", min_size=64_000)
 
 # Options of export_onnx by the name in the table.
 FORMS: dict[str, dict[str, Any]] = {

@@ -141,7 +141,7 @@ def steps(case: Case, p: int) -> dict[str, Step]:
     """The step of each form of a network, all from the same weights."""
     torch.manual_seed(0)
     model, x = case.build(), torch.randn(case.shape)
-    config = tbn.TilingConfig(p=p, **case.options)
+    config = tbn.TilingConfig(p=p, **{"min_size": 64_000} | case.options)
     forms = {"float": model, "weight": tbn.transform(model, config)}
     forms["tile"] = tbn.transform(model, config.replace(latent="tile"))
     found = {}

@@ -42,7 +42,7 @@ from benchmarks.models import resnet18
 from examples.documents import markdown
 
 RESULT = Path(__file__).parent / "results" / "transform_cost.json"
-CONFIG = tbn.TilingConfig(p=4)
+CONFIG = tbn.TilingConfig(p=4, min_size=64_000)
 HEAD_SIZE = 64
 STEPS = ("transform", "lower")
 # For each layer where weights are small; for the largest model.

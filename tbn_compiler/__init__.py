@@ -24,6 +24,7 @@ from tbn_compiler.errors import (
     TBNError,
     TransformError,
 )
+from tbn_compiler.planning import LayerPlan, Sensitivity, Sweep, plan, sensitivity, sweep
 from tbn_compiler.serialize import load, save
 from tbn_compiler.summary import Summary, summary
 from tbn_compiler.training import (
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from tbn_compiler.backends.c.options import OptimizeFor, ScratchOwner, Target
     from tbn_compiler.backends.dynamo import Explanation
     from tbn_compiler.backends.onnx import ExportedFile, WeightForm
-    from tbn_compiler.reporting import Report, Sweep
+    from tbn_compiler.reporting import Report
 
 backends.register()
 integrations.register()
@@ -141,9 +142,12 @@ __all__ = [
     "ConfigError",
     "ExportError",
     "LayerInfo",
+    "LayerPlan",
     "LoweringError",
+    "Sensitivity",
     "SerializationError",
     "Summary",
+    "Sweep",
     "TBNError",
     "TilingConfig",
     "TransformError",
@@ -159,10 +163,13 @@ __all__ = [
     "load",
     "lower",
     "optimize",
+    "plan",
     "report",
     "save",
+    "sensitivity",
     "set_tiling_strength",
     "summary",
+    "sweep",
     "tiling_strength",
     "transform",
 ]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
 
-from tbn_compiler.config import TilingConfig
+from tbn_compiler.config import TilingConfig, derive_min_size
 from tbn_compiler.errors import ConfigError, LoweringError, TransformError
 from tbn_compiler.graph.capture import capture, exported_module
 from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.layer_graph import TiledGraph, adopt
+from tbn_compiler.graph.random_state import keep_random_state
 from tbn_compiler.graph.records import (
+    LayerRecord,
     alpha_key,
     get_records,
     graph_parts,
@@ -79,6 +82,10 @@ def transform(model: nn.Module | ExportedProgram, config: TilingConfig | None = 
         TransformError: the model cannot be copied, or no layer of it can be tiled.
         ConfigError: ``config`` is no :class:`TilingConfig`.
 
+    Warns:
+        UserWarning: no layer has copies although ``p`` asks for them (all are under ``min_size``, say), so that the
+            tiled layers keep a bit for each weight; or a pattern of the options matches no layer.
+
     Example:
         >>> net = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
         >>> qat = transform(net, TilingConfig(p=4))
@@ -105,8 +112,40 @@ def transform(model: nn.Module | ExportedProgram, config: TilingConfig | None = 
     if unmatched:
         names = ", ".join(record.name for record in records)
         warnings.warn(f"config patterns {unmatched} match no layer; layers: {names}", stacklevel=2)
+    before = {record.weight for record in get_records(model) or () if record.spec}
+    told = _why_no_saving(config, records, before)
+    if told is not None:
+        warnings.warn(told, stacklevel=2)
     tell_observers(module)
     return module
+
+
+def _why_no_saving(config: TilingConfig, records: Sequence[LayerRecord], before: set[str]) -> str | None:
+    """A word on a model that keeps a bit or more for each weight of its tiled layers although copies were asked for.
+
+    Layers left alone do not count: each has its reason in the summary, which is often the user's own choice. Nor is
+    anything amiss where most weights are binary because that was asked for, or were tiled ``before``.
+    """
+    tiled = {record: record.spec for record in records if record.spec is not None}
+    bits, weights = sum(spec.tile_bits for spec in tiled.values()), sum(spec.layout.numel for spec in tiled.values())
+    if bits < weights or any(spec.tile_dtype != "binary" for spec in tiled.values()):
+        return None
+    keys = {record: (record.weight, record.parameter, *record.tied) for record in tiled}
+    asked = {record: config.for_layer(*map(layer_name, names)) for record, names in keys.items()}
+    wanting = [record for record in tiled if asked[record].p not in (1, (1, 1)) and record.weight not in before]
+    if 2 * sum(tiled[record].layout.numel for record in wanting) < weights or not wanting:
+        return None
+    record = max(wanting, key=lambda record: math.prod(record.shape))
+    size, options = math.prod(record.shape), asked[record]
+    what = "Give a p that divides its axes, or replicate='repeat'"
+    if options.min_size is None or size < options.min_size:
+        what = "Give a smaller min_size"
+        what += ", or leave it out to have it derived from the model" if options.min_size is not None else ""
+    return (
+        f"the tiled layers keep {bits / weights:.3f} bits a weight although p={options.p} was asked for: no layer has "
+        f"copies. The largest, {record.name!r} with {size:,} weights: {record.note or 'p=1'}. {what}; p=1 asks for a "
+        "binary network"
+    )
 
 
 def tile_model(model: nn.Module, config: TilingConfig, specs: Mapping[str, TileSpec] | None = None) -> nn.Module:
@@ -120,6 +159,37 @@ def tile_model(model: nn.Module, config: TilingConfig, specs: Mapping[str, TileS
         raise TransformError(
             f"{type(model).__name__} is compiled by TorchScript, whose layers are no modules: pass the Python model"
         )
+    restore_random_state = keep_random_state(model)
+    scope = Scope(config, specs)
+    tiled = _tile_copy(model, scope)
+    # Only the passes know which weights can be tiled. A model that is large enough is tiled once.
+    min_size = _other_min_size(model, scope)
+    if min_size is None:
+        return tiled
+    restore_random_state()
+    return _tile_copy(model, Scope(config, specs, min_size=min_size))
+
+
+def tile_in_place(model: nn.Module, config: TilingConfig, specs: Mapping[str, TileSpec] | None = None) -> None:
+    """Tile the weights of a model that the caller owns and that is no graph; ``specs`` as for :func:`tile_model`."""
+    min_size = None
+    if specs is None:
+        restore_random_state, scope = keep_random_state(model), Scope(config)
+        _tile_copy(model, scope)
+        min_size = _other_min_size(model, scope)
+        restore_random_state()
+    _tile(model, Scope(config, specs) if min_size is None else Scope(config, min_size=min_size))
+
+
+def _other_min_size(model: nn.Module, scope: Scope) -> int | None:
+    """The ``min_size`` that suits a model, if it is to be derived and is not what the model was tiled with."""
+    tiled_before = [math.prod(record.shape) for record in get_records(model) or () if record.spec]
+    min_size = derive_min_size([*scope.sizes.values(), *((size, size) for size in tiled_before)])
+    return None if not scope.sizes or min_size == scope.min_size else min_size
+
+
+def _tile_copy(model: nn.Module, scope: Scope) -> nn.Module:
+    """Tile a copy of a model."""
     try:
         copied = share_tensors_copy(model)
     except Exception as error:
@@ -127,15 +197,14 @@ def tile_model(model: nn.Module, config: TilingConfig, specs: Mapping[str, TileS
     if isinstance(copied, fx.GraphModule):
         disable_fast_paths(copied)
         gm = copied if isinstance(copied, TiledGraph) else adopt(copied, copied.graph)
-        return run_passes(gm, training_pipeline(Scope(config, specs)))
-    tile_in_place(copied, config, specs)
+        return run_passes(gm, training_pipeline(scope))
+    _tile(copied, scope)
     return copied
 
 
-def tile_in_place(model: nn.Module, config: TilingConfig, specs: Mapping[str, TileSpec] | None = None) -> None:
-    """Tile the weights of a model that the caller owns and that is no graph; ``specs`` as for :func:`tile_model`."""
+def _tile(model: nn.Module, scope: Scope) -> None:
     disable_fast_paths(model)
-    tile_modules(model, Scope(config, specs))
+    tile_modules(model, scope)
 
 
 def unwrap(module: Any, error: type[Exception]) -> nn.Module:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -24,6 +24,8 @@ AlphaStart = Literal["uniform", "weight"]
 AttentionSize = Literal["separate", "packed"]
 
 Overrides = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+
+PAPER_MIN_SIZE = 64_000  # the paper's general lambda
 
 # The fields that `overrides` may set for the layers a pattern matches.
 _PER_LAYER = (
@@ -92,7 +94,7 @@ class LayerOptions:
     alpha: AlphaMode
     alpha_source: AlphaSource
     tile_dtype: TileDType
-    min_size: int
+    min_size: int | None
     small: SmallLayers
     replicate: Replication
     shift: int
@@ -100,6 +102,31 @@ class LayerOptions:
     activation: Activation
     input_scale: InputScale
     attention: AttentionSize
+
+
+def derive_min_size(layers: Iterable[tuple[int, int]]) -> int:
+    """What ``min_size=None`` stands for in a model: at most the paper's 64,000, and half of the weights are tiled.
+
+    The layers are taken from the largest on until they hold half of all weights; the size of the last one is the
+    result, or 64,000 if that is less. Layers of at least this size hold half of the weights, so that a model that is
+    tiled by ``p`` keeps at most ``(1 + 1 / p) / 2`` bits a weight.
+
+    Args:
+        layers: of each layer that can be tiled its size, as ``min_size`` is compared with it, and its weights.
+
+    Example:
+        >>> derive_min_size([(432, 432), (9_216, 9_216), (36_864, 36_864)])
+        36864
+        >>> derive_min_size([(100_352, 100_352), (1_280, 1_280)])
+        64000
+    """
+    ordered = sorted(layers, reverse=True)
+    half, held = sum(weights for _, weights in ordered) / 2, 0
+    for size, weights in ordered:
+        held += weights
+        if held >= half:
+            return min(size, PAPER_MIN_SIZE)
+    return PAPER_MIN_SIZE
 
 
 @dataclass(frozen=True)
@@ -119,7 +146,11 @@ class TilingConfig:
             the weight itself.
         tile_dtype: ``"binary"`` (1 bit per tile element) or ``"float"`` (no sign is taken: the tile keeps the
             full-precision sums of Eq. 2).
-        min_size: the paper's lambda, in weight elements: smaller layers are not tiled.
+        min_size: the paper's lambda, in weight elements: smaller layers are not tiled. ``None``:
+            :func:`~tbn_compiler.transform` derives it from the model. It is the paper's 64,000 where layers of at least
+            that size hold half of the weights that can be tiled, and otherwise the largest size at which they do: a
+            model tiled by ``p`` then keeps at most ``(1 + 1 / p) / 2`` bits a weight. Layers that ``overrides`` give a
+            ``p`` or ``min_size`` of their own do not count. The notes of the summary name the size.
         replicate: ``"repeat"``, copies are equal; ``"roll"``, copy ``i`` is the tile rolled by ``i * shift``
             elements: no rows repeat, and the saving in arithmetic is given up; or ``"hadamard"``, copies have the signs
             of a Hadamard matrix on groups of columns: no rows repeat, and the saving is kept, but for ``log2(p)``
@@ -169,7 +200,7 @@ class TilingConfig:
     alpha: AlphaMode = "layer"
     alpha_source: AlphaSource = "A"
     tile_dtype: TileDType = "binary"
-    min_size: int = 64_000
+    min_size: int | None = None
     small: SmallLayers = "binary"
     replicate: Replication = "repeat"
     shift: int = 1
@@ -202,7 +233,8 @@ class TilingConfig:
                 raise ConfigError(f"replicate={self.replicate!r} takes an integer p, got the pair {self.p!r}")
         else:
             object.__setattr__(self, "p", _check_int("p", self.p, 1))
-        object.__setattr__(self, "min_size", _check_int("min_size", self.min_size, 0))
+        if self.min_size is not None:
+            object.__setattr__(self, "min_size", _check_int("min_size", self.min_size, 0))
         object.__setattr__(self, "shift", _check_int("shift", self.shift, 1))
         _check_choice("replicate", self.replicate, get_args(Replication))
         _check_choice("alpha", self.alpha, get_args(AlphaMode))
@@ -295,8 +327,8 @@ class TilingConfig:
     def paper(cls, **changes: Any) -> TilingConfig:
         """The paper's general setting.
 
-        Sets ``min_size=64_000``, ``alpha_source="A"``, ``alpha="layer"`` and ``attention="packed"``: the defaults by
-        name, but for the last. ``p`` is not set: it is 4 unless given.
+        Sets ``min_size=64_000``, ``alpha_source="A"``, ``alpha="layer"`` and ``attention="packed"``. ``p`` is not set:
+        it is 4 unless given.
 
         Args:
             changes: any options, those that the preset sets included.

@@ -39,7 +39,7 @@ from tbn_compiler.graph.records import LayerRecord, get_records, graph_parts, jo
 from tbn_compiler.graph.shapes import visit_results
 from tbn_compiler.html import Bars, Column, Facts, Section
 from tbn_compiler.html.pictures import Bar
-from tbn_compiler.tables import as_text
+from tbn_compiler.tables import as_text, markdown
 from tbn_compiler.tiling import TiledProduct
 from tbn_compiler.torch_private import original_module
 
@@ -130,13 +130,10 @@ class Summary:
 
     def to_markdown(self) -> str:
         """The summary as a GitHub-flavoured Markdown table, with exact numbers and a column of notes."""
-        titles = [*_TITLES, "note"]
-        aligns = ["---" if title in _LEFT else "---:" for title in titles]
         t = self.totals
         counts = f"{t['tiled_layers']} tiled, {t['float_layers']} left alone"
         rows = [[*_cells(row, "{:,}".format), row.note] for row in self.layers]
-        lines = [titles, aligns, *rows, [*self._total_cells("{:,}".format), counts]]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+        return markdown([*_TITLES, "note"], [*rows, [*self._total_cells("{:,}".format), counts]], _LEFT)
 
     def table(self) -> RenderableType:
         """The summary as a ``rich`` table with rounded numbers, and the notes under it."""

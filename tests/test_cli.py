@@ -62,7 +62,9 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"tbn-compiler {tbn.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo"], ["summary"], ["export-c"], ["export-onnx"], ["verify"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["demo"], ["summary"], ["plan"], ["sweep"], ["export-c"], ["export-onnx"], ["verify"]]
+)
 def test_help_names_every_option(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--help"])
@@ -219,6 +221,13 @@ def test_checkpoint_of_version_0_1_needs_its_options(capsys, factory, tmp_path):
         status, _, err = run(capsys, *command, "--p", 8, "--min-size", 0, "--keep-float", "2")
     assert status == 1
     assert "2.alpha_source" in err
+    # It knew no size that is derived from the model: 64,000 was the default.
+    with (
+        pytest.warns(UserWarning, match="does not say how they are tiled"),
+        pytest.warns(UserWarning, match="under min_size=64000"),
+    ):
+        status, out, err = run(capsys, *command, "--p", 8, "--json")
+    assert [layer["p"] for layer in json.loads(out)["layers"]] == [1, 1]
 
 
 def test_float_checkpoint_is_taken_with_a_note(capsys, factory, tmp_path):
@@ -298,3 +307,14 @@ def test_demo(capsys, tmp_path):
     assert names == {"digits.c", "digits.h", "digits.safetensors", "results.json"}
     assert json.loads(out) == results
     assert "written to" in err
+
+
+def test_the_command_line_derives_min_size(capsys, factory):
+    """With options or without; a preset has its own."""
+    for arguments in ((), ("--p", 4)):
+        rows = json.loads(run(capsys, "summary", f"{factory}:mlp", *arguments, "--json")[1])["layers"]
+        assert [row["p"] for row in rows] == [4, 1]
+        assert rows[1]["note"] == "under min_size=512, derived from the model: binary, p=1"
+    with pytest.warns(UserWarning, match="under min_size=64000"):
+        rows = json.loads(run(capsys, "summary", f"{factory}:mlp", "--preset", "paper", "--json")[1])["layers"]
+    assert [row["p"] for row in rows] == [1, 1]

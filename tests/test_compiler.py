@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections import OrderedDict
 from typing import Any
 
@@ -157,6 +158,94 @@ def test_default_config_is_the_papers() -> None:
     (record,) = get_records(tbn.transform(nn.Sequential(nn.Linear(256, 256)))) or ()
     assert record.spec is not None
     assert (record.spec.layout.p, record.spec.num_alphas, record.spec.alpha_source) == (4, 1, "A")
+
+
+# The size that is derived from the model
+
+
+def small_net() -> nn.Sequential:
+    """Its widest layer has 36,864 weights, 69 % of all."""
+    shapes = [(16, 64), (64, 64), (64, 10)]
+    layers = [nn.Conv2d(n, m, 3, bias=False) for n, m in shapes[:2]]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 10))
+
+
+def copies(module: nn.Module) -> dict[str, int]:
+    return {record.name: record.spec.layout.p for record in get_records(module) or () if record.spec is not None}
+
+
+def test_a_small_model_ends_below_one_bit() -> None:
+    qat = tbn.transform(small_net())
+    assert copies(qat) == {"0": 1, "1": 4, "3": 1}
+    notes = {row.name: row.note for row in tbn.summary(qat).layers}
+    derived = "under min_size=36864, derived from the model: binary, p=1"
+    assert notes == {"0": derived, "1": "", "3": derived}
+    assert tbn.summary(qat).totals["bits_per_weight"] < (1 + 1 / 4) / 2
+
+
+def test_the_derived_size_is_the_papers_where_half_of_the_weights_have_it() -> None:
+    layers = [nn.Linear(300, 300), nn.Linear(300, 213), nn.Linear(213, 100)]  # 90,000; 63,900; 21,300
+    assert copies(tbn.transform(nn.Sequential(*layers))) == {"0": 4, "1": 1, "2": 1}
+    assert copies(tbn.transform(nn.Sequential(*layers, nn.Linear(100, 300)))) == {"0": 4, "1": 4, "2": 1, "3": 1}
+
+
+@pytest.mark.parametrize("form", ["module", "graph", "exported"])
+def test_deriving_leaves_no_trace(form: str) -> None:
+    """The result and the random numbers after it are those of the same size given by hand."""
+
+    def tiled(config: TilingConfig) -> tuple[Any, Tensor]:
+        torch.manual_seed(0)
+        model: Any = small_net()
+        if form == "graph":
+            model = fx.symbolic_trace(model)
+        elif form == "exported":
+            model = torch.export.export(model, (torch.randn(1, 16, 5, 5),))
+        return tbn.transform(model, config), torch.rand(3)
+
+    (derived, after), (given, expected) = tiled(TilingConfig()), tiled(TilingConfig(min_size=36_864))
+    assert torch.equal(after, expected)
+    states = derived.state_dict(), given.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items() if "extra_state" not in key)
+    assert copies(derived) == copies(given)
+
+
+def test_what_counts_for_the_derived_size() -> None:
+    """Not layers with a p or size of their own, nor float ones, nor embeddings; shared weights once."""
+    model = small_net()
+    assert copies(tbn.transform(model, TilingConfig(overrides={"1": {"p": 2}}))) == {"0": 4, "1": 2, "3": 1}
+    assert copies(tbn.transform(model, TilingConfig(float_layers=("1",)))) == {"0": 4, "3": 1}
+    embedded = nn.Sequential(nn.Embedding(1000, 100), nn.Linear(100, 30), nn.Linear(30, 10))
+    assert copies(tbn.transform(embedded)) == {"1": 4, "2": 1}
+    shared = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 60))
+    shared[1].weight = shared[0].weight
+    assert copies(tbn.transform(shared)) == {"0": 1, "2": 4}
+
+
+def test_a_tile_of_less_than_eight_is_not_derived() -> None:
+    with pytest.warns(UserWarning, match=re.escape("under min_size=32, derived from the model: binary, p=1")):
+        qat = tbn.transform(nn.Linear(5, 5))
+    assert copies(qat) == {"weight": 1}
+
+
+def test_layers_tiled_before_count_for_the_derived_size() -> None:
+    qat = tbn.transform(small_net())
+    qat[3] = nn.Linear(64, 20)
+    assert copies(tbn.transform(qat)) == {"0": 1, "1": 4, "3": 1}
+
+
+def test_warns_where_no_layer_has_copies() -> None:
+    model = small_net()
+    with pytest.warns(
+        UserWarning, match=r"keep 1.000 bits a weight although p=4 .*'1' with 36,864 .* smaller min_size"
+    ):
+        qat = tbn.transform(model, TilingConfig.paper())
+    tbn.transform(qat, TilingConfig.paper())  # nothing is new, and said twice
+    # What was asked for, or has copies somewhere, is no surprise.
+    tbn.transform(model, TilingConfig.paper(p=1))
+    tbn.transform(model, TilingConfig.paper(overrides={"1": {"p": 1}}))
+    tbn.transform(model, TilingConfig.paper(overrides={"3": {"p": 2}}))
+    tbn.transform(model, TilingConfig.paper(tile_dtype="float"))
 
 
 def test_modes() -> None:

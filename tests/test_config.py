@@ -6,14 +6,17 @@ import pickle
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tbn_compiler import ConfigError, LayerInfo, TBNError, TilingConfig
+from tbn_compiler.config import derive_min_size
 
 
 def test_defaults_are_the_papers() -> None:
     config = TilingConfig()
     assert (config.min_size, config.alpha, config.alpha_source, config.tile_dtype, config.small) == (
-        64_000,
+        None,  # derived from the model
         "layer",
         "A",
         "binary",
@@ -146,7 +149,34 @@ def test_overrides_apply_in_order() -> None:
 
 def test_override_of_p_lifts_min_size() -> None:
     config = TilingConfig(overrides={"a": {"p": 8}, "b": {"p": 8, "min_size": 10}, "c": {"alpha": "tile"}})
-    assert [config.for_layer(name).min_size for name in "abcd"] == [0, 10, 64_000, 64_000]
+    assert [config.for_layer(name).min_size for name in "abcd"] == [0, 10, None, None]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        ([100_352, 1_280], 64_000),
+        ([64_000, 64_000, 1], 64_000),
+        ([432, *[2_304] * 6, *[9_216] * 5, 4_608, 18_432, *[36_864] * 5, 640], 36_864),  # ResNet of 16, 32, 64
+        ([70_000, 30_000, 30_000, 30_000], 30_000),  # the one layer over 64,000 holds less than half
+        ([10, 10], 10),
+        ([3, 4], 4),
+        ([5], 5),
+        ([], 64_000),
+    ],
+)
+def test_derived_min_size(sizes: list[int], found: int) -> None:
+    assert derive_min_size([(size, size) for size in sizes]) == found
+    assert derive_min_size([(size, size) for size in reversed(sizes)]) == found
+
+
+@given(st.lists(st.integers(1, 200_000), min_size=1))
+def test_half_of_the_weights_have_the_derived_size(sizes: list[int]) -> None:
+    found = derive_min_size([(size, size) for size in sizes])
+    held = sum(size for size in sizes if size >= found)
+    assert 2 * held >= sum(sizes)
+    larger = sum(size for size in sizes if size > found)
+    assert found == 64_000 or 2 * larger < sum(sizes)  # and no larger size does
 
 
 def test_keeps_float() -> None:

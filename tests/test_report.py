@@ -8,7 +8,6 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -24,7 +23,8 @@ from tbn_compiler.backends.c import host
 from tbn_compiler.backends.dynamo import Explanation, GraphReport, LayerReport
 from tbn_compiler.cli import main
 from tbn_compiler.html.pictures import Box, MemoryMap, Point, Scatter, round_ticks, text_width
-from tbn_compiler.reporting import NetworkErrors, Report, read_sweep, report
+from tbn_compiler.planning import SweepPoint
+from tbn_compiler.reporting import NetworkErrors, Report, report
 from tbn_compiler.verify import Comparison, Difference
 from tests import browser
 
@@ -57,15 +57,13 @@ def network() -> tuple[nn.Module, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def made() -> Report:
     """A report with all sections; without ONNX, which takes seconds in every process of the tests."""
-    points = [{"name": f"p = {p}, seed {seed}", "bytes": 4000 // p + seed, "metric": 90.0 - p / 2 + seed / 9}
-              for seed in range(3) for p in (1, 2, 4, 8)]  # fmt: skip
-    file = tmp_path_factory.mktemp("sweep") / "sweep.json"
-    file.write_text(json.dumps({"version": 1, "metric": "accuracy %", "points": points}))
+    points = tuple(SweepPoint(f"p = {p}, seed {seed}", None, 4000 // p + seed, 1 / p, 90.0 - p / 2 + seed / 9, 1.0)
+                   for seed in range(3) for p in (1, 2, 4, 8))  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "onnxruntime", None)
-        return report(*network(), title="A <network> & its report", sweep=read_sweep(file))
+        return report(*network(), title="A <network> & its report", sweep=tbn.Sweep("accuracy %", points))
 
 
 class Outline(HTMLParser):
@@ -132,7 +130,7 @@ def test_page(made: Report) -> None:
 
 
 def test_written_page_is_the_page(made: Report, tmp_path: Path) -> None:
-    assert made.to_dict()["sweep"]["points"][0] == {"name": "p = 1, seed 0", "bytes": 4000, "metric": 89.5}
+    assert tbn.Sweep.from_dict(made.to_dict()["sweep"]) == made.sweep
     made.write(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == made.to_html()
     with pytest.raises(OSError, match="absent"):
@@ -367,8 +365,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # the other tests write ONNX files; it takes seconds
-    points: Any = [{"name": "p = 4", "bytes": 192, "metric": 0.9}, {"name": "p = 32", "bytes": 8, "metric": None}]
-    Path("sweep.json").write_text(json.dumps({"metric": "top-1", "points": points}))
+    points = (SweepPoint("p = 4", None, 192, 0.25, 0.9, 1.0), SweepPoint("p = 32", None, 8, 0.03, math.nan, 1.0))
+    Path("sweep.json").write_text(json.dumps(tbn.Sweep("top-1", points).to_dict()))
     Path("net.toml").write_text('[tiling]\nmin_size = 0\n[report]\ninput = [[3, 16]]\nsweep = "sweep.json"\n')
     command = ["report", "reported_models:mlp", "--config", "net.toml", "--title", "Mine"]
     assert main(command) == 0
@@ -381,9 +379,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert re.search(r"p = 32</td><td[^>]*>8</td><td[^>]*>-</td>", page)
     for text, message in (
         ("[1", "is no JSON"),
-        ("[]", "is no sweep: it has no list 'points'"),
-        ('{"points": [{"name": "a"}]}', "point 0 must have name, bytes"),
-        ('{"points": [{"name": "a", "bytes": 1, "metric": "x"}]}', "point 0 must have name, bytes"),
+        ("[]", "sweep.json: not the data of a Sweep"),
+        ('{"version": 1, "metric": "a", "points": [{"name": "a"}]}', "not the data of a Sweep: KeyError"),
     ):
         Path("sweep.json").write_text(text)
         assert main(command) == 1

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import tbn_compiler
-from tbn_compiler.cli import bench_mcu, config_file, demo, export_c, export_onnx, report, summary, verify
+from tbn_compiler.cli import bench_mcu, config_file, demo, export_c, export_onnx, plan, report, summary, sweep, verify
 from tbn_compiler.errors import TBNError
 
-_COMMANDS = (demo, summary, report, export_c, export_onnx, verify, bench_mcu)
+_COMMANDS = (demo, summary, plan, sweep, report, export_c, export_onnx, verify, bench_mcu)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

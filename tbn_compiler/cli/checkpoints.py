@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tbn_compiler.compiler import lower_model, tile_model, transform
-from tbn_compiler.config import TilingConfig
+from tbn_compiler.config import PAPER_MIN_SIZE, TilingConfig
 from tbn_compiler.errors import ConfigError, LoweringError, SerializationError
 from tbn_compiler.graph.records import get_records, split_key, state_tilings, tile_key
 from tbn_compiler.graph.tiled_parameters import STRENGTH
@@ -93,12 +93,30 @@ def restore(model: nn.Module, path: Path, tiling: Tiling) -> nn.Module:
             f"{path} was trained with tiles ({trained[0]}), but does not say how: it is of version 0.1. Give the "
             "options that it was trained with (--p, --alpha, --min-size, ...)"
         )
-    tiled = transform(model, tiling.config)
+    config = tiling.config
+    if trained and config is not None and config.min_size is None:
+        config = config.replace(min_size=PAPER_MIN_SIZE)  # what version 0.1 tiled with where nothing else was said
+    tiled = transform(model, config)
     if trained:
         return _fill(tiled, state, path)
     init_from_float(tiled, state)
     print(f"note: {path} is a float checkpoint: alphas are the mean magnitudes of its weights", file=sys.stderr)
     return tiled
+
+
+def load_float_state(model: nn.Module, path: Path) -> None:
+    """Load a ``state_dict`` of the float model into it.
+
+    Raises:
+        SerializationError: the file is damaged, is one of a tiled model, or does not fit.
+        OSError: the file cannot be read.
+    """
+    if _is_packed(path):
+        raise SerializationError(f"{path} is a packed file, and no checkpoint of the float model")
+    state = _read(path)
+    if state_tilings(state):
+        raise SerializationError(f"{path} is of a tiled model, and no checkpoint of the float model")
+    _fill(model, state, path)
 
 
 def _fill(model: nn.Module, state: Mapping[str, Any], path: Path) -> nn.Module:

@@ -85,13 +85,14 @@ def apply(path: Path, commands: Mapping[str, argparse.ArgumentParser], given: ar
 
 
 def make_config(options: Mapping[str, Any]) -> TilingConfig:
-    """The tiling of a preset, the paper's if none is named, with further fields over it.
+    """The tiling of a preset, or of :class:`~tbn_compiler.TilingConfig` itself, with further fields over it.
 
     Raises:
         ConfigError: a field is unknown or a value out of range.
     """
     fields = dict(options)
-    return PRESETS[fields.pop("preset", "paper")](**fields)
+    preset = fields.pop("preset", None)
+    return TilingConfig(**fields) if preset is None else PRESETS[preset](**fields)
 
 
 def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

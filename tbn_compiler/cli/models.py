@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tbn_compiler.cli.arrays import load_arrays
-from tbn_compiler.cli.checkpoints import Tiling, restore
+from tbn_compiler.cli.checkpoints import Tiling, load_float_state, restore
 from tbn_compiler.cli.config_file import PRESETS, add_config, make_config
 from tbn_compiler.cli.options import Repeated, load_object, parse_copies, parse_positive, parse_shape
 from tbn_compiler.compiler import transform
@@ -37,7 +37,7 @@ def add_model(parser: argparse.ArgumentParser, *, checkpoint: str = "--checkpoin
     group = parser.add_argument_group(
         "tiling", "how to tile a float model; refused where the model or its checkpoint is tiled already, and says how"
     )
-    group.add_argument("--preset", choices=tuple(PRESETS), help="default: paper")
+    group.add_argument("--preset", choices=tuple(PRESETS), help="the paper's settings (default: TilingConfig's own)")
     group.add_argument(
         "--p", type=parse_copies, help=f"copies of the tile, or OUTxIN along both axes (default: {defaults.p})"
     )
@@ -47,14 +47,21 @@ def add_model(parser: argparse.ArgumentParser, *, checkpoint: str = "--checkpoin
         help=f"one scale per layer, copy along the output, or copy (default: {defaults.alpha})",
     )
     group.add_argument(
-        "--alpha-source", choices=get_args(AlphaSource), help="where scales come from (default: the preset's)"
+        "--alpha-source",
+        choices=get_args(AlphaSource),
+        help=f"where scales come from (default: the preset's, or {defaults.alpha_source})",
     )
     group.add_argument("--tile-dtype", choices=get_args(TileDType), help=f"default: {defaults.tile_dtype}")
     group.add_argument("--replicate", choices=get_args(Replication), help=f"default: {defaults.replicate}")
     group.add_argument(
         "--shift", type=parse_positive, help=f"elements that 'roll' rolls each copy by (default: {defaults.shift})"
     )
-    group.add_argument("--min-size", type=int, help="smaller layers are not tiled (default: the preset's)")
+    group.add_argument(
+        "--min-size",
+        type=int,
+        help="smaller layers are not tiled (default: the preset's, or derived from the model: at most 64,000, and half "
+        "of the weights are tiled)",
+    )
     group.add_argument(
         "--small", choices=get_args(SmallLayers), help=f"what smaller layers become (default: {defaults.small})"
     )
@@ -131,6 +138,29 @@ def _build(spec: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{spec} returned a {type(model).__name__}, not an nn.Module")
     return model
+
+
+def add_float_model(parser: argparse.ArgumentParser) -> None:
+    """The options that name a float model, and what its layers have whatever becomes of them."""
+    parser.add_argument("model", help="module:factory, a callable without arguments that returns the float nn.Module")
+    parser.add_argument("--checkpoint", type=Path, help="state_dict (.safetensors, .pt) of the float model")
+    parser.add_argument("--alpha", choices=get_args(AlphaMode), help="one scale per layer, or copy (default: layer)")
+    parser.add_argument(
+        "--keep-float", metavar="PATTERN", action=Repeated, help="layers to keep in float; may be repeated"
+    )
+
+
+def load_float_model(arguments: argparse.Namespace) -> tuple[nn.Module, TilingConfig]:
+    """The float model that the arguments name, with its checkpoint, and what its layers have.
+
+    Raises:
+        SerializationError: the checkpoint does not fit.
+    """
+    model = _build(arguments.model)
+    if arguments.checkpoint is not None:
+        load_float_state(model, arguments.checkpoint)
+    given = {"alpha": arguments.alpha, "float_layers": arguments.keep_float}
+    return model, TilingConfig(**{name: value for name, value in given.items() if value})
 
 
 def load_model(arguments: argparse.Namespace) -> nn.Module:

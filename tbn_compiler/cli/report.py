@@ -73,9 +73,10 @@ def _report_file(arguments: argparse.Namespace) -> Report:
 
 
 def _report_model(arguments: argparse.Namespace) -> Report:
-    from tbn_compiler.reporting import STAGES, read_sweep, report
+    from tbn_compiler.planning import Sweep
+    from tbn_compiler.reporting import STAGES, report
 
-    sweep = None if arguments.sweep is None else read_sweep(arguments.sweep)
+    sweep = None if arguments.sweep is None else Sweep.read(arguments.sweep)
     options = {"title": arguments.title, "optimize": arguments.optimize, "target": arguments.target}
     with stages(1 + len(STAGES)) as begin:
         begin("model")

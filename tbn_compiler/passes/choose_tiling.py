@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from tbn_compiler.config import LayerInfo, LayerOptions, TilingConfig
+from tbn_compiler.config import PAPER_MIN_SIZE, LayerInfo, LayerOptions, TilingConfig
 from tbn_compiler.graph.layers import is_transposed
 from tbn_compiler.graph.records import join_key, layer_name
 from tbn_compiler.tiling import TileLayout, TileSpec, hadamard_order, largest_divisor
@@ -29,6 +29,9 @@ class Scope:
         sources: by id of a parameter and view, the alpha source of its tiling, which all its places share.
         latents: by id of a parameter and view, the tile and the alphas that are trained in its place.
         input_scales: by id of a parameter and view, the trained scale of its inputs, which all its places share.
+        min_size: what ``min_size=None`` in the options stands for.
+        sizes: by id of a parameter and weight, the size that was compared with ``min_size`` and the number of weights;
+            noted where the options leave ``min_size`` to be derived.
     """
 
     config: TilingConfig
@@ -39,6 +42,8 @@ class Scope:
     sources: dict[tuple[int, str], nn.Parameter] = field(default_factory=dict)
     latents: dict[tuple[int, str], tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
     input_scales: dict[tuple[int, str], nn.Parameter] = field(default_factory=dict)
+    min_size: int = PAPER_MIN_SIZE
+    sizes: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
 
     def at(self, path: str) -> Scope:
         """The same for another place in the model."""
@@ -87,19 +92,29 @@ def decide(
     reason = scope.config.keeps_float(LayerInfo(names[0], kind, shape, groups), *names[1:])
     if reason:
         return None, reason
-    return _choose(scope.config.for_layer(*names), kind, shape, batch, packed)
+    options = scope.config.for_layer(*names)
+    size = packed if packed is not None and options.attention == "packed" else math.prod(shape)
+    if options.min_size is not None:
+        return _choose(options, kind, shape, batch, size, options.min_size, f"min_size={options.min_size}")
+    copies = options.p if isinstance(options.p, int) else math.prod(options.p)
+    if copies > 1 or options.small == "float":  # else it makes no difference
+        part = weight if packed is not None else ""  # every part of a packed parameter counts, a shared weight once
+        scope.sizes[id(parameter), part] = (size, math.prod(shape))
+    # A tile that nothing could share is never what a derived size asks for.
+    min_size = max(scope.min_size, copies * _MIN_TILE * batch)
+    return _choose(options, kind, shape, batch, size, min_size, f"min_size={min_size}, derived from the model")
 
 
 def _choose(
-    options: LayerOptions, kind: str, shape: tuple[int, ...], batch: int, packed: int | None = None
+    options: LayerOptions, kind: str, shape: tuple[int, ...], batch: int, size: int, min_size: int, told: str
 ) -> Decision:
-    size = packed if packed is not None and options.attention == "packed" else math.prod(shape)
+    """The same from the options of the layer; ``told`` names ``min_size``, which ``size`` is compared with."""
     note = None
-    if size < options.min_size:
+    if size < min_size:
         if options.small == "float":
-            return None, f"{size} weights, under min_size={options.min_size}, kept in float by small='float'"
+            return None, f"{size} weights, under {told}, kept in float by small='float'"
         if options.p not in (1, (1, 1)):
-            note = f"under min_size={options.min_size}: binary, p=1"
+            note = f"under {told}: binary, p=1"
         layout = TileLayout(shape, 1, batch=batch)
     elif batch > 1:
         layout, note = _fit_batch(shape, options, batch)

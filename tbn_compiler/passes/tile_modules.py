@@ -75,9 +75,7 @@ def tile_modules(root: nn.Module, scope: Scope) -> None:
     plans = {
         module: _asked_for(module, plan, scope.at(modules[module])) for module, plan in _plans(root, modules, parts)
     }
-    scope = Scope(
-        scope.config, scope.specs, "", _keys(root), _held(modules, plans, parts), scope.sources, scope.latents
-    )
+    scope = replace(scope, path="", keys=_keys(root), held=_held(modules, plans, parts))
     for module, path in modules.items():
         if isinstance(module, fx.GraphModule):
             if module in outermost:

@@ -16,16 +16,17 @@ from tbn_compiler.compiler import lower, unwrap
 from tbn_compiler.errors import ConfigError, TBNError
 from tbn_compiler.files import replacing
 from tbn_compiler.html import Notes, Part, Section
+from tbn_compiler.planning import Sweep
 from tbn_compiler.reporting.errors import NetworkErrors, measure_errors
 from tbn_compiler.reporting.files import summarize_file
-from tbn_compiler.reporting.sweeps import Sweep, read_sweep, sweep_data, sweep_section
+from tbn_compiler.reporting.sweeps import sweep_section
 from tbn_compiler.summary import Summary, summary
 
 if TYPE_CHECKING:
     from tbn_compiler.backends.c import Plan
     from tbn_compiler.backends.c.options import OptimizeFor, Target
 
-__all__ = ["NetworkErrors", "Report", "Sweep", "read_sweep", "report", "report_file", "summarize_file"]
+__all__ = ["NetworkErrors", "Report", "report", "report_file", "summarize_file"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Report:
             "plan": None if isinstance(self.plan, str) else self.plan.to_dict(),
             "no_plan_because": self.plan if isinstance(self.plan, str) else None,
             "errors": None if self.errors is None else self.errors.to_dict(),
-            "sweep": None if self.sweep is None else sweep_data(self.sweep),
+            "sweep": None if self.sweep is None else self.sweep.to_dict(),
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:

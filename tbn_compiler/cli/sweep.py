@@ -1,0 +1,100 @@
+"""``tbn-compiler sweep``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from tbn_compiler.cli.budgets import add_formats, add_sensitivity, find_sensitivity, parse_budget, show
+from tbn_compiler.cli.models import add_float_model, load_float_model
+from tbn_compiler.cli.options import Repeated, load_object, parse_copies, parse_shape
+from tbn_compiler.config import TilingConfig
+from tbn_compiler.errors import ConfigError
+from tbn_compiler.planning import sweep
+from tbn_compiler.planning.sweep import Point, point_name
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of the command line."""
+    from tbn_compiler.backends.c.options import Target
+
+    parser = commands.add_parser(
+        "sweep",
+        help="train a few tilings of one model and compare accuracy and bytes",
+        description="Train copies of one model, each tiled as one point says, by a function of yours. Points that the "
+        "file of results has already are not trained again.",
+    )
+    add_float_model(parser)
+    parser.add_argument(
+        "--train", required=True, help="module:function, trains the module that it gets; returns the metric"
+    )
+    parser.add_argument("--evaluate", help="module:function, returns the metric of the trained module in its place")
+    points = parser.add_argument_group("points", "in the order float, p, budgets, plans")
+    points.add_argument("--float", action="store_true", help="the float model")
+    points.add_argument("--p", type=parse_copies, action=Repeated, help="copies, or OUTxIN; may be repeated")
+    points.add_argument(
+        "--budget", type=parse_budget, action=Repeated, help="a plan under a budget, as 20000 or macs=3000,bytes=20000"
+    )
+    points.add_argument(
+        "--plan", type=Path, action=Repeated, metavar="FILE.json", help="what the command plan has written"
+    )
+    parser.add_argument("--min-size", type=int, help="of the points --p (default: derived from the model)")
+    add_sensitivity(parser)
+    parser.add_argument("--input", type=parse_shape, action=Repeated, help="shape of an input, for costs of budgets")
+    parser.add_argument(
+        "--target", choices=get_args(Target), default="generic", help="of costs in C (default: %(default)s)"
+    )
+    parser.add_argument("--metric", default="accuracy", help="what the metric is called (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of every point (default: %(default)s)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("sweep.json"), help="file of results (default: %(default)s)"
+    )
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="picture of the results (needs matplotlib)")
+    add_formats(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    model, config = load_float_model(arguments)
+    measured = find_sensitivity(arguments, model, config) if arguments.budget else None
+    if measured is None and (arguments.data or arguments.sensitivity or arguments.candidate):
+        raise ConfigError("--data, --sensitivity and --candidate are of budgets: give --budget too")
+    found = sweep(
+        model,
+        _points(arguments, config),
+        load_object(arguments.train, "--train"),
+        None if arguments.evaluate is None else load_object(arguments.evaluate, "--evaluate"),
+        metric=arguments.metric,
+        path=arguments.output,
+        seed=arguments.seed,
+        sensitivity=measured,
+        example_inputs=tuple(torch.zeros(shape) for shape in arguments.input) if arguments.input else None,
+        config=config,
+        target=arguments.target,
+    )
+    if arguments.draw is not None:
+        found.draw(arguments.draw)
+    show(found, arguments)
+
+
+def _points(arguments: argparse.Namespace, config: TilingConfig) -> dict[str, Point]:
+    points: list[Point] = ["float"] if arguments.float else []
+    points += [config.replace(p=p, min_size=arguments.min_size) for p in arguments.p or ()]
+    points += arguments.budget or ()
+    pairs = [(point_name(point), point) for point in points]
+    pairs += [(path.stem, _read_plan(path)) for path in arguments.plan or ()]
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise ConfigError(f"two points have one name: {', '.join(name for name, _ in pairs)}")
+    return named
+
+
+def _read_plan(path: Path) -> TilingConfig:
+    try:
+        return TilingConfig(**json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is not what the command plan has written: {error}") from error

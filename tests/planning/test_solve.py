@@ -1,0 +1,74 @@
+"""The integer program against trying every choice."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tbn_compiler as tbn
+from tbn_compiler.planning.solve import Problem, Term, solve
+
+pytest.importorskip("scipy")
+
+
+def every(problem: Problem) -> list[dict[str, str]]:
+    names = list(problem.options)
+    choices = (dict(zip(names, options, strict=True)) for options in itertools.product(*problem.options.values()))
+    return [choice for choice in choices if problem.allows(choice)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32))
+def test_no_choice_is_better(seed: int) -> None:
+    draw = random.Random(seed)
+    options = {f"l{i}": tuple(["float", "a", "b", "c"][: draw.randint(1, 4)]) for i in range(draw.randint(1, 4))}
+    items = [(layer, option) for layer, taken in options.items() for option in taken]
+    scale = draw.choice([1e-6, 1.0, 1e7])
+
+    def term(largest: bool) -> Term:
+        values = {item: float(draw.randint(-3 if scale < 1 else 0, 9)) * scale for item in items}
+        if draw.random() < 0.2:
+            values[draw.choice(items)] = math.inf
+        return Term(values, largest, draw.choice([0.0, 2 * scale]))
+
+    limits = [(term(draw.random() < 0.3), draw.randint(0, 25) * scale) for _ in range(draw.randint(0, 3))]
+    together = [draw.sample(list(options), 2)] if len(options) > 1 and draw.random() < 0.4 else []
+    problem = Problem(options, together, limits)
+    if draw.random() < 0.5:
+        problem = Problem(options, together, limits, draw.sample(every(problem), min(3, len(every(problem)))))
+    objective = term(draw.random() < 0.3)
+    found = solve(problem, objective)
+    values = [objective.of(choice) for choice in every(problem)]
+    best = min((value for value in values if math.isfinite(value)), default=None)
+    if best is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert problem.allows(found)
+        assert objective.of(found) == pytest.approx(best, rel=1e-9, abs=1e-9 * scale)
+
+
+def test_the_last_byte_counts() -> None:
+    """Limits hold exactly, also where they are large and the solver's own tolerance is not."""
+    options = {"a": ("x", "y"), "b": ("x", "y")}
+    size = 10**8
+    cost = Term({("a", "x"): size, ("a", "y"): size - 1, ("b", "x"): size, ("b", "y"): size - 2})
+    loss = Term({("a", "x"): 0.0, ("a", "y"): 1e-7, ("b", "x"): 0.0, ("b", "y"): 3e-7})
+    wanted = {0: "xx", 1: "yx", 2: "xy", 3: "yy"}
+    for saved, choice in wanted.items():
+        found = solve(Problem(options, (), [(cost, 2.0 * size - saved)]), loss)
+        assert found == dict(zip("ab", choice, strict=True))
+    assert solve(Problem(options, (), [(cost, 2.0 * size - 4)]), loss) is None
+
+
+def test_scipy_is_asked_for(monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(tbn.TBNError, match=r"scipy is not installed: pip install 'tbn-compiler\[plan\]'"):
+        solve(Problem({"a": ("x",)}), Term({("a", "x"): 0.0}))
