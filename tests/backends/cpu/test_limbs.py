@@ -230,7 +230,11 @@ def test_sums_are_as_good_as_those_of_floats(level: str) -> None:
     weight = KERNELS["unpack"](tile, alpha, [64, 64, 3, 3], 1)
     exact = F.conv2d(x.double(), weight.double())
     error = (run(level, x, tile, alpha, None, 64, 64, [3, 3], 1).double() - exact).square().mean()
-    assert error <= 2 * (F.conv2d(x, weight).double() - exact).square().mean()
+    # One product after the other: PyTorch's own sums are in another order on each machine.
+    plain = torch.zeros(64, 144)
+    for column, factors in zip(F.unfold(x, 3)[0], weight.flatten(1).T, strict=True):
+        plain += factors[:, None] * column
+    assert error <= (plain.view_as(exact).double() - exact).square().mean()
 
 
 @pytest.mark.skipif("avx512vnni" not in LEVELS, reason="the machine lacks the level")

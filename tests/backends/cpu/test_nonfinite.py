@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tbn_compiler.backends import cpu
 from tbn_compiler.backends.cpu import conv
+from tbn_compiler.ops.formats import apply_epilogue
 from tbn_compiler.ops.reference import KERNELS
 from tests import oracle
 
@@ -74,9 +75,18 @@ def run(level: str, op: str, x: Tensor, *args: Any, **kw: Any) -> Tensor:
 
 
 def exact_reference(op: str, x: Tensor, *args: Any, activation: str = "float", **kw: Any) -> Tensor:
-    """The reference without overflows on the way. Integers have none, and are defined by float32's rounding."""
-    wide = x if activation == "int8" else x.double()
-    return KERNELS[op](wide, *args, activation=activation, **kw).float()
+    """The reference without overflows on the way. Integers have none, and are defined by float32's rounding.
+
+    The bias comes last: some of PyTorch's products of matrices begin with it, and lose it beside a huge input.
+    """
+    if activation == "int8":
+        return KERNELS[op](x, *args, activation=activation, **kw).float()
+    tile, alpha, bias, *sizes = args
+    epilogue = kw.pop("epilogue", "none")
+    result = KERNELS[op](x.double(), tile, alpha, None, *sizes, activation=activation, **kw)
+    if bias is not None:
+        result = result + (bias.double() if op == "linear" else bias.double().view(-1, *[1] * (int(op[4]))))
+    return apply_epilogue(result, epilogue).float()
 
 
 def same(got: Tensor, expected: Tensor, activation: str = "float") -> None:
