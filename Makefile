@@ -21,7 +21,7 @@ test: .venv/.test
 	$(BIN)/python -m pytest -n auto
 
 docs: .venv/.docs
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 .venv/.python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tbn_compiler needs Python 3.10 or newer")'

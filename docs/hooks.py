@@ -31,6 +31,7 @@ TOP_PAGES = {
 # A fenced block stays as it is; the second alternative is a link (or picture) without a title.
 _FENCE_OR_LINK = re.compile(r"^ *```.*?^ *```$|(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)", re.M | re.S)
 _FENCE_OR_LINE = re.compile(r"^ *```.*?^ *```$|^[^\n]*$", re.M | re.S)
+_PAGE_LINK = re.compile(r"\]\(((?!\w+:)[^)#\s]+)\.md(#[^)]*)?\)")
 _ITEM = re.compile(r" *([-*]|\d+\.) ")
 
 
@@ -54,7 +55,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
     for file in [file for file in files.documentation_pages() if _is_tutorial(file.src_uri)]:
         uri = file.src_uri.replace(".md", ".ipynb")
-        files.append(File.generated(config, uri, content=to_notebook(file.content_string)))
+        # MkDocs follows links in pages only.
+        page = _PAGE_LINK.sub(r"](\1.html\2)", follow_links(file.content_string, file.src_uri))
+        files.append(File.generated(config, uri, content=to_notebook(page)))
     return files
 
 

@@ -86,7 +86,10 @@ def test_code_of_a_page(
     if page in COMPILING:
         request.getfixturevalue("inductor")
     monkeypatch.chdir(tmp_path)
-    run_page(ROOT / page, GIVEN.get(page, dict)())
+    try:
+        run_page(ROOT / page, GIVEN.get(page, dict)())
+    except NameError as error:
+        raise AssertionError(f"{page}: {error}: define it there, or give it to the page in GIVEN") from error
 
 
 def test_given_names_belong_to_pages() -> None:

@@ -142,8 +142,12 @@ def test_tutorials_are_notebooks(site: Path) -> None:
         code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
         assert len(code) >= 6
         assert sum(bool(cell["outputs"]) for cell in code) >= 5
-        links = [a.get("href") for _, a in built_pages(site)[page.replace(".md", ".html")].found]
-        assert Path(page).with_suffix(".ipynb").name in links
+        text = "".join(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+        assert links
+        assert all((site / page).parent.joinpath(link).is_file() for link in links), links
+        shown = [a.get("href") for _, a in built_pages(site)[page.replace(".md", ".html")].found]
+        assert Path(page).with_suffix(".ipynb").name in shown
 
 
 def test_links_are_checked(tmp_path: Path) -> None:
