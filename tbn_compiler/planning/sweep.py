@@ -207,8 +207,7 @@ def sweep(
     Example:
         >>> import tbn_compiler as tbn
         >>> model = nn.Linear(64, 64)
-        >>> def train(module):
-        ...     return -module(torch.ones(1, 64)).square().mean().item()
+        >>> train = lambda module: -module(torch.ones(1, 64)).square().mean().item()
         >>> found = tbn.sweep(model, ["float", tbn.TilingConfig(p=4), {"bytes": 100}], train, metric="score")
         >>> [point.bytes for point in found.points]
         [16384, 132, 68]
