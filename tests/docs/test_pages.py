@@ -48,6 +48,16 @@ def of_readme() -> dict[str, Any]:
     return common() | given
 
 
+def of_recipes() -> dict[str, Any]:
+    float_model = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 8))
+    labelled = [(torch.randn(4, 16), torch.randint(8, (4,)))]
+    return common() | {
+        "float_model": float_model,
+        "labelled": labelled,
+        "optimizer": torch.optim.SGD(float_model.parameters()),
+    }
+
+
 def of_transform() -> dict[str, Any]:
     given = {"weight": torch.randn(8, 16), "alpha_source": torch.randn(8, 16), "bias": torch.randn(8)}
     return common() | given
@@ -78,6 +88,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/layouts.md": common,
     "docs/mcu.md": common,
     "docs/onnx.md": common,
+    "docs/recipes.md": of_recipes,
     "docs/report.md": lambda: common() | {"images": torch.randn(1, 16)},
     "docs/transform.md": of_transform,
 }

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
@@ -190,6 +191,7 @@ class Batch:
 
 # Not shrunk: a failure names its network, and a batch takes long.
 @settings(max_examples=BATCHES, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@pytest.mark.filterwarnings("ignore:the tiled layers keep")  # a min_size above all layers is one of the cases
 @given(st.lists(networks(), min_size=BATCH_SIZE, max_size=BATCH_SIZE).map(Batch))
 def test_random_networks(batch: Batch) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ def test_file_size(name: str, tmp_path: Path) -> None:
     """At most 1.1 x packed bits + float parameters + 20 KB."""
     build, shape = MODELS[name]
     # Fewer layers of the same size: it is quicker.
-    qat = tbn.transform(ViT(depth=2) if build is ViT else build(), CONFIG).eval()
+    qat = tbn.transform(ViT(depth=1) if build is ViT else build(), CONFIG).eval()
     packed, path = tbn.lower(qat), tmp_path / "model.onnx"
     written = tbn.export_onnx(packed, torch.randn(shape), path)
     floats = sum(value.numel() * 4 for value in packed.state_dict().values() if value.is_floating_point())
