@@ -99,25 +99,33 @@ def transform(model: nn.Module | ExportedProgram, config: TilingConfig | None = 
     if not isinstance(model, nn.Module):
         raise TransformError(f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}")
     module = tile_model(model, config)
+    judge_tiling(module, config, {record.weight for record in get_records(model) or () if record.spec}, stacklevel=3)
+    tell_observers(module)
+    return module
+
+
+def judge_tiling(module: nn.Module, config: TilingConfig, before: set[str], *, stacklevel: int) -> None:
+    """Refuse a model without a tiled layer, and warn of options without effect; ``before``: weights tiled earlier.
+
+    Raises:
+        TransformError: no layer of the model is tiled.
+    """
     records = get_records(module) or ()
     if not any(record.spec for record in records):
         listing = "".join(f"\n  {record.name} ({record.kind}): {record.reason}" for record in records)
         found = (
             f"none of its {len(records)} layers is eligible:{listing}" if records else "it has no linear or conv layer"
         )
-        raise TransformError(f"nothing to tile in {type(model).__name__}: {found}")
+        raise TransformError(f"nothing to tile in {type(module).__name__}: {found}")
     unmatched = config.unmatched_patterns(
         [layer_name(key) for record in records for key in (record.weight, record.parameter, *record.tied)]
     )
     if unmatched:
         names = ", ".join(record.name for record in records)
-        warnings.warn(f"config patterns {unmatched} match no layer; layers: {names}", stacklevel=2)
-    before = {record.weight for record in get_records(model) or () if record.spec}
+        warnings.warn(f"config patterns {unmatched} match no layer; layers: {names}", stacklevel=stacklevel)
     told = _why_no_saving(config, records, before)
     if told is not None:
-        warnings.warn(told, stacklevel=2)
-    tell_observers(module)
-    return module
+        warnings.warn(told, stacklevel=stacklevel)
 
 
 def _why_no_saving(config: TilingConfig, records: Sequence[LayerRecord], before: set[str]) -> str | None:

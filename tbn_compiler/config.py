@@ -289,6 +289,18 @@ class TilingConfig:
         """
         return TilingConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The options that are not the defaults, ready for JSON; ``TilingConfig(**data)`` is the inverse.
+
+        A filter function is left out.
+        """
+        usual = TilingConfig()
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "filter"}
+        data = {name: value for name, value in named.items() if value != getattr(usual, name)}
+        if "overrides" in data:
+            data["overrides"] = {pattern: dict(options) for pattern, options in self.overrides}
+        return data
+
     def for_layer(self, *names: str) -> LayerOptions:
         """Return the options of a layer after all overrides that match its name, or one of its names."""
         options = {key: getattr(self, key) for key in _PER_LAYER}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
 from typing import Any
 
@@ -189,3 +190,17 @@ def test_keeps_float() -> None:
 def test_unmatched_patterns() -> None:
     config = TilingConfig(float_layers=["head", "x*"], overrides={"b.?": {"p": 2}, "c": {"p": 2}})
     assert config.unmatched_patterns(["head", "b.1"]) == ["x*", "c"]
+
+
+def test_plain_data_of_a_config() -> None:
+    config = TilingConfig(p=(2, 4), min_size=0, float_layers=["head"], overrides={"a.*": {"p": 8, "alpha": "tile"}})
+    data = json.loads(json.dumps(config.to_dict()))
+    assert data == {
+        "p": [2, 4],
+        "min_size": 0,
+        "float_layers": ["head"],
+        "overrides": {"a.*": {"alpha": "tile", "p": 8}},
+    }
+    assert TilingConfig(**data) == config
+    assert TilingConfig().to_dict() == {}
+    assert TilingConfig(p=8, filter=lambda layer: True).to_dict() == {"p": 8}

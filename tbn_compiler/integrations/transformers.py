@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
@@ -31,7 +31,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tbn_compiler.compiler import lower, lower_model, tile_in_place
+from tbn_compiler.compiler import judge_tiling, lower, lower_model, tile_in_place
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError, LoweringError, SerializationError, TransformError
 from tbn_compiler.fileformat import PackedHeader, StoredLayer, layer_from_data, layer_to_data
@@ -53,8 +53,6 @@ from tbn_compiler.serialize import check_tilings, restore_records, rewritten_cal
 QUANT_METHOD = "tbn"
 VERSION = 1
 Form: TypeAlias = Literal["train", "packed"]
-
-_FIELDS = ("version", "form", "layers", "left_alone")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -128,9 +126,7 @@ class TbnConfig(QuantizationConfigMixin):
             data["left_alone"] = dict(self.left_alone)
             return data | ({"gradual": True} if self.gradual else {})
         if self.tiling is not None:
-            options = {field.name: getattr(self.tiling, field.name) for field in fields(self.tiling)}
-            options["overrides"] = {pattern: dict(given) for pattern, given in self.tiling.overrides}
-            data["tiling"] = {name: value for name, value in options.items() if name != "filter"}
+            data["tiling"] = self.tiling.to_dict()
         return data
 
     def describe(self, model: nn.Module) -> None:
@@ -140,9 +136,9 @@ class TbnConfig(QuantizationConfigMixin):
             SerializationError: the model holds weights of both kinds, or was rewritten since it was lowered.
         """
         records = get_records(model) or ()
-        state = model.state_dict()
+        buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
         tiled = [record for record in records if record.spec is not None]
-        packed = {record.weight for record in tiled if tile_key(record.weight) in state}
+        packed = {record.weight for record in tiled if tile_key(record.weight) in buffers}
         if packed and len(packed) != len(tiled):
             weight = next(record.weight for record in tiled if record.weight not in packed)
             raise SerializationError(f"some layers are lowered, and {weight!r} is not: lower the whole model")
@@ -154,7 +150,7 @@ class TbnConfig(QuantizationConfigMixin):
         self.form = "packed" if packed else "train"
         self.layers = {record.weight: StoredLayer(record.spec, record.note) for record in tiled if record.spec}
         self.left_alone = {record.weight: record.reason for record in records if record.reason}
-        self.gradual = any(split_key(key)[1] == STRENGTH for key in state)
+        self.gradual = any(split_key(name)[1] == STRENGTH for name in buffers)
 
 
 def _read_layers(layers: Mapping[str, Any]) -> dict[str, StoredLayer]:
@@ -296,9 +292,15 @@ class TbnQuantizer(HfQuantizer):
         """Tile a float model with its weights."""
         config = self.quantization_config
         if not self.pre_quantized:
-            tile_in_place(model, config.tiling or TilingConfig())
-            if not any(record.spec for record in get_records(model) or ()):
-                raise TransformError(f"nothing to tile in {type(model).__name__}: none of its layers is eligible")
+            offloaded = next((name for name, value in model.named_parameters() if value.is_meta), None)
+            if offloaded is not None:
+                raise TransformError(
+                    f"parameter {offloaded!r} is offloaded, and a layer without its weight cannot be tiled: load the "
+                    "float model whole, save it tiled, and load that with the device_map"
+                )
+            tiling = config.tiling or TilingConfig()
+            tile_in_place(model, tiling)
+            judge_tiling(model, tiling, set(), stacklevel=2)
             if config.form == "packed":
                 lower_model(model)
             config.describe(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tbn_compiler.config import TilingConfig
@@ -84,7 +84,7 @@ class LayerPlan:
             "change": self.change,
             "costs": dict(self.costs),
             "layers": layers,
-            "config": config_data(self.config),
+            "config": self.config.to_dict(),
         }
 
     def _plain_table(self) -> PlainTable:
@@ -121,16 +121,3 @@ class LayerPlan:
         from tbn_compiler.planning.pictures import draw_plan
 
         draw_plan(self, path)
-
-
-def config_data(config: TilingConfig) -> dict[str, Any]:
-    """The options of a config that are not the defaults as plain data; a filter function is left out."""
-    default = TilingConfig()
-    data = {
-        field.name: getattr(config, field.name)
-        for field in fields(config)
-        if field.name != "filter" and getattr(config, field.name) != getattr(default, field.name)
-    }
-    if "overrides" in data:
-        data["overrides"] = {pattern: dict(given) for pattern, given in data["overrides"]}
-    return data

@@ -21,7 +21,7 @@ from tbn_compiler.files import replacing
 from tbn_compiler.graph.copying import copy_with_tensors
 from tbn_compiler.graph.random_state import keep_random_state
 from tbn_compiler.planning.costs import stored_bytes
-from tbn_compiler.planning.layer_plan import LayerPlan, config_data
+from tbn_compiler.planning.layer_plan import LayerPlan
 from tbn_compiler.planning.layers import check_float_model, uniform
 from tbn_compiler.planning.options import LayerOption
 from tbn_compiler.planning.planner import plan
@@ -286,7 +286,7 @@ def _data(config: TilingConfig) -> dict[str, Any]:
         if config.filter is None
         else {"filter": getattr(config.filter, "__qualname__", type(config.filter).__name__)}
     )
-    return config_data(config) | named
+    return config.to_dict() | named
 
 
 def _train(
