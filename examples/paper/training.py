@@ -338,8 +338,14 @@ def _choice(count: int, wanted: int) -> Tensor:
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The recipe's optimiser over all parameters; on a GPU in one kernel for many parameters."""
-    parameters, fused = model.parameters(), device.type == "cuda" or None
+    """The recipe's optimiser over all parameters; on a GPU in one kernel for many parameters.
+
+    Weight decay is not for the logarithms of input scales: it would pull the scales to 1.
+    """
+    named, fused = dict(model.named_parameters()), device.type == "cuda" or None
+    scales = [value for name, value in named.items() if name.endswith("input_log_scale")]
+    others = [value for name, value in named.items() if not name.endswith("input_log_scale")]
+    parameters: Any = [{"params": others}, {"params": scales, "weight_decay": 0.0}] if scales else others
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=fused)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam

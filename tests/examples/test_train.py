@@ -155,6 +155,21 @@ def test_every_recipe_names_what_exists():
         assert recipe.note, name
 
 
+def test_scales_of_inputs_do_not_decay():
+    options = training.Options("resnet18-cifar10", small("resnet18-cifar10"))
+    for tiling, groups in (({}, 1), ({"activation": "int8", "input_scale": "layer"}, 2)):
+        tiled = dataclasses.replace(options, tiling=tiling)
+        trainer = training.Trainer(tasks.synthetic_task(options.settings), tiled, training.World())
+        found = trainer.optimizer.param_groups
+        assert len(found) == groups
+        assert found[0]["weight_decay"] == options.settings.weight_decay > 0
+        assert sum(len(group["params"]) for group in found) == len(list(trainer.model.parameters()))
+        if groups == 2:
+            scales = [value for name, value in trainer.model.named_parameters() if name.endswith("input_log_scale")]
+            assert found[1]["weight_decay"] == 0
+            assert [id(value) for value in found[1]["params"]] == [id(value) for value in scales]
+
+
 def test_rates():
     cosine = RECIPES["resnet18-cifar10"].changed({"epochs": "4", "warmup_epochs": "1"})
     rates = [cosine.rate(step, 10) for step in range(40)]
