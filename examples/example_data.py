@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pooch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -110,20 +108,15 @@ def download_mnist(folder: Path) -> None:
         DataError: no network, or a file is not the one that is expected.
     """
     for name, sha256 in MNIST_SHA256.items():
-        path = folder / name
-        if path.is_file():
-            continue
-        try:
-            with urllib.request.urlopen(MNIST_URL + name, timeout=20) as response:
-                content = response.read()
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            raise DataError(f"cannot download {MNIST_URL}{name}: {error}") from error
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise DataError(f"{MNIST_URL}{name} is not the expected file (SHA-256 differs)")
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(content)
-        part.replace(path)
+        _download(name, sha256, folder)
+
+
+def _download(name: str, sha256: str, folder: Path) -> None:
+    connection = pooch.HTTPDownloader(timeout=20)
+    try:
+        pooch.retrieve(MNIST_URL + name, f"sha256:{sha256}", name, folder, downloader=connection)
+    except (OSError, ValueError) as error:  # of the network or the folder; of another content
+        raise DataError(f"cannot download {MNIST_URL}{name}: {error}") from error
 
 
 def sklearn_digits() -> ImageData:

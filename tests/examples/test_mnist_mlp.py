@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import http.server
 import json
+import threading
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -115,26 +119,47 @@ def test_missing_and_damaged_files_are_named(mnist_folder, capsys):
 def test_without_a_network_the_digits_serve_with_a_note(tmp_path, monkeypatch, capsys):
     import example_data
 
-    def refuse(*args, **kwargs):
-        raise example_data.urllib.error.URLError("no network")
-
-    monkeypatch.setattr(example_data.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(example_data, "MNIST_URL", "http://127.0.0.1:9/")  # where nobody listens
     data = example_data.load_images(None, cache=tmp_path / "cache")
     assert data.train_x.shape == (1348, 784)
     assert data.test_y.shape == (449,)
-    assert "NOTE: using scikit-learn's digits instead of MNIST" in capsys.readouterr().out
-    assert not (tmp_path / "cache").exists()
+    out = capsys.readouterr().out
+    assert "NOTE: cannot download http://127.0.0.1:9/train-images" in out
+    assert "NOTE: using scikit-learn's digits instead of MNIST" in out
+    assert list(tmp_path.rglob("*.gz*")) == []
 
 
-def test_a_download_that_is_not_the_expected_file_is_refused(tmp_path, monkeypatch):
-    import io
+class _Pages(http.server.BaseHTTPRequestHandler):
+    """Answers whatever is asked for with what ``pages`` says."""
 
+    pages: ClassVar[dict[str, bytes]] = {}
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.pages.get(self.path, b"a login page"))
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_downloads_are_checked_and_kept(tmp_path, monkeypatch):
     import example_data
 
-    monkeypatch.setattr(example_data.urllib.request, "urlopen", lambda *args, **kwargs: io.BytesIO(b"a login page"))
-    with pytest.raises(example_data.DataError, match="SHA-256 differs"):
-        example_data.download_mnist(tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
+    contents = {name: f"contents of {name}".encode() for name in example_data.MNIST_SHA256}
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Pages) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(example_data, "MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
+        with pytest.raises(example_data.DataError, match=r"cannot download http.*SHA256"):
+            example_data.download_mnist(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        monkeypatch.setattr(_Pages, "pages", {f"/{name}": content for name, content in contents.items()})
+        monkeypatch.setattr(example_data, "MNIST_SHA256", sums)
+        example_data.download_mnist(tmp_path)
+        server.shutdown()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
+    example_data.download_mnist(tmp_path)  # nobody answers any more, and nobody has to
 
 
 def test_tables_of_the_study_come_from_the_result_file():
