@@ -46,16 +46,19 @@ class Start:
         from_float: weights and alphas of the float network.
         gradual: blend from float to tiled weights over the first half of the steps.
         distilled: learn from the float network's answers, too.
+        alpha_start: how large the alpha sources start, as in ``TilingConfig``.
     """
 
     title: str
     from_float: bool = False
     gradual: bool = False
     distilled: bool = False
+    alpha_start: str = "uniform"
 
 
 STARTS = {
     "new": Start("new weights"),
+    "new-alphas": Start("new weights, alphas at their size", alpha_start="weight"),
     "distilled": Start("new weights, distilled", distilled=True),
     "float": Start("float weights", from_float=True),
     "float-distilled": Start("float weights, distilled", from_float=True, distilled=True),
@@ -129,8 +132,8 @@ def train_float(study: Study, task: Task, seed: int) -> Trainer:
 def measure(run: Run, study: Study, task: Task, teacher: nn.Module) -> float:
     """Train one network and test it lowered."""
     options, start = study.options(Layout(run.p), run.seed), STARTS[run.start]
-    if start.gradual:
-        options = replace(options, tiling={**options.tiling, "gradual": True})
+    tiling = {**options.tiling, "gradual": start.gradual, "alpha_start": start.alpha_start}
+    options = replace(options, tiling=tiling)
     trainer = Beginner(task, options, start, teacher)
     while not trainer.finished:
         trainer.advance()
@@ -175,6 +178,8 @@ def table(results: Results) -> str:
     rows = []
     for name, start in STARTS.items():
         scores = [found.get((task, p, name), []) for task, p in columns]
+        if not any(scores):
+            continue
         cells = [
             f"{mean(each):.{STUDIES[task].digits}f}" if each else ""
             for each, (task, _) in zip(scores, columns, strict=True)
