@@ -69,3 +69,22 @@ class PlainTable:
     def markdown(self) -> str:
         """GitHub-flavoured Markdown."""
         return f"{markdown(self.titles, self.rows, self.titles[: self.left])}\n{self.caption}\n"
+
+
+class Tabular:
+    """Mixin of results that are one table. ``print`` gives it in its natural width."""
+
+    def _plain_table(self) -> PlainTable:
+        raise NotImplementedError
+
+    def table(self) -> RenderableType:
+        """The result as a ``rich`` table."""
+        return self._plain_table().rich()
+
+    def to_markdown(self) -> str:
+        """The result as a GitHub-flavoured Markdown table."""
+        return self._plain_table().markdown()
+
+    def __str__(self) -> str:
+        """The table in its natural width."""
+        return self._plain_table().text()

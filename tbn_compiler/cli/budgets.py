@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from tbn_compiler.cli.arrays import load_arrays
 from tbn_compiler.cli.options import Repeated
-from tbn_compiler.cli.output import add_json, print_json
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError
 from tbn_compiler.files import replacing
 from tbn_compiler.planning import Sensitivity, sensitivity
 from tbn_compiler.planning.options import DEFAULT_CANDIDATES, Candidate
-from tbn_compiler.tables import console
 
 
 def parse_budget(text: str) -> dict[str, float]:
@@ -119,20 +117,3 @@ def write_json(path: Path, data: Any) -> None:
     """Write plain data, or leave the file as it was."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def add_formats(parser: argparse.ArgumentParser) -> None:
-    """The options that say how a result is printed."""
-    formats = parser.add_mutually_exclusive_group()
-    formats.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    add_json(formats)
-
-
-def show(result: Any, arguments: argparse.Namespace) -> None:
-    """Print a result with ``table``, ``to_markdown`` and ``to_dict`` as the arguments say."""
-    if arguments.json:
-        print_json(result.to_dict())
-    elif arguments.markdown:
-        print(result.to_markdown(), end="")
-    else:
-        console().print(result.table())

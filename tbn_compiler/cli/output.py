@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,23 @@ def add_json(parser: Any) -> None:
 def print_json(data: Any) -> None:
     """Print data as JSON. Numbers that JSON has no form for (infinity, NaN) are ``null``; paths are strings."""
     print(json.dumps(_plain(data), indent=2))
+
+
+def add_formats(parser: argparse.ArgumentParser) -> None:
+    """The options that say how a result is printed."""
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--markdown", action="store_true", help="print a Markdown table with exact numbers")
+    add_json(formats)
+
+
+def show(result: Any, arguments: argparse.Namespace) -> None:
+    """Print a result with ``table``, ``to_markdown`` and ``to_dict`` as the arguments say."""
+    if arguments.json:
+        print_json(result.to_dict())
+    elif arguments.markdown:
+        print(result.to_markdown(), end="")
+    else:
+        console().print(result.table())
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from typing import Any, get_args
 
 import torch
 
-from tbn_compiler.cli.budgets import add_formats, add_sensitivity, find_sensitivity, parse_budget, show, write_json
+from tbn_compiler.cli.budgets import add_sensitivity, find_sensitivity, parse_budget, write_json
 from tbn_compiler.cli.models import add_float_model, load_float_model
 from tbn_compiler.cli.options import Repeated, parse_shape
+from tbn_compiler.cli.output import add_formats, show
 from tbn_compiler.planning import plan
 from tbn_compiler.planning.costs import COSTS
 

@@ -6,10 +6,9 @@ import argparse
 from typing import Any
 
 from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model
-from tbn_compiler.cli.output import add_json, print_json, stages
+from tbn_compiler.cli.output import add_formats, show, stages
 from tbn_compiler.compiler import optimize
 from tbn_compiler.summary import summary
-from tbn_compiler.tables import console
 
 
 def add_parser(commands: Any) -> None:
@@ -20,9 +19,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--optimize", action=argparse.BooleanOptionalAction, default=False, help="count the module that optimize makes"
     )
-    formats = parser.add_mutually_exclusive_group()
-    formats.add_argument("--markdown", action="store_true", help="print a Markdown table with exact numbers")
-    add_json(formats)
+    add_formats(parser)
     parser.set_defaults(run=_run)
 
 
@@ -33,9 +30,4 @@ def _run(arguments: argparse.Namespace) -> None:
         inputs = example_inputs(arguments, model) if arguments.input or arguments.inputs else None
         begin("summary")
         result = summary(optimize(model, inputs) if arguments.optimize else model, inputs)
-    if arguments.json:
-        print_json(result.to_dict())
-    elif arguments.markdown:
-        print(result.to_markdown(), end="")
-    else:
-        console().print(result.table())
+    show(result, arguments)

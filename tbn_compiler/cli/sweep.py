@@ -9,9 +9,10 @@ from typing import Any, get_args
 
 import torch
 
-from tbn_compiler.cli.budgets import add_formats, add_sensitivity, find_sensitivity, parse_budget, show
+from tbn_compiler.cli.budgets import add_sensitivity, find_sensitivity, parse_budget
 from tbn_compiler.cli.models import add_float_model, load_float_model
 from tbn_compiler.cli.options import Repeated, load_object, parse_copies, parse_shape
+from tbn_compiler.cli.output import add_formats, show
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError
 from tbn_compiler.planning import sweep

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.planning.options import LayerOption
-from tbn_compiler.tables import PlainTable
+from tbn_compiler.tables import PlainTable, Tabular
 
 if TYPE_CHECKING:
     import os
@@ -37,7 +37,7 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerPlan(Tabular):
     """Which option each layer is to take. ``print`` gives a table.
 
     Attributes:
@@ -103,18 +103,6 @@ class LayerPlan:
         change = "loss" if self.measure == "loss" else "error"
         told = f"least {self.objective}; {limits}; totals are those of the whole model"
         return PlainTable(("layer", "kind", "shape", "option", "p", change, *names), rows, told, left=4)
-
-    def table(self) -> Any:
-        """The choice as a ``rich`` table: one row a layer, and the whole model."""
-        return self._plain_table().rich()
-
-    def to_markdown(self) -> str:
-        """The choice as a GitHub-flavoured Markdown table."""
-        return self._plain_table().markdown()
-
-    def __str__(self) -> str:
-        """The table in its natural width."""
-        return self._plain_table().text()
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Write a picture: bars for each layer's change and costs. The suffix gives the format. Needs matplotlib."""

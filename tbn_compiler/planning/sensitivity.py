@@ -18,7 +18,7 @@ from tbn_compiler.graph.random_state import keep_random_state
 from tbn_compiler.graph.shapes import split_inputs
 from tbn_compiler.planning.layers import UniformModels, check_float_model, find_layers, tiled_weights, tiling_text
 from tbn_compiler.planning.options import DEFAULT_CANDIDATES, Candidate, LayerOption, parse_options
-from tbn_compiler.tables import PlainTable
+from tbn_compiler.tables import PlainTable, Tabular
 from tbn_compiler.tiling import TileSpec, tiled_weight
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class LayerSensitivity:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Tabular):
     """What each option does to each layer that can be tiled. ``print`` gives a table.
 
     Attributes:
@@ -134,18 +134,6 @@ class Sensitivity:
             f"{_MEASURES[self.measure]} where one layer takes an option{at}",
             left=2,
         )
-
-    def table(self) -> Any:
-        """The numbers as a ``rich`` table: one row a layer, one column an option."""
-        return self._plain_table().rich()
-
-    def to_markdown(self) -> str:
-        """The numbers as a GitHub-flavoured Markdown table."""
-        return self._plain_table().markdown()
-
-    def __str__(self) -> str:
-        """The table in its natural width."""
-        return self._plain_table().text()
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Write a picture, a line a layer and a mark an option; the suffix gives the format. Needs matplotlib."""

@@ -27,7 +27,7 @@ from tbn_compiler.planning.options import LayerOption
 from tbn_compiler.planning.planner import plan
 from tbn_compiler.planning.sensitivity import Sensitivity
 from tbn_compiler.summary import summary
-from tbn_compiler.tables import PlainTable
+from tbn_compiler.tables import PlainTable, Tabular
 
 if TYPE_CHECKING:
     from tbn_compiler.backends.c.options import Target
@@ -59,7 +59,7 @@ class SweepPoint:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Tabular):
     """Trained points of one model. ``print`` gives a table.
 
     Attributes:
@@ -142,18 +142,6 @@ class Sweep:
         ]
         titles = ("point", "bytes", "bits/weight", self.metric, "seconds")
         return PlainTable(titles, rows, "bytes of the weights and alphas of linear and convolution layers")
-
-    def table(self) -> Any:
-        """The points as a ``rich`` table."""
-        return self._plain_table().rich()
-
-    def to_markdown(self) -> str:
-        """The points as a GitHub-flavoured Markdown table."""
-        return self._plain_table().markdown()
-
-    def __str__(self) -> str:
-        """The table in its natural width."""
-        return self._plain_table().text()
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Write a picture, the metric over bytes; the suffix gives the format. Needs matplotlib."""
