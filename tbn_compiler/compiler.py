@@ -146,7 +146,7 @@ def _why_no_saving(config: TilingConfig, records: Sequence[LayerRecord], before:
     record = max(wanting, key=lambda record: math.prod(record.shape))
     size, options = math.prod(record.shape), asked[record]
     what = "Give a p that divides its axes, or replicate='repeat'"
-    if options.min_size is None or size < options.min_size:
+    if "min_size" in (record.note or ""):
         what = "Give a smaller min_size"
         what += ", or leave it out to have it derived from the model" if options.min_size is not None else ""
     return (

@@ -414,3 +414,27 @@ def test_parts_are_escaped() -> None:
     page = html.fragment(html.Section("<s>", (table, html.Notes(("<n>",)), html.Facts((("<f>", "<v>"),)))))
     assert not re.search(r"<[ctrsnfv]>", page)
     assert NetworkErrors("it", {}, {}, (), {"C": "<why>"}).section().parts
+
+
+def test_a_forward_that_writes_to_its_input_and_buffers() -> None:
+    class Counts(nn.Module):
+        n: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 8)
+            self.register_buffer("n", torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.n.add_(1)
+            return (self.b(self.a(x.mul_(2)) * self.n)).bfloat16()
+
+    qat, x = tbn.transform(Counts(), tbn.TilingConfig(p=4, min_size=0)), torch.randn(2, 16)
+    kept = x.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        errors = report(qat, x).errors
+    assert errors is not None
+    assert errors.outputs["output"]["lowered"] < 0.01  # rounding to bfloat16
+    assert torch.equal(x, kept)
+    assert qat.n == 1

@@ -91,12 +91,18 @@ def find_sensitivity(arguments: argparse.Namespace, model: nn.Module, config: Ti
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from error
     batches = None if arguments.data is None else _batches(arguments.data, arguments.batch_size)
-    loss = F.cross_entropy if batches is None or not batches[0][1].is_floating_point() else F.mse_loss
+    loss = F.cross_entropy if batches is None or not batches[0][1].is_floating_point() else _mean_squares
     candidates = arguments.candidate or DEFAULT_CANDIDATES
     found = sensitivity(model, batches, loss=loss, config=config, candidates=candidates)
     if path is not None:
         write_json(path, found.to_dict())
     return found
+
+
+def _mean_squares(output: Tensor, target: Tensor) -> Tensor:
+    if output.shape != target.shape:
+        raise ConfigError(f"targets are {tuple(target.shape)}, the model gives {tuple(output.shape)}")
+    return F.mse_loss(output, target)
 
 
 def _batches(path: Path, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -108,7 +114,7 @@ def _batches(path: Path, size: int) -> list[tuple[Tensor, Tensor]]:
     inputs, targets = (torch.from_numpy(arrays[name]) for name in ("inputs", "targets"))
     if not inputs.dim() or not targets.dim() or len(inputs) != len(targets):
         raise ConfigError(f"{path} has {list(inputs.shape)} inputs and {list(targets.shape)} targets: one for each")
-    inputs = inputs.float() if inputs.is_floating_point() else inputs
+    inputs = inputs.float() if inputs.is_floating_point() else inputs.long()
     targets = targets.float() if targets.is_floating_point() else targets.long()
     return list(zip(inputs.split(size), targets.split(size), strict=True))
 

@@ -31,7 +31,7 @@ PRESETS = {
 }
 _MODEL = {"checkpoint": ("checkpoint", "against"), "input": ("input",), "inputs": ("inputs",)}
 # Two ways to say the same: one that is given on the command line puts the other one of the file aside.
-_EITHER = {"input": "inputs", "inputs": "input"}
+_EITHER = {"input": "inputs", "inputs": "input", "json": "markdown", "markdown": "json"}
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def apply(path: Path, commands: Mapping[str, argparse.ArgumentParser], given: ar
         if name == given.command:
             values = shared | own
     for key, other in _EITHER.items():
-        if getattr(given, key, None) is not None:
+        if getattr(given, key, None) not in (None, False):
             values.pop(other, None)
     if values.get("input") is not None and values.get("inputs") is not None:
         raise ConfigError(f"{path}: give input or inputs, not both")

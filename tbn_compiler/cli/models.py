@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import get_args
 
@@ -134,7 +136,8 @@ def _tiling(arguments: argparse.Namespace) -> Tiling:
 
 def _build(spec: str) -> nn.Module:
     """Import ``module:factory`` (the current folder comes first) and call it."""
-    model = load_object(spec, "the model")()
+    with redirect_stdout(sys.stderr):  # what it prints is no result of a command
+        model = load_object(spec, "the model")()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{spec} returned a {type(model).__name__}, not an nn.Module")
     return model

@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
         "--sweep",
         type=Path,
         metavar="FILE.json",
-        help="other tilings of the network, for size against accuracy: {metric, points: [{name, bytes, metric}]}",
+        help="other tilings of the network, for size against accuracy: the file of tbn-compiler sweep",
     )
     add_json(parser)
     parser.set_defaults(run=_run)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from tbn_compiler.cli.budgets import add_sensitivity, find_sensitivity, parse_budget
 from tbn_compiler.cli.models import add_float_model, load_float_model
@@ -61,14 +65,16 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     model, config = load_float_model(arguments)
+    if arguments.candidate and arguments.sensitivity is not None and arguments.sensitivity.exists():
+        raise ConfigError(f"{arguments.sensitivity} says what was measured: leave --candidate out")
     measured = find_sensitivity(arguments, model, config) if arguments.budget else None
     if measured is None and (arguments.data or arguments.sensitivity or arguments.candidate):
         raise ConfigError("--data, --sensitivity and --candidate are of budgets: give --budget too")
     found = sweep(
         model,
         _points(arguments, config),
-        load_object(arguments.train, "--train"),
-        None if arguments.evaluate is None else load_object(arguments.evaluate, "--evaluate"),
+        _quiet(load_object(arguments.train, "--train")),
+        None if arguments.evaluate is None else _quiet(load_object(arguments.evaluate, "--evaluate")),
         metric=arguments.metric,
         path=arguments.output,
         seed=arguments.seed,
@@ -80,6 +86,16 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.draw is not None:
         found.draw(arguments.draw)
     show(found, arguments)
+
+
+def _quiet(function: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """A function whose prints go to standard error, so that standard output holds the result alone."""
+
+    def call(module: nn.Module) -> Any:
+        with redirect_stdout(sys.stderr):
+            return function(module)
+
+    return call
 
 
 def _points(arguments: argparse.Namespace, config: TilingConfig) -> dict[str, Point]:

@@ -62,11 +62,18 @@ def _copy(module: _Module, found: list[Any], memo: dict[int, Any]) -> _Module:
     memo |= dict.fromkeys(wrapped, _present_forward)
     wrappers = [value for value in found if _is_wrapper(value, wrapped)]
     memo |= {id(wrapper): object.__new__(type(wrapper)) for wrapper in wrappers}
+    graphs = [part for part in reversed(list(module.modules())) if isinstance(part, fx.GraphModule)]
+    memo |= {id(part): _empty_copy(part) for part in graphs}
+    # copy.deepcopy takes the function of a method as it is.
+    memo |= {
+        id(value): types.MethodType(_present_forward, memo[id(value.__self__)])
+        for value in found
+        if isinstance(value, types.MethodType) and id(value.__func__) in wrapped and id(value.__self__) in memo
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own copy of an exported graph
-        for submodule in reversed(list(module.modules())):  # children come after their parents
-            if isinstance(submodule, fx.GraphModule) and id(submodule) not in memo:
-                copy_graph_module(submodule, memo)
+        for part in graphs:  # children come before their parents
+            copy_graph_module(part, memo)
         result = copy.deepcopy(module, memo)
         for wrapper in wrappers:
             vars(memo[id(wrapper)]).update(copy.deepcopy(vars(wrapper), memo))
@@ -98,21 +105,30 @@ def _is_wrapper(value: Any, functions: Collection[int]) -> bool:
     return any(id(held) in functions for held in reachable(value))
 
 
+def _shares_code(gm: fx.GraphModule) -> bool:
+    return getattr(type(gm), "tbn_shares_code", False)
+
+
+def _empty_copy(gm: fx.GraphModule) -> Any:
+    """What is to become a copy of a graph module."""
+    return object.__new__(type(gm)) if _shares_code(gm) else fx.GraphModule.__new__(graph_class(gm))
+
+
 def copy_graph_module(gm: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
     """Copy a graph module with all that it holds, and note the copy in ``memo``.
 
     Its own copy drops attributes and submodules that the graph does not name, and makes every buffer persistent.
     """
-    shares_code = getattr(type(gm), "tbn_shares_code", False)
     # What it holds may be bound to it: the copy has to exist before.
-    result: Any = object.__new__(type(gm)) if shares_code else fx.GraphModule.__new__(graph_class(gm))
-    memo[id(gm)] = result
+    if id(gm) not in memo:
+        memo[id(gm)] = _empty_copy(gm)
+    result = memo[id(gm)]
     shell = nn.Module()
     # torch.export puts a train and an eval that only raise on its modules.
     shell.__dict__ = {key: value for key, value in gm.__dict__.items() if key not in ("_graph", "train", "eval")}
     shell = copy.deepcopy(shell, memo)
     graph = copy.deepcopy(gm.graph)
-    if shares_code:  # its class has the code of this graph already
+    if _shares_code(gm):  # its class has the code of this graph already
         result.__dict__.update(shell.__dict__, _graph=graph)
         graph.owning_module = result
     else:
@@ -148,7 +164,7 @@ def _held(value: Any) -> Iterator[Any]:
     """What a value holds."""
     if isinstance(value, torch.Tensor | fx.Graph | LayerRecord):
         return
-    if isinstance(value, Mapping):
+    if isinstance(value, dict | types.MappingProxyType | collections.UserDict):  # others may read files
         yield from value.keys()
         yield from value.values()
     elif isinstance(value, list | tuple | set | frozenset | collections.deque):

@@ -59,18 +59,24 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
     def __init__(self, library: str) -> None:
         self.library = library
+        self._asking = False
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The usual spec of that module, with the plug-in's import behind its execution."""
-        if name != self.library:
+        if name != self.library or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:  # until the module has really been imported: some only ask for it
+                    sys.meta_path.remove(self)
                 _import_plugin(self.library)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]

@@ -8,8 +8,11 @@ weight that only signs are taken from, and the adapter would be lost without a w
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
+from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -35,3 +38,23 @@ def _check_merge_allowed(self: BaseTuner) -> None:
 
 
 BaseTuner._check_merge_allowed = _check_merge_allowed  # type: ignore[method-assign]
+
+
+def _refused(method: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """A method of an adapter that writes to the weight of its layer, refused where that is tiled."""
+
+    @functools.wraps(method)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(record.spec for record in get_records(self) or ()):
+            raise ValueError(f"{what} would change the weight of a layer that is tiled, which its tile has no room for")
+        return method(self, *args, **kwargs)
+
+    return call
+
+
+for _name in ("pissa_init", "olora_init", "loftq_init", "corda_init"):
+    if hasattr(lora.LoraLayer, _name):
+        _init = _refused(getattr(lora.LoraLayer, _name), f"init_lora_weights by {_name.removesuffix('_init')}")
+        setattr(lora.LoraLayer, _name, _init)
+for _layer in (lora.Linear, lora._ConvNd):
+    _layer.merge = _refused(_layer.merge, "merging the adapter")  # type: ignore[method-assign]

@@ -22,7 +22,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from tbn_compiler.compiler import judge_tiling, lower, lower_model, tile_in_plac
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError, LoweringError, SerializationError, TransformError
 from tbn_compiler.fileformat import PackedHeader, StoredLayer, layer_from_data, layer_to_data
+from tbn_compiler.graph.random_state import keep_random_state
 from tbn_compiler.graph.records import (
     alpha_key,
     get_records,
@@ -45,7 +46,7 @@ from tbn_compiler.graph.records import (
     split_key,
     tile_key,
 )
-from tbn_compiler.graph.tiled_parameters import STRENGTH
+from tbn_compiler.graph.tiled_parameters import STRENGTH, plain_class
 from tbn_compiler.graph.tiling_data import shorten
 from tbn_compiler.packing import packed_size
 from tbn_compiler.serialize import check_tilings, restore_records, rewritten_calls
@@ -171,9 +172,12 @@ def mark(root: nn.Module) -> None:
 
     A part that holds no tiled layer stays as it is.
     """
+    described: set[int] = set()  # a model and the one inside it share their configuration: it is the outer one's
     for module in root.modules():
         if not isinstance(module, PreTrainedModel):
             continue
+        outermost = id(module.config) not in described
+        described.add(id(module.config))
         config = TbnConfig()
         try:
             config.describe(module)
@@ -188,7 +192,8 @@ def mark(root: nn.Module) -> None:
             }
             for name, value in attributes.items():
                 setattr(module, name, value)
-            if hasattr(module.config, "quantization_config"):  # of a model that was loaded, and changed since
+            # That of a model that was loaded, and changed since.
+            if outermost and hasattr(module.config, "quantization_config"):
                 module.config.quantization_config = config
 
 
@@ -203,15 +208,16 @@ def _named_as_in(model: PreTrainedModel, values: Mapping[str, _Value]) -> dict[s
     """
     prefix = f"{model.base_model_prefix}."
     inside = bool(model.base_model_prefix) and hasattr(model, model.base_model_prefix)  # has a head on it
+    named = dict(values)
     if inside and not any(name.startswith(prefix) for name in values):
-        return {prefix + name: value for name, value in values.items()}
-    if not inside and any(name.startswith(prefix) for name in values):
-        return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-    if inside and type(model).__name__ not in (model.config.architectures or ()):  # another head
-        own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        kept = (name for name in values if name.startswith(prefix) or _parameter(name) in own)
-        return {name: values[name] for name in kept}
-    return dict(values)
+        named = {prefix + name: value for name, value in values.items()}
+    elif not inside and any(name.startswith(prefix) for name in values):
+        named = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    if type(model).__name__ in (model.config.architectures or ()):
+        return named
+    # Another class takes what it has of the checkpoint.
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in named.items() if _parameter(name) in own}
 
 
 def _parameter(weight: str) -> str:
@@ -267,6 +273,8 @@ class TbnQuantizer(HfQuantizer):
             raise SerializationError("quantization_config of the checkpoint does not say how its layers are tiled")
         packed = config.form == "packed"
         layers = _named_as_in(model, config.layers)
+        if config.layers and not layers:
+            raise SerializationError(f"{type(model).__name__} has none of the tiled layers of the checkpoint")
         # Alphas of packed layers come from the file: no alpha source needs to exist meanwhile.
         specs = {
             name: replace(layer.spec, alpha_source="W", latent="weight") if packed else layer.spec
@@ -311,19 +319,41 @@ class TbnQuantizer(HfQuantizer):
         """Called before a model is saved: lets its ``config.json`` say what the model is by now."""
         self.quantization_config.describe(model)
         model.config.quantization_config = self.quantization_config
+        for part in model.modules():  # parts with a configuration of their own are loaded alone by it
+            if isinstance(part, PreTrainedModel) and part.config is not model.config and get_records(part):
+                part.config.quantization_config = TbnConfig()
+                part.config.quantization_config.describe(part)
         return None, {}
 
     def is_serializable(self) -> bool:
         """Tiled models can be saved, before and after lowering."""
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The dense model of a tiled one: every tiled weight as a parameter of its full size."""
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The dense model of a tiled one: every tiled weight as a parameter of its full size.
+
+        Args:
+            model: tiled, in training or packed, of which the class and the configuration say how it is built.
+            dtype: of the result; default: that of each parameter.
+
+        Raises:
+            LoweringError: parameters are offloaded.
+        """
+        offloaded = next((name for name, value in model.state_dict().items() if value.is_meta), None)
+        if offloaded is not None:
+            raise LoweringError(f"{offloaded!r} is offloaded: load the model whole to have it dense")
         config = copy.deepcopy(model.config)
-        vars(config).pop("quantization_config", None)
-        dense = type(model)(config)
-        dense.load_state_dict(_dense_state(model))
-        nn.Module.to(dense, dtype=dtype)
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            vars(part).pop("quantization_config", None)
+        restore = keep_random_state(model)
+        dense = cast("PreTrainedModel", plain_class(type(model))(config))
+        restore()
+        dense.load_state_dict(_dense_state(model), assign=True)
+        dense.tie_weights()
+        if hasattr(model, "generation_config"):
+            dense.generation_config = copy.deepcopy(model.generation_config)
+        if dtype is not None:
+            nn.Module.to(dense, dtype=dtype)
         dense.train(model.training)
         return dense
 

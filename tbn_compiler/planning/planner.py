@@ -137,12 +137,14 @@ def plan(
 
 
 def _limits(budget: int | Mapping[str, float] | None, objective: str) -> dict[str, float]:
+    if budget is not None and not isinstance(budget, int | float | Mapping):
+        raise ConfigError(f"budget must be a number of bytes or a mapping such as {{'flash': 20_000}}, got {budget!r}")
     limits: dict[str, float] = {"bytes": budget} if isinstance(budget, int | float) else dict(budget or {})
     for name, limit in limits.items():
         if name not in (LOSS, *COSTS):
             raise ConfigError(f"budget of {name!r}: there are {', '.join((LOSS, *COSTS))}")
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or math.isnan(limit):
-            raise ConfigError(f"the budget of {name} must be a number, got {limit!r}")
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not math.isfinite(limit):
+            raise ConfigError(f"the budget of {name} must be a finite number, got {limit!r}")
     if objective not in (LOSS, *COSTS):
         raise ConfigError(f"objective={objective!r} is not one of {', '.join((LOSS, *COSTS))}")
     if objective == LOSS and not limits.keys() & COSTS.keys():

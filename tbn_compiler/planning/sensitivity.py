@@ -20,6 +20,7 @@ from tbn_compiler.planning.layers import UniformModels, check_float_model, find_
 from tbn_compiler.planning.options import DEFAULT_CANDIDATES, Candidate, LayerOption, parse_options
 from tbn_compiler.tables import PlainTable, Tabular
 from tbn_compiler.tiling import TileSpec, tiled_weight
+from tbn_compiler.torch_private import tree_map_only
 
 if TYPE_CHECKING:
     import os
@@ -259,22 +260,29 @@ class _Loss:
         self.buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def mean(self) -> float:
-        """The mean over all batches; every pass begins with the same buffers and random numbers."""
-        total = 0.0
+        """The mean over all batches, by the length of their targets; buffers and random numbers begin alike."""
+        total, samples = 0.0, 0
         restore = keep_random_state(self.model)
         try:
             for inputs, target in self.batches:
-                arguments, named = split_inputs(inputs)
-                value = self.loss(self.model(*arguments, **named), target)
+                # A forward may write to what it gets.
+                arguments, named = tree_map_only(Tensor, Tensor.clone, split_inputs(inputs))
+                try:
+                    value = self.loss(self.model(*arguments, **named), target)
+                except TBNError:
+                    raise
+                except Exception as error:
+                    raise TBNError(f"the model, or the loss, does not take a batch: {error}") from error
                 if not isinstance(value, Tensor) or value.numel() != 1:
                     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     raise TBNError(f"loss must give a scalar tensor, got {shape}")
-                total += float(value)
+                count = len(target) if isinstance(target, Tensor) and target.dim() else 1
+                total, samples = total + count * float(value), samples + count
         finally:
             restore()
             for buffer, start in self.buffers:
                 buffer.copy_(start)
-        return total / len(self.batches)
+        return total / samples
 
     def with_weight(self, weight: Tensor, spec: TileSpec) -> float:
         """The mean with one weight of the model tiled."""

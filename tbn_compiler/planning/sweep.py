@@ -20,6 +20,7 @@ from tbn_compiler.errors import ConfigError
 from tbn_compiler.files import replacing
 from tbn_compiler.graph.copying import copy_with_tensors
 from tbn_compiler.graph.random_state import keep_random_state
+from tbn_compiler.graph.records import get_records
 from tbn_compiler.planning.costs import stored_bytes
 from tbn_compiler.planning.layer_plan import LayerPlan
 from tbn_compiler.planning.layers import check_float_model, uniform
@@ -48,6 +49,7 @@ class SweepPoint:
         bits_per_weight: of these layers, alphas not counted.
         metric: what training or evaluation gave; not a number where that was none.
         seconds: that training and evaluation took.
+        seed: of the random numbers that it started with.
     """
 
     name: str
@@ -56,6 +58,7 @@ class SweepPoint:
     bits_per_weight: float
     metric: float
     seconds: float
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Sweep(Tabular):
                 "bits_per_weight": point.bits_per_weight,
                 "metric": point.metric if math.isfinite(point.metric) else None,
                 "seconds": point.seconds,
+                "seed": point.seed,
             }
             for point in self.points
         ]
@@ -110,11 +114,12 @@ class Sweep(Tabular):
                     float(point["bits_per_weight"]),
                     math.nan if point["metric"] is None else float(point["metric"]),
                     float(point["seconds"]),
+                    int(point["seed"]),
                 )
                 for point in data["points"]
             )
             return cls(str(data["metric"]), points)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"not the data of a Sweep: {type(error).__name__} {error}") from error
 
     @classmethod
@@ -217,10 +222,11 @@ def sweep(
         tiling = _tiling(point)
         data = None if tiling is None else json.loads(json.dumps(_data(tiling)))
         if name in known:
-            if known[name].config != data:
+            earlier = (known[name].config, known[name].bytes, known[name].seed)
+            if earlier != (data, _size(_tiled(copy_with_tensors(model), tiling))[0], seed):
                 raise ConfigError(
-                    f"{path} has a point {name!r} that was tiled in another way: give the point another name, or the "
-                    "sweep another file"
+                    f"{path} has a point {name!r} of another model, tiling or seed: give the point another name, or "
+                    "the sweep another file"
                 )
         else:
             known[name] = _train(model, name, tiling, data, train, evaluate, seed)
@@ -260,7 +266,7 @@ def _budget_name(budget: Mapping[str, float]) -> str:
 
 def _tiling(point: object) -> TilingConfig | None:
     if isinstance(point, LayerPlan):
-        return point.config
+        return None if set(point.choice.values()) == {"float"} else point.config
     if isinstance(point, TilingConfig):
         return point
     if point == "float":
@@ -289,10 +295,8 @@ def _train(
     restore = keep_random_state(model)
     try:
         torch.manual_seed(seed)
-        start = copy_with_tensors(model)
-        module = start if config is None else transform(start, config)
-        counted = module if config is not None else uniform(start, TilingConfig(), LayerOption("float"))
-        found = summary(counted)
+        module = _tiled(copy_with_tensors(model), config)
+        size, bits = _size(module)
         begin = time.perf_counter()
         result = train(module)
         if evaluate is not None:
@@ -306,8 +310,18 @@ def _train(
         source = "train" if evaluate is None else "evaluate"
         raise ConfigError(f"{source} must return the metric of point {name!r} as a number, got {result!r}") from None
     value = value if math.isfinite(value) else math.nan
-    size = sum(map(stored_bytes, found.layers))
-    return SweepPoint(name, data, size, found.totals["bits_per_weight"], value, round(seconds, 3))
+    return SweepPoint(name, data, size, bits, value, round(seconds, 3), seed)
+
+
+def _tiled(model: nn.Module, config: TilingConfig | None) -> nn.Module:
+    return model if config is None else transform(model, config)
+
+
+def _size(module: nn.Module) -> tuple[int, float]:
+    """Stored bytes of a network's weights and alphas, and bits for each weight."""
+    counted = module if get_records(module) else uniform(module, TilingConfig(), LayerOption("float"))
+    found = summary(counted)
+    return sum(map(stored_bytes, found.layers)), found.totals["bits_per_weight"]
 
 
 def _read(path: Path, metric: str) -> dict[str, SweepPoint]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tbn_compiler.compiler import optimize
 from tbn_compiler.errors import TBNError
-from tbn_compiler.graph.copying import share_tensors_copy
+from tbn_compiler.graph.copying import copy_with_tensors
 from tbn_compiler.graph.records import get_records
 from tbn_compiler.graph.shapes import does_not_run
 from tbn_compiler.html import Column, Notes, Section, Table
@@ -111,9 +111,9 @@ def measure_errors(
     Raises:
         TBNError: the network does not run on the inputs.
     """
-    model = share_tensors_copy(module).eval()
+    model = copy_with_tensors(module).eval()
     plain = _run(model, inputs)
-    called = _called(share_tensors_copy(model), inputs) & _called(share_tensors_copy(packed), inputs)
+    called = _called(copy_with_tensors(model), inputs) & _called(copy_with_tensors(packed), inputs)
     layers = dict.fromkeys(record.name for record in get_records(packed) or ())
     names, unobserved = [n for n in layers if n in called], tuple(n for n in layers if n not in called)
     expected = _run(_observed(model, names), inputs)
@@ -123,7 +123,7 @@ def measure_errors(
         exports = _Exports(Path(folder), inputs, c_options)
         for form, make in (("lowered", _run), ("int8", _int8), ("C", exports.c), ("ONNX", exports.onnx)):
             on_stage(form)
-            collected.add(form, lambda net, make=make: make(net, inputs), packed)  # type: ignore[misc]
+            collected.add(form, lambda net, make=make: make(net, _cloned(inputs)), packed)  # type: ignore[misc]
     is_lowered = module.state_dict().keys() == packed.state_dict().keys()
     reference = "the lowered module" if is_lowered else "the model as it is trained"
     found = NetworkErrors(reference, collected.outputs, collected.layers, unobserved, collected.missing)
@@ -151,13 +151,13 @@ class _Collected:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the plan and the notes of the layers say the same
             try:
-                self._compare(form, self.outputs, run(packed), self._plain)
+                self._compare(form, self.outputs, run(copy_with_tensors(packed)), self._plain)
             except TBNError as error:
                 self.missing[form] = _first_line(error)
                 return
             if self.layers:
                 try:
-                    results = run(_observed(share_tensors_copy(packed), list(self.layers)))
+                    results = run(_observed(copy_with_tensors(packed), list(self.layers)))
                     self._compare(form, self.layers, results[len(self._plain) :], self._inside)
                 except TBNError as error:
                     self.missing[f"{form}, by layer"] = _first_line(error)
@@ -185,7 +185,7 @@ class _Exports:
         from tbn_compiler.backends.c import export_c, host
 
         path = self._folder / "model.c"
-        plan = export_c(network, inputs, path, **self._c_options)
+        plan = export_c(network, _cloned(inputs), path, **self._c_options)
         self.plan = self.plan or plan  # that of the network as it is
         return list(host.run_arrays(path, [value.numpy() for value in inputs]).values())
 
@@ -195,22 +195,37 @@ class _Exports:
 
         load_onnxruntime()  # before the export, which takes seconds
         path, names = self._folder / "model.onnx", [f"input_{index}" for index in range(len(inputs))]
-        export_onnx(network, inputs, path, dynamic_batch=False, input_names=names)
+        export_onnx(network, _cloned(inputs), path, dynamic_batch=False, input_names=names)
         arrays = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
         return list(OnnxFile(path).run(arrays).values())
 
 
 def _int8(network: nn.Module, inputs: tuple[Tensor, ...]) -> Results:
-    return _run(optimize(network, inputs, activation="int8", calibration=[inputs]), inputs)
+    found = optimize(network, _cloned(inputs), activation="int8", calibration=[_cloned(inputs)])
+    return _run(found, inputs)
+
+
+def _cloned(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.clone() for value in inputs)
 
 
 def _run(network: nn.Module, inputs: tuple[Tensor, ...]) -> Results:
+    # A forward may write to its inputs and to buffers, which other copies of the network share.
+    buffers = [(owner, dict(owner._buffers)) for owner in network.modules()]
+    values = [(value, value.clone()) for _, held in buffers for value in held.values() if value is not None]
     try:
         with torch.no_grad():
-            result = network(*inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            result = network(*_cloned(inputs))
+    except Exception as error:
         raise does_not_run(network, inputs, {}, error) from error
-    return [leaf.numpy() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    finally:
+        for owner, held in buffers:
+            owner._buffers.update(held)
+        with torch.no_grad():
+            for value, before in values:
+                value.copy_(before)
+    leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    return [(leaf.float() if leaf.dtype in (torch.bfloat16, torch.float16) else leaf).numpy() for leaf in leaves]
 
 
 def _called(network: nn.Module, inputs: tuple[Tensor, ...]) -> set[str]:

@@ -471,6 +471,20 @@ def in_an_object(model: nn.Module) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def with_the_method(model: nn.Module) -> None:
+    old = model.forward
+    model.forward = lambda x: old(x).round(decimals=2)
+
+
+def with_the_method_as_a_default(model: nn.Module) -> None:
+    model.forward = lambda x, old=model.forward: old(x).round(decimals=2)
+
+
+def with_the_method_in_a_list(model: nn.Module) -> None:
+    model.olds = [model.forward]
+    model.forward = lambda x: model.olds[0](x).round(decimals=2)
+
+
 def in_a_partial(model: nn.Module) -> None:
     def forward(module: Any, x: Tensor) -> Tensor:
         return module._old_forward(x).round(decimals=2)
@@ -479,7 +493,13 @@ def in_a_partial(model: nn.Module) -> None:
     model.forward = functools.update_wrapper(functools.partial(forward, model), model._old_forward)
 
 
-@pytest.mark.parametrize("wrap", [in_a_closure, in_an_object, in_a_partial])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        *(in_a_closure, in_an_object, in_a_partial),
+        *(with_the_method, with_the_method_as_a_default, with_the_method_in_a_list),
+    ],
+)
 @pytest.mark.parametrize(
     "build", [lambda: nn.Linear(16, 8), lambda: fx.symbolic_trace(nn.Sequential(nn.Linear(16, 8)))]
 )

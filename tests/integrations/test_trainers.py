@@ -96,6 +96,22 @@ def test_adapters_on_packed_layers(tmp_path: Path) -> None:
                 assert merged(input_ids=batch, labels=batch).loss.item() == pytest.approx(after, abs=1e-4)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_that_begin_in_the_weight_are_refused(init: Any) -> None:
+    """What they take from it would be lost; so would be what is merged into one layer."""
+    peft = pytest.importorskip("peft")
+
+    def adapted(**options: Any) -> nn.Module:
+        model = tbn.lower(tbn.transform(nn.Sequential(nn.Linear(16, 16)), CONFIG))
+        adapted: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"], **options))
+        return adapted
+
+    with pytest.raises(ValueError, match=f"init_lora_weights by {init} would change the weight of a layer"):
+        adapted(init_lora_weights=init)
+    with pytest.raises(ValueError, match="merging the adapter would change the weight"):
+        adapted().base_model.model[0].merge()
+
+
 def test_a_recipe_resumes(tmp_path: Path) -> None:
     recipe = example("recipe").main
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")

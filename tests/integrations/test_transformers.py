@@ -233,6 +233,9 @@ def test_layers_offloaded_to_the_disk(packed_llama: tuple[Any, Path], tmp_path: 
     )
     assert loaded.model.layers[1].mlp.up_proj.weight_tile.is_meta
     assert torch.equal(_results(loaded, inputs), expected)
+    assert torch.equal(_results(tbn.lower(loaded), inputs), expected)
+    with pytest.raises(LoweringError, match=r"'model\.layers\.1\..*' is offloaded: load the model whole"):
+        loaded.dequantize()
     # The hooks are those of the loaded layers: others with the same code run as before.
     assert torch.equal(other(x), before)
     assert torch.equal(_results(packed, inputs), expected)
@@ -250,6 +253,72 @@ def test_a_dense_model_again(packed_llama: tuple[Any, Path], tmp_path: Path) -> 
     model = gpt2()
     qat = tbn.transform(model, CONFIG.replace(latent="tile"))
     torch.testing.assert_close(qat.dequantize()(ids).logits, qat(ids).logits)
+
+
+class Functional(transformers.PreTrainedModel):
+    """A model with a weight that a function uses."""
+
+    class Config(transformers.PretrainedConfig):
+        model_type = "functional"
+
+    config_class = Config
+    base_model_prefix = "base"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.w = nn.Parameter(torch.randn(32, 32))
+        self.fc = nn.Linear(32, 32)
+        self.post_init()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.fc(x), self.w)
+
+
+def test_dense_models_keep_what_they_are(tmp_path: Path) -> None:
+    qat = tbn.transform(llama(), CONFIG)
+    qat.generation_config.max_new_tokens = 5
+    qat.save_pretrained(tmp_path)  # which makes a string of the dtype
+    state = torch.get_rng_state()
+    dense = qat.dequantize()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert dense.generation_config.max_new_tokens == 5
+    assert dense.dtype == torch.float32
+    assert qat.to(torch.bfloat16).dequantize().dtype == torch.bfloat16
+    assert qat.dequantize(torch.float64).dtype == torch.float64
+    packed = tbn.lower(tbn.transform(Functional(Functional.Config()), CONFIG))
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(packed.dequantize()(x), packed(x))
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+def test_a_part_of_a_composite_model(lowered: bool, tmp_path: Path) -> None:
+    whole = tbn.transform(clip(), CONFIG)
+    whole = tbn.lower(whole) if lowered else whole
+    images, ids = torch.randn(2, 3, 16, 16), _ids()
+    folder = _written(whole, tmp_path)
+    vision = transformers.CLIPVisionModel.from_pretrained(folder)
+    assert torch.equal(vision(images)[0], whole.vision_model(images)[0])
+    text = transformers.CLIPTextModel.from_pretrained(folder)
+    assert torch.equal(text(ids)[0], whole.text_model(ids)[0])
+
+
+def test_another_class_takes_what_it_has(tmp_path: Path) -> None:
+    model, ids = tbn.transform(t5(), CONFIG), _ids()
+    encoder = transformers.T5EncoderModel.from_pretrained(_written(model, tmp_path / "t5"))
+    assert torch.equal(encoder(ids)[0], model.encoder(ids)[0])
+    with pytest.raises(SerializationError, match="BertModel has none of the tiled layers of the checkpoint"):
+        transformers.BertModel.from_pretrained(tmp_path / "t5", config=bert().config.__class__(
+            **TEXT, max_position_embeddings=32, quantization_config=model.config.quantization_config.to_dict()
+        ))  # fmt: skip
+
+
+def test_the_configuration_is_that_of_the_outer_model(packed_llama: tuple[Any, Path], tmp_path: Path) -> None:
+    packed, folder = packed_llama
+    loaded = transformers.LlamaForCausalLM.from_pretrained(folder)
+    assert "lm_head.weight" in loaded.config.quantization_config.layers
+    shutil.copytree(folder, tmp_path / "copy")
+    loaded.config.save_pretrained(tmp_path / "copy")
+    _assert_same(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "copy"), packed)
 
 
 def test_what_is_saved_is_what_the_model_is(tmp_path: Path) -> None:
@@ -327,6 +396,13 @@ def test_either_import_may_come_first(packed_llama: tuple[Any, Path]) -> None:
     code += "print(type(m.lm_head).__mro__[1].__name__, m.hf_quantizer.quantization_config.form)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["TiledLinear", "packed"]
+
+
+def test_asking_for_the_library_is_not_importing_it() -> None:
+    code = "import tbn_compiler, importlib.util, sys\nimportlib.util.find_spec('transformers.modeling_utils')\n"
+    code += "import transformers.modeling_utils\nprint('tbn_compiler.integrations.transformers' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "True"
 
 
 def test_a_pipeline(packed_llama: tuple[Any, Path], tmp_path: Path) -> None:

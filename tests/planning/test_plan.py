@@ -186,8 +186,8 @@ def test_what_cannot_be_reached(model: nn.Sequential, measured: tbn.Sensitivity)
         ({}, "the least loss needs a budget of a cost"),
         ({"budget": {"loss": 1}}, "the least loss needs a budget of a cost"),
         ({"budget": {"byte": 1}}, "budget of 'byte': there are loss, bytes, macs"),
-        ({"budget": {"bytes": "1"}}, "the budget of bytes must be a number, got '1'"),
-        ({"budget": {"bytes": math.nan}}, "must be a number, got nan"),
+        ({"budget": {"bytes": "1"}}, "the budget of bytes must be a finite number, got '1'"),
+        ({"budget": {"bytes": math.nan}}, "must be a finite number, got nan"),
         ({"budget": 1, "objective": "speed"}, "objective='speed' is not one of"),
         ({"budget": {"macs": 1}}, r"the cost 'macs' \(multiply-adds\) is that of an input: give example_inputs"),
         ({"budget": 1, "target": "avr"}, "target='avr' is not one of generic"),
@@ -250,3 +250,9 @@ def test_the_model_stays_as_it_is(model: nn.Sequential) -> None:
     tbn.plan(model, budget={"bytes": 800, "flash": 3000}, example_inputs=X, candidates=[4])
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("budget", ["bytes", [3], {"bytes": float("inf")}, float("nan")])
+def test_budgets_that_are_none(budget: Any) -> None:
+    with pytest.raises(tbn.ConfigError, match=r"budget must be a number of bytes|must be a finite number"):
+        tbn.plan(nn.Linear(64, 64), budget=budget)

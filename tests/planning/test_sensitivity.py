@@ -210,3 +210,33 @@ def test_picture(tmp_path: Path) -> None:
     tbn.sensitivity(model).draw(tmp_path / "sensitivity.svg")
     text = (tmp_path / "sensitivity.svg").read_text()
     assert all(f"<!-- {name} -->" in text for name in ("0", "1", "2", "float", "binary", "p=8"))
+
+
+def test_a_forward_that_writes_to_its_input() -> None:
+    class Doubles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.mul_(2))
+
+    model, x, labels = Doubles(), torch.randn(16, 32), torch.randint(8, (16,))
+    kept = x.clone()
+    found = tbn.sensitivity(model, [(x, labels)], candidates=["float", 2])
+    assert torch.equal(x, kept)
+    plain = nn.Sequential(nn.Linear(32, 8))
+    plain[0].load_state_dict(model.fc.state_dict())
+    assert found["fc"]["p=2"] == tbn.sensitivity(plain, [(2 * x, labels)], candidates=["float", 2])["0"]["p=2"]
+
+
+def test_batches_count_by_their_length() -> None:
+    model, x, labels = nn.Sequential(nn.Linear(32, 8)), torch.randn(40, 32), torch.randint(8, (40,))
+    parts = list(zip(x.split(39), labels.split(39), strict=True))
+    whole, split = (tbn.sensitivity(model, batches, candidates=[2])["0"]["p=2"] for batches in ([(x, labels)], parts))
+    assert split == pytest.approx(whole, abs=1e-6)
+
+
+def test_a_batch_that_does_not_fit_is_said() -> None:
+    with pytest.raises(tbn.TBNError, match="the model, or the loss, does not take a batch: mat1 and mat2"):
+        tbn.sensitivity(nn.Linear(32, 8), [(torch.randn(2, 31), torch.zeros(2, dtype=torch.long))])

@@ -109,7 +109,7 @@ def test_what_a_file_holds_is_not_mistaken(model: nn.Sequential, tmp_path: Path)
     path = tmp_path / "sweep.json"
     tbn.sweep(model, {"a": POINTS[1]}, Trainer(), path=path)
     for point in (POINTS[1].replace(alpha="tile"), "float", POINTS[1].replace(filter=lambda _: True)):
-        with pytest.raises(tbn.ConfigError, match="has a point 'a' that was tiled in another way"):
+        with pytest.raises(tbn.ConfigError, match="has a point 'a' of another model, tiling or seed"):
             tbn.sweep(model, {"a": point}, Trainer(), path=path)
     with pytest.raises(tbn.ConfigError, match="holds the metric 'accuracy', not 'loss'"):
         tbn.sweep(model, {"a": POINTS[1]}, Trainer(), metric="loss", path=path)
@@ -152,3 +152,20 @@ def test_tables_and_picture(model: nn.Sequential, tmp_path: Path) -> None:
     found.draw(tmp_path / "sweep.svg")
     text = (tmp_path / "sweep.svg").read_text()
     assert all(f"<!-- {name} -->" in text for name in ("float", "p=4", "p=2x2", "accuracy"))
+
+
+def test_points_of_another_model_or_seed_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    points = ["float", tbn.TilingConfig(p=4)]
+    tbn.sweep(nn.Linear(64, 64), points, lambda module: 1.0, path=path)
+    assert [point.seed for point in tbn.Sweep.read(path).points] == [0, 0]
+    for model, seed in ((nn.Linear(640, 640), 0), (nn.Linear(64, 64), 1)):
+        with pytest.raises(tbn.ConfigError, match="has a point 'float' of another model, tiling or seed"):
+            tbn.sweep(model, points, lambda module: 2.0, path=path, seed=seed)
+
+
+def test_a_plan_of_floats_is_the_float_model() -> None:
+    plan = tbn.plan(nn.Linear(64, 64), budget=10**6)
+    assert set(plan.choice.values()) == {"float"}
+    (point,) = tbn.sweep(nn.Linear(64, 64), [plan], lambda module: float(type(module) is nn.Linear)).points
+    assert (point.metric, point.config) == (1.0, None)
