@@ -192,6 +192,8 @@ class Window:
         self._ask("Emulation.setFocusEmulationEnabled", enabled=True)
         self.wait_for("document.readyState === 'complete' && document.hasFocus()")
         self.wait_for(f"document.URL === {json.dumps(page.resolve().as_uri())}")
+        self.evaluate("requestAnimationFrame(() => requestAnimationFrame(() => { window.shown = true; })); 0")
+        self.wait_for("window.shown === true")
 
     def __enter__(self) -> Window:
         return self
@@ -230,11 +232,15 @@ class Window:
 
     def wait_for(self, condition: str) -> None:
         """Wait until a condition holds in the page."""
+        assert self.comes_true(condition), f"never came true: {condition}"
+
+    def comes_true(self, condition: str) -> bool:
+        """Whether a condition holds in the page within seconds."""
         for _ in range(200):
             if self.evaluate(condition):
-                return
+                return True
             time.sleep(0.02)
-        raise AssertionError(f"never came true: {condition}")
+        return False
 
     def press(self, key: str) -> None:
         """Press and release a key."""

@@ -255,8 +255,10 @@ def test_with_a_keyboard(made: Report, tmp_path: Path) -> None:
     made.write(tmp_path / "report.html")
     with browser.Window(tmp_path / "report.html", 400) as window:
         seen = []
-        while len(seen) < 40:
+        for _ in range(40):
             window.press("Tab")
+            if not seen and not window.comes_true("document.activeElement !== document.body"):
+                continue  # a busy browser drops the keys that come before its first picture
             seen.append(window.focused())
             if seen[-1] == "Buffers in the scratch block" and "Buffers in the scratch block" not in seen[:-1]:
                 window.press("Enter")
