@@ -21,12 +21,12 @@ from typing import Any
 
 import documents
 import torch
-from example_data import DataError
-from layout_studies import STUDIES, Layout, Study, quick
+from layout_studies import STUDIES, Layout, Study
 from paper.devices import World
 from paper.runs import machine, versions
 from paper.tasks import Task, read_task, synthetic_task
 from paper.training import Trainer
+from study_command import StudyCommand
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
@@ -156,34 +156,12 @@ def table(results: Results) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the example; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", metavar="DIR", help="folder with the data sets, as train.py takes it, or 'synthetic'")
-    parser.add_argument("--results", type=Path, metavar="FILE", default=RESULTS, help="result file to read and extend")
-    parser.add_argument("--only", choices=STUDIES, action="append", metavar="TASK", help="one task; may be repeated")
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs of each network (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a trial: two steps for each run")
-    parser.add_argument("--table", action="store_true", help="print the results as a Markdown table")
-    parser.add_argument("--docs", action="store_true", help="write it to docs/activations.md")
-    options = parser.parse_args(arguments)
-    if options.seeds < 1:
-        parser.error("--seeds must be at least 1")
-    if options.quick and options.results == RESULTS:
-        parser.error("--quick needs --results: its figures do not belong among the real ones")
-    chosen = options.only or ("mnist", "images")
-    studies = {name: quick(study) if options.quick else study for name, study in STUDIES.items() if name in chosen}
-    results = documents.load(options.results)
-    if options.data:
-        try:
-            run_all(options.data, studies, results, options.results, options.seeds)
-        except DataError as error:
-            print(f"activations: {error}", file=sys.stderr)
-            return 1
-    if options.table or options.docs:
-        if not results.get("runs"):
-            print(f"activations: {options.results} holds no runs yet; train with --data", file=sys.stderr)
-            return 1
-        documents.show_or_write("activations", table(results), DOCUMENT, show=options.table, write=options.docs)
-    return 0
+
+    def train(options: argparse.Namespace, studies: dict[str, Study], results: Results) -> None:
+        run_all(options.data, studies, results, options.results, options.seeds)
+
+    command = StudyCommand("activations", __doc__, ("mnist", "images"), RESULTS, DOCUMENT, table, STUDIES)
+    return command.run(train, arguments)
 
 
 if __name__ == "__main__":

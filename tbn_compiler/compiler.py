@@ -181,7 +181,8 @@ def tile_model(model: nn.Module, config: TilingConfig, specs: Mapping[str, TileS
 def tile_in_place(model: nn.Module, config: TilingConfig, specs: Mapping[str, TileSpec] | None = None) -> None:
     """Tile the weights of a model that the caller owns and that is no graph; ``specs`` as for :func:`tile_model`."""
     min_size = None
-    if specs is None:
+    sizes = [config.min_size, *(dict(given).get("min_size", 0) for _, given in config.overrides)]
+    if specs is None and None in sizes:  # one is to be derived
         restore_random_state, scope = keep_random_state(model), Scope(config)
         _tile_copy(model, scope)
         min_size = _other_min_size(model, scope)

@@ -149,8 +149,9 @@ class TilingConfig:
         min_size: the paper's lambda, in weight elements: smaller layers are not tiled. ``None``:
             :func:`~tbn_compiler.transform` derives it from the model. It is the paper's 64,000 where layers of at least
             that size hold half of the weights that can be tiled, and otherwise the largest size at which they do: a
-            model tiled by ``p`` then keeps at most ``(1 + 1 / p) / 2`` bits a weight. Layers that ``overrides`` give a
-            ``p`` or ``min_size`` of their own do not count. The notes of the summary name the size.
+            model tiled by ``p`` then keeps at most ``(1 + 1 / p) / 2`` bits a weight, where ``p`` divides the sizes.
+            Layers that ``overrides`` give a ``p`` or ``min_size`` of their own do not count. The notes of the summary
+            name the size.
         replicate: ``"repeat"``, copies are equal; ``"roll"``, copy ``i`` is the tile rolled by ``i * shift``
             elements: no rows repeat, and the saving in arithmetic is given up; or ``"hadamard"``, copies have the signs
             of a Hadamard matrix on groups of columns: no rows repeat, and the saving is kept, but for ``log2(p)``

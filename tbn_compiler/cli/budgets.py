@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tbn_compiler.cli.arrays import load_arrays
-from tbn_compiler.cli.options import Repeated
+from tbn_compiler.cli.options import Repeated, parse_copies
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError
 from tbn_compiler.files import replacing
@@ -39,13 +39,15 @@ def parse_candidate(text: str) -> Candidate:
     first, *rest = text.split(",")
     if first in ("float", "binary") and not rest:
         return first
-    numbers = first.split("x")
     options = dict(part.partition("=")[::2] for part in rest)
-    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers) or not all(options.values()):
+    try:
+        p = parse_copies(first)
+    except argparse.ArgumentTypeError:
+        p = 0
+    if not p or not all(options.values()):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a candidate such as float, binary, 4, 2x2 or 4,replicate=hadamard"
         )
-    p = int(first) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
     if not options:
         return p
     return {"p": p, **{name: int(value) if value.isdecimal() else value for name, value in options.items()}}

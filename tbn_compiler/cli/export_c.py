@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model
+from tbn_compiler.cli.options import add_kernel_choice
 from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.tables import console
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of the command line."""
-    from tbn_compiler.backends.c.options import OptimizeFor, ScratchOwner, Target
+    from tbn_compiler.backends.c.options import ScratchOwner
 
     parser = commands.add_parser("export-c", help="write a model as one standalone C99 file and a header")
     add_model(parser)
@@ -32,18 +33,7 @@ def add_parser(commands: Any) -> None:
         default="static",
         help="who owns the scratch memory (default: %(default)s)",
     )
-    parser.add_argument(
-        "--optimize",
-        choices=get_args(OptimizeFor),
-        default="balanced",
-        help="what kernels are chosen for (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--target",
-        choices=get_args(Target),
-        default="generic",
-        help="processor whose costs decide (default: %(default)s)",
-    )
+    add_kernel_choice(parser)
     for flag, text in (
         ("--skip-zeros", "run time may depend on the data"),
         ("--layer-hook", "call a macro of yours behind every step"),

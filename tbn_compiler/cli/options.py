@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from tbn_compiler.errors import ConfigError
 
@@ -31,6 +31,24 @@ class Repeated(argparse.Action):
         """Add a value."""
         found = getattr(namespace, self.dest)
         setattr(namespace, self.dest, [*([] if found is self.default else found), values])
+
+
+def add_kernel_choice(parser: argparse.ArgumentParser) -> None:
+    """The options ``--optimize`` and ``--target`` of what is planned in C."""
+    from tbn_compiler.backends.c.options import OptimizeFor, Target  # backends load when used
+
+    parser.add_argument(
+        "--optimize",
+        choices=get_args(OptimizeFor),
+        default="balanced",
+        help="what kernels in C are chosen for (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--target",
+        choices=get_args(Target),
+        default="generic",
+        help="processor whose costs decide (default: %(default)s)",
+    )
 
 
 def parse_positive(text: str) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from tbn_compiler.cli.budgets import add_sensitivity, find_sensitivity, parse_budget, write_json
 from tbn_compiler.cli.models import add_float_model, load_float_model
-from tbn_compiler.cli.options import Repeated, parse_shape
+from tbn_compiler.cli.options import Repeated, add_kernel_choice, parse_shape
 from tbn_compiler.cli.output import add_formats, show
 from tbn_compiler.planning import plan
 from tbn_compiler.planning.costs import COSTS
@@ -18,8 +18,6 @@ from tbn_compiler.planning.costs import COSTS
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of the command line."""
-    from tbn_compiler.backends.c.options import OptimizeFor, Target
-
     parser = commands.add_parser(
         "plan",
         help="choose p, binary or float for each layer under a budget, before training",
@@ -43,12 +41,7 @@ def add_parser(commands: Any) -> None:
         action=Repeated,
         help="shape of an input, e.g. 1,784; once for each input: for all costs but bytes",
     )
-    parser.add_argument(
-        "--target", choices=get_args(Target), default="generic", help="of costs in C (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--optimize", choices=get_args(OptimizeFor), default="balanced", help="as in export-c (default: %(default)s)"
-    )
+    add_kernel_choice(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the plan, with its config")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="picture of the plan (needs matplotlib)")
     parser.add_argument("--draw-sensitivity", type=Path, metavar="FILE", help="picture of what was measured")

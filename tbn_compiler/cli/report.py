@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model
+from tbn_compiler.cli.options import add_kernel_choice
 from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.errors import ConfigError
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of the command line."""
-    from tbn_compiler.backends.c.options import OptimizeFor, Target
-
     parser = commands.add_parser(
         "report",
         help="write a page about a model: layers, C program, memory, errors",
@@ -29,18 +28,7 @@ def add_parser(commands: Any) -> None:
     add_inputs(parser, "errors are those on it; real inputs say more")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: %(default)s")
     parser.add_argument("--title", help="of the page (default: the name of the model's class)")
-    parser.add_argument(
-        "--optimize",
-        choices=get_args(OptimizeFor),
-        default="balanced",
-        help="what kernels in C are chosen for (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--target",
-        choices=get_args(Target),
-        default="generic",
-        help="processor whose costs decide (default: %(default)s)",
-    )
+    add_kernel_choice(parser)
     parser.add_argument(
         "--sweep",
         type=Path,

@@ -175,8 +175,8 @@ def sensitivity(
     Args:
         model: the trained float model.
         batches: pairs of the model's input (a tensor, a tuple of the arguments of ``forward``, or a dictionary of
-            them) and what ``loss`` compares with, on the model's device. All count alike, whatever their size. Some
-            hundreds of samples are enough to rank.
+            them) and what ``loss`` compares with, on the model's device. Each counts by the
+            length of its targets.
         loss: called with the model's output and the second of each pair; gives a scalar. Default: cross entropy.
         config: what the layers have beside their option (``alpha``, ``float_layers``, ``filter``, ``overrides``, which
             stand over options); ``p`` and ``min_size`` do not count, every size is tried.
