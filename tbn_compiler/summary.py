@@ -35,7 +35,7 @@ from tbn_compiler.graph.layers import (
     layer_calls,
     module_kind,
 )
-from tbn_compiler.graph.records import LayerRecord, get_records, graph_parts, join_key, own_records
+from tbn_compiler.graph.records import TRANSPOSED, LayerRecord, get_records, graph_parts, join_key, own_records
 from tbn_compiler.graph.shapes import visit_results
 from tbn_compiler.html import Bars, Column, Facts, Section
 from tbn_compiler.html.pictures import Bar
@@ -60,11 +60,12 @@ class LayerSummary:
         tile_size: ``q``, number of tile elements.
         unique_rows: rows with different sign patterns.
         alphas: number of stored scales.
-        stored_bits: stored bits of the weight, without alphas.
+        stored_bits: stored bits of the weight, without alphas; 0 where an earlier row stores it.
         macs: multiply-adds of the dense layer (per output position, or per call of the example inputs).
         macs_tiled: multiply-adds when only the rows that differ are computed; in a module from
             :func:`~tbn_compiler.optimize`, those of its operators, which also read less.
         note: why the layer was left alone, or a remark on how it was tiled.
+        stored_with: name of the earlier row that stores the same float weight; ``None`` for a weight of its own.
     """
 
     name: str
@@ -80,6 +81,7 @@ class LayerSummary:
     macs: int | None
     macs_tiled: int | None
     note: str
+    stored_with: str | None = None
 
     @property
     def tiled(self) -> bool:
@@ -106,8 +108,8 @@ class Summary:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Sums over all layers: weights, stored bits, alphas, multiply-adds, and the ratios that follow."""
-        weights = sum(row.weights for row in self.layers)
+        """Sums over all layers: weights, each once, stored bits, alphas, multiply-adds, and the ratios that follow."""
+        weights = sum(row.weights for row in self.layers if row.stored_with is None)
         bits = sum(row.stored_bits for row in self.layers)
         macs = sum(row.macs or 0 for row in self.layers)
         macs_tiled = sum(row.macs_tiled or 0 for row in self.layers)
@@ -280,8 +282,28 @@ def summary(module: nn.Module, example_inputs: Any = None) -> Summary:
         )
     calls = _calls_by_weight(module)
     sizes = None if example_inputs is None else _output_sizes(module, example_inputs)
-    rows = tuple(_summarize(record, calls.get(record.weight, []), sizes) for record in records)
-    return Summary(rows, per_position=sizes is None)
+    rows = [_summarize(record, calls.get(record.weight, []), sizes) for record in records]
+    return Summary(_each_stored_once(module, records, rows), per_position=sizes is None)
+
+
+def _each_stored_once(
+    module: nn.Module, records: Iterable[LayerRecord], rows: Iterable[LayerSummary]
+) -> tuple[LayerSummary, ...]:
+    """The rows, with nothing stored by layers whose float weight an earlier row has, as an output layer's embedding."""
+    first: dict[int, str] = {}
+    found = []
+    for record, row in zip(records, rows, strict=True):
+        if record.spec is None and record.view in ("", TRANSPOSED):
+            try:
+                weight = id(module.get_parameter(record.parameter))
+            except AttributeError:  # computed, or on a module that has no such parameter
+                weight = id(row)
+            if first.setdefault(weight, row.name) != row.name:
+                known = repr(first[weight]) in row.note
+                note = row.note if known else f"{row.note}; stored with {first[weight]!r}"
+                row = dataclasses.replace(row, stored_bits=0, stored_with=first[weight], note=note)
+        found.append(row)
+    return tuple(found)
 
 
 def summarize_records(records: Iterable[LayerRecord]) -> Summary:

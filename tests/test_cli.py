@@ -1,7 +1,9 @@
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -245,6 +247,8 @@ def test_float_checkpoint_is_taken_with_a_note(capsys, factory, tmp_path):
         (["{}"], "the model '.*' is not of the form module:name"),
         (["nowhere_to_be_found:mlp"], "cannot import 'nowhere_to_be_found'"),
         (["{}:absent"], "has no 'absent'"),
+        (["broken_syntax:mlp"], "cannot import 'broken_syntax': SyntaxError: invalid syntax"),
+        (["raises_at_import:mlp"], "cannot import 'raises_at_import': ZeroDivisionError: division by zero"),
         (["{}:number"], "returned a int, not an nn.Module"),
         (["{}:mlp", "--min-size", "-1"], "min_size must be at least 0"),
         (["{}:mlp", "--checkpoint", "absent.pt"], "absent.pt"),
@@ -257,6 +261,8 @@ def test_errors_are_one_line_and_status_1(capsys, factory, arguments, message):
     torch.save({"other": torch.zeros(1)}, "other.pt")
     with open("broken.safetensors", "wb") as file:
         file.write(b"broken")
+    Path("broken_syntax.py").write_text("def mlp(:\n")
+    Path("raises_at_import.py").write_text("mlp = 1 / 0\n")
     status, out, err = run(capsys, "summary", *(argument.format(factory) for argument in arguments))
     assert status == 1
     assert not out
@@ -290,6 +296,23 @@ def test_export_of_an_unsupported_model_writes_nothing(capsys, factory, tmp_path
     assert status == 1
     assert "cannot export node" in err
     assert {path.name for path in set(tmp_path.iterdir()) - before} <= {"__pycache__"}
+
+
+def test_an_interrupt_and_a_closed_pipe(factory, tmp_path):
+    """Through the shell, as users see it: no traceback, and the status of each."""
+    Path("slow.py").write_text("import os, signal\ndef mlp():\n    os.kill(os.getpid(), signal.SIGINT)\n")
+    command = [sys.executable, "-m", "tbn_compiler.cli", "summary"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), "."])}
+    stopped = subprocess.run([*command, "slow:mlp"], env=environment, capture_output=True, text=True)
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "tbn-compiler: interrupted\n")
+    table = subprocess.run(
+        [*command, f"{factory}:mlp", "--min-size", "0"],
+        env={**environment, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (table.returncode, table.stderr) == (0, "")
+    assert "2 layers tiled" in table.stdout
 
 
 def test_demo(capsys, tmp_path):

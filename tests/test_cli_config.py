@@ -157,6 +157,8 @@ def test_a_tiled_checkpoint_keeps_its_tiling_with_a_note(capsys: pytest.CaptureF
         ('[export-c]\nself_test = "x.npz"', "[export-c] self_test must be true or false, got 'x.npz'"),
         ('[export-c]\ntarget = "cortex-m5"', "[export-c] target='cortex-m5' is not one of 'generic', 'cortex-m0plus'"),
         ("[export-c]\nname = 3", "[export-c] name must be a string, got 3"),
+        ('[export-c]\nname = ["a", "b"]', "[export-c] name must be a string, got ['a', 'b']"),
+        ("[export-onnx]\nopset = [18]", "[export-onnx] opset must be a string or a number, got [18]"),
         ("[export-onnx]\nopset = true", "[export-onnx] opset must be a string or a number, got True"),
         ("[verify]\np = 4", "[verify] has no option 'p'"),
     ],

@@ -178,6 +178,30 @@ def test_sweep_errors(capsys: Any, factory: str, tmp_path: Path, arguments: tupl
     assert told in err
 
 
+def test_options_in_a_file_and_stored_inputs(capsys: Any, factory: str, tmp_path: Path) -> None:
+    np.save("x.npy", np.zeros((3, 16), np.float32))
+    (tmp_path / "net.toml").write_text(
+        '[tiling]\nfloat_layers = ["2"]\nalpha = "tile"\n[model]\ninputs = "x.npy"\n'
+        '[plan]\nbudget = ["macs=2000"]\ncandidate = [2, "4,replicate=hadamard"]\n'
+        f'[sweep]\ntrain = "{factory}:train"\np = [4, "2x2"]\nmin_size = 0\nbudget = [2000]\nseed = 3\n'
+    )
+    status, out, err = run(capsys, "plan", f"{factory}:net", "--config", "net.toml", "--json")
+    assert status == 0, err
+    data = json.loads(out)
+    assert [row["name"] for row in data["layers"]] == ["0"]
+    assert data["costs"]["macs"] == 3 * (16 * 32 // data["layers"][0]["p"] + 32 * 8)  # of three samples
+    assert data["config"]["alpha"] == "tile"
+    status, out, err = run(capsys, "sweep", f"{factory}:net", "--config", "net.toml", "--json")
+    assert status == 0, err
+    points = json.loads(out)["points"]
+    assert [point["name"] for point in points] == ["p=4", "p=2x2", "bytes <= 2,000"]
+    assert {point["seed"] for point in points} == {3}
+    assert points[0]["config"]["float_layers"] == ["2"]
+    np.save("wrong.npy", np.zeros((3, 15), np.float32))
+    command = ("plan", f"{factory}:net", "--budget", "macs=1000", "--inputs", "wrong.npy")
+    assert run(capsys, *command)[0] == 1
+
+
 def test_pictures(capsys: Any, factory: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     drawn = ("--draw", "plan.png", "--draw-sensitivity", "found.png")

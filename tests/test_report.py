@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -29,6 +30,12 @@ from tbn_compiler.verify import Comparison, Difference
 from tests import browser
 
 LONG = "encoder_with_a_name_that_goes_on_for_longer_than_any_telephone_is_wide"
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    further: dict[str, Tensor]
 
 
 class Network(nn.Module):
@@ -197,6 +204,26 @@ def test_a_network_without_a_graph() -> None:
     assert all(why.startswith("torch.export cannot trace Chooser") for why in found.errors.missing.values())
     check_self_contained(found.to_html())
     assert report(qat, torch.ones(1, 16)).to_html() == found.to_html()  # no time, no path, no order by luck
+
+
+def test_results_in_the_fields_of_a_dataclass() -> None:
+    """PyTorch does not look into them, and the exporters refuse them with that reason."""
+
+    class Gives(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Answer:
+            hidden = self.a(x).relu()
+            return Answer(self.b(hidden), {"hidden": hidden})
+
+    found = tbn.report(tbn.transform(Gives(), tbn.TilingConfig(p=4, min_size=0)), torch.randn(2, 16)).errors
+    assert found is not None
+    assert [sorted(errors) for errors in found.outputs.values()] == [["int8", "lowered"]] * 2
+    assert {name: sorted(errors) for name, errors in found.layers.items()} == {n: ["int8", "lowered"] for n in "ab"}
+    assert all(0 < errors["int8"] < 0.05 for errors in found.outputs.values())
+    assert "Answer" in found.missing["C"]
 
 
 def test_wrong_inputs() -> None:

@@ -146,6 +146,32 @@ def test_outputs_agree():
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 120
 
 
+def test_a_weight_that_two_rows_share_is_stored_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.hidden = nn.Embedding(100, 32), nn.Linear(32, 32)
+            self.head = nn.Linear(32, 100, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens):
+            return self.head(self.hidden(self.embedding(tokens)))
+
+    model = Tied()
+    qat = tbn.transform(model, tbn.TilingConfig(p=4, min_size=0))
+    for module in (qat, tbn.lower(qat)):
+        found = tbn.summary(module)
+        rows = {row.name: row for row in found.layers}
+        assert (rows["head"].stored_with, rows["head"].stored_bits) == ("embedding", 0)
+        assert rows["embedding"].stored_with is None
+        assert found.totals["weights"] == 100 * 32 + 32 * 32
+        assert found.totals["stored_bits"] == 32 * 100 * 32 + 32 * 32 // 4
+        assert found.totals["macs"] == 100 * 32 + 32 * 32
+    pytest.importorskip("scipy")
+    chosen = tbn.plan(model, budget={"bytes": 100 * 32 * 4 + 36}, candidates=[4, "float"])
+    assert chosen.to_dict()["costs"] == {"bytes": 100 * 32 * 4 + 36}
+
+
 def test_summary_is_kept_by_lowering():
     qat = tbn.transform(ConvNet(), tbn.TilingConfig(p=4, min_size=0))
     assert tbn.summary(tbn.lower(qat)) == tbn.summary(qat)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -16,8 +18,11 @@ _COMMANDS = (demo, summary, plan, sweep, report, export_c, export_onnx, verify, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, or 1 after a message on standard error.
 
-    A command may return a status of its own.
+    A command may return a status of its own. An interrupt ends it with 130, as a shell has it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # where a terminal has no sign for a line or an arrow
+            stream.reconfigure(errors="replace")
     parser, commands = _parser()
     arguments = parser.parse_args(argv)
     try:
@@ -25,6 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             config_file.apply(arguments.config, commands, arguments)
             arguments = parser.parse_args(argv)
         status: int | None = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("tbn-compiler: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads has seen enough, as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (TBNError, OSError) as error:
         print(f"tbn-compiler: error: {error}", file=sys.stderr)
         return 1

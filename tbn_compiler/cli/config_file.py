@@ -132,16 +132,17 @@ def _value(action: argparse.Action, value: Any, where: str) -> Any:
         return value
     if not isinstance(action, Repeated):
         return _one(action, value, where)
-    if not isinstance(value, list) or not all(isinstance(item, str | list) for item in value):
-        example = "[[1, 784]]" if action.dest == "input" else '["a", "b"]'
+    shapes = action.dest == "input"
+    if not isinstance(value, list) or (shapes and not all(isinstance(item, str | list) for item in value)):
+        example = "[[1, 784]]" if shapes else '["a", "b"]'
         raise ConfigError(f"{where} must be a list such as {example}, got {value!r}")
-    return [_one(action, item, where) for item in value]
+    # A list in the list is what the command line separates by commas.
+    items = [",".join(map(str, item)) if isinstance(item, list) else item for item in value]
+    return [_one(action, item, where) for item in items]
 
 
 def _one(action: argparse.Action, value: Any, where: str) -> Any:
     """One value, read as the command line reads it."""
-    if isinstance(value, list):
-        value = ",".join(map(str, value))
     allowed = str if action.type in (None, Path) else str | int | float
     if isinstance(value, bool) or not isinstance(value, allowed):
         kind = "a string" if allowed is str else "a string or a number"

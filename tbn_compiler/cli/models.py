@@ -107,6 +107,11 @@ def example_inputs(arguments: argparse.Namespace, model: nn.Module) -> tuple[Ten
     return tuple(torch.randn(shape, generator=generator) for shape in arguments.input)
 
 
+def optional_inputs(arguments: argparse.Namespace, model: nn.Module) -> tuple[Tensor, ...] | None:
+    """:func:`example_inputs`, or ``None`` where the arguments name none."""
+    return example_inputs(arguments, model) if arguments.input or arguments.inputs else None
+
+
 _DTYPES = {"f": np.float32, "i": np.int64, "u": np.int64}
 
 
@@ -147,6 +152,7 @@ def add_float_model(parser: argparse.ArgumentParser) -> None:
     """The options that name a float model, and what its layers have whatever becomes of them."""
     parser.add_argument("model", help="module:factory, a callable without arguments that returns the float nn.Module")
     parser.add_argument("--checkpoint", type=Path, help="state_dict (.safetensors, .pt) of the float model")
+    add_config(parser)
     parser.add_argument("--alpha", choices=get_args(AlphaMode), help="one scale per layer, or copy (default: layer)")
     parser.add_argument(
         "--keep-float", metavar="PATTERN", action=Repeated, help="layers to keep in float; may be repeated"
@@ -163,7 +169,7 @@ def load_float_model(arguments: argparse.Namespace) -> tuple[nn.Module, TilingCo
     if arguments.checkpoint is not None:
         load_float_state(model, arguments.checkpoint)
     given = {"alpha": arguments.alpha, "float_layers": arguments.keep_float}
-    return model, TilingConfig(**{name: value for name, value in given.items() if value})
+    return model, make_config(arguments.tiling | {name: value for name, value in given.items() if value})
 
 
 def load_model(arguments: argparse.Namespace) -> nn.Module:

@@ -92,8 +92,9 @@ def load_object(spec: str, what: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{what} {spec!r}: cannot import {module_name!r}: {error}") from error
+    except Exception as error:  # whatever the user's module raises while it is imported
+        kind = "" if isinstance(error, ModuleNotFoundError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{what} {spec!r}: cannot import {module_name!r}: {kind}{error}") from error
     try:
         return getattr(module, name)
     except AttributeError:

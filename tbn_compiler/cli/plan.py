@@ -6,11 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tbn_compiler.cli.budgets import add_sensitivity, find_sensitivity, parse_budget, write_json
-from tbn_compiler.cli.models import add_float_model, load_float_model
-from tbn_compiler.cli.options import Repeated, add_kernel_choice, parse_shape
+from tbn_compiler.cli.models import add_float_model, add_inputs, load_float_model, optional_inputs
+from tbn_compiler.cli.options import Repeated, add_kernel_choice
 from tbn_compiler.cli.output import add_formats, show
 from tbn_compiler.planning import plan
 from tbn_compiler.planning.costs import COSTS
@@ -35,12 +33,7 @@ def add_parser(commands: Any) -> None:
         "--objective", choices=("loss", *COSTS), default="loss", help="what is to be least (default: %(default)s)"
     )
     add_sensitivity(parser)
-    parser.add_argument(
-        "--input",
-        type=parse_shape,
-        action=Repeated,
-        help="shape of an input, e.g. 1,784; once for each input: for all costs but bytes",
-    )
+    add_inputs(parser, "for all costs but bytes")
     add_kernel_choice(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the plan, with its config")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="picture of the plan (needs matplotlib)")
@@ -62,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> None:
         budget=budget,
         sensitivity=measured,
         objective=arguments.objective,
-        example_inputs=tuple(torch.zeros(shape) for shape in arguments.input) if arguments.input else None,
+        example_inputs=optional_inputs(arguments, model),
         config=config,
         candidates=arguments.candidate,
         target=arguments.target,

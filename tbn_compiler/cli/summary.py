@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model
+from tbn_compiler.cli.models import add_inputs, add_model, load_model, optional_inputs
 from tbn_compiler.cli.output import add_formats, show, stages
 from tbn_compiler.compiler import optimize
 from tbn_compiler.summary import summary
@@ -27,7 +27,7 @@ def _run(arguments: argparse.Namespace) -> None:
     with stages(2) as begin:
         begin("model")
         model = load_model(arguments)
-        inputs = example_inputs(arguments, model) if arguments.input or arguments.inputs else None
+        inputs = optional_inputs(arguments, model)
         begin("summary")
         result = summary(optimize(model, inputs) if arguments.optimize else model, inputs)
     show(result, arguments)

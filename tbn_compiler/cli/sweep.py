@@ -10,12 +10,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import nn
 
 from tbn_compiler.cli.budgets import add_sensitivity, find_sensitivity, parse_budget
-from tbn_compiler.cli.models import add_float_model, load_float_model
-from tbn_compiler.cli.options import Repeated, load_object, parse_copies, parse_shape
+from tbn_compiler.cli.models import add_float_model, add_inputs, load_float_model, optional_inputs
+from tbn_compiler.cli.options import Repeated, load_object, parse_copies
 from tbn_compiler.cli.output import add_formats, show
 from tbn_compiler.config import TilingConfig
 from tbn_compiler.errors import ConfigError
@@ -34,22 +33,24 @@ def add_parser(commands: Any) -> None:
         "file of results has already are not trained again.",
     )
     add_float_model(parser)
-    parser.add_argument(
-        "--train", required=True, help="module:function, trains the module that it gets; returns the metric"
-    )
+    parser.add_argument("--train", help="module:function, needed: trains the module that it gets; returns the metric")
     parser.add_argument("--evaluate", help="module:function, returns the metric of the trained module in its place")
     points = parser.add_argument_group("points", "in the order float, p, budgets, plans")
     points.add_argument("--float", action="store_true", help="the float model")
-    points.add_argument("--p", type=parse_copies, action=Repeated, help="copies, or OUTxIN; may be repeated")
+    points.add_argument(
+        "--p", dest="copies", type=parse_copies, action=Repeated, help="copies, or OUTxIN; may be repeated"
+    )
     points.add_argument(
         "--budget", type=parse_budget, action=Repeated, help="a plan under a budget, as 20000 or macs=3000,bytes=20000"
     )
     points.add_argument(
         "--plan", type=Path, action=Repeated, metavar="FILE.json", help="what the command plan has written"
     )
-    parser.add_argument("--min-size", type=int, help="of the points --p (default: derived from the model)")
+    parser.add_argument(
+        "--min-size", dest="least", type=int, help="of the points --p (default: derived from the model)"
+    )
     add_sensitivity(parser)
-    parser.add_argument("--input", type=parse_shape, action=Repeated, help="shape of an input, for costs of budgets")
+    add_inputs(parser, "for costs of budgets")
     parser.add_argument(
         "--target", choices=get_args(Target), default="generic", help="of costs in C (default: %(default)s)"
     )
@@ -64,6 +65,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if arguments.train is None:
+        raise ConfigError("give what trains a module with --train module:function")
     model, config = load_float_model(arguments)
     if arguments.candidate and arguments.sensitivity is not None and arguments.sensitivity.exists():
         raise ConfigError(f"{arguments.sensitivity} says what was measured: leave --candidate out")
@@ -79,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> None:
         path=arguments.output,
         seed=arguments.seed,
         sensitivity=measured,
-        example_inputs=tuple(torch.zeros(shape) for shape in arguments.input) if arguments.input else None,
+        example_inputs=optional_inputs(arguments, model),
         config=config,
         target=arguments.target,
     )
@@ -100,7 +103,7 @@ def _quiet(function: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
 
 def _points(arguments: argparse.Namespace, config: TilingConfig) -> dict[str, Point]:
     points: list[Point] = ["float"] if arguments.float else []
-    points += [config.replace(p=p, min_size=arguments.min_size) for p in arguments.p or ()]
+    points += [config.replace(p=p, min_size=arguments.least) for p in arguments.copies or ()]
     points += arguments.budget or ()
     pairs = [(point_name(point), point) for point in points]
     pairs += [(path.stem, _read_plan(path)) for path in arguments.plan or ()]

@@ -70,9 +70,11 @@ def parse_option(candidate: Candidate) -> LayerOption:
     except ConfigError as error:
         raise ConfigError(f"candidate {candidate!r}: {error}") from None
     options = tuple((field, getattr(checked, field)) for field in _FIELDS if field in given)
+    if checked.p == (1, 1):  # one copy, whichever way it is written
+        return parse_option({**given, "p": 1})
     p = checked.p if isinstance(checked.p, int) else "x".join(map(str, checked.p))
     words = [f"{_WORDS[field]}{value}" for field, value in options[1:]]
-    name = "binary" if p in (1, "1x1") and not words else " ".join([f"p={p}", *words])
+    name = "binary" if p == 1 and not words else " ".join([f"p={p}", *words])
     return LayerOption(name, options)
 
 

@@ -107,13 +107,13 @@ class Sensitivity(Tabular):
         try:
             if data["version"] != _VERSION or data["measure"] not in _MEASURES:
                 raise ConfigError(f"a sensitivity of version {data['version']!r}, measure {data['measure']!r}")
-            loss = None if data["loss"] is None else float(data["loss"])
+            loss = None if data["loss"] is None else _finite(data["loss"])
             layers = tuple(
                 LayerSensitivity(
                     str(layer["name"]),
                     str(layer["kind"]),
                     tuple(map(int, layer["shape"])),
-                    tuple((str(k), math.inf if v is None else float(v)) for k, v in layer["changes"].items()),
+                    tuple((str(k), math.inf if v is None else _finite(v)) for k, v in layer["changes"].items()),
                     tuple(text for _, text in zip(layer["changes"], map(str, layer["tilings"]), strict=True)),
                 )
                 for layer in data["layers"]
@@ -141,6 +141,13 @@ class Sensitivity(Tabular):
         from tbn_compiler.planning.pictures import draw_sensitivity
 
         draw_sensitivity(self, path, _MEASURES[self.measure])
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no finite number")
+    return number
 
 
 def _number(change: float | None) -> str:

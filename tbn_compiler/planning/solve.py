@@ -29,6 +29,7 @@ Values = Mapping[tuple[str, str], float]
 
 # What objectives and rows are scaled to: the solver takes differences under 1e-6 for none.
 _RANGE, _ROW_RANGE = 1e4, 1e5
+_TRIES = 1000
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ def solve(problem: Problem, objective: Term) -> dict[str, str] | None:
         raise TBNError(
             "a plan is found by scipy.optimize.milp, and scipy is not installed: pip install 'tbn-compiler[plan]'"
         ) from error
-    excluded = list(problem.excluded)
-    while True:
-        rows = _Rows(problem, objective, excluded)
+    excluded, best, bound = list(problem.excluded), None, math.inf
+    for _ in range(_TRIES):
+        rows = _Rows(problem, objective, excluded, bound)
         if rows.empty_layer:
-            return None
+            return best
         matrix = csr_array((rows.data, (rows.at, rows.columns)), shape=(len(rows.lower), rows.width))
         bounds = Bounds([0.0] * len(rows.items) + [-math.inf] * (rows.width - len(rows.items)), rows.upper_bounds)
         result: Any = milp(
@@ -102,28 +103,41 @@ def solve(problem: Problem, objective: Term) -> dict[str, str] | None:
             options={"mip_rel_gap": 0.0},
         )
         if result.status == 2:  # infeasible
-            return None
+            return best
         if result.status != 0:
             raise TBNError(f"the solver found no plan: {result.message}")
         choice = {layer: option for (layer, option), x in zip(rows.items, result.x, strict=False) if x > 0.5}
-        if problem.allows(choice) and choice not in excluded:
-            return choice
-        excluded.append(choice)  # over a limit by less than the solver's tolerance
+        if not problem.allows(choice) or choice in excluded:
+            excluded.append(choice)  # over a limit by less than the solver's tolerance
+            continue
+        value = objective.of(choice)
+        if best is None or value < bound:
+            best, bound = choice, value
+        # What is dear beyond this choice is left out; differences that were too small beside it count then.
+        if _Rows(problem, objective, excluded, bound).top > rows.top / 10:
+            return best
+    raise TBNError(f"the solver found no plan in {_TRIES} tries: all were over a limit by less than it can tell")
 
 
 class _Rows:
-    """The program as rows of a sparse matrix."""
+    """The program as rows of a sparse matrix.
 
-    def __init__(self, problem: Problem, objective: Term, excluded: Sequence[Choice]) -> None:
+    Options that no choice within the limits can take are left out, as are those that make the objective larger than
+    ``bound``. Of each layer's numbers the least is taken off: what is left is small where it decides.
+    """
+
+    def __init__(self, problem: Problem, objective: Term, excluded: Sequence[Choice], bound: float = math.inf) -> None:
         caps = [(term, limit) for term, limit in problem.limits if term.largest]
-        self.items = [
+        items = [
             (layer, option)
             for layer, options in problem.options.items()
             for option in options
             if math.isfinite(objective.values[layer, option])
             and all(math.isfinite(term.values[layer, option]) for term, _ in problem.limits)
-            and all(term.values[layer, option] <= limit for term, limit in caps)
+            and all(term.values[layer, option] <= limit for term, limit in [*caps, *_cap(objective, bound)])
         ]
+        sums = [(term, limit) for term, limit in [*problem.limits, (objective, bound)] if not term.largest]
+        self.items = _possible(items, sums)
         layers = {layer for layer, _ in self.items}
         self.empty_layer = len(layers) < len(problem.options) or any(term.rest > limit for term, limit in caps)
         self.number = {item: index for index, item in enumerate(self.items)}
@@ -133,17 +147,21 @@ class _Rows:
         self.columns: list[int] = []
         self.lower: list[float] = []
         self.upper: list[float] = []
-        top = max([1e-300, *(abs(objective.values[item]) for item in self.items)])
-        scaled = {item: objective.values[item] * _RANGE / top for item in self.items}
+        least = dict.fromkeys(layers, 0.0) if objective.largest else _least(self.items, objective)
+        excess = {item: objective.values[item] - least[item[0]] for item in self.items}
+        self.top = max([1e-300, *map(abs, excess.values())])
+        scaled = {item: value * _RANGE / self.top for item, value in excess.items()}
         self.costs = [0.0] * len(self.items) + [1.0] if objective.largest else list(scaled.values())
         self.upper_bounds = [1.0] * len(self.items) + [math.inf] * objective.largest
         for layer in problem.options:
             self._add({item: 1.0 for item in self.items if item[0] == layer}, 1.0, 1.0)
         for term, limit in problem.limits:
             if not term.largest:
-                room = limit - term.rest
-                unit = max([1e-300, abs(room), *(abs(term.values[item]) for item in self.items)]) / _ROW_RANGE
-                self._add({i: term.values[i] / unit for i in self.items}, -math.inf, room / unit)
+                least = _least(self.items, term)
+                room = limit - term.rest - math.fsum(least.values())
+                taken = {item: term.values[item] - least[item[0]] for item in self.items}
+                unit = max([1e-300, abs(room), *map(abs, taken.values())]) / _ROW_RANGE
+                self._add({item: value / unit for item, value in taken.items()}, -math.inf, room / unit)
         for group in problem.together:
             for name in group[1:]:
                 self._add({(group[0], "float"): 1.0, (name, "float"): -1.0}, 0.0, 0.0)
@@ -163,3 +181,31 @@ class _Rows:
         self.data += entries.values()
         self.lower.append(lower)
         self.upper.append(upper)
+
+
+def _cap(objective: Term, bound: float) -> list[tuple[Term, float]]:
+    return [(objective, bound)] if objective.largest else []
+
+
+def _least(items: Sequence[tuple[str, str]], term: Term) -> dict[str, float]:
+    """The least value of each layer."""
+    least: dict[str, float] = {}
+    for item in items:
+        least[item[0]] = min(term.values[item], least.get(item[0], math.inf))
+    return least
+
+
+def _possible(items: Sequence[tuple[str, str]], limits: Sequence[tuple[Term, float]]) -> list[tuple[str, str]]:
+    """The items that keep every limit if all other layers take their least."""
+    kept, count = list(items), -1
+    while len(kept) != count:
+        count = len(kept)
+        for term, limit in limits:
+            if not math.isfinite(limit) or not kept:
+                continue
+            least = _least(kept, term)
+            room = limit - term.rest - math.fsum(least.values())
+            # Rounding may not take what is just within the limit.
+            room += 1e-12 * max(abs(limit), *(abs(term.values[item]) for item in kept))
+            kept = [item for item in kept if term.values[item] - least[item[0]] <= room]
+    return kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,8 +224,17 @@ def _run(network: nn.Module, inputs: tuple[Tensor, ...]) -> Results:
         with torch.no_grad():
             for value, before in values:
                 value.copy_(before)
-    leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-    return [(leaf.float() if leaf.dtype in (torch.bfloat16, torch.float16) else leaf).numpy() for leaf in leaves]
+    halves = (torch.bfloat16, torch.float16)
+    return [(leaf.float() if leaf.dtype in halves else leaf).numpy() for leaf in _tensors(result)]
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """The tensors in what a module gives, in the fields of dataclasses, too."""
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf):
+            yield from _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
 
 
 def _called(network: nn.Module, inputs: tuple[Tensor, ...]) -> set[str]:
@@ -234,7 +243,7 @@ def _called(network: nn.Module, inputs: tuple[Tensor, ...]) -> set[str]:
 
     def note(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, inputs: Any, result: Any) -> None:
-            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            if next(_tensors(result), None) is not None:
                 called.add(name)
 
         return hook
@@ -252,7 +261,7 @@ def _observed(network: nn.Module, names: Sequence[str]) -> nn.Module:
 
     def keep(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, inputs: Any, result: Any) -> None:
-            seen.setdefault(name, next(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
+            seen.setdefault(name, next(_tensors(result)))
 
         return hook
 

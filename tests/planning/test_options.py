@@ -18,6 +18,7 @@ from tbn_compiler.planning.options import LayerOption, parse_option, parse_optio
         ("float", "float", ()),
         ("binary", "binary", (("p", 1),)),
         (1, "binary", (("p", 1),)),
+        ((1, 1), "binary", (("p", 1),)),
         (4, "p=4", (("p", 4),)),
         ((2, 4), "p=2x4", (("p", (2, 4)),)),
         ([2, 4], "p=2x4", (("p", (2, 4)),)),

@@ -199,6 +199,8 @@ def test_data_and_tables() -> None:
         {"version": 2, "measure": "loss"},
         found.to_dict() | {"layers": [1]},
         found.to_dict() | {"loss": "x"},
+        found.to_dict() | {"loss": math.nan},
+        found.to_dict() | {"layers": [found.to_dict()["layers"][0] | {"changes": {"binary": math.nan}}]},
     ):
         with pytest.raises(tbn.ConfigError, match=r"[sS]ensitivity"):
             Sensitivity.from_dict(data)

@@ -68,6 +68,33 @@ def test_the_last_byte_counts() -> None:
     assert solve(Problem(options, (), [(cost, 2.0 * size - 4)]), loss) is None
 
 
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("huge", [1e9, 1e15, 1e30])
+def test_small_differences_count_beside_a_huge_one(huge: float, largest: bool) -> None:
+    """As one layer whose change of the loss is enormous makes of all others."""
+    names = [f"l{i}" for i in range(8)]
+    options = dict.fromkeys(names, ("a", "b", "c"))
+    values = {(name, option): value for name in names for option, value in (("a", 0.003), ("b", 0.001), ("c", 0.002))}
+    values["l0", "a"] = huge
+    cost = {(name, option): 1.0 + (option == "b") for name in names for option in "abc"}
+    found = solve(Problem(options, (), [(Term(cost), 12.0)]), Term(values, largest))
+    assert found is not None
+    best = 0.002 if largest else 4 * 0.001 + 4 * 0.002
+    assert Term(values, largest).of(found) == pytest.approx(best, rel=1e-12)
+
+
+def test_a_limit_beside_huge_values() -> None:
+    """Options that are far over a limit do not blur it."""
+    options = dict.fromkeys("xyz", ("a", "b", "c"))
+    loss = {(name, option): value for name in "xyz" for option, value in (("a", 1e-9), ("b", 3e-9), ("c", 1e12))}
+    size = {(name, option): value for name in "xyz" for option, value in (("a", 3.0), ("b", 1.0), ("c", 0.5))}
+    assert solve(Problem(options, (), [(Term(loss), 5e-9)]), Term(size)) is not None
+    found = solve(Problem(options, (), [(Term(loss), 5.5e-9)]), Term(size))
+    assert found is not None
+    assert sorted(found.values()) == ["a", "a", "b"]
+    assert solve(Problem(options, (), [(Term(loss), 2.5e-9)]), Term(size)) is None
+
+
 def test_scipy_is_asked_for(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(tbn.TBNError, match=r"scipy is not installed: pip install 'tbn-compiler\[plan\]'"):

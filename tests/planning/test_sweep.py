@@ -105,6 +105,17 @@ def test_it_goes_on_where_it_stopped(model: nn.Sequential, tmp_path: Path) -> No
     assert len(json.loads(path.read_text())["points"]) == 3
 
 
+def test_two_sweeps_on_one_file_keep_each_others_points(model: nn.Sequential, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+
+    def train(module: nn.Module) -> float:
+        tbn.sweep(model, POINTS[1:2], Trainer(), path=path)  # another one writes meanwhile
+        return 0.5
+
+    tbn.sweep(model, {"mine": POINTS[0]}, train, path=path)
+    assert {point["name"] for point in json.loads(path.read_text())["points"]} == {"mine", "p=4"}
+
+
 def test_what_a_file_holds_is_not_mistaken(model: nn.Sequential, tmp_path: Path) -> None:
     path = tmp_path / "sweep.json"
     tbn.sweep(model, {"a": POINTS[1]}, Trainer(), path=path)
