@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
+import safetensors
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
@@ -38,6 +39,7 @@ from tbn_compiler.fileformat import PackedHeader, StoredLayer, layer_from_data, 
 from tbn_compiler.graph.random_state import keep_random_state
 from tbn_compiler.graph.records import (
     alpha_key,
+    alpha_source_key,
     get_records,
     input_scale_key,
     is_tiling_record,
@@ -170,7 +172,11 @@ def _read_layer(name: str, data: Any) -> StoredLayer:
 def mark(root: nn.Module) -> None:
     """Let every model of transformers in a tiled model know that it is one, so that its own methods store it as such.
 
-    A part that holds no tiled layer stays as it is.
+    :func:`~tbn_compiler.transform`, ``lower``, ``load`` and ``from_pretrained`` do so themselves. A model that was put
+    together from tiled ones since, as by ``from_encoder_decoder_pretrained``, is unknown until this is called.
+
+    Args:
+        root: the model. A part that holds no tiled layer stays as it is.
     """
     described: set[int] = set()  # a model and the one inside it share their configuration: it is the outer one's
     for module in root.modules():
@@ -258,6 +264,38 @@ def _placeholders(model: nn.Module, layers: Mapping[str, StoredLayer]) -> Iterat
             yield input_scale_key(record.weight), weight.new_empty(())
 
 
+def _beginnings(name: str) -> list[int]:
+    """Where the parts of a dotted name begin."""
+    return [0, *(match.end() for match in re.finditer(r"\.", name))]
+
+
+def _check_files(files: Iterable[str], config: TbnConfig) -> None:
+    """Refuse files without a tensor of the tilings that ``config`` tells: they would load as layers without values.
+
+    ``from_config`` builds the float model of a configuration, and ``save_pretrained`` writes that configuration anew.
+    """
+    names: set[str] = set()
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            return
+        with safetensors.safe_open(file, "pt") as opened:
+            stored = list(opened.keys())
+        # A part of a model that is stored whole has shorter names.
+        names.update(name[place:] for name in stored for place in _beginnings(name))
+    key = tile_key if config.form == "packed" else alpha_source_key
+    needed = {
+        key(weight)
+        for weight, layer in (config.layers or {}).items()
+        if config.form == "packed" or layer.spec.alpha_source == "A"
+    }
+    if files and needed and not needed & names:
+        raise SerializationError(
+            f"the checkpoint holds no tensor of the {len(needed)} tiled layers in its config.json, such as "
+            f"{min(needed)!r}: its model was built from the configuration of a tiled one (from_config) and is float. "
+            "Load it with a config whose quantization_config is deleted"
+        )
+
+
 @register_quantizer(QUANT_METHOD)
 class TbnQuantizer(HfQuantizer):
     """What transformers asks of a quantization method: here a model is tiled, or lowered, in place."""
@@ -271,6 +309,7 @@ class TbnQuantizer(HfQuantizer):
             return
         if config.layers is None:
             raise SerializationError("quantization_config of the checkpoint does not say how its layers are tiled")
+        _check_files(kwargs.get("checkpoint_files") or (), config)
         packed = config.form == "packed"
         layers = _named_as_in(model, config.layers)
         if config.layers and not layers:
@@ -288,7 +327,8 @@ class TbnQuantizer(HfQuantizer):
                 lower_model(model, dict(_placeholders(model, layers)))
         except (LoweringError, SerializationError) as error:
             raise SerializationError(
-                f"quantization_config of the checkpoint does not fit {type(model).__name__}: {error}"
+                f"quantization_config of the checkpoint does not fit {type(model).__name__}: {error}. (A model that "
+                "was put together from tiled parts is saved after tbn_compiler.integrations.transformers.mark(model).)"
             ) from error
         restore_records(model, header)
         for _, holder in record_holders(model):

@@ -321,6 +321,41 @@ def test_the_configuration_is_that_of_the_outer_model(packed_llama: tuple[Any, P
     _assert_same(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "copy"), packed)
 
 
+@pytest.mark.parametrize("lowered", [False, True])
+def test_a_float_model_of_a_tiled_configuration(lowered: bool, tmp_path: Path) -> None:
+    """``from_config`` builds it; its file would load as tiled layers without values."""
+    tiled = tbn.transform(llama(), CONFIG)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(
+        _written(tbn.lower(tiled) if lowered else tiled, tmp_path / "tiled")
+    )
+    model = transformers.AutoModelForCausalLM.from_config(loaded.config)
+    folder = _written(model, tmp_path / "float")
+    with pytest.raises(
+        SerializationError, match=r"no tensor of the \d+ tiled layers in its config.json, such as 'lm_head"
+    ):
+        transformers.LlamaForCausalLM.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    again = transformers.LlamaForCausalLM.from_pretrained(folder, config=config)
+    ids = _ids()
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_model_put_together_from_tiled_parts(tmp_path: Path) -> None:
+    parts = [tmp_path / "encoder", tmp_path / "decoder"]
+    options = {**TEXT, "max_position_embeddings": 32}
+    decoder = transformers.BertConfig(**options, is_decoder=True, add_cross_attention=True)
+    _written(tbn.transform(transformers.BertModel(transformers.BertConfig(**options)), CONFIG), parts[0])
+    _written(tbn.transform(transformers.BertLMHeadModel(decoder), CONFIG), parts[1])
+    model = transformers.EncoderDecoderModel.from_encoder_decoder_pretrained(*map(str, parts))
+    with pytest.raises(SerializationError, match=r"put together from tiled parts is saved after .*mark\(model\)"):
+        transformers.EncoderDecoderModel.from_pretrained(_written(model, tmp_path / "unknown"))
+    tbn.integrations.transformers.mark(model)
+    loaded = transformers.EncoderDecoderModel.from_pretrained(_written(model, tmp_path / "known"))
+    inputs = {"input_ids": _ids(), "decoder_input_ids": _ids()}
+    assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
+
+
 def test_what_is_saved_is_what_the_model_is(tmp_path: Path) -> None:
     """The configuration follows the model: lowered since, or rewritten, which no checkpoint holds."""
     qat = transformers.LlamaForCausalLM.from_pretrained(_written(tbn.transform(llama(), CONFIG), tmp_path / "qat"))
