@@ -339,6 +339,12 @@ class TbnQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Tile a float model with its weights."""
         config = self.quantization_config
+        if (getattr(model, "tp_size", None) or 1) > 1:
+            raise TransformError(
+                "tp_plan of from_pretrained splits weights by rows, and the rows of a tile are shared by its copies: "
+                "load the model without it, and split it by "
+                "tbn_compiler.integrations.tensor_parallel.parallelize_module"
+            )
         if not self.pre_quantized:
             offloaded = next((name for name, value in model.named_parameters() if value.is_meta), None)
             if offloaded is not None:

@@ -27,6 +27,11 @@ import tbn_compiler as tbn
 from tbn_compiler import SerializationError, TilingConfig, TransformError
 from tests import oracle
 
+try:
+    import transformers
+except ImportError:
+    transformers = None
+
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
 PROCESSES = 4
@@ -91,6 +96,26 @@ TILINGS: dict[str, dict[str, Any]] = {
     "attention": {"model": Attention, "p": 2, "float_layers": []},
 }
 PACKED = [name for name in TILINGS if name != "float tile"]
+
+
+TOKENS = torch.arange(14).view(2, 7)
+
+
+def language_model(form: str) -> Any:
+    torch.manual_seed(6)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = tbn.transform(transformers.LlamaForCausalLM(config).double().eval(), TilingConfig(p=4, min_size=0))
+    return tbn.lower(model) if form == "packed" else model
+
+
+def plan_of_transformers(model: Any) -> Any:
+    """The plan that comes with a model, as PyTorch's styles."""
+    from torch.distributed.tensor import parallel
+
+    known = {"colwise": parallel.ColwiseParallel, "rowwise": parallel.RowwiseParallel}
+    return {name: known[style]() for name, style in model.tp_plan.items() if style in known}
 
 
 def batch(model: nn.Module) -> Tensor:
@@ -192,6 +217,13 @@ def _process(rank: int, folder: str) -> None:
     results["fsdp losses"], results["fsdp state"] = losses(model, share), _state(model)
     dist.checkpoint.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/checkpoint")
 
+    if transformers is not None:
+        mesh = two_by_two["model"]
+        for form in ("train", "packed"):
+            model = language_model(form)
+            parallelize_module(model, mesh, plan_of_transformers(model))
+            results[f"llama {form}"] = model(TOKENS).logits.detach()
+
     errors: dict[str, str] = {}
 
     def refused(name: str, run: Callable[[], Any], kind: type[Exception] = TransformError) -> None:
@@ -220,6 +252,13 @@ def _process(rank: int, folder: str) -> None:
     packed = parallelize_module(tbn.lower(build()), all_four, plan(build()))
     refused("save", packed.state_dict, SerializationError)
     refused("PyTorch's", lambda: without_tiles(build(), all_four, plan(build()))(batch(build())), Exception)
+    if transformers is not None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES))
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # the group is there already
+        saved = f"{folder}/tiled"
+        language_model("packed").save_pretrained(saved)
+        dist.barrier()
+        refused("tp_plan", lambda: transformers.LlamaForCausalLM.from_pretrained(saved, tp_plan="auto"))
     results["errors"], results["text"], results["summary"] = errors, str(split.up), str(tbn.summary(split))
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
@@ -261,6 +300,14 @@ def test_packed_layers(results: Any, name: str, processes: int) -> None:
         oracle.assert_close(found["packed"], alone(batch(alone)), 1e-10)
     whole = sum(value.numel() for key, value in alone.named_buffers() if key.endswith("_tile"))
     assert found["bytes"] <= whole // processes + 16  # padding bits, and parts that are not equal
+
+
+@pytest.mark.skipif(transformers is None, reason="needs transformers")
+@pytest.mark.parametrize("form", ["train", "packed"])
+def test_a_language_model_by_the_plan_that_it_has(results: Any, form: str) -> None:
+    model = language_model(form)
+    assert len(plan_of_transformers(model)) >= 7
+    oracle.assert_close(results[f"llama {form}"], model(TOKENS).logits.detach(), 1e-5)  # norms compute in float32
 
 
 def test_parameters_are_split(results: Any) -> None:
@@ -308,10 +355,12 @@ def test_distributed_checkpoint_is_read_by_one_process(results: Any, folder: Pat
         ("lower", "parameter 'up.weight' is a DTensor, sharded over processes"),
         ("save", "layer 'up' holds a part of a packed tile, which is not saved"),
         ("PyTorch's", "DTensor"),
+        ("tp_plan", "load the model without it, and split it by"),
     ],
 )
 def test_what_cannot_be_split_says_why(results: Any, name: str, reason: str) -> None:
-    assert reason in results["errors"][name]
+    if name != "tp_plan" or transformers is not None:
+        assert reason in results["errors"][name]
 
 
 def test_what_a_split_layer_shows(results: Any) -> None:
