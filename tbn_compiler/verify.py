@@ -199,7 +199,7 @@ class OnnxFile:
         for value, shape in zip(values, shapes, strict=True):
             if value.type not in _DTYPES:
                 raise ExportError(f"input {value.name!r} is a {value.type}: give stored inputs")
-            inputs[value.name] = _random(shape, np.dtype(_DTYPES[value.type]), generator)
+            inputs[value.name] = random_array(shape, np.dtype(_DTYPES[value.type]), generator)
         return inputs
 
     def name_inputs(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
@@ -254,7 +254,7 @@ class CFile:
         arguments = self._interface.inputs
         if len(shapes) != len(arguments):
             raise ExportError(f"the file has {len(arguments)} inputs, got {len(shapes)} shapes")
-        return {a.name: _random(s, a.dtype, generator) for a, s in zip(arguments, shapes, strict=True)}
+        return {a.name: random_array(s, a.dtype, generator) for a, s in zip(arguments, shapes, strict=True)}
 
     def name_inputs(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
         """Inputs by the file's names, in its order and dtypes; a single one may have any name.
@@ -276,11 +276,13 @@ class CFile:
         return host.run_arrays(self._path, list(inputs.values()))
 
 
-def _random(shape: Sequence[int], dtype: np.dtype[Any], generator: np.random.Generator) -> np.ndarray:
-    """Normally distributed numbers; integers are 0 or 1."""
+def random_array(shape: Sequence[int], dtype: np.dtype[Any], generator: np.random.Generator) -> np.ndarray:
+    """Normally distributed numbers, or any bytes; other integers are 0 or 1."""
     if dtype.kind == "f":
         return generator.standard_normal(shape, dtype=np.float32)
-    return generator.integers(0, 2, shape).astype(dtype)
+    limits = np.iinfo(dtype) if dtype.itemsize == 1 and dtype.kind != "b" else None
+    low, high = (0, 1) if limits is None else (limits.min, limits.max)
+    return generator.integers(low, high, shape, endpoint=True).astype(dtype)
 
 
 def _by_name(arrays: Mapping[str, np.ndarray], names: list[str]) -> Mapping[str, np.ndarray]:

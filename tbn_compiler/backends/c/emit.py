@@ -20,6 +20,7 @@ import numpy as np
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.float_instances import INSTANCES as FLOAT_INSTANCES
 from tbn_compiler.backends.c.interface import Interface
+from tbn_compiler.backends.c.move_instances import INSTANCES as MOVE_INSTANCES
 from tbn_compiler.backends.c.names import macro_prefix
 from tbn_compiler.backends.c.plan import C_TYPES, SCRATCH_MEMBERS, Argument, At, Call, Index, Plan, Struct, Workspace
 from tbn_compiler.backends.c.tiled_instances import INSTANCES as TILED_INSTANCES
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from tbn_compiler.backends.c.package import Vectors
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_INSTANCES = FLOAT_INSTANCES | TILED_INSTANCES
+_INSTANCES = FLOAT_INSTANCES | MOVE_INSTANCES | TILED_INSTANCES
 _BYTES_PER_LINE = 16
 _NUMBERS_PER_LINE = 6
 _LINE_LENGTH = 120

@@ -13,7 +13,13 @@ import numpy as np
 from tbn_compiler.backends.c.names import macro_prefix
 from tbn_compiler.errors import ExportError
 
-_DTYPES: dict[str, np.dtype[Any]] = {"float": np.dtype(np.float32), "int32_t": np.dtype(np.int32)}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float": np.dtype(np.float32),
+    "int32_t": np.dtype(np.int32),
+    "int8_t": np.dtype(np.int8),
+    "uint8_t": np.dtype(np.uint8),
+}
+_WORD = 4  # bytes; every array of several in one block begins at a whole one
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,29 @@ class Argument:
     Attributes:
         name: of the parameter.
         size: number of elements.
-        dtype: ``float32`` or ``int32``.
+        dtype: ``float32``, ``int32``, ``int8`` or ``uint8``.
     """
 
     name: str
     size: int
     dtype: np.dtype[Any]
+
+    @property
+    def words(self) -> int:
+        """Number of words that it takes."""
+        return -(-self.size * self.dtype.itemsize // _WORD)
+
+    def elements(self, array: np.ndarray) -> np.ndarray:
+        """Numbers in the argument's type.
+
+        Raises:
+            ExportError: an integer argument does not hold one of them.
+        """
+        with np.errstate(invalid="ignore"):
+            found = array.astype(self.dtype)
+        if self.dtype.kind != "f" and not np.array_equal(found, array):
+            raise ExportError(f"{self.name!r} takes {self.dtype} elements, and these are others")
+        return found
 
 
 @dataclass(frozen=True)
@@ -61,24 +84,49 @@ class Interface:
         return sum(argument.size for argument in self.outputs)
 
     @property
+    def input_words(self) -> int:
+        """Words that hold all inputs, each from a whole word on."""
+        return sum(argument.words for argument in self.inputs)
+
+    @property
+    def output_words(self) -> int:
+        """Words that hold all outputs, each from a whole word on."""
+        return sum(argument.words for argument in self.outputs)
+
+    @property
     def call(self) -> str:
-        """A call of the run function on ``input`` and ``output``, which hold all inputs and outputs in order."""
-        arguments = [f"(input) + {start}" for start in _starts(self.inputs)]
-        arguments += [f"(output) + {start}" for start in _starts(self.outputs)]
+        """A call of the run function on ``input`` and ``output``, arrays of words with all inputs and outputs."""
+        arguments = [f"(const void *)((input) + {start})" for start in _starts(self.inputs)]
+        arguments += [f"(void *)((output) + {start})" for start in _starts(self.outputs)]
         return f"{self.name}_run({', '.join([*arguments, '(scratch)'] if self.takes_scratch else arguments)})"
 
-    def require_floats(self) -> None:
-        """Refuse a model with other inputs or outputs.
+    def pack_inputs(self, vectors: np.ndarray) -> bytes:
+        """What ``input`` holds for each of some vectors, in which all inputs stand one behind the other.
 
         Raises:
-            ExportError: there is one of integers.
+            ExportError: an integer input does not hold what stands for it.
         """
-        if any(argument.dtype != np.float32 for argument in (*self.inputs, *self.outputs)):
-            raise ExportError(f"{self.prototype} takes other arrays than float: such a model cannot be measured")
+        rows = np.zeros((len(vectors), _WORD * self.input_words), np.uint8)
+        column = 0
+        for argument, start in zip(self.inputs, _starts(self.inputs), strict=True):
+            part = np.ascontiguousarray(argument.elements(vectors[:, column : column + argument.size]))
+            place = _WORD * start
+            rows[:, place : place + part.shape[1] * argument.dtype.itemsize] = part.view(np.uint8)
+            column += argument.size
+        return rows.tobytes()
+
+    def unpack_outputs(self, data: bytes) -> np.ndarray:
+        """``[vectors, elements]``: all outputs one behind the other, from what ``output`` held for each vector."""
+        rows = np.frombuffer(data, np.uint8).reshape(-1, _WORD * self.output_words)
+        parts = []
+        for argument, start in zip(self.outputs, _starts(self.outputs), strict=True):
+            end = _WORD * start + argument.size * argument.dtype.itemsize
+            parts.append(np.ascontiguousarray(rows[:, _WORD * start : end]).view(argument.dtype))
+        return np.concatenate(parts, 1)
 
 
 def _starts(arguments: Sequence[Argument]) -> list[int]:
-    return [sum(argument.size for argument in arguments[:index]) for index in range(len(arguments))]
+    return [sum(argument.words for argument in arguments[:index]) for index in range(len(arguments))]
 
 
 def read_interface(header: Path) -> Interface:

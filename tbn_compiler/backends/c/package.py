@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tbn_compiler.backends.c.emit import emit_header, emit_package_file, emit_source
-from tbn_compiler.backends.c.plan import Plan
+from tbn_compiler.backends.c.plan import Plan, Port
 from tbn_compiler.errors import ExportError
 from tbn_compiler.files import replacing
 from tbn_compiler.torch_private import tree_leaves
@@ -26,7 +26,7 @@ class Vectors:
     """One input of a model and what PyTorch gives for it, an array for each parameter of the run function.
 
     Attributes:
-        inputs, outputs: flat arrays, ``float32`` or ``int32``.
+        inputs, outputs: flat arrays, in the types of the parameters.
     """
 
     inputs: tuple[np.ndarray, ...]
@@ -41,8 +41,8 @@ class Vectors:
         )
 
 
-def compute_vectors(module: nn.Module, inputs: Sequence[Tensor]) -> Vectors:
-    """Run a module in evaluation mode.
+def compute_vectors(module: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Vectors:
+    """Run a module in evaluation mode, for the parameters of a plan that was made from it.
 
     Raises:
         ExportError: an output is not finite, so that it cannot be compared.
@@ -58,12 +58,14 @@ def compute_vectors(module: nn.Module, inputs: Sequence[Tensor]) -> Vectors:
     for index, output in enumerate(outputs):
         if output.is_floating_point() and not output.isfinite().all():
             raise ExportError(f"output {index} of the example inputs is not finite: a self-test needs other inputs")
-    return Vectors(tuple(map(_flat, inputs)), tuple(map(_flat, outputs)))
+    return Vectors(_flat(inputs, plan.inputs), _flat(outputs, plan.outputs))
 
 
-def _flat(tensor: Tensor) -> np.ndarray:
-    array = tensor.detach().cpu().flatten().numpy()
-    return array.astype(np.float32 if tensor.is_floating_point() else np.int32)
+def _flat(tensors: Sequence[Tensor], ports: Sequence[Port]) -> tuple[np.ndarray, ...]:
+    return tuple(
+        tensor.detach().cpu().flatten().numpy().astype(port.value.dtype)
+        for tensor, port in zip(tensors, ports, strict=True)
+    )
 
 
 def check_source_path(path: Path) -> None:
