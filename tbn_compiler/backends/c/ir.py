@@ -373,12 +373,29 @@ class Dequantize(Operation):
 
 @dataclass(frozen=True)
 class Lookup(Operation):
-    """``int8 -> int8``: element ``x`` becomes ``table[x + 128]``; ``title`` says what that computes."""
+    """``int8`` or ``uint8`` to ``int8``: element ``x`` becomes ``table[x + 128]``, or ``table[x]`` if it is unsigned.
 
-    in_place: ClassVar[bool] = True
+    Attributes:
+        table: ``[places, 256]``.
+        title: what it computes, in a few words.
+        access: the elements, in the order of the result.
+        dim: the dimension of ``access`` along which each place has a table of its own; ``None``: there is one table.
+    """
 
     table: Constant
     title: str
+    access: Access
+    dim: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the elements are those of the input, in order."""
+        return self.access.in_order and not self.access.offset and self.output.size == self.inputs[0].size
+
+    @property
+    def overwritable(self) -> tuple[Operand, ...]:
+        """The input, if it is read in order."""
+        return self.inputs if self.whole else ()
 
 
 @dataclass(frozen=True)

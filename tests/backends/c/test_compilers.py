@@ -15,6 +15,7 @@ from torch import nn
 
 import tbn_compiler as tbn
 from tbn_compiler.backends.c import emit, export_c, host
+from tests.backends.c.test_bytes import READINGS, prepare, small_network
 from tests.backends.c.test_emit import everything
 from tests.backends.c.test_float_kernels import Layers, sample
 from tests.backends.c.test_int8 import CASES, imported
@@ -64,6 +65,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         f"int8_{index}": (imported(name)[0], imported(name)[1][0])
         for index, (name, case) in enumerate(CASES.items())
         if case.intermediates or "depthwise" in name or "inside" in name
+    }
+    networks |= {
+        f"reading_{index}": (module, samples[0])
+        for index, (module, samples) in enumerate(prepare(reading, small_network()) for reading in READINGS.values())
     }
     used: set[str] = set()
     for index, (name, (module, inputs)) in enumerate(networks.items()):

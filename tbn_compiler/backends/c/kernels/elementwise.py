@@ -42,11 +42,11 @@ def _binary(operation: ir.Binary, context: Context) -> Implementation:
     size = operation.output.size
     pointers = (At(operation.inputs[0], a.offset), At(operation.inputs[1], b.offset), operation.output)
     if a.in_order and b.in_order:
-        call, moves = Call(operation.function, (*pointers, size)), {}
+        call, work = Call(operation.function, (*pointers, size)), {}
     else:
         loops = nest(operation.layer, a, b, _result(a))
-        call, moves = Call(f"broadcast_{operation.function}", (loops, *pointers)), _moves("broadcast", loops)
-    return context.implementation(operation.function, (call,), {operation.function: size, **moves})
+        call, work = Call(f"broadcast_{operation.function}", (loops, *pointers)), moves("broadcast", loops)
+    return context.implementation(operation.function, (call,), {operation.function: size, **work})
 
 
 @implements(ir.ChannelAffine)
@@ -63,7 +63,7 @@ def _strided(operation: ir.Strided, context: Context) -> Implementation:
     access, (source,) = operation.access, operation.inputs
     loops = nest(operation.layer, access, _result(access))
     call = Call(typed("strided_copy", operation), (loops, At(source, access.offset), operation.output))
-    return context.implementation("rearrange", (call,), _moves(_unit("strided_copy", operation), loops))
+    return context.implementation("rearrange", (call,), moves(_unit("strided_copy", operation), loops))
 
 
 @implements(ir.Pad)
@@ -74,7 +74,7 @@ def _pad(operation: ir.Pad, context: Context) -> Implementation:
     fill = Call(typed("fill", operation), (value, operation.output, size))
     loops = nest(operation.layer, source, result)
     copy = Call(typed("strided_copy", operation), (loops, *operation.inputs, At(operation.output, result.offset)))
-    work = {_unit("fill", operation): size, **_moves(_unit("strided_copy", operation), loops)}
+    work = {_unit("fill", operation): size, **moves(_unit("strided_copy", operation), loops)}
     return context.implementation(f"pad with {operation.value:g}", (fill, copy), work)
 
 
@@ -90,11 +90,11 @@ def _concat(operation: ir.Concat, context: Context) -> Implementation:
     return context.implementation(f"concatenate {len(calls)}", tuple(calls), work)
 
 
-def _moves(unit: str, loops: Struct) -> dict[str, float]:
-    """The work of a kernel that follows loops: for each element, and each end of an innermost loop."""
+def moves(unit: str, loops: Struct, times: int = 1) -> dict[str, float]:
+    """The work of calls of a kernel that follows loops: for each element, and each end of an innermost loop."""
     ((_, sizes),) = [field for field in loops.fields if field[0] == "size"]
     assert isinstance(sizes, tuple)
-    return {unit: math.prod(sizes), f"{unit}.row": math.prod(sizes[:-1])}
+    return {unit: times * math.prod(sizes), f"{unit}.row": times * math.prod(sizes[:-1])}
 
 
 def _unit(kernel: str, operation: ir.Operation) -> str:
