@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,7 @@ def _environment() -> jinja2.Environment:
         "shape": c_shape,
         "numbers": c_numbers,
         "float": c_float,
+        "floats": c_floats,
         "string_literal": c_string,
     }
     return environment
@@ -276,6 +277,12 @@ def c_float(value: float) -> str:
         return "INFINITY" if value > 0 else "-INFINITY"
     text = f"{value:.9g}"
     return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
+
+
+def c_floats(values: Sequence[float]) -> str:
+    """A ``float`` constant, or the initialiser of an array of several; whole numbers are integers."""
+    items = [str(int(value)) if value == int(value) else c_float(value) for value in values]
+    return items[0] if len(items) == 1 else f"{{{', '.join(items)}}}"
 
 
 def c_numbers(array: np.ndarray) -> str:

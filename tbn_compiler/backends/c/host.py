@@ -106,9 +106,10 @@ def run_arrays(source: str | os.PathLike[str], inputs: Sequence[np.ndarray]) -> 
     Args:
         source: the ``.c`` file; its header lies beside it.
         inputs: for each input an array of its size, for every run the same, or of a multiple of it, for a run each.
+            Where int8 stands in place of floats, floats are rounded.
 
     Returns:
-        For each output, by name, its elements in all runs, ``[runs, size]``, ``float32`` or integers.
+        For each output, by name, the model's numbers in all runs, ``[runs, size]``, ``float32`` or integers.
 
     Raises:
         ExportError: the inputs are not those of the model, or do not fit its integers, or it does not compile.
@@ -138,7 +139,7 @@ def run_arrays(source: str | os.PathLike[str], inputs: Sequence[np.ndarray]) -> 
     bounds = np.cumsum([argument.size * argument.dtype.itemsize for argument in interface.outputs])
     parts = np.split(np.frombuffer(output, np.uint8).reshape(runs, -1), bounds[:-1], 1)
     named = zip(interface.outputs, parts, strict=True)
-    return {argument.name: np.ascontiguousarray(part).view(argument.dtype) for argument, part in named}
+    return {a.name: a.numbers(np.ascontiguousarray(part).view(a.dtype)) for a, part in named}
 
 
 def run(
@@ -151,8 +152,8 @@ def run(
 ) -> np.ndarray:
     """Compile an exported model and run it on a batch; see :func:`build` and :func:`run_executable`.
 
-    A model with integers has one input and one output here, and takes and gives its own types; for more of them there
-    is :func:`run_arrays`.
+    A model with integers has one input and one output here, and takes and gives its own types, or floats where int8
+    stands in their place; for more of them there is :func:`run_arrays`.
 
     Example:
         >>> export_c(packed, x[:1], "model.c")  # doctest: +SKIP
@@ -169,4 +170,4 @@ def run(
         array, (given,), (made,) = _batch(inputs), interface.inputs, interface.outputs
         data = given.elements(array).tobytes()
         output = _start(executable, array[0].size, data, f"inputs {list(array.shape)}")
-        return np.frombuffer(output, made.dtype).reshape(len(array), -1).copy()
+        return made.numbers(np.frombuffer(output, made.dtype).reshape(len(array), -1).copy())

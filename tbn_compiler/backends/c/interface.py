@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tbn_compiler.backends.c.names import macro_prefix
+from tbn_compiler.backends.c.number_formats import from_int8, to_int8
 from tbn_compiler.errors import ExportError
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -19,6 +20,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "int8_t": np.dtype(np.int8),
     "uint8_t": np.dtype(np.uint8),
 }
+# Name and scale of what is int8 in place of floats.
+_INT8_PORT = re.compile(r"^/\* (\w+): int8 in place of the model's floats.*\n#define \w+ ([-+.e\d]+)f?$", re.MULTILINE)
 _WORD = 4  # bytes; every array of several in one block begins at a whole one
 
 
@@ -30,11 +33,13 @@ class Argument:
         name: of the parameter.
         size: number of elements.
         dtype: ``float32``, ``int32``, ``int8`` or ``uint8``.
+        scale: of int8 in place of the model's floats; ``None``: it is what the model takes or gives.
     """
 
     name: str
     size: int
     dtype: np.dtype[Any]
+    scale: float | None = None
 
     @property
     def words(self) -> int:
@@ -42,16 +47,22 @@ class Argument:
         return -(-self.size * self.dtype.itemsize // _WORD)
 
     def elements(self, array: np.ndarray) -> np.ndarray:
-        """Numbers in the argument's type.
+        """Numbers in the argument's type; floats are rounded where int8 stands in their place.
 
         Raises:
             ExportError: an integer argument does not hold one of them.
         """
+        if self.scale is not None and array.dtype.kind == "f":
+            return to_int8(array, self.scale)
         with np.errstate(invalid="ignore"):
             found = array.astype(self.dtype)
         if self.dtype.kind != "f" and not np.array_equal(found, array):
             raise ExportError(f"{self.name!r} takes {self.dtype} elements, and these are others")
         return found
+
+    def numbers(self, elements: np.ndarray) -> np.ndarray:
+        """The model's numbers: what elements of the argument's type stand for."""
+        return elements if self.scale is None else from_int8(elements, self.scale)
 
 
 @dataclass(frozen=True)
@@ -116,12 +127,12 @@ class Interface:
         return rows.tobytes()
 
     def unpack_outputs(self, data: bytes) -> np.ndarray:
-        """``[vectors, elements]``: all outputs one behind the other, from what ``output`` held for each vector."""
+        """``[vectors, elements]``: the numbers of all outputs in order, from what ``output`` held for each vector."""
         rows = np.frombuffer(data, np.uint8).reshape(-1, _WORD * self.output_words)
         parts = []
         for argument, start in zip(self.outputs, _starts(self.outputs), strict=True):
             end = _WORD * start + argument.size * argument.dtype.itemsize
-            parts.append(np.ascontiguousarray(rows[:, _WORD * start : end]).view(argument.dtype))
+            parts.append(argument.numbers(np.ascontiguousarray(rows[:, _WORD * start : end]).view(argument.dtype)))
         return np.concatenate(parts, 1)
 
 
@@ -142,7 +153,8 @@ def read_interface(header: Path) -> Interface:
     except OSError as error:
         raise ExportError(f"cannot read the model's header {header}: {error.strerror}") from error
     found = re.search(r"^void (\w+)_run\(([^)]*)\);", text, re.MULTILINE)
-    sizes = {key: int(value) for key, value in re.findall(r"^#define (\w+) (\d+)", text, re.MULTILINE)}
+    sizes = {key: int(value) for key, value in re.findall(r"^#define (\w+) (\d+)(?=\s)", text, re.MULTILINE)}
+    scales = {name: float(scale) for name, scale in _INT8_PORT.findall(text)}
     if found is None:
         raise ExportError(f"{header} declares no function <name>_run: it is not a header of this compiler")
     name, parameters = found[1], [parameter.strip() for parameter in found[2].split(",")]
@@ -155,7 +167,8 @@ def read_interface(header: Path) -> Interface:
             if parts is None or parts[2] not in _DTYPES:
                 raise ExportError(f"{header}: {name}_run takes {parameter!r}: it is not a header of this compiler")
             size = sizes[f"{macro_prefix(name)}_{parts[3].upper()}_SIZE"]
-            (inputs if parts[1] else outputs).append(Argument(parts[3], size, _DTYPES[parts[2]]))
+            argument = Argument(parts[3], size, _DTYPES[parts[2]], scales.get(parts[3]))
+            (inputs if parts[1] else outputs).append(argument)
         scratch_bytes = sizes[f"{macro_prefix(name)}_SCRATCH_BYTES"] if takes_scratch else 0
     except KeyError as error:
         raise ExportError(f"{header} does not define {error.args[0]}: it is not a header of this compiler") from error

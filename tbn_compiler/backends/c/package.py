@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tbn_compiler.backends.c.emit import emit_header, emit_package_file, emit_source
+from tbn_compiler.backends.c.number_formats import from_int8, to_int8
 from tbn_compiler.backends.c.plan import Plan, Port
 from tbn_compiler.errors import ExportError
 from tbn_compiler.files import replacing
@@ -47,6 +48,8 @@ def compute_vectors(module: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> 
     Raises:
         ExportError: an output is not finite, so that it cannot be compared.
     """
+    stored = tuple(_flat(tensor, port) for tensor, port in zip(inputs, plan.inputs, strict=True))
+    inputs = [_as_stored(*given) for given in zip(inputs, stored, plan.inputs, strict=True)]
     training = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -58,14 +61,21 @@ def compute_vectors(module: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> 
     for index, output in enumerate(outputs):
         if output.is_floating_point() and not output.isfinite().all():
             raise ExportError(f"output {index} of the example inputs is not finite: a self-test needs other inputs")
-    return Vectors(_flat(inputs, plan.inputs), _flat(outputs, plan.outputs))
+    return Vectors(stored, tuple(_flat(tensor, port) for tensor, port in zip(outputs, plan.outputs, strict=True)))
 
 
-def _flat(tensors: Sequence[Tensor], ports: Sequence[Port]) -> tuple[np.ndarray, ...]:
-    return tuple(
-        tensor.detach().cpu().flatten().numpy().astype(port.value.dtype)
-        for tensor, port in zip(tensors, ports, strict=True)
-    )
+def _flat(tensor: Tensor, port: Port) -> np.ndarray:
+    array: np.ndarray = tensor.detach().cpu().flatten().numpy()
+    if port.format is not None and port.format.single_scale is not None:
+        return to_int8(array, port.format.single_scale)
+    return array.astype(port.value.dtype)
+
+
+def _as_stored(tensor: Tensor, stored: np.ndarray, port: Port) -> Tensor:
+    """An input of the model with what its stored form can hold."""
+    if port.format is None or port.format.single_scale is None:
+        return tensor
+    return torch.from_numpy(from_int8(stored, port.format.single_scale)).reshape(tensor.shape)
 
 
 def check_source_path(path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from tbn_compiler import html
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.costs import Work
+from tbn_compiler.backends.c.number_formats import NumberFormat
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.report import draw_plan, plan_data, plan_section, plan_table
 
@@ -215,10 +216,12 @@ class Port:
     Attributes:
         name: C name of the parameter.
         value: shape and element type.
+        format: what its integers stand for, where that is known.
     """
 
     name: str
     value: ir.Value
+    format: NumberFormat | None = None
 
 
 @dataclass(frozen=True)

@@ -30,21 +30,23 @@ class Function:
     Attributes:
         apply: from numbers ``[places, 256]``, or ``[1, 256]``, to such.
         axis: along which it differs from place to place; ``None``: it is the same everywhere.
+        affine: whether it is a factor and an addend.
     """
 
     apply: Callable[[Tensor], Tensor]
     axis: ir.Axis | None = None
+    affine: bool = False
 
 
 def function_of(operation: ir.Operation, operand: ir.Operand) -> Function | None:
     """The function of ``operand`` that an operation computes; ``None`` where it is no function of single elements."""
     match operation:
         case ir.Unary(function=name, parameters=parameters) if name in _FUNCTIONS:
-            return Function(lambda x: _FUNCTIONS[name](x, *parameters))
+            return Function(lambda x: _FUNCTIONS[name](x, *parameters), affine=name in _AFFINE)
         case ir.ChannelAffine(scale=scale, shift=shift, inner=inner):
             axis = ir.Axis(operation.output.size // (scale.size * inner), scale.size, inner)
             factor, addend = (torch.from_numpy(value.array.copy()).reshape(-1, 1) for value in (scale, shift))
-            return Function(lambda x: x * factor + addend, axis)
+            return Function(lambda x: x * factor + addend, axis, affine=True)
         case ir.Binary(function=name) if name in _BINARY:
             return _with_constant(operation, operand, _BINARY[name])
     return None
@@ -68,7 +70,9 @@ def _with_constant(
         sizes, steps = [access.sizes[d]], [access.strides[d]]
     stored = torch.from_numpy(constant.array.astype(np.float32)).flatten()
     values = stored.as_strided(sizes, steps, access.offset).reshape(-1, 1)
-    return Function((lambda x: function(x, values)) if place == 0 else (lambda x: function(values, x)), axis)
+    if place == 0:
+        return Function(lambda x: function(x, values), axis, operation.function in _AFFINE)
+    return Function(lambda x: function(values, x), axis, operation.function in _AFFINE - {"divide"})
 
 
 def numbers_of(source: ir.Operation) -> Tensor | None:
@@ -117,6 +121,10 @@ def quantized(numbers: Tensor, functions: Sequence[Function], scale: float, limi
     return rounded.to(torch.int8).numpy()
 
 
+_AFFINE = frozenset(
+    {"add", "subtract", "multiply", "divide", "neg", "subtract_from_scalar"}
+    | {f"{name}_scalar" for name in ("add", "subtract", "multiply", "divide")}
+)
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu,
     "silu": F.silu,

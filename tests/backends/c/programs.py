@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tbn_compiler.backends.c import Plan, export_c, host
-from tbn_compiler.backends.c.plan import C_TYPES
+from tbn_compiler.backends.c.number_formats import to_int8
+from tbn_compiler.backends.c.plan import C_TYPES, Port
 from tests.backends.c.toolchain import WARNINGS, sanitizer_flags
 
 
@@ -117,7 +118,7 @@ def _run(networks: Sequence[Network], folder: Path) -> list[list[list[np.ndarray
     compiled = subprocess.run(command, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr[:5000]
     data = b"".join(
-        value.numpy().astype(port.value.dtype).tobytes()
+        _elements(value, port).tobytes()
         for network in networks
         for sample in network.samples
         for value, port in zip(sample, _plan(network).inputs, strict=True)
@@ -136,6 +137,11 @@ def _run(networks: Sequence[Network], folder: Path) -> list[list[list[np.ndarray
             results[-1].append(arrays)
     assert not rest
     return results
+
+
+def _elements(value: Tensor, port: Port) -> np.ndarray:
+    scale = None if port.format is None else port.format.single_scale
+    return value.numpy().astype(port.value.dtype) if scale is None else to_int8(value.numpy(), scale)
 
 
 def _plan(network: Network) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ def small_network() -> nn.Module:
     return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
 
-def prepare(reading: Reading, network: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+def prepare(reading: Reading, network: nn.Module, outputs: Any = "float") -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
     """An optimised network, and inputs that hold every byte."""
     torch.manual_seed(0)
     values = SIGNED if reading.signed else UNSIGNED
@@ -111,7 +112,10 @@ def prepare(reading: Reading, network: nn.Module) -> tuple[nn.Module, list[tuple
     samples = [(values.roll(shift).repeat(size // 256 + 1)[:size].reshape(shape),) for shift in (0, 100, 200)]
     packed = tbn.lower(tbn.transform(Normalised(reading.function, network), TILING))
     batches = [x for (x,) in samples]
-    return tbn.optimize(packed, samples[0], activation="int8", calibration=batches, intermediates="int8"), samples
+    optimized = tbn.optimize(
+        packed, samples[0], activation="int8", calibration=batches, intermediates="int8", outputs=outputs
+    )
+    return optimized, samples
 
 
 @needs_cc
