@@ -49,12 +49,14 @@ class Probe:
         shape: of the input, without the batch.
         optimize: which kernels are taken.
         positive: whether inputs are between 0.5 and 1.5, not normally distributed.
+        dtype: of the input; integers are from 0 to 99.
     """
 
     module: nn.Module
     shape: tuple[int, ...]
     optimize: Any = "speed"
     positive: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 def _functions(functions: Sequence[Callable[..., Any]], positive: bool = False) -> list[Probe]:
@@ -197,6 +199,14 @@ def probes() -> dict[str, list[Probe]]:
             *(Probe(nn.Identity(), (n,)) for n in (8, 64, 500)),
             *(Probe(Function(lambda x: x.relu().view(-1)), (n,)) for n in (4, 16, 200)),
         ],
+        "conversions": [
+            Probe(Function(lambda x, to=to: x.to(to)), (n,), dtype=given)
+            for given, to in (
+                *((torch.uint8, torch.float32), (torch.int8, torch.float32), (torch.int64, torch.float32)),
+                *((torch.uint8, torch.int64), (torch.int8, torch.int64)),
+            )
+            for n in (64, 500)
+        ],
         "unary": _functions(unary),
         "positive": _functions([torch.log, torch.sqrt, torch.rsqrt, lambda x: x**1.5], positive=True),
         "binary": _functions(binary),
@@ -301,6 +311,8 @@ def run(probe: Probe, core: str) -> tuple[dict[str, float], int]:
     torch.manual_seed(0)
     module = probe.module.eval()
     inputs = torch.rand(2, *probe.shape) + 0.5 if probe.positive else torch.randn(2, *probe.shape)
+    if probe.dtype != torch.float32:
+        inputs = torch.randint(100, (2, *probe.shape), dtype=probe.dtype)
     work: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "net.c")

@@ -60,6 +60,8 @@ def export_c(
     target: Target = "generic",
     skip_zeros: bool = False,
     layer_hook: bool = False,
+    int8_inputs: bool = False,
+    int8_outputs: bool = False,
     self_test: bool = False,
     package: Package | None = None,
 ) -> Plan:
@@ -76,6 +78,8 @@ def export_c(
         target=target,
         skip_zeros=skip_zeros,
         layer_hook=layer_hook,
+        int8_inputs=int8_inputs,
+        int8_outputs=int8_outputs,
         self_test=self_test,
         package=package,
     )

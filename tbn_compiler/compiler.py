@@ -304,6 +304,7 @@ def optimize(
     activation: Activation = "float",
     calibration: Iterable[Any] | None = None,
     intermediates: Literal["float", "int8"] = "float",
+    outputs: Literal["float", "int8"] = "float",
 ) -> nn.Module:
     """Rewrite a lowered module for the least arithmetic; results are equal up to rounding.
 
@@ -331,6 +332,8 @@ def optimize(
         intermediates: ``"int8"`` brings sums, means, joins and functions between layers into int8 as well, each with a
             scale from the batches, so that C keeps them in a quarter of the memory and computes with integers. It
             takes ``example_inputs``, ``activation="int8"`` and ``calibration``.
+        outputs: ``"int8"`` rounds the results of the model to int8, each with a scale from the batches, so that C can
+            give integers (``export_c(..., int8_outputs=True)``). It takes what ``intermediates`` does.
 
     Returns:
         A ``GraphModule`` that is called as the model is, in evaluation mode; it can be copied and pickled. Where
@@ -339,7 +342,7 @@ def optimize(
 
     Raises:
         ConfigError: ``activation`` is not one of the formats, or ``"float"`` with ``calibration``; ``intermediates``
-            is not one, or ``"int8"`` without what it takes.
+            or ``outputs`` is not one, or ``"int8"`` without what it takes.
         LoweringError: the module was not transformed.
         TBNError: the module does not run on the example inputs, there are no calibration batches, or an input of a
             layer is not finite.
@@ -348,15 +351,17 @@ def optimize(
         raise ConfigError(f"activation={activation!r} is not one of {', '.join(map(repr, ACTIVATIONS))}")
     if activation == "float" and calibration is not None:
         raise ConfigError("calibration finds the scales of integer inputs: give activation='int8' or 'binary' too")
-    if intermediates not in ("float", "int8"):
-        raise ConfigError(f"intermediates={intermediates!r} is neither 'float' nor 'int8'")
-    if intermediates == "int8" and (activation != "int8" or calibration is None or example_inputs is None):
-        raise ConfigError("intermediates='int8' takes example inputs, activation='int8' and calibration batches")
+    for option, value in (("intermediates", intermediates), ("outputs", outputs)):
+        if value not in ("float", "int8"):
+            raise ConfigError(f"{option}={value!r} is neither 'float' nor 'int8'")
+        if value == "int8" and (activation != "int8" or calibration is None or example_inputs is None):
+            raise ConfigError(f"{option}='int8' takes example inputs, activation='int8' and calibration batches")
     scales: Scales | None = None if calibration is None else {}
-    between: Intermediates | None = {} if intermediates == "int8" else None
-    optimized, reason = deploy(lower(module), example_inputs, activation, scales=scales, intermediates=between)
+    between = Intermediates(between=intermediates == "int8", results=outputs == "int8")
+    asked = between if between.between or between.results else None
+    optimized, reason = deploy(lower(module), example_inputs, activation, scales=scales, intermediates=asked)
     if calibration is not None:
-        _calibrate(optimized, calibration, scales or {}, between or {})
+        _calibrate(optimized, calibration, scales or {}, between)
     if reason is not None:
         warnings.warn(f"optimised layer by layer only: {reason}", stacklevel=2)
     return optimized
@@ -379,8 +384,8 @@ def deploy(
         activation: as for :func:`optimize`.
         free_sizes: whether inputs may have other sizes later.
         scales: takes the layers whose inputs have one scale, which is NaN still; ``None``: each token has its own.
-        intermediates: takes the values between layers that are brought into int8, whose scales are NaN still;
-            ``None``: they stay floats.
+        intermediates: what else is wanted in int8; takes the values that are brought into it, whose scales are NaN
+            still; ``None``: they stay floats.
 
     Returns:
         The result, and why it is not the graph of the whole model although there are example inputs.
@@ -404,12 +409,12 @@ def deploy(
 def _calibrate(module: nn.Module, batches: Iterable[Any], layers: Scales, between: Intermediates) -> None:
     """Set the scales of layers, and of values between them, that :func:`deploy` has given one."""
     buffers = [gm.get_buffer(input_scale_key(weight)) for gm, weight in layers]
-    found = find_scales(module, batches, [*buffers, *(gm.get_buffer(name) for gm, name in between)])
+    found = find_scales(module, batches, [*buffers, *(gm.get_buffer(name) for gm, name in between.found)])
     for (gm, weight), buffer, scale in zip(layers, buffers, found, strict=False):
         if scale:
             buffer.fill_(scale)
             continue
         why = "no calibration batch reached it" if scale is None else "its inputs were all 0 in the calibration batches"
         drop_scale(gm, weight, f"{why}: each token has a scale of its own")
-    for (gm, name), scale in zip(between, found[len(buffers) :], strict=True):
+    for (gm, name), scale in zip(between.found, found[len(buffers) :], strict=True):
         set_scale(gm, name, scale)

@@ -199,7 +199,7 @@ class OnnxFile:
         for value, shape in zip(values, shapes, strict=True):
             if value.type not in _DTYPES:
                 raise ExportError(f"input {value.name!r} is a {value.type}: give stored inputs")
-            inputs[value.name] = _random(shape, np.dtype(_DTYPES[value.type]), generator)
+            inputs[value.name] = random_array(shape, np.dtype(_DTYPES[value.type]), generator)
         return inputs
 
     def name_inputs(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
@@ -246,7 +246,7 @@ class CFile:
             raise ExportError(f"{path} was exported with scratch={owner!r}, not {scratch!r}")
 
     def random_inputs(self, shapes: Sequence[Sequence[int]], generator: np.random.Generator) -> Arrays:
-        """Random inputs of these shapes in the file's dtypes.
+        """Random inputs of these shapes in the model's dtypes, and of numbers that the file's can hold.
 
         Raises:
             ExportError: another number of shapes.
@@ -254,16 +254,23 @@ class CFile:
         arguments = self._interface.inputs
         if len(shapes) != len(arguments):
             raise ExportError(f"the file has {len(arguments)} inputs, got {len(shapes)} shapes")
-        return {a.name: _random(s, a.dtype, generator) for a, s in zip(arguments, shapes, strict=True)}
+        found: Arrays = {}
+        for argument, shape in zip(arguments, shapes, strict=True):
+            dtype = argument.dtype if argument.scale is None else np.dtype(np.float32)
+            found[argument.name] = argument.numbers(argument.elements(random_array(shape, dtype, generator)))
+        return found
 
     def name_inputs(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
-        """Inputs by the file's names, in its order and dtypes; a single one may have any name.
+        """Inputs by the file's names, in its order and the model's dtypes; a single one may have any name.
+
+        Where the file takes int8 in place of floats, they are rounded to what that can hold.
 
         Raises:
-            ExportError: the names or the number are not those of the file's inputs.
+            ExportError: the names or the number are not those of the file's inputs, or an integer input does not hold
+                what is given.
         """
         arrays = _by_name(arrays, [argument.name for argument in self._interface.inputs])
-        return {a.name: arrays[a.name].astype(a.dtype, copy=False) for a in self._interface.inputs}
+        return {a.name: a.numbers(a.elements(arrays[a.name])) for a in self._interface.inputs}
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """The outputs by name, those of all runs one behind the other.
@@ -276,11 +283,13 @@ class CFile:
         return host.run_arrays(self._path, list(inputs.values()))
 
 
-def _random(shape: Sequence[int], dtype: np.dtype[Any], generator: np.random.Generator) -> np.ndarray:
-    """Normally distributed numbers; integers are 0 or 1."""
+def random_array(shape: Sequence[int], dtype: np.dtype[Any], generator: np.random.Generator) -> np.ndarray:
+    """Normally distributed numbers, or any bytes; other integers are 0 or 1."""
     if dtype.kind == "f":
         return generator.standard_normal(shape, dtype=np.float32)
-    return generator.integers(0, 2, shape).astype(dtype)
+    limits = np.iinfo(dtype) if dtype.itemsize == 1 and dtype.kind != "b" else None
+    low, high = (0, 1) if limits is None else (limits.min, limits.max)
+    return generator.integers(low, high, shape, endpoint=True).astype(dtype)
 
 
 def _by_name(arrays: Mapping[str, np.ndarray], names: list[str]) -> Mapping[str, np.ndarray]:

@@ -15,6 +15,7 @@ from tbn_compiler.cli.options import Repeated, parse_positive
 from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.errors import ConfigError
 from tbn_compiler.tables import console
+from tbn_compiler.verify import random_array
 
 if TYPE_CHECKING:
     from tbn_compiler.backends.c.mcu import Measurement
@@ -57,8 +58,9 @@ def _run(arguments: argparse.Namespace) -> None:
     from tbn_compiler.backends.c.mcu import CPUS, measure
 
     if arguments.vectors is None:
-        size = read_interface(arguments.source.with_suffix(".h")).input_size
-        inputs, outputs = np.random.default_rng(0).standard_normal((arguments.count, size)), None
+        ports, generator = read_interface(arguments.source.with_suffix(".h")).inputs, np.random.default_rng(0)
+        parts = [random_array((arguments.count, port.size), port.dtype, generator) for port in ports]
+        inputs, outputs = np.concatenate(parts, 1), None
     else:
         inputs, outputs = _load(arguments.vectors, arguments.count)
     names = dict.fromkeys(arguments.cpu or [_PAPER_CPU])

@@ -37,6 +37,8 @@ def add_parser(commands: Any) -> None:
     for flag, text in (
         ("--skip-zeros", "run time may depend on the data"),
         ("--layer-hook", "call a macro of yours behind every step"),
+        ("--int8-inputs", "take int8 in place of floats, with the scale of the layers that read them"),
+        ("--int8-outputs", "give int8 in place of floats, where the model rounds its outputs"),
         ("--self-test", "add a test that runs the inputs and compares with what PyTorch gives"),
         ("--plan", "print steps, kernels, costs and memory"),
     ):
@@ -50,7 +52,8 @@ def add_parser(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from tbn_compiler.backends.c import export_c
 
-    names = ("name", "scratch", "optimize", "target", "skip_zeros", "layer_hook", "self_test", "package")
+    names = ["name", "scratch", "optimize", "target", "skip_zeros", "layer_hook", "self_test", "package"]
+    names += ["int8_inputs", "int8_outputs"]
     options = {name: getattr(arguments, name) for name in names}
     with stages(2) as begin:
         begin("model")

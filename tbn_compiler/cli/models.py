@@ -7,7 +7,7 @@ import inspect
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -93,14 +93,14 @@ def add_inputs(parser: argparse.ArgumentParser, use: str) -> None:
 def example_inputs(arguments: argparse.Namespace, model: nn.Module) -> tuple[Tensor, ...]:
     """The inputs that the arguments name, in the order of ``forward``: normally distributed, or stored ones.
 
-    Stored floating point is taken as float32, integers as int64.
+    Stored floating point is taken as float32, bytes as they are, other integers as int64.
 
     Raises:
         ConfigError: there are none, or they cannot be read, or their names are not those of ``forward``.
     """
     if arguments.inputs is not None:
         arrays = _in_order(load_arrays(arguments.inputs), model, arguments.inputs)
-        return tuple(torch.from_numpy(array.astype(_DTYPES.get(array.dtype.kind, array.dtype))) for array in arrays)
+        return tuple(torch.from_numpy(array.astype(_dtype(array.dtype))) for array in arrays)
     if not arguments.input:
         raise ConfigError("give the shape of each input with --input, or stored inputs with --inputs")
     generator = torch.Generator().manual_seed(0)  # a test on zeros would see little
@@ -112,7 +112,10 @@ def optional_inputs(arguments: argparse.Namespace, model: nn.Module) -> tuple[Te
     return example_inputs(arguments, model) if arguments.input or arguments.inputs else None
 
 
-_DTYPES = {"f": np.float32, "i": np.int64, "u": np.int64}
+def _dtype(stored: np.dtype[Any]) -> np.dtype[Any]:
+    if stored.kind == "f":
+        return np.dtype(np.float32)
+    return np.dtype(np.int64) if stored.kind in "iu" and stored.itemsize > 1 else stored
 
 
 def _in_order(arrays: dict[str, np.ndarray], model: nn.Module, path: Path) -> list[np.ndarray]:

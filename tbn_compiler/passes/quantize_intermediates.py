@@ -15,13 +15,16 @@ so that a backend keeps ``y`` in a quarter of the memory, and adds integers. The
 the value, if one does, through views and maxima; otherwise that with the least mean square error over batches
 (:func:`~tbn_compiler.compiler.deploy` finds it, and puts it in). This changes results within the rounding of int8.
 
+Results of the model stay floats, unless they are wanted in int8, too: then each is rounded behind whatever makes it.
+
 Which values: results of tiled layers on int8, and of sums, means, joins and functions of such, that a sum, a mean, a
 join or a function reads. What only layers read they quantise themselves, and a clamp's input is left to the clamp's
-result. Left alone: everything that anything else reads as a float, such as a softmax, stays a float for that; and what
-is a result of the model.
+result. Left alone: everything that anything else reads as a float, such as a softmax, stays a float for that.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -31,7 +34,21 @@ from tbn_compiler.graph.operations import VIEWS, bind
 from tbn_compiler.passes.base import GraphPass
 from tbn_compiler.passes.deployment import dtype
 
-Intermediates = dict[tuple[fx.GraphModule, str], None]  # by the name of the scale's buffer, in the order of the graph
+
+@dataclass
+class Intermediates:
+    """What is wanted in int8 beside the inputs of layers, and what was found.
+
+    Attributes:
+        between: whether values between layers are.
+        results: whether the model's results are.
+        found: the scales, by graph and name of the buffer, in the order of the graph.
+    """
+
+    between: bool
+    results: bool
+    found: dict[tuple[fx.GraphModule, str], None] = field(default_factory=dict)
+
 
 _CLAMPS = frozenset({"relu", "relu6", "hardtanh"})
 _FUNCTIONS = frozenset({"hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh"})
@@ -43,21 +60,24 @@ class QuantizeIntermediates(GraphPass):
     """Insert a quantisation behind values, with scales that are not known yet.
 
     Args:
-        found: takes the graphs and names of the buffers that hold the scales.
+        intermediates: what is wanted; takes what was found.
     """
 
-    def __init__(self, found: Intermediates) -> None:
-        self.found = found
+    def __init__(self, intermediates: Intermediates) -> None:
+        self.intermediates = intermediates
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Match and rewrite."""
-        wanted = [node for node in gm.graph.nodes if _wanted(gm, node)]
-        for node in wanted:
+        output = gm.graph.output_node()
+        asked = self.intermediates
+        results = [node for node in output.all_input_nodes if asked.results and _is_float_result(node)]
+        wanted = [node for node in gm.graph.nodes if asked.between and _wanted(gm, node)]
+        for node in dict.fromkeys((*wanted, *results)):
             name = f"{node.name}_scale"
             while hasattr(gm, name):
                 name = f"_{name}"
             gm.register_buffer(name, torch.full((1,), torch.nan))
-            users = [user for user in node.users if user.op != "output"]
+            users = [user for user in node.users if (node in results if user is output else node in wanted)]
             with gm.graph.inserting_after(node):
                 rounded = gm.graph.call_function(_QUANTIZE, (node, "int8", 1))
             with gm.graph.inserting_before(rounded):
@@ -65,11 +85,15 @@ class QuantizeIntermediates(GraphPass):
             rounded.meta = dict(node.meta)
             for user in users:
                 user.replace_input_with(node, rounded)
-            self.found[gm, name] = None
-        return bool(wanted)
+            asked.found[gm, name] = None
+        return bool(wanted or results)
 
 
 _QUANTIZE = torch.ops.tbn.quantize_input.default
+
+
+def _is_float_result(node: fx.Node) -> bool:
+    return node.op != "placeholder" and node.target is not _QUANTIZE and dtype(node) in (None, torch.float32)
 
 
 def set_scale(gm: fx.GraphModule, name: str, scale: float | None) -> None:

@@ -121,3 +121,40 @@ def test_what_is_missing_is_said(options: dict[str, str], message: str) -> None:
     packed = tbn.lower(tbn.transform(nn.Linear(8, 8), tbn.TilingConfig(min_size=0)))
     with pytest.raises(ConfigError, match=message):
         tbn.optimize(packed, torch.randn(1, 8), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("intermediates", ["float", "int8"])
+def test_results_are_rounded_where_they_are_wanted_so(intermediates: str) -> None:
+    """Each with its own scale; what passes between layers is another question. Inputs stay what they are."""
+
+    class Results(Block):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+            last, weights = super().forward(x)
+            return last, weights, last.argmax(1), x
+
+    packed, batch = _packed(Results()), torch.randn(16, 4, 6, 6)
+    gm = tbn.optimize(
+        *(packed, batch[:2]),
+        activation="int8",
+        calibration=[batch],
+        intermediates=intermediates,  # type: ignore[arg-type]
+        outputs="int8",
+    )
+    assert isinstance(gm, fx.GraphModule)
+    makers = gm.graph.output_node().all_input_nodes
+    assert [node.target is _QUANTIZE for node in makers] == [True, True, False, False]
+    assert len(_rounded(gm)) == (2 if intermediates == "float" else 4)
+    for node, result in zip(makers[:2], gm(batch), strict=False):
+        steps = result / gm.get_buffer(node.args[3].target)
+        torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+        assert steps.abs().max() <= 127.001
+        assert steps.abs().max() >= 64
+    assert gm(batch)[2].dtype == torch.int64
+
+
+def test_results_in_int8_take_what_intermediates_do() -> None:
+    packed = _packed(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.raises(ConfigError, match="outputs='int8' takes example inputs, activation='int8' and calibration"):
+        tbn.optimize(packed, torch.randn(1, 8), outputs="int8")
+    with pytest.raises(ConfigError, match="outputs='int4' is neither 'float' nor 'int8'"):
+        tbn.optimize(packed, torch.randn(1, 8), outputs="int4")  # type: ignore[arg-type]

@@ -38,6 +38,8 @@ def export_c(
     target: Target = "generic",
     skip_zeros: bool = False,
     layer_hook: bool = False,
+    int8_inputs: bool = False,
+    int8_outputs: bool = False,
     self_test: bool = False,
     package: Package | None = None,
 ) -> Plan:
@@ -51,8 +53,9 @@ def export_c(
     Args:
         module: a lowered module (:func:`tbn_compiler.lower`); a trained one is lowered on the way, and layers in
             float become float arrays. Always exported in evaluation mode, and never changed.
-        example_inputs: a tensor, or a tuple with one for each argument of ``forward``; float32, or integers, which are
-            ``int32_t`` in C. They fix every shape, the batch (usually 1) included.
+        example_inputs: a tensor, or a tuple with one for each argument of ``forward``; float32, ``uint8`` or ``int8``,
+            which are bytes in C, or other integers, which are ``int32_t``. They fix every shape, the batch (usually 1)
+            included.
         path: the ``.c`` file to write, beside which the header goes; with ``package`` the folder. All files are
             written, or none.
         name: prefix of every symbol, so that several models link into one program; that of macros is in capitals, or as
@@ -63,6 +66,11 @@ def export_c(
         target: the processor whose costs decide; the C stays portable.
         skip_zeros: let kernels skip inputs that are 0; the run time then depends on the data.
         layer_hook: call the macro ``<NAME>_LAYER_HOOK(index, layer)`` behind every step, for a timer of yours.
+        int8_inputs: take int8 in place of floats, with the scale that calibration gave what reads the input;
+            ``<NAME>_INPUT_SCALE`` and ``_ZERO_POINT`` (which is 0) say what an element stands for, and nothing is
+            rounded in C. As macros also have it for ``uint8`` and ``int8`` inputs of the model itself.
+        int8_outputs: give int8 in place of floats, where :func:`tbn_compiler.optimize` was told ``outputs="int8"``;
+            ``<NAME>_OUTPUT_SCALE`` and ``_ZERO_POINT`` are theirs.
         self_test: add ``int <name>_self_test(void)``, which runs the model on the example inputs and compares with what
             PyTorch gives.
         package: ``"arduino"``, a library for the Arduino IDE with an example that runs the example inputs, or
@@ -84,7 +92,7 @@ def export_c(
         >>> plan.weight_bytes, plan.scratch_bytes                   # doctest: +SKIP
         (3316, 512)
     """
-    options = Options(name, scratch, optimize, target, skip_zeros, layer_hook)
+    options = Options(name, scratch, optimize, target, skip_zeros, layer_hook, int8_inputs, int8_outputs)
     if package is not None and package not in PACKAGES:
         raise ExportError(f"package={package!r} is not one of {', '.join(map(repr, PACKAGES))}, or None")
     if package is None:
@@ -97,7 +105,7 @@ def export_c(
         write_files(single_file(plan, Path(path), None))
         return plan
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    vectors = compute_vectors(module, inputs)
+    vectors = compute_vectors(module, inputs, plan)
     if package is None:
         write_files(single_file(plan, Path(path), vectors))
     else:

@@ -24,6 +24,11 @@ _COLUMN = {"generic": 0, "cortex-m4": 0, "cortex-m7": 0, "cortex-m3": 1, "cortex
 INSTRUCTIONS: dict[str, tuple[float, float, float]] = {
     "call": (1.58, 0, 41.5),
     "copy": (2.24, 2.4, 3.31),
+    "uint8_to_float32": (6.02, 29, 43.3),
+    "int8_to_float32": (6.02, 30, 50.2),
+    "int32_to_float32": (6.02, 30, 49.3),
+    "uint8_to_int32": (4.03, 4.04, 5.7),
+    "int8_to_int32": (4.03, 4.04, 5.7),
     "relu": (8.23, 42.2, 38.2),
     "abs": (5.01, 5.02, 6.88),
     "add_scalar": (5.01, 58.6, 83.2),

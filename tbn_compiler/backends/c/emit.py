@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ import numpy as np
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.float_instances import INSTANCES as FLOAT_INSTANCES
 from tbn_compiler.backends.c.interface import Interface
+from tbn_compiler.backends.c.move_instances import INSTANCES as MOVE_INSTANCES
 from tbn_compiler.backends.c.names import macro_prefix
 from tbn_compiler.backends.c.plan import C_TYPES, SCRATCH_MEMBERS, Argument, At, Call, Index, Plan, Struct, Workspace
 from tbn_compiler.backends.c.tiled_instances import INSTANCES as TILED_INSTANCES
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from tbn_compiler.backends.c.package import Vectors
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_INSTANCES = FLOAT_INSTANCES | TILED_INSTANCES
+_INSTANCES = FLOAT_INSTANCES | MOVE_INSTANCES | TILED_INSTANCES
 _BYTES_PER_LINE = 16
 _NUMBERS_PER_LINE = 6
 _LINE_LENGTH = 120
@@ -53,6 +54,7 @@ def _environment() -> jinja2.Environment:
         "shape": c_shape,
         "numbers": c_numbers,
         "float": c_float,
+        "floats": c_floats,
         "string_literal": c_string,
     }
     return environment
@@ -275,6 +277,12 @@ def c_float(value: float) -> str:
         return "INFINITY" if value > 0 else "-INFINITY"
     text = f"{value:.9g}"
     return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
+
+
+def c_floats(values: Sequence[float]) -> str:
+    """A ``float`` constant, or the initialiser of an array of several; whole numbers are integers."""
+    items = [str(int(value)) if value == int(value) else c_float(value) for value in values]
+    return items[0] if len(items) == 1 else f"{{{', '.join(items)}}}"
 
 
 def c_numbers(array: np.ndarray) -> str:

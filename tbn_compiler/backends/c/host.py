@@ -67,7 +67,7 @@ def build(
 
 
 def run_executable(executable: str | os.PathLike[str], inputs: Any) -> np.ndarray:
-    """Run a program that :func:`build` made.
+    """Run a program that :func:`build` made of a model with floats in and out.
 
     Args:
         executable: the program.
@@ -79,11 +79,16 @@ def run_executable(executable: str | os.PathLike[str], inputs: Any) -> np.ndarra
     Raises:
         ExportError: the program fails, or the inputs do not have the size of the model's input.
     """
-    array = np.asarray(torch.as_tensor(inputs).detach().cpu().numpy(), np.float32, order="C")
-    if array.ndim == 0 or array.size == 0:
-        raise ExportError(f"inputs must have the shape [batch, *input shape], got {list(array.shape)}")
+    array = _batch(inputs).astype(np.float32)
     output = _start(executable, array[0].size, array.tobytes(), f"inputs {list(array.shape)}")
     return np.frombuffer(output, dtype=np.float32).reshape(len(array), -1).copy()
+
+
+def _batch(inputs: Any) -> np.ndarray:
+    array: np.ndarray = torch.as_tensor(inputs).detach().cpu().numpy()
+    if array.ndim == 0 or array.size == 0:
+        raise ExportError(f"inputs must have the shape [batch, *input shape], got {list(array.shape)}")
+    return array
 
 
 def _start(executable: str | os.PathLike[str], size: int, data: bytes, what: str) -> bytes:
@@ -101,12 +106,13 @@ def run_arrays(source: str | os.PathLike[str], inputs: Sequence[np.ndarray]) -> 
     Args:
         source: the ``.c`` file; its header lies beside it.
         inputs: for each input an array of its size, for every run the same, or of a multiple of it, for a run each.
+            Where int8 stands in place of floats, floats are rounded.
 
     Returns:
-        For each output, by name, its elements in all runs, ``float32 [runs, size]`` or ``int32``.
+        For each output, by name, the model's numbers in all runs, ``[runs, size]``, ``float32`` or integers.
 
     Raises:
-        ExportError: the inputs are not those of the model, or it does not compile.
+        ExportError: the inputs are not those of the model, or do not fit its integers, or it does not compile.
     """
     interface = read_interface(Path(source).with_suffix(".h"))
     if len(inputs) != len(interface.inputs):
@@ -119,7 +125,8 @@ def run_arrays(source: str | os.PathLike[str], inputs: Sequence[np.ndarray]) -> 
                 f"input {argument.name!r} of {source} has {argument.size} elements, which {list(array.shape)} is no "
                 "multiple of"
             )
-        rows.append(np.ascontiguousarray(array, argument.dtype).reshape(-1, argument.size).view(np.uint8))
+        elements = np.ascontiguousarray(argument.elements(array))
+        rows.append(elements.reshape(-1, argument.size).view(np.uint8))
     counts = {len(row) for row in rows}
     runs = max(counts)
     if counts - {1, runs}:
@@ -129,10 +136,10 @@ def run_arrays(source: str | os.PathLike[str], inputs: Sequence[np.ndarray]) -> 
         executable = Path(folder, "model")
         build(source, executable)
         output = _start(executable, interface.input_size, data, f"{runs} inputs")
-    bounds = np.cumsum([4 * argument.size for argument in interface.outputs])
+    bounds = np.cumsum([argument.size * argument.dtype.itemsize for argument in interface.outputs])
     parts = np.split(np.frombuffer(output, np.uint8).reshape(runs, -1), bounds[:-1], 1)
     named = zip(interface.outputs, parts, strict=True)
-    return {argument.name: np.ascontiguousarray(part).view(argument.dtype) for argument, part in named}
+    return {a.name: a.numbers(np.ascontiguousarray(part).view(a.dtype)) for a, part in named}
 
 
 def run(
@@ -145,6 +152,9 @@ def run(
 ) -> np.ndarray:
     """Compile an exported model and run it on a batch; see :func:`build` and :func:`run_executable`.
 
+    A model with integers has one input and one output here, and takes and gives its own types, or floats where int8
+    stands in their place; for more of them there is :func:`run_arrays`.
+
     Example:
         >>> export_c(packed, x[:1], "model.c")  # doctest: +SKIP
         >>> logits = run("model.c", x)          # doctest: +SKIP
@@ -152,4 +162,12 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         executable = Path(folder, "model")
         build(source, executable, name=name, scratch=scratch, flags=flags)
-        return run_executable(executable, inputs)
+        interface = read_interface(Path(source).with_suffix(".h"))
+        if all(argument.dtype == np.float32 for argument in (*interface.inputs, *interface.outputs)):
+            return run_executable(executable, inputs)
+        if len(interface.inputs) != 1 or len(interface.outputs) != 1:
+            raise ExportError(f"{interface.prototype} has several arrays, some of integers: run_arrays runs it")
+        array, (given,), (made,) = _batch(inputs), interface.inputs, interface.outputs
+        data = given.elements(array).tobytes()
+        output = _start(executable, array[0].size, data, f"inputs {list(array.shape)}")
+        return made.numbers(np.frombuffer(output, made.dtype).reshape(len(array), -1).copy())

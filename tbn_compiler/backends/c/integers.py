@@ -7,6 +7,7 @@ What is imported says where values are brought to int8 (``Quantize``) and taken 
     max_pool(Dequantize(a))               Dequantize(max_pool(a)): what moves elements moves int8
     Quantize(s) . max_pool                max_pool . Quantize(s), where that is next to a producer
     Quantize(f(Dequantize(a)))            a table of 256 results
+    Quantize(f(Convert(bytes)))           the same: what a model makes of the pixels of a camera
 
 All of these give the same integers as the operations one by one, but for sums, means and layers, whose scales are
 numbers in fixed point: those round once, where the float form rounds each product and sum.
@@ -21,10 +22,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c import ir, tables
 from tbn_compiler.backends.c.geometry import inside
 from tbn_compiler.backends.c.tiled_int8 import why_float
 
@@ -323,40 +322,57 @@ def _look_up(operation: ir.Operation, view: _View) -> _Change | None:
     """A function of integers that gives integers has 256 results; so has a change of the scale."""
     if not isinstance(operation, ir.Quantize):
         return None
-    chain: list[ir.Unary] = []
+    chain: list[ir.Operation] = []
+    functions: list[tables.Function] = []
     value = operation.inputs[0]
-    while isinstance(step := view.maker.get(value), ir.Unary) and view.only_reader(value):
-        if step.function not in _FUNCTIONS or step.parameters:
+    while (source := view.maker.get(value)) is not None and (numbers := tables.numbers_of(source)) is None:
+        computed = [operand for operand in source.inputs if isinstance(operand, ir.Value)]
+        function = tables.function_of(source, computed[0]) if len(computed) == 1 else None
+        if function is None or not view.only_reader(value):
             return None
-        chain.insert(0, step)
-        value = step.inputs[0]
-    source = view.integers(value)
-    if source is None:
+        chain.insert(0, source)
+        functions.insert(0, function)
+        (value,) = computed
+    fits, axis = tables.common_axis(functions)
+    if source is None or numbers is None or not fits:
         return None
-    numbers = torch.arange(-128, 128, dtype=torch.float32) * source.scale
-    for step in chain:
-        numbers = _FUNCTIONS[step.function](numbers)
-    factor = float(np.float32(1) / np.float32(operation.scale))
-    results = torch.nan_to_num(torch.round(numbers * factor)).clamp(*operation.limits).to(torch.int8).numpy()
-    title = ", ".join(step.function for step in chain) or f"steps of {source.scale:.3g} to {operation.scale:.3g}"
+    results = tables.quantized(numbers, functions, operation.scale, operation.limits)
     table = ir.Constant(f"{operation.name}_table", results)
-    found = ir.Lookup(operation.name, operation.layer, source.inputs, operation.output, table, title)
-    return _Change((*chain, operation), (found,))
+    sizes, dim = ((operation.output.size,), None) if axis is None else ((axis.outer, axis.size, axis.inner), 1)
+    title = _title(source, chain, operation)
+    head = (operation.name, operation.layer, source.inputs, operation.output)
+    return _Change((*chain, operation), (ir.Lookup(*head, table, title, ir.Access.whole(sizes), dim),))
 
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "hardswish": torch.nn.functional.hardswish,
-    "hardsigmoid": torch.nn.functional.hardsigmoid,
-    "mish": torch.nn.functional.mish,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "abs": torch.abs,
-    "neg": torch.neg,
-    "square": torch.square,
-}
+def _title(source: ir.Operation, chain: Sequence[ir.Operation], result: ir.Quantize) -> str:
+    """What a table computes."""
+    if isinstance(source, ir.Convert):
+        return f"bytes to steps of {result.scale:.3g}"
+    names = [getattr(step, "function", "scale and shift").removesuffix("_scalar") for step in chain]
+    assert isinstance(source, ir.Dequantize)
+    return ", ".join(names) or f"steps of {source.scale:.3g} to {result.scale:.3g}"
+
+
+def _look_up_moved(operation: ir.Operation, view: _View) -> _Change | None:
+    """A table reads elements where they are, rather than from a copy in another order; or writes them in that order."""
+    before = view.maker.get(operation.inputs[0]) if isinstance(operation, ir.Lookup | ir.Strided) else None
+    if before is None or not view.only_reader(before.output):
+        return None
+    match before, operation:
+        case ir.Strided(), ir.Lookup(whole=True):
+            lookup, moved, seen = operation, before.access, ir.Access.whole(before.access.sizes)
+        case ir.Lookup(whole=True), ir.Strided():
+            lookup, moved, seen = before, operation.access, operation.access
+        case _:
+            return None
+    dim = None
+    if lookup.dim is not None:
+        dim = tables.dimension_of(ir.Axis.of(lookup.access.sizes, lookup.dim), seen)
+        if dim is None:
+            return None
+    head = (operation.name, operation.layer, before.inputs, operation.output)
+    return _Change((before, operation), (ir.Lookup(*head, lookup.table, lookup.title, moved, dim),))
+
 
 _RULES: tuple[_Rule, ...] = (
     _quantize_once,
@@ -366,6 +382,7 @@ _RULES: tuple[_Rule, ...] = (
     _average_integers,
     _sum_integers,
     _look_up,
+    _look_up_moved,
     _quantize_early,
     _write_integers,
 )

@@ -11,9 +11,18 @@ from typing import Any
 import numpy as np
 
 from tbn_compiler.backends.c.names import macro_prefix
+from tbn_compiler.backends.c.number_formats import from_int8, to_int8
 from tbn_compiler.errors import ExportError
 
-_DTYPES: dict[str, np.dtype[Any]] = {"float": np.dtype(np.float32), "int32_t": np.dtype(np.int32)}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float": np.dtype(np.float32),
+    "int32_t": np.dtype(np.int32),
+    "int8_t": np.dtype(np.int8),
+    "uint8_t": np.dtype(np.uint8),
+}
+# Name and scale of what is int8 in place of floats.
+_INT8_PORT = re.compile(r"^/\* (\w+): int8 in place of the model's floats.*\n#define \w+ ([-+.e\d]+)f?$", re.MULTILINE)
+_WORD = 4  # bytes; every array of several in one block begins at a whole one
 
 
 @dataclass(frozen=True)
@@ -23,12 +32,37 @@ class Argument:
     Attributes:
         name: of the parameter.
         size: number of elements.
-        dtype: ``float32`` or ``int32``.
+        dtype: ``float32``, ``int32``, ``int8`` or ``uint8``.
+        scale: of int8 in place of the model's floats; ``None``: it is what the model takes or gives.
     """
 
     name: str
     size: int
     dtype: np.dtype[Any]
+    scale: float | None = None
+
+    @property
+    def words(self) -> int:
+        """Number of words that it takes."""
+        return -(-self.size * self.dtype.itemsize // _WORD)
+
+    def elements(self, array: np.ndarray) -> np.ndarray:
+        """Numbers in the argument's type; floats are rounded where int8 stands in their place.
+
+        Raises:
+            ExportError: an integer argument does not hold one of them.
+        """
+        if self.scale is not None and array.dtype.kind == "f":
+            return to_int8(array, self.scale)
+        with np.errstate(invalid="ignore"):
+            found = array.astype(self.dtype)
+        if self.dtype.kind != "f" and not np.array_equal(found, array):
+            raise ExportError(f"{self.name!r} takes {self.dtype} elements, and these are others")
+        return found
+
+    def numbers(self, elements: np.ndarray) -> np.ndarray:
+        """The model's numbers: what elements of the argument's type stand for."""
+        return elements if self.scale is None else from_int8(elements, self.scale)
 
 
 @dataclass(frozen=True)
@@ -61,24 +95,49 @@ class Interface:
         return sum(argument.size for argument in self.outputs)
 
     @property
+    def input_words(self) -> int:
+        """Words that hold all inputs, each from a whole word on."""
+        return sum(argument.words for argument in self.inputs)
+
+    @property
+    def output_words(self) -> int:
+        """Words that hold all outputs, each from a whole word on."""
+        return sum(argument.words for argument in self.outputs)
+
+    @property
     def call(self) -> str:
-        """A call of the run function on ``input`` and ``output``, which hold all inputs and outputs in order."""
-        arguments = [f"(input) + {start}" for start in _starts(self.inputs)]
-        arguments += [f"(output) + {start}" for start in _starts(self.outputs)]
+        """A call of the run function on ``input`` and ``output``, arrays of words with all inputs and outputs."""
+        arguments = [f"(const void *)((input) + {start})" for start in _starts(self.inputs)]
+        arguments += [f"(void *)((output) + {start})" for start in _starts(self.outputs)]
         return f"{self.name}_run({', '.join([*arguments, '(scratch)'] if self.takes_scratch else arguments)})"
 
-    def require_floats(self) -> None:
-        """Refuse a model with other inputs or outputs.
+    def pack_inputs(self, vectors: np.ndarray) -> bytes:
+        """What ``input`` holds for each of some vectors, in which all inputs stand one behind the other.
 
         Raises:
-            ExportError: there is one of integers.
+            ExportError: an integer input does not hold what stands for it.
         """
-        if any(argument.dtype != np.float32 for argument in (*self.inputs, *self.outputs)):
-            raise ExportError(f"{self.prototype} takes other arrays than float: such a model cannot be measured")
+        rows = np.zeros((len(vectors), _WORD * self.input_words), np.uint8)
+        column = 0
+        for argument, start in zip(self.inputs, _starts(self.inputs), strict=True):
+            part = np.ascontiguousarray(argument.elements(vectors[:, column : column + argument.size]))
+            place = _WORD * start
+            rows[:, place : place + part.shape[1] * argument.dtype.itemsize] = part.view(np.uint8)
+            column += argument.size
+        return rows.tobytes()
+
+    def unpack_outputs(self, data: bytes) -> np.ndarray:
+        """``[vectors, elements]``: the numbers of all outputs in order, from what ``output`` held for each vector."""
+        rows = np.frombuffer(data, np.uint8).reshape(-1, _WORD * self.output_words)
+        parts = []
+        for argument, start in zip(self.outputs, _starts(self.outputs), strict=True):
+            end = _WORD * start + argument.size * argument.dtype.itemsize
+            parts.append(argument.numbers(np.ascontiguousarray(rows[:, _WORD * start : end]).view(argument.dtype)))
+        return np.concatenate(parts, 1)
 
 
 def _starts(arguments: Sequence[Argument]) -> list[int]:
-    return [sum(argument.size for argument in arguments[:index]) for index in range(len(arguments))]
+    return [sum(argument.words for argument in arguments[:index]) for index in range(len(arguments))]
 
 
 def read_interface(header: Path) -> Interface:
@@ -94,7 +153,8 @@ def read_interface(header: Path) -> Interface:
     except OSError as error:
         raise ExportError(f"cannot read the model's header {header}: {error.strerror}") from error
     found = re.search(r"^void (\w+)_run\(([^)]*)\);", text, re.MULTILINE)
-    sizes = {key: int(value) for key, value in re.findall(r"^#define (\w+) (\d+)", text, re.MULTILINE)}
+    sizes = {key: int(value) for key, value in re.findall(r"^#define (\w+) (\d+)(?=\s)", text, re.MULTILINE)}
+    scales = {name: float(scale) for name, scale in _INT8_PORT.findall(text)}
     if found is None:
         raise ExportError(f"{header} declares no function <name>_run: it is not a header of this compiler")
     name, parameters = found[1], [parameter.strip() for parameter in found[2].split(",")]
@@ -107,7 +167,8 @@ def read_interface(header: Path) -> Interface:
             if parts is None or parts[2] not in _DTYPES:
                 raise ExportError(f"{header}: {name}_run takes {parameter!r}: it is not a header of this compiler")
             size = sizes[f"{macro_prefix(name)}_{parts[3].upper()}_SIZE"]
-            (inputs if parts[1] else outputs).append(Argument(parts[3], size, _DTYPES[parts[2]]))
+            argument = Argument(parts[3], size, _DTYPES[parts[2]], scales.get(parts[3]))
+            (inputs if parts[1] else outputs).append(argument)
         scratch_bytes = sizes[f"{macro_prefix(name)}_SCRATCH_BYTES"] if takes_scratch else 0
     except KeyError as error:
         raise ExportError(f"{header} does not define {error.args[0]}: it is not a header of this compiler") from error

@@ -17,7 +17,7 @@ from tbn_compiler.backends.c.places import Window as Window
 from tbn_compiler.backends.c.places import row_major as row_major
 from tbn_compiler.tiling import TiledProduct, TileLayout
 
-DType = Literal["float32", "int32", "int8"]
+DType = Literal["float32", "int32", "int8", "uint8"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Value:
     """An array that exists while the model runs; ``name`` is its node in the exported graph.
 
     What is ``int64`` in PyTorch (indices) is ``int32`` here. ``int8`` are activations in a number format, from -127 to
-    127; the operations around them know their scale.
+    127, whose scale the operations around them know; or, as ``uint8``, an input of that type, which is only moved,
+    converted or looked up.
     """
 
     name: str
@@ -112,6 +113,11 @@ class Alias(Operation):
 @dataclass(frozen=True)
 class Copy(Operation):
     """The input's elements at another place; only the planner makes one."""
+
+
+@dataclass(frozen=True)
+class Convert(Operation):
+    """The same numbers in another type: from ``uint8`` or ``int8`` to ``int32``, and from these to ``float32``."""
 
 
 @dataclass(frozen=True)
@@ -367,12 +373,29 @@ class Dequantize(Operation):
 
 @dataclass(frozen=True)
 class Lookup(Operation):
-    """``int8 -> int8``: element ``x`` becomes ``table[x + 128]``; ``title`` says what that computes."""
+    """``int8`` or ``uint8`` to ``int8``: element ``x`` becomes ``table[x + 128]``, or ``table[x]`` if it is unsigned.
 
-    in_place: ClassVar[bool] = True
+    Attributes:
+        table: ``[places, 256]``.
+        title: what it computes, in a few words.
+        access: the elements, in the order of the result.
+        dim: the dimension of ``access`` along which each place has a table of its own; ``None``: there is one table.
+    """
 
     table: Constant
     title: str
+    access: Access
+    dim: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the elements are those of the input, in order."""
+        return self.access.in_order and not self.access.offset and self.output.size == self.inputs[0].size
+
+    @property
+    def overwritable(self) -> tuple[Operand, ...]:
+        """The input, if it is read in order."""
+        return self.inputs if self.whole else ()
 
 
 @dataclass(frozen=True)

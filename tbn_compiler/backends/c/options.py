@@ -25,6 +25,7 @@ class Options:
         target: the processor that costs are estimated for; the C stays portable.
         skip_zeros: let kernels skip inputs that are 0, which makes the run time depend on the data.
         layer_hook: call the macro ``<NAME>_LAYER_HOOK(index, layer)`` after every step.
+        int8_inputs, int8_outputs: take and give int8 in place of floats.
 
     Raises:
         ExportError: a value that is not one of the choices, or a name that is no C identifier.
@@ -36,6 +37,8 @@ class Options:
     target: Target = "generic"
     skip_zeros: bool = False
     layer_hook: bool = False
+    int8_inputs: bool = False
+    int8_outputs: bool = False
 
     def __post_init__(self) -> None:
         """Check every value."""

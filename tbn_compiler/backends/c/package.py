@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tbn_compiler.backends.c.emit import emit_header, emit_package_file, emit_source
-from tbn_compiler.backends.c.plan import Plan
+from tbn_compiler.backends.c.number_formats import from_int8, to_int8
+from tbn_compiler.backends.c.plan import Plan, Port
 from tbn_compiler.errors import ExportError
 from tbn_compiler.files import replacing
 from tbn_compiler.torch_private import tree_leaves
@@ -26,7 +27,7 @@ class Vectors:
     """One input of a model and what PyTorch gives for it, an array for each parameter of the run function.
 
     Attributes:
-        inputs, outputs: flat arrays, ``float32`` or ``int32``.
+        inputs, outputs: flat arrays, in the types of the parameters.
     """
 
     inputs: tuple[np.ndarray, ...]
@@ -41,12 +42,14 @@ class Vectors:
         )
 
 
-def compute_vectors(module: nn.Module, inputs: Sequence[Tensor]) -> Vectors:
-    """Run a module in evaluation mode.
+def compute_vectors(module: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Vectors:
+    """Run a module in evaluation mode, for the parameters of a plan that was made from it.
 
     Raises:
         ExportError: an output is not finite, so that it cannot be compared.
     """
+    stored = tuple(_flat(tensor, port) for tensor, port in zip(inputs, plan.inputs, strict=True))
+    inputs = [_as_stored(*given) for given in zip(inputs, stored, plan.inputs, strict=True)]
     training = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -58,12 +61,21 @@ def compute_vectors(module: nn.Module, inputs: Sequence[Tensor]) -> Vectors:
     for index, output in enumerate(outputs):
         if output.is_floating_point() and not output.isfinite().all():
             raise ExportError(f"output {index} of the example inputs is not finite: a self-test needs other inputs")
-    return Vectors(tuple(map(_flat, inputs)), tuple(map(_flat, outputs)))
+    return Vectors(stored, tuple(_flat(tensor, port) for tensor, port in zip(outputs, plan.outputs, strict=True)))
 
 
-def _flat(tensor: Tensor) -> np.ndarray:
-    array = tensor.detach().cpu().flatten().numpy()
-    return array.astype(np.float32 if tensor.is_floating_point() else np.int32)
+def _flat(tensor: Tensor, port: Port) -> np.ndarray:
+    array: np.ndarray = tensor.detach().cpu().flatten().numpy()
+    if port.format is not None and port.format.single_scale is not None:
+        return to_int8(array, port.format.single_scale)
+    return array.astype(port.value.dtype)
+
+
+def _as_stored(tensor: Tensor, stored: np.ndarray, port: Port) -> Tensor:
+    """An input of the model with what its stored form can hold."""
+    if port.format is None or port.format.single_scale is None:
+        return tensor
+    return torch.from_numpy(from_int8(stored, port.format.single_scale)).reshape(tensor.shape)
 
 
 def check_source_path(path: Path) -> None:

@@ -46,6 +46,11 @@ class Axis:
     size: int
     inner: int
 
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dim: int) -> Axis:
+        """A dimension of an array."""
+        return cls(math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :]))
+
 
 @dataclass(frozen=True)
 class Window:

@@ -27,6 +27,7 @@ from tbn_compiler.backends.c.memory import (
     share_storage,
 )
 from tbn_compiler.backends.c.names import KEYWORDS, SymbolTable
+from tbn_compiler.backends.c.number_formats import give_int8, number_formats, take_int8
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.plan import (
     At,
@@ -45,14 +46,17 @@ from tbn_compiler.backends.c.plan import (
 from tbn_compiler.backends.c.registry import Context, implement
 
 # Parameters and counters that the printer makes up; templates hold the other names.
-_LOCAL_NAMES = ("input", "output", "memory", "integers", "bytes", "i", "j")
+_LOCAL_NAMES = ("input", "output", "memory", "integers", "bytes", "octets", "i", "j")
 
 assert kernels  # imported so that the implementations are registered
 
 
 def build_plan(graph: ir.Graph, options: Options) -> Plan:
     """Plan the program for a graph."""
+    graph = take_int8(graph) if options.int8_inputs else graph
+    graph = give_int8(graph) if options.int8_outputs else graph
     simplified, results = simplify(graph)
+    formats = number_formats(graph)
     parts = resolve_parts(simplified)
     operations = [operation for operation in simplified if not isinstance(operation, ir.Part)]
     context = Context(options)
@@ -72,10 +76,10 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
     pointers = memory.pointers | {constant: f"{options.name}_{symbol}" for constant, symbol in stored.items()}
     return Plan(
         options=options,
-        inputs=inputs,
+        inputs=tuple(replace(port, format=form) for port, form in zip(inputs, formats[0], strict=True)),
         outputs=tuple(
-            Port(port.name, ir.Value(port.value.name, value.shape, port.value.dtype))
-            for port, value in zip(outputs, graph.outputs, strict=True)
+            Port(port.name, ir.Value(port.value.name, value.shape, port.value.dtype), form)
+            for port, value, form in zip(outputs, graph.outputs, formats[1], strict=True)
         ),
         steps=tuple(
             Step(

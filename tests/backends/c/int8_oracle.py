@@ -40,7 +40,9 @@ def _run(operation: ir.Operation, *inputs: Tensor) -> Tensor:
         case ir.Dequantize():
             return x.float() * float(np.float32(operation.scale))
         case ir.Lookup():
-            return torch.from_numpy(operation.table.array).long()[x + 128]
+            return _lookup(operation, x)
+        case ir.Convert():
+            return x.float() if operation.output.dtype == "float32" else x.long()
         case ir.RescaledSum():
             return _sum(operation, x, inputs[1])
         case ir.IntegerMean():
@@ -63,7 +65,9 @@ def _run(operation: ir.Operation, *inputs: Tensor) -> Tensor:
             return found[..., : window.output[0], : window.output[1]].to(x.dtype)
         case ir.Strided() | ir.Copy():
             access = operation.access if isinstance(operation, ir.Strided) else ir.Access.whole(operation.output.shape)
-            return torch.as_strided(x.contiguous(), access.sizes, access.strides, access.offset)
+            return _elements(x, access)
+        case ir.Part():
+            return x.flatten()[operation.offset : operation.offset + operation.output.size]
         case ir.Pad():
             result = torch.full((operation.output.size,), operation.value).to(x.dtype)
             torch.as_strided(result, operation.result.sizes, operation.result.strides, operation.result.offset).copy_(
@@ -74,6 +78,25 @@ def _run(operation: ir.Operation, *inputs: Tensor) -> Tensor:
             parts = [part.reshape(operation.outer, -1) for part in inputs]
             return torch.cat(parts, 1)
     raise AssertionError(f"the oracle does not know {operation}")
+
+
+def _lookup(operation: ir.Lookup, x: Tensor) -> Tensor:
+    """Element by element: the place of each in its own table."""
+    first = 0 if operation.inputs[0].dtype == "uint8" else 128  # type: ignore[union-attr]
+    elements = _elements(x, operation.access).long()
+    places = torch.zeros_like(elements)
+    if operation.dim is not None:
+        places = places.movedim(operation.dim, -1).add(torch.arange(elements.shape[operation.dim]))
+        places = places.movedim(-1, operation.dim)
+    return torch.from_numpy(operation.table.array.copy()).long()[places, first + elements]
+
+
+def _elements(x: Tensor, access: ir.Access) -> Tensor:
+    """What an access reads; strides may be negative."""
+    places = torch.full(access.sizes, access.offset)
+    for dim, (size, step) in enumerate(zip(access.sizes, access.strides, strict=True)):
+        places += (torch.arange(size) * step).reshape(size, *(1,) * (len(access.sizes) - dim - 1))
+    return x.flatten()[places]
 
 
 def requantized(sums: Tensor, ratio: float, addend: float, largest_sum: int, limits: tuple[int, int]) -> Tensor:

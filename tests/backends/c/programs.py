@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tbn_compiler.backends.c import Plan, export_c, host
+from tbn_compiler.backends.c.number_formats import to_int8
+from tbn_compiler.backends.c.plan import C_TYPES, Port
 from tests.backends.c.toolchain import WARNINGS, sanitizer_flags
-
-_TYPES = {"float32": ("float", np.float32), "int32": ("int32_t", np.int32)}
 
 
 @dataclass(repr=False)
@@ -118,26 +118,35 @@ def _run(networks: Sequence[Network], folder: Path) -> list[list[list[np.ndarray
     compiled = subprocess.run(command, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr[:5000]
     data = b"".join(
-        value.numpy().astype(_TYPES["float32" if value.is_floating_point() else "int32"][1]).tobytes()
+        _elements(value, port).tobytes()
         for network in networks
         for sample in network.samples
-        for value in sample
+        for value, port in zip(sample, _plan(network).inputs, strict=True)
     )
     ran = subprocess.run([str(executable)], input=data, capture_output=True)
     assert ran.returncode == 0, ran.stderr.decode(errors="replace")[:5000]
     rest = ran.stdout
     results: list[list[list[np.ndarray]]] = []
     for network in networks:
-        assert network.plan is not None
         results.append([])
         for _ in network.samples:
             arrays = []
-            for port in network.plan.outputs:
-                arrays.append(np.frombuffer(rest, _TYPES[port.value.dtype][1], port.value.size).copy())
+            for port in _plan(network).outputs:
+                arrays.append(np.frombuffer(rest, port.value.dtype, port.value.size).copy())
                 rest = rest[port.value.nbytes :]
             results[-1].append(arrays)
     assert not rest
     return results
+
+
+def _elements(value: Tensor, port: Port) -> np.ndarray:
+    scale = None if port.format is None else port.format.single_scale
+    return value.numpy().astype(port.value.dtype) if scale is None else to_int8(value.numpy(), scale)
+
+
+def _plan(network: Network) -> Plan:
+    assert network.plan is not None
+    return network.plan
 
 
 def _main(networks: Sequence[Network]) -> str:
@@ -152,13 +161,12 @@ def _main(networks: Sequence[Network]) -> str:
         "{",
     ]
     for network in networks:
-        plan = network.plan
-        assert plan is not None
+        plan = _plan(network)
         ports = (*plan.inputs, *plan.outputs)
         names = [f"p{number}" for number in range(len(ports))]
         lines.append(f"    for (int i = 0; i < {len(network.samples)}; ++i) {{")
         for name, port in zip(names, ports, strict=True):
-            kind = _TYPES[port.value.dtype][0]
+            kind = C_TYPES[port.value.dtype]
             lines.append(f"        {kind} *{name} = ({kind} *)take({port.value.nbytes});")
         lines += [f"        get({n}, {p.value.nbytes});" for n, p in zip(names, plan.inputs, strict=False)]
         arguments = list(names)

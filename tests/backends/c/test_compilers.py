@@ -15,9 +15,11 @@ from torch import nn
 
 import tbn_compiler as tbn
 from tbn_compiler.backends.c import emit, export_c, host
+from tests.backends.c.test_bytes import READINGS, prepare, small_network
 from tests.backends.c.test_emit import everything
 from tests.backends.c.test_float_kernels import Layers, sample
 from tests.backends.c.test_int8 import CASES, imported
+from tests.backends.c.test_integer_ports import BYTES, SIGNED, UNSIGNED, Moved
 from tests.backends.c.test_numerics import CONV_TILINGS
 from tests.backends.c.test_operators import FAMILIES, IMAGE, LAYERS, Family, Lookup, with_statistics
 from tests.backends.c.toolchain import WARNINGS
@@ -53,6 +55,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         "floats": (Layers().eval(), sample()),
         "floats_size": (Layers().eval(), sample()),
         "linear": (everything(), (torch.zeros(1, 8),)),
+        "bytes": (Moved(), (UNSIGNED.reshape(1, 16, 16),)),
+        "signed_bytes": (Moved(), (SIGNED.reshape(1, 16, 16),)),
+        "indices": (Moved(), (BYTES.reshape(1, 16, 16),)),
         "lookup": (Lookup(), (torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, 8))),
         "copy": (nn.Identity(), (torch.zeros(1, 8),)),
     }
@@ -60,6 +65,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         f"int8_{index}": (imported(name)[0], imported(name)[1][0])
         for index, (name, case) in enumerate(CASES.items())
         if case.intermediates or "depthwise" in name or "inside" in name
+    }
+    networks |= {
+        f"reading_{index}": (module, samples[0])
+        for index, (module, samples) in enumerate(prepare(reading, small_network()) for reading in READINGS.values())
     }
     used: set[str] = set()
     for index, (name, (module, inputs)) in enumerate(networks.items()):

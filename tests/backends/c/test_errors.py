@@ -58,7 +58,7 @@ def test_an_unsupported_operator_is_named_with_shapes_layer_and_what_is_supporte
         (lambda m, x: nn.functional.interpolate(x[None], scale_factor=1.7), "does not take pixels evenly"),
         (lambda m, x: torch.linalg.vector_norm(x, 3), "a norm of order 3 is not 1 or 2"),
         (lambda m, x: x.argmax(-1) + 1, "holds integers"),
-        (lambda m, x: x.argmax(-1).float(), "turns int32 into float32"),
+        (lambda m, x: x.long(), "turns float32 into int32"),
         (lambda m, x: x > 0, "does not support this operator"),
         (lambda m, x: torch.roll(x, (1, 1), (0, 1)), "rolls 2 dimensions at once"),
         (lambda m, x: x.double(), "gives torch.float64; export in float32"),

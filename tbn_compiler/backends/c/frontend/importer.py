@@ -36,7 +36,12 @@ from tbn_compiler.graph.records import get_records
 from tbn_compiler.ops.schemas import INT8_TINY
 
 _aten, _tbn = torch.ops.aten, torch.ops.tbn
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_DTYPES: dict[torch.dtype, ir.DType] = {
+    torch.float32: "float32",
+    torch.uint8: "uint8",
+    torch.int8: "int8",
+    **dict.fromkeys((torch.int64, torch.int32, torch.int16), "int32"),
+}
 
 
 def import_graph(module: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> ir.Graph:
@@ -197,17 +202,17 @@ class Importer:
         return tuple(values)
 
     def value_of(self, node: fx.Node) -> ir.Value:
-        """The value that a node makes: ``float32``, or ``int32`` for integers."""
+        """The value that a node makes: ``float32``, bytes as they are, or ``int32`` for other integers."""
         val = node.meta.get("val")
         if not isinstance(val, Tensor):
             raise self.unsupported(node, "it gives no single tensor")
-        if val.dtype != torch.float32 and val.dtype not in _INTEGERS:
+        if val.dtype not in _DTYPES:
             raise self.unsupported(node, f"it gives {val.dtype}; export in float32 (module.float())")
         if not all(isinstance(size, int) for size in val.shape):
             raise self.unsupported(node, "its shape is dynamic")
         if 0 in val.shape:
             raise self.unsupported(node, "it gives an empty tensor")
-        return ir.Value(node.name, tuple(val.shape), "float32" if val.dtype == torch.float32 else "int32")
+        return ir.Value(node.name, tuple(val.shape), _DTYPES[val.dtype])
 
     def head(self, node: fx.Node, *inputs: Any, layer: str | None = None, integers: bool = False) -> dict[str, Any]:
         """The fields that all operations share.

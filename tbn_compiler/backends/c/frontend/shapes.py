@@ -14,13 +14,25 @@ from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.frontend.elementwise import binary, broadcast
 from tbn_compiler.backends.c.frontend.importer import Importer
 from tbn_compiler.backends.c.frontend.registry import Arguments, converts, converts_results
+from tbn_compiler.backends.c.move_instances import CONVERTED
 
 _aten = torch.ops.aten
 
 
+@converts(_aten._to_copy.default)
+def _convert(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    head = importer.head(node, args["self"], integers=True)
+    (source,) = head["inputs"]
+    before, after = source.dtype if isinstance(source, ir.Value) else "float32", head["output"].dtype
+    if before == after:
+        return ir.Alias(**head)
+    if (before, after) not in CONVERTED:
+        raise importer.unsupported(node, f"it turns {before} into {after}")
+    return ir.Convert(**head)
+
+
 # The same elements under another shape. Dropout in evaluation arrives as a clone.
 @converts(
-    _aten._to_copy.default,
     _aten._unsafe_view.default,
     _aten.alias.default,
     _aten.clone.default,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.move_instances import conversion_name, move_name
 from tbn_compiler.backends.c.plan import At, Call, Implementation, Struct
 from tbn_compiler.backends.c.registry import Context, implements
 
@@ -13,8 +14,17 @@ MAX_RANK = 6  # of an access, once neighbouring dimensions are merged; the size 
 
 @implements(ir.Copy)
 def _copy(operation: ir.Copy, context: Context) -> Implementation:
-    call = Call("copy", (*operation.inputs, operation.output, operation.output.size))
-    return context.implementation("copy", (call,), {"copy": operation.output.size})
+    call = Call(typed("copy", operation), (*operation.inputs, operation.output, operation.output.size))
+    return context.implementation("copy", (call,), {"copy": operation.output.nbytes / 4})
+
+
+@implements(ir.Convert)
+def _convert(operation: ir.Convert, context: Context) -> Implementation:
+    (source,), size = operation.inputs, operation.output.size
+    assert isinstance(source, ir.Value)
+    kernel = conversion_name(source.dtype, operation.output.dtype)
+    call = Call(kernel, (source, operation.output, size))
+    return context.implementation(f"{source.dtype} to {operation.output.dtype}", (call,), {kernel: size})
 
 
 @implements(ir.Unary)
@@ -32,11 +42,11 @@ def _binary(operation: ir.Binary, context: Context) -> Implementation:
     size = operation.output.size
     pointers = (At(operation.inputs[0], a.offset), At(operation.inputs[1], b.offset), operation.output)
     if a.in_order and b.in_order:
-        call, moves = Call(operation.function, (*pointers, size)), {}
+        call, work = Call(operation.function, (*pointers, size)), {}
     else:
         loops = nest(operation.layer, a, b, _result(a))
-        call, moves = Call(f"broadcast_{operation.function}", (loops, *pointers)), _moves("broadcast", loops)
-    return context.implementation(operation.function, (call,), {operation.function: size, **moves})
+        call, work = Call(f"broadcast_{operation.function}", (loops, *pointers)), moves("broadcast", loops)
+    return context.implementation(operation.function, (call,), {operation.function: size, **work})
 
 
 @implements(ir.ChannelAffine)
@@ -53,7 +63,7 @@ def _strided(operation: ir.Strided, context: Context) -> Implementation:
     access, (source,) = operation.access, operation.inputs
     loops = nest(operation.layer, access, _result(access))
     call = Call(typed("strided_copy", operation), (loops, At(source, access.offset), operation.output))
-    return context.implementation("rearrange", (call,), _moves(call.kernel, loops))
+    return context.implementation("rearrange", (call,), moves(_unit("strided_copy", operation), loops))
 
 
 @implements(ir.Pad)
@@ -64,7 +74,7 @@ def _pad(operation: ir.Pad, context: Context) -> Implementation:
     fill = Call(typed("fill", operation), (value, operation.output, size))
     loops = nest(operation.layer, source, result)
     copy = Call(typed("strided_copy", operation), (loops, *operation.inputs, At(operation.output, result.offset)))
-    work = {fill.kernel: size, **_moves(copy.kernel, loops)}
+    work = {_unit("fill", operation): size, **moves(_unit("strided_copy", operation), loops)}
     return context.implementation(f"pad with {operation.value:g}", (fill, copy), work)
 
 
@@ -80,16 +90,21 @@ def _concat(operation: ir.Concat, context: Context) -> Implementation:
     return context.implementation(f"concatenate {len(calls)}", tuple(calls), work)
 
 
-def _moves(kernel: str, loops: Struct) -> dict[str, float]:
-    """The work of a kernel that follows loops: for each element, and each end of an innermost loop."""
+def moves(unit: str, loops: Struct, times: int = 1) -> dict[str, float]:
+    """The work of calls of a kernel that follows loops: for each element, and each end of an innermost loop."""
     ((_, sizes),) = [field for field in loops.fields if field[0] == "size"]
     assert isinstance(sizes, tuple)
-    return {kernel: math.prod(sizes), f"{kernel}.row": math.prod(sizes[:-1])}
+    return {unit: times * math.prod(sizes), f"{unit}.row": times * math.prod(sizes[:-1])}
+
+
+def _unit(kernel: str, operation: ir.Operation) -> str:
+    """The unit of the work of a kernel that moves elements: there are two, for four bytes and for one."""
+    return kernel if operation.output.dtype in ("float32", "int32") else move_name(kernel, "int8")
 
 
 def typed(kernel: str, operation: ir.Operation) -> str:
-    """The kernel for the elements that an operation moves: those of four bytes, or int8."""
-    return f"{kernel}_int8" if operation.output.dtype == "int8" else kernel
+    """The kernel for the type of elements that an operation moves."""
+    return move_name(kernel, operation.output.dtype)
 
 
 def _result(access: ir.Access) -> ir.Access:

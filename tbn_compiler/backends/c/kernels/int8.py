@@ -7,8 +7,11 @@ import math
 import numpy as np
 
 from tbn_compiler.backends.c import ir
-from tbn_compiler.backends.c.plan import Call, Implementation
+from tbn_compiler.backends.c.kernels.elementwise import moves, nest
+from tbn_compiler.backends.c.move_instances import lookup_name
+from tbn_compiler.backends.c.plan import At, Call, Implementation
 from tbn_compiler.backends.c.registry import Context, implements
+from tbn_compiler.backends.c.tables import BYTES
 from tbn_compiler.backends.c.tiled_int8 import fixed_point
 
 _FACTOR_BITS = 22  # of the larger factor in a sum: two products of it with 127, and a half, stay within 31 bits
@@ -31,9 +34,30 @@ def _dequantize(operation: ir.Dequantize, context: Context) -> Implementation:
 
 @implements(ir.Lookup)
 def _lookup(operation: ir.Lookup, context: Context) -> Implementation:
-    size = operation.output.size
-    call = Call("int8_lookup", (*operation.inputs, operation.table, operation.output, size))
-    return context.implementation(f"{operation.title} by table", (call,), {"int8_lookup": size})
+    (source,), table, output, access = operation.inputs, operation.table, operation.output, operation.access
+    assert isinstance(source, ir.Value)
+    dim, places = operation.dim, table.shape[0]
+    axis = ir.Axis.of(access.sizes, dim) if dim is not None else ir.Axis(1, 1, output.size)
+    work: dict[str, float] = {"int8_lookup": output.size}
+    tables_by_place = At(table, inner_stride=BYTES)
+    if operation.whole and axis.inner > 1:
+        x, y = (At(value, stride=places * axis.inner, inner_stride=axis.inner) for value in (source, output))
+        kernel = lookup_name(source.dtype, strided=False)
+        call = Call(kernel, (x, tables_by_place, y, axis.inner), repeat=axis.outer, inner=places)
+    else:
+        made = ir.Access.whole(access.sizes)
+        loops = nest(operation.layer, _one_place(access, dim), _one_place(made, dim))
+        steps = (0, 0) if dim is None else (access.strides[dim], made.strides[dim])
+        x, y = At(source, access.offset, inner_stride=steps[0]), At(output, inner_stride=steps[1])
+        call = Call(lookup_name(source.dtype, strided=True), (loops, x, tables_by_place, y), inner=places)
+        work |= moves("strided_copy_int8", loops, places)
+    return context.implementation(f"{operation.title} by table", (call,), work)
+
+
+def _one_place(access: ir.Access, dim: int | None) -> ir.Access:
+    """What an access reads at one place of a dimension."""
+    kept = [d for d in range(len(access.sizes)) if d != dim]
+    return ir.Access(tuple(access.sizes[d] for d in kept), tuple(access.strides[d] for d in kept))
 
 
 @implements(ir.RescaledSum)

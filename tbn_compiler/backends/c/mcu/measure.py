@@ -46,7 +46,7 @@ class Measurement:
         flash_bytes: code, constants and initial values, with what they pull in from the C library.
         static_bytes: static variables and the scratch memory that the caller provides; without input and output.
         stack_bytes: stack below the caller of the run function.
-        outputs: ``float32 [inputs, output elements]``.
+        outputs: ``[inputs, output elements]``, ``float32`` or integers.
         max_error: largest difference from the expected outputs, ``None`` without them.
     """
 
@@ -93,7 +93,6 @@ def measure(
         )
     source = Path(source).resolve()
     interface = read_interface(source.with_suffix(".h"))
-    interface.require_floats()
     vectors = _vectors(inputs, interface.input_size, "inputs")
     wanted = None if expected is None else _vectors(expected, interface.output_size, "expected outputs")
     if wanted is not None and len(wanted) != len(vectors):
@@ -116,7 +115,7 @@ def measure(
 
 
 def _vectors(array: Any, size: int, what: str) -> np.ndarray:
-    values = np.asarray(torch.as_tensor(array).detach().cpu().numpy(), np.float32)
+    values = torch.as_tensor(array).detach().cpu().numpy()
     if values.ndim == 0 or len(values) == 0 or values[0].size != size:
         raise ExportError(f"{what} must have {size} elements for each vector, got the shape {list(values.shape)}")
     return np.ascontiguousarray(values.reshape(len(values), size))
@@ -193,8 +192,8 @@ def _link(
         board.define: "1",
         "MODEL_HEADER": f'"{source.with_suffix(".h").name}"',
         "MODEL_RUN(input, output, scratch)": interface.call,
-        "MODEL_INPUT_SIZE": interface.input_size,
-        "MODEL_OUTPUT_SIZE": interface.output_size,
+        "MODEL_INPUT_WORDS": interface.input_words,
+        "MODEL_OUTPUT_WORDS": interface.output_words,
         "MODEL_SCRATCH_BYTES": interface.scratch_bytes,
     }
     command = [
@@ -217,7 +216,7 @@ def _sizes(program: Path) -> tuple[int, int]:
 
 def _run(folder: Path, board: Board, interface: Interface, vectors: np.ndarray) -> _Run:
     """Run the program."""
-    (folder / "input.bin").write_bytes(vectors.tobytes())
+    (folder / "input.bin").write_bytes(interface.pack_inputs(vectors))
     command = [
         *(_EMULATOR, "-machine", board.machine, "-nographic", "-monitor", "none", "-serial", "none"),
         *("-icount", f"shift={ICOUNT_SHIFT}", "-semihosting-config", "enable=on,target=native"),
@@ -229,7 +228,7 @@ def _run(folder: Path, board: Board, interface: Interface, vectors: np.ndarray) 
         raise ExportError(f"{_EMULATOR} did not end within {_TIMEOUT_SECONDS} s; give it fewer inputs") from None
     if result.returncode:
         raise ExportError(f"the model stopped on {board.machine}: {(result.stdout + result.stderr).strip()}")
-    outputs = np.fromfile(folder / "output.bin", np.float32).reshape(-1, interface.output_size)
+    outputs = interface.unpack_outputs((folder / "output.bin").read_bytes())
     measured = np.fromfile(folder / "measured.bin", np.uint32).reshape(-1, 2)
     if len(measured) != len(vectors):
         raise ExportError(f"{_EMULATOR} ran {len(measured)} of {len(vectors)} inputs: {result.stderr.strip()}")

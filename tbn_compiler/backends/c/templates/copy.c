@@ -1,5 +1,3 @@
 {# headers: string.h #}
-static void {{ name }}_copy(const float *x, float *y, size_t size)
-{
-    memcpy(y, x, size * sizeof(float));
-}
+{% set kernel, element = "copy", "float" %}
+{% include "loops/copy.c" %}

@@ -1,3 +1,3 @@
 {# needs: nest2 #}
-{% set kernel, element = "strided_copy", "float" %}
+{% set kernel, element, index = "strided_copy", "float", none %}
 {% include "loops/strided_copy.c" %}

@@ -2,10 +2,10 @@
  * Runs a model on the vectors of a file and measures each run. Given on the command line of the compiler:
  *   MODEL_HEADER                      the model's header
  *   MODEL_RUN(input, output, scratch) a call of the model; input and output hold all its inputs and outputs, one behind
- *                                     the other
- *   MODEL_INPUT_SIZE, MODEL_OUTPUT_SIZE elements of them; MODEL_SCRATCH_BYTES memory that the caller provides
+ *                                     the other, each from a whole word on
+ *   MODEL_INPUT_WORDS, MODEL_OUTPUT_WORDS size of them; MODEL_SCRATCH_BYTES memory that the caller provides
  *
- * Reads input.bin, vectors of float. Writes output.bin, their results, and measured.bin: two words for each vector,
+ * Reads input.bin, what input holds for each vector. Writes output.bin, their results, and measured.bin: two words for each vector,
  * timer ticks and bytes of stack.
  */
 #include MODEL_HEADER
@@ -14,8 +14,8 @@
 #include "timer.h"
 
 /* An array needs an element. */
-static float input[MODEL_INPUT_SIZE];
-static float output[MODEL_OUTPUT_SIZE];
+static uint32_t input[MODEL_INPUT_WORDS];
+static uint32_t output[MODEL_OUTPUT_WORDS];
 static double scratch[MODEL_SCRATCH_BYTES / sizeof(double) + 1]; /* of the largest alignment that a model asks for */
 
 extern uint32_t bss_end[];

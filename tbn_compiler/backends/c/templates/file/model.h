@@ -14,7 +14,18 @@
 #define {{ macro }}_WEIGHT_BYTES {{ plan.weight_bytes }}
 #define {{ macro }}_TOTAL_BYTES {{ plan.total_bytes }}
 
-{% if plan.uses_int32 %}
+{% for port in plan.inputs + plan.outputs if port.format %}
+{% set format, many = port.format, port.format.scales | length > 1 %}
+{% if format.replaces_floats %}
+/* {{ port.name }}: int8 in place of the model's floats, which are scale * (element - zero point); from -127 to 127. */
+{% else %}
+/* {{ port.name }}: the model makes scale * (element - zero point) of its bytes{{ ", for each channel" if many }}. */
+{% endif %}
+#define {{ macro }}_{{ port.name.upper() }}_SCALE{{ "S" if many }} {{ format.scales | floats }}
+#define {{ macro }}_{{ port.name.upper() }}_ZERO_POINT{{ "S" if many }} {{ format.zero_points | floats }}
+
+{% endfor %}
+{% if plan.takes_integers %}
 #include <stdint.h>
 
 {% endif %}
