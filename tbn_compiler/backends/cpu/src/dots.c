@@ -57,7 +57,7 @@ struct call {
 
 /* Buffers of one thread. */
 struct buffers {
-    const uint8_t **tiles;
+    const uint8_t **tiles; /* as struct tbn_dot has them, [limb] */
     int8_t *weights; /* of two blocks */
     int32_t *z;      /* [column group][limb][tile][input][row]; floats once limbs are put together */
 };
@@ -67,18 +67,37 @@ static size_t z_size(const struct call *call, size_t tiles) {
     return tiles * TBN_DOT_INPUTS * call->blocks * TBN_DOT_ROWS;
 }
 
+/* Pointers of `tiles` tiles. */
+static size_t pointers(const struct call *call, size_t tiles) {
+    return call->dots->gathers ? tiles * TBN_DOT_INPUTS : tiles;
+}
+
 static size_t take_buffers(const struct call *call, char *base, struct buffers *buffers) {
     struct tbn_scratch scratch = {base, 0};
-    buffers->tiles = tbn_take(&scratch, call->limbs * call->tiles * sizeof *buffers->tiles);
+    buffers->tiles = tbn_take(&scratch, call->limbs * pointers(call, call->tiles) * sizeof *buffers->tiles);
     buffers->weights = tbn_take(&scratch, 2 * call->steps * TBN_DOT_STEP);
     buffers->z = tbn_take(&scratch, call->mixes * z_size(call, call->limbs * call->tiles) * sizeof(int32_t));
     return scratch.used;
 }
 
+/* Fills tiles that are gathered up, behind `count` inputs: with the last one, then with none. */
+static void fill_up(const uint8_t **tiles, size_t count) {
+    for (; count % TBN_DOT_GATHERED; count++)
+        tiles[count] = tiles[count - 1];
+    for (; count % TBN_DOT_INPUTS; count++)
+        tiles[count] = NULL;
+}
+
+/* `apart` bytes further on, if there is anything. */
+static const uint8_t *moved(const uint8_t *input, size_t apart) {
+    return input ? input + apart : NULL;
+}
+
 /* Where the tiles of the other limbs begin, behind `tiles` tiles of the first one. */
 static void find_limbs(const struct call *call, const struct buffers *buffers, size_t tiles) {
-    for (size_t i = tiles; i < call->limbs * tiles; i++)
-        buffers->tiles[i] = buffers->tiles[i - tiles] + call->limb_bytes;
+    const size_t count = pointers(call, tiles);
+    for (size_t i = count; i < call->limbs * count; i++)
+        buffers->tiles[i] = moved(buffers->tiles[i - count], call->limb_bytes);
 }
 
 /*
@@ -101,9 +120,12 @@ static void multiply(const struct call *call, const struct buffers *buffers, con
             .weights = buffers->weights,
             .z = buffers->z + mix * z_mix,
         };
+        /* The last tile of a limb may not be filled, but all of it is mixed. */
+        for (size_t limb = 1; call->mixes > 1 && limb <= call->limbs; limb++)
+            memset(job.z + limb * z_size(call, tiles) - z_size(call, 1), 0, z_size(call, 1) * sizeof(int32_t));
         call->dots->multiply(&job);
-        for (size_t tile = 0; mix + 1 < call->mixes && tile < count; tile++)
-            buffers->tiles[tile] += apart;
+        for (size_t i = 0; mix + 1 < call->mixes && i < pointers(call, count); i++)
+            buffers->tiles[i] = moved(buffers->tiles[i], apart);
     }
     call->kernels->mix_i32(buffers->z, call->mixes, z_mix);
     for (size_t mix = 0; call->limbs > 1 && mix < call->mixes; mix++)
@@ -111,23 +133,43 @@ static void multiply(const struct call *call, const struct buffers *buffers, con
                             corrections + mix * call->rows, call->rows, tiles * TBN_DOT_INPUTS);
 }
 
+/* Tiles of `rows` output rows: where they do not gather, each row has its own. */
+static size_t band_tiles(const struct call *call, size_t rows) {
+    return call->dots->gathers ? tbn_ceil_divide(rows * call->out_width, TBN_DOT_INPUTS)
+                               : rows * tbn_ceil_divide(call->out_width, TBN_DOT_INPUTS);
+}
+
+/* Where the tiles of output rows from `first_row` on lie in an image. */
+static void find_tiles(const struct call *call, const uint8_t *image, size_t first_row, size_t rows, size_t stride,
+                       const uint8_t **tiles) {
+    const size_t step = call->dots->gathers ? 1 : TBN_DOT_INPUTS;
+    size_t count = 0;
+    for (size_t y = first_row; y < first_row + rows; y++) {
+        const uint8_t *row = image + y * call->row_step * call->row_bytes;
+        for (size_t x = 0; x < call->out_width; x += step)
+            tiles[count++] = row + x * stride;
+    }
+    if (call->dots->gathers)
+        fill_up(tiles, count);
+}
+
 /* Output rows [first_row, first_row + rows) of one sample and group. */
 static void conv_band(const struct call *call, const struct buffers *buffers, size_t sample, size_t group,
                       size_t first_row, size_t rows) {
     const struct tbn_conv *layer = call->conv;
-    const size_t row_tiles = tbn_ceil_divide(call->out_width, TBN_DOT_INPUTS), tiles = rows * row_tiles;
+    const int gathers = call->dots->gathers;
+    const size_t tiles = band_tiles(call, rows), row_tiles = tiles / rows;
     const size_t stride = layer->stride[1] * call->pixel_bytes, z_row = call->blocks * TBN_DOT_ROWS;
     const uint8_t *image = call->bytes + (sample * call->groups + group) * call->mixes * call->image_bytes;
-    for (size_t tile = 0; tile < tiles; tile++)
-        buffers->tiles[tile] = image + (first_row + tile / row_tiles) * call->row_step * call->row_bytes +
-                               tile % row_tiles * TBN_DOT_INPUTS * stride;
+    find_tiles(call, image, first_row, rows, stride, buffers->tiles);
     const int32_t *corrections = layer->corrections + group * call->mixes * call->rows;
     find_limbs(call, buffers, tiles);
     multiply(call, buffers, layer->index, corrections, group, tiles, stride, call->image_bytes);
     const size_t channels = call->groups * layer->channels_out, plane = call->out_height * call->out_width;
     for (size_t tile = 0; tile < tiles; tile++) {
-        const size_t y = first_row + tile / row_tiles, x = tile % row_tiles * TBN_DOT_INPUTS;
-        const size_t inputs = tbn_min(TBN_DOT_INPUTS, call->out_width - x);
+        const size_t x = (gathers ? tile : tile % row_tiles) * TBN_DOT_INPUTS; /* from the band, or its row, on */
+        const size_t first = (first_row + (gathers ? 0 : tile / row_tiles)) * call->out_width;
+        const size_t inputs = tbn_min(TBN_DOT_INPUTS, (gathers ? rows : 1) * call->out_width - x);
         for (size_t j = 0; j < layer->channels_out; j += call->rows) {
             const size_t channel = group * layer->channels_out + j, mix = call->mixes > 1 ? j / call->rows : 0;
             const size_t count = tbn_min(call->rows, layer->channels_out - j);
@@ -139,7 +181,7 @@ static void conv_band(const struct call *call, const struct buffers *buffers, si
                 .scales = call->scales + sample,
                 .relu = layer->relu,
             };
-            const size_t position = y * call->out_width + x;
+            const size_t position = first + x;
             if (layer->channels_last)
                 call->dots->finish_inputs(&finish, z, z_row, count, inputs,
                                           call->out + (sample * plane + position) * channels + channel, channels);
@@ -154,8 +196,13 @@ static void conv_band(const struct call *call, const struct buffers *buffers, si
 static void linear_tokens(const struct call *call, const struct buffers *buffers, size_t first, size_t tokens) {
     const struct tbn_linear *layer = call->linear;
     const size_t tiles = tbn_ceil_divide(tokens, TBN_DOT_INPUTS), z_row = call->blocks * TBN_DOT_ROWS;
-    for (size_t tile = 0; tile < tiles; tile++)
-        buffers->tiles[tile] = call->bytes + (first + tile * TBN_DOT_INPUTS) * call->pixel_bytes;
+    if (call->dots->gathers) {
+        for (size_t token = 0; token < tokens; token++)
+            buffers->tiles[token] = call->bytes + (first + token) * call->pixel_bytes;
+        fill_up(buffers->tiles, tokens);
+    } else
+        for (size_t tile = 0; tile < tiles; tile++)
+            buffers->tiles[tile] = call->bytes + (first + tile * TBN_DOT_INPUTS) * call->pixel_bytes;
     multiply(call, buffers, layer->index, NULL, 0, tiles, call->pixel_bytes, call->image_bytes);
     const size_t outputs = layer->copies * layer->rows;
     for (size_t tile = 0; tile < tiles; tile++)
@@ -501,13 +548,12 @@ int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size
     call.row_bytes = columns * call.pixel_bytes;
     call.image_bytes = layer->folded ? call.out_height * call.row_bytes : call.unfolded_image;
     call.steps = conv_steps(&call, NULL);
-    const size_t row_tiles = tbn_ceil_divide(call.out_width, TBN_DOT_INPUTS);
-    const size_t row_sums = call.mixes * z_size(&call, call.limbs * row_tiles) * sizeof(int32_t);
+    const size_t row_sums = call.mixes * z_size(&call, call.limbs * band_tiles(&call, 1)) * sizeof(int32_t);
     call.band_rows = tbn_min(call.out_height, tbn_max(1, SUMS_BUDGET / row_sums));
     const size_t bands = tbn_ceil_divide(threads, samples * call.groups); /* enough for every thread */
     call.band_rows = tbn_min(call.band_rows, tbn_ceil_divide(call.out_height, bands));
     call.bands = tbn_ceil_divide(call.out_height, call.band_rows);
-    call.tiles = call.band_rows * row_tiles;
+    call.tiles = band_tiles(&call, call.band_rows);
     call.units = samples * call.groups * call.bands;
     /* The last inputs of the last tile, and the last step of the last run, end behind the image. */
     const size_t slack =

@@ -32,14 +32,15 @@ INLINE void expand(const struct tbn_dot *job, size_t block, size_t blocks) {
     }
 }
 
-/* `inputs` inputs of a tile with `blocks` blocks of rows. */
-INLINE void multiply_some(const struct tbn_dot *job, const uint8_t *x, size_t inputs, size_t blocks, int32_t *z) {
+/* `count` inputs of a tile with `blocks` blocks of rows. */
+INLINE void multiply_some(const struct tbn_dot *job, const uint8_t *const *inputs, size_t count, size_t blocks,
+                          int32_t *z) {
     __m512i sum[8][2];
     const uint8_t *input[8];
     const size_t block_bytes = job->steps * TBN_DOT_STEP;
     const int8_t *index = job->weights;
-    UNROLL for (size_t i = 0; i < inputs; i++) {
-        input[i] = x + i * job->stride;
+    UNROLL for (size_t i = 0; i < count; i++) {
+        input[i] = inputs[i];
         UNROLL for (size_t b = 0; b < blocks; b++)
             sum[i][b] = _mm512_setzero_si512();
     }
@@ -49,7 +50,7 @@ INLINE void multiply_some(const struct tbn_dot *job, const uint8_t *x, size_t in
             __m512i weights[2];
             UNROLL for (size_t b = 0; b < blocks; b++)
                 weights[b] = _mm512_load_si512(index + b * block_bytes + four * 64);
-            UNROLL for (size_t i = 0; i < inputs; i++) {
+            UNROLL for (size_t i = 0; i < count; i++) {
                 int32_t bytes;
                 memcpy(&bytes, input[i] + offset + four * 4, sizeof bytes);
                 UNROLL for (size_t b = 0; b < blocks; b++)
@@ -57,7 +58,7 @@ INLINE void multiply_some(const struct tbn_dot *job, const uint8_t *x, size_t in
             }
         }
     }
-    UNROLL for (size_t i = 0; i < inputs; i++)
+    UNROLL for (size_t i = 0; i < count; i++)
         UNROLL for (size_t b = 0; b < blocks; b++)
             _mm512_store_si512(z + (i * job->blocks + b) * TBN_DOT_ROWS, sum[i][b]);
 }
@@ -66,15 +67,20 @@ TARGET static void multiply_vnni(const struct tbn_dot *job) {
     for (size_t block = 0; block < job->blocks; block += 2) {
         const int two = block + 1 < job->blocks;
         expand(job, block, two ? 2 : 1);
-        for (size_t tile = 0; tile < job->count; tile++)
-            for (size_t first = 0; first < TBN_DOT_INPUTS; first += 8) {
-                const uint8_t *x = job->tiles[tile] + first * job->stride;
-                int32_t *z = job->z + ((tile * TBN_DOT_INPUTS + first) * job->blocks + block) * TBN_DOT_ROWS;
-                if (two)
-                    multiply_some(job, x, 8, 2, z);
-                else
-                    multiply_some(job, x, 8, 1, z);
-            }
+        for (size_t first = 0; first < job->count * TBN_DOT_INPUTS; first += 8) {
+            const uint8_t *const *inputs = job->tiles + first;
+            int32_t *z = job->z + (first * job->blocks + block) * TBN_DOT_ROWS;
+            if (!inputs[0])
+                continue;
+            if (inputs[TBN_DOT_GATHERED] && two)
+                multiply_some(job, inputs, 8, 2, z);
+            else if (inputs[TBN_DOT_GATHERED])
+                multiply_some(job, inputs, 8, 1, z);
+            else if (two)
+                multiply_some(job, inputs, TBN_DOT_GATHERED, 2, z);
+            else
+                multiply_some(job, inputs, TBN_DOT_GATHERED, 1, z);
+        }
     }
 }
 
@@ -367,7 +373,7 @@ TARGET static void finish_by_rows(const struct tbn_dot_finish *job, const int32_
     .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, .combine = combine, \
     .finish_inputs = finish_inputs, .finish_rows = finish_by_rows
 
-const struct tbn_dots tbn_dots_vnni = {.begin = nothing, .end = nothing, .multiply = multiply_vnni, SHARED};
+const struct tbn_dots tbn_dots_vnni = {.gathers = 1, .begin = nothing, .end = nothing, .multiply = multiply_vnni, SHARED};
 
 #ifdef TBN_AMX
 
