@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tbn_compiler.backends.cpu import bound
+from tbn_compiler.backends.cpu.networks import bind_networks, find_networks
 from tbn_compiler.compiler import unwrap
 from tbn_compiler.errors import LoweringError
 from tbn_compiler.graph.calls import InferenceCall, tiled_call
@@ -84,6 +85,15 @@ def _image(layer: TensorCall, x: fx.Node) -> Sequence[int | None]:
     return (None,) * layer.dims if known is None else known[len(known) - layer.dims :]
 
 
+def bind_found(gm: fx.GraphModule, found: Mapping[fx.Node, TensorCall | str], *, sizes_vary: bool = False) -> bool:
+    """Bind networks of what :func:`find_bindings` found, and its other layers one by one; arguments as there."""
+    networks, _ = find_networks(gm, found, sizes_vary=sizes_vary)
+    inside = {node for network in networks for node in network.nodes}
+    bind_networks(gm, networks)
+    left = {node: layer for node, layer in found.items() if node not in inside}
+    return bind_layers(gm, left, sizes_vary=sizes_vary) or bool(networks)
+
+
 def bind_layers(gm: fx.GraphModule, found: Mapping[fx.Node, TensorCall | str], *, sizes_vary: bool = False) -> bool:
     """Bind what :func:`find_bindings` found, in place; whether there was anything.
 
@@ -137,7 +147,7 @@ def bind(module: nn.Module, example_inputs: Any = None) -> nn.Module:
     for part in parts:
         found = find_bindings(part)
         reasons += [layer for layer in found.values() if isinstance(layer, str)]
-        bound_any |= bind_layers(part, found, sizes_vary=True)
+        bound_any |= bind_found(part, found, sizes_vary=True)
         if takes_tensors_only(part.graph):
             (output,) = part.graph.find_nodes(op="output")
             output.args = (output.args[0][0],)

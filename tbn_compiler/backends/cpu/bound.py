@@ -34,6 +34,17 @@ _LIBRARY = torch.library.Library("tbn_cpu", "DEF")
 _LIBRARY.define("linear(Tensor input, Tensor plan, int out_features) -> Tensor")
 _LIBRARY.define(f"conv(Tensor input, Tensor plan, int out_channels, int dims, {_ARGUMENTS}) -> Tensor")
 
+
+def define(schema: str) -> None:
+    """Define another operator whose kernel is in the library."""
+    _LIBRARY.define(schema)
+
+
+def define_fake(name: str, function: Callable[..., Tensor]) -> None:
+    """Say what an operator gives where nothing is computed."""
+    torch.library.register_fake(f"tbn_cpu::{name}", function, lib=_LIBRARY)
+
+
 _FUNCTIONS = {
     "library_init_impl": "aoti_torch_library_init_impl",
     "library_impl": "aoti_torch_library_impl",
@@ -189,5 +200,5 @@ def _conv(input: Tensor, plan: Tensor, out_channels: int, dims: int, *values: in
     return input.new_empty(shape)
 
 
-torch.library.register_fake("tbn_cpu::linear", _linear, lib=_LIBRARY)
-torch.library.register_fake("tbn_cpu::conv", _conv, lib=_LIBRARY)
+define_fake("linear", _linear)
+define_fake("conv", _conv)

@@ -130,6 +130,21 @@ struct tbn_dot_finish {
     int relu;
 };
 
+/* What becomes of finished results in a network (struct tbn_store, dots.h): of one input after the other, `step` apart. */
+struct tbn_dot_store {
+    float rounded, rounded_factor; /* the factor is 0 where they are not rounded */
+    const float *added;            /* or NULL */
+    const uint8_t *added_bytes;    /* or NULL */
+    size_t added_step;
+    float added_scale;
+    int relu;
+    float *floats; /* or NULL */
+    size_t floats_step;
+    uint8_t *bytes; /* or NULL */
+    size_t bytes_step;
+    float factor;
+};
+
 struct tbn_dots {
     int gathers;
     /* A thread calls these before and after its products. */
@@ -154,6 +169,12 @@ struct tbn_dots {
                           size_t inputs, float *out, size_t step);
     void (*finish_rows)(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
                         size_t inputs, float *out, size_t step);
+    /* The same as finish_inputs, with more done to results. */
+    void (*store_inputs)(const struct tbn_dot_finish *job, const struct tbn_dot_store *store, const int32_t *z,
+                         size_t z_stride, size_t rows, size_t inputs);
+    /* The largest of `count` neighbouring values each: out[i] = max over k of from[k][i]. */
+    void (*max_bytes)(const uint8_t *const *from, size_t taps, size_t count, uint8_t *out);
+    void (*max_floats)(const float *const *from, size_t taps, size_t count, float *out);
 };
 
 struct tbn_kernels {
