@@ -170,13 +170,16 @@ static void conv_band(const struct call *call, const struct buffers *buffers, si
     find_limbs(call, buffers, tiles);
     multiply(call, buffers, layer->index, corrections, group, tiles, stride, call->image_bytes);
     const size_t channels = call->groups * layer->channels_out, plane = call->out_height * call->out_width;
+    /* Channels that are finished at once: those of a copy, or of all copies where sums change places for planes. */
+    const int planes = !call->store && !layer->channels_last;
+    const size_t some = planes && call->mixes == 1 ? layer->channels_out : call->rows;
     for (size_t tile = 0; tile < tiles; tile++) {
         const size_t x = (gathers ? tile : tile % row_tiles) * TBN_DOT_INPUTS; /* from the band, or its row, on */
         const size_t first = (first_row + (gathers ? 0 : tile / row_tiles)) * call->out_width;
         const size_t inputs = tbn_min(TBN_DOT_INPUTS, (gathers ? rows : 1) * call->out_width - x);
-        for (size_t j = 0; j < layer->channels_out; j += call->rows) {
+        for (size_t j = 0; j < layer->channels_out; j += some) {
             const size_t channel = group * layer->channels_out + j, mix = call->mixes > 1 ? j / call->rows : 0;
-            const size_t count = tbn_min(call->rows, layer->channels_out - j);
+            const size_t count = tbn_min(some, layer->channels_out - j);
             const int32_t *z = buffers->z + mix * z_size(call, call->limbs * tiles) + tile * TBN_DOT_INPUTS * z_row;
             const struct tbn_dot_finish finish = {
                 .correction = call->limbs > 1 ? NULL : corrections + mix * call->rows,
@@ -192,7 +195,7 @@ static void conv_band(const struct call *call, const struct buffers *buffers, si
                 call->dots->finish_inputs(&finish, z, z_row, count, inputs,
                                           call->out + (sample * plane + position) * channels + channel, channels);
             else
-                call->dots->finish_rows(&finish, z, z_row, count, inputs,
+                call->dots->finish_rows(&finish, z, z_row, call->rows, count, inputs,
                                         call->out + (sample * channels + channel) * plane + position, plane);
         }
     }

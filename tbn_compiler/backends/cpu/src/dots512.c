@@ -420,7 +420,7 @@ TARGET static void max_floats(const float *const *from, size_t taps, size_t coun
 }
 
 TARGET static void finish_by_rows(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
-                                  size_t inputs, float *out, size_t step) {
+                                  size_t outputs, size_t inputs, float *out, size_t step) {
     const __m512 scale = _mm512_set1_ps(job->scales[0]);
     const __mmask16 wanted = first_lanes(inputs);
     float by_input[16 * 16] __attribute__((aligned(TBN_ALIGN))), by_row[16 * 16] __attribute__((aligned(TBN_ALIGN)));
@@ -431,12 +431,14 @@ TARGET static void finish_by_rows(const struct tbn_dot_finish *job, const int32_
         UNROLL for (size_t i = 0; i < 16; i++)
             _mm512_store_ps(by_input + i * 16, sums_of(job, z + i * z_stride + first, correction));
         transpose_block(by_input, 16, by_row, 16);
-        for (size_t row = first; row < rows && row < first + 16; row++) {
-            const __m512 bias = _mm512_set1_ps(job->bias ? job->bias[row] : 0.0f);
-            const __m512 value = finished(_mm512_load_ps(by_row + (row - first) * 16),
-                                          _mm512_set1_ps(job->alpha[row]), scale, job->bias ? &bias : NULL, job->relu);
-            _mm512_mask_storeu_ps(out + row * step, wanted, value);
-        }
+        for (size_t row = first; row < rows && row < first + 16; row++)
+            for (size_t output = row; output < outputs; output += rows) {
+                const __m512 bias = _mm512_set1_ps(job->bias ? job->bias[output] : 0.0f);
+                const __m512 value =
+                    finished(_mm512_load_ps(by_row + (row - first) * 16), _mm512_set1_ps(job->alpha[output]), scale,
+                             job->bias ? &bias : NULL, job->relu);
+                _mm512_mask_storeu_ps(out + output * step, wanted, value);
+            }
     }
 }
 

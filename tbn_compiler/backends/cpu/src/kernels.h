@@ -164,10 +164,11 @@ struct tbn_dots {
        are of `inputs` inputs, whose sums lie `z_stride` apart, and of `rows` rows; `correction` is that of the first limb. */
     void (*combine)(int32_t *z, size_t z_stride, size_t apart, const int32_t *correction, size_t rows, size_t inputs);
     /* Results of `rows` rows and `inputs` inputs of a tile, whose sums lie `z_stride` apart: those of an input side by
-       side, inputs `step` elements apart; or those of a row side by side, rows `step` elements apart, with one scale. */
+       side, inputs `step` elements apart; or those of a row side by side, rows `step` elements apart, with one scale,
+       of `outputs` rows: behind the last one follow those of another copy, with alphas and biases of their own. */
     void (*finish_inputs)(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
                           size_t inputs, float *out, size_t step);
-    void (*finish_rows)(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
+    void (*finish_rows)(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows, size_t outputs,
                         size_t inputs, float *out, size_t step);
     /* The same as finish_inputs, with more done to results. */
     void (*store_inputs)(const struct tbn_dot_finish *job, const struct tbn_dot_store *store, const int32_t *z,
