@@ -34,7 +34,13 @@ from tbn_compiler.graph.records import graph_parts
 from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.passes.base import copy_meta, remove_dead_nodes
 from tbn_compiler.passes.deployment import dtype, note_values, sizes
-from tbn_compiler.torch_private import differentiated, drop_input_checks, mapped, takes_tensors_only
+from tbn_compiler.torch_private import (
+    differentiated,
+    drop_input_checks,
+    mapped,
+    shorten_size_guards,
+    takes_tensors_only,
+)
 
 _OPERANDS = ("tile", "alpha", "bias", "input_alpha", "input_scale")
 
@@ -153,6 +159,7 @@ def bind(module: nn.Module, example_inputs: Any = None) -> nn.Module:
             output.args = (output.args[0][0],)
             part.graph.set_codegen(fx.graph.CodeGen())
             drop_input_checks(part)
+            shorten_size_guards(part)
             part.recompile()
     if not bound_any:
         hint = "" if example_inputs is not None else "; pass example_inputs"
