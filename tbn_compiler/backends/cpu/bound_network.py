@@ -60,6 +60,7 @@ class Step:
         added: what is added to a convolution's results then.
         added_scale: that of its bytes; 0: floats are added.
         relu: whether a ReLU is behind that.
+        factors, offsets: of a batch norm behind a pooling, for each channel.
         kernel, stride, padding: of a pooling.
     """
 
@@ -73,6 +74,8 @@ class Step:
     added: int | None = None
     added_scale: float = 0.0
     relu: bool = False
+    factors: Tensor | None = None
+    offsets: Tensor | None = None
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -116,7 +119,7 @@ def bind(steps: Sequence[Step], values: Sequence[Value], dims: int, out_dims: in
         out_dims=out_dims,
     )
     network.self = ctypes.addressof(network)
-    network.operands = (layers, packed_steps, packed_values)  # what it points to
+    network.operands = (layers, list(steps), packed_steps, packed_values)  # what it points to
     return torch.frombuffer(network, dtype=torch.uint8), _number(steps, values, out_dims)
 
 
@@ -131,6 +134,8 @@ def _step(step: Step, plan: int | None) -> Any:
         output=step.output,
         added=_NONE if step.added is None else step.added,
         layer=plan,
+        factors=None if step.factors is None else step.factors.data_ptr(),
+        offsets=None if step.offsets is None else step.offsets.data_ptr(),
         kernel=step.kernel,
         stride=step.stride,
         padding=step.padding,

@@ -13,12 +13,14 @@ After::
 Each layer's inputs have one scale, found by calibration or trained, so that a layer knows what the next one makes of
 its results: it multiplies, adds the bias, applies ReLU, adds what is added and applies ReLU again in registers, and
 writes the integers that the next layer would have made (``src/network.c``). Results are those of the graph, bit for
-bit; means over positions are of sums in double, of which the order is not that of PyTorch's.
+bit, but for what PyTorch rounds in ways of its own: means over positions are of sums in double, and batch norms one
+product and one sum.
 
 What a network can hold: convolutions of two dimensions that multiply bytes, linear layers, maxima of windows, sums of
-two images of which one is a convolution's result, ReLU behind either, means over all positions, and values that
-``optimize(..., intermediates="int8")`` brought into int8. It is a run of such nodes, one value going in and one coming
-out; everything else stays with the layers' own operators. :func:`find_networks` gives the reasons.
+two images of which one is a convolution's result, ReLU behind these, batch norms behind a maximum, means over all
+positions, and values that ``optimize(..., intermediates="int8")`` brought into int8. It is a run of such nodes, one
+value going in and one coming out; everything else stays with the layers' own operators. :func:`find_networks` gives
+the reasons.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ from tbn_compiler.graph.calls import attribute, tiled_call
 from tbn_compiler.graph.operations import BoundCall, bind
 from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.ops.schemas import INT8_TINY
-from tbn_compiler.passes.base import copy_meta, remove_dead_nodes
+from tbn_compiler.passes.base import copy_meta, has_hooks, remove_dead_nodes
 from tbn_compiler.passes.deployment import dtype, rank, sizes
+from tbn_compiler.passes.fold_batchnorm import read_norm
 
 _QUANTIZE = torch.ops.tbn.quantize_input.default
 _IMAGE, _VECTOR = 4, 2
@@ -161,13 +164,16 @@ def _kind(gm: fx.GraphModule, node: fx.Node, layers: Mapping[fx.Node, TensorCall
     if node.target is _QUANTIZE:
         return "quantize" if node.args[1] == "int8" else None
     call = bind(node, gm)
-    return None if call is None else _FUNCTIONS.get(call.name)
+    if call is None or (call.module is not None and has_hooks(call.module)):
+        return None
+    return _FUNCTIONS.get(call.name)
 
 
 _FUNCTIONS = {
     "max_pool2d": "max_pool",
     "adaptive_avg_pool2d": "mean",
     "mean": "mean",
+    "batch_norm": "norm",
     "flatten": "flatten",
     "add": "add",
     "relu": "relu",
@@ -365,9 +371,27 @@ class _Builder:
         source = call.input
         read = self._input(source, _IMAGE)
         step = self._step(read)
-        if step.kind != "conv" or read.scale or step.relu or len(source.users) != 1:
-            raise _Refused("a ReLU is not behind a sum or a convolution, or others read what it reads")
+        if step.kind not in ("conv", "max_pool") or read.scale or step.relu or len(source.users) != 1:
+            raise _Refused("a ReLU is not behind a sum, a layer or a pooling, or others read what it reads")
         step.relu = True
+        return read
+
+    def _norm(self, node: fx.Node) -> _Read:
+        call = bind(node, self.gm)
+        assert call is not None
+        source, norm = call.input, read_norm(self.gm, call)
+        read = self._input(source, _IMAGE)
+        step = self._step(read)
+        behind = step.kind == "max_pool" and not read.scale and not step.relu and step.factors is None
+        if not behind or len(source.users) != 1 or isinstance(norm, str):
+            raise _Refused("a batch norm that is not folded is not behind a pooling, or others read what it reads")
+        if norm.mean.shape != (self.network.values[read.value].channels,):
+            raise _Refused("channels do not fit")
+        shift = -norm.mean.double() * norm.scale.double()
+        shift = shift if norm.shift is None else shift + norm.shift.double()
+        step.factors, step.offsets = norm.scale.detach().float().contiguous(), shift.detach().float().contiguous()
+        if not (step.factors.isfinite().all() and step.offsets.abs().max() < LARGEST):
+            raise _Refused("a batch norm is not finite")
         return read
 
     def _max_pool(self, node: fx.Node) -> _Read:
@@ -419,7 +443,8 @@ class _Builder:
         values = self.network.values
         values[result].floats = True
         for number, step in reversed(list(enumerate(self.network.steps))):
-            if step.kind == "max_pool" and not step.scale and not values[step.output].floats:
+            exact = step.factors is None and not step.relu  # the largest integer is that of the largest value
+            if step.kind == "max_pool" and exact and not step.scale and not values[step.output].floats:
                 step.scale = values[step.output].scale
             if step.kind in ("mean", "linear", "planes"):
                 values[step.output].floats = True

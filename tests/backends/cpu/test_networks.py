@@ -133,6 +133,51 @@ def test_means(form: str, intermediates: Any) -> None:
         torch.testing.assert_close(fast(x), module(x), rtol=2e-6, atol=0)
 
 
+def test_batch_norms_behind_a_maximum() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 16, 3), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.MaxPool2d(2),
+        nn.BatchNorm2d(16), nn.Flatten(1),
+    )  # fmt: skip
+    module = optimized(model, 2, 4, 20, 22)
+    fast, x = cpu.bind(module), torch.randn(3, 4, 20, 22)
+    assert networks(fast) == 1
+    norms = module.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default)
+    assert len(norms) == 2
+    for node in norms:  # one product and one sum: PyTorch may round both at once
+        weight, bias, mean, var = (operator.attrgetter(str(value.target))(module).detach() for value in node.args[1:5])
+        assert (weight < 0).any()
+        factors = torch.rsqrt(var + node.args[7]) * weight
+        offsets = (bias.double() - mean.double() * factors.double()).float()
+        with module.graph.inserting_before(node):
+            for name, value in ((f"{node.name}_factors", factors), (f"{node.name}_offsets", offsets)):
+                module.register_buffer(name, value.view(-1, 1, 1))
+            scaled = module.graph.call_function(
+                torch.mul, (node.args[0], module.graph.get_attr(f"{node.name}_factors"))
+            )
+            shifted = module.graph.call_function(torch.add, (scaled, module.graph.get_attr(f"{node.name}_offsets")))
+        node.replace_all_uses_with(shifted)
+        module.graph.erase_node(node)
+    module.recompile()
+    with torch.no_grad(), cpu.use_level("none"):
+        expected = module(x)
+    with torch.no_grad():
+        assert torch.equal(fast(x), expected)
+
+
+def test_modules_with_hooks_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.MaxPool2d(2), nn.Conv2d(16, 16, 3)).eval()
+    graph = fx.symbolic_trace(model)
+    packed, x = tbn.lower(tbn.transform(graph, CONFIG)), torch.randn(2, 4, 9, 9)
+    module = tbn.optimize(packed, activation="int8", calibration=[x])
+    with torch.no_grad():
+        assert networks(cpu.bind(module, x)) == 1
+        module.get_submodule("1").register_forward_hook(lambda *arguments: arguments[-1] * 2)
+        fast = cpu.bind(module, x)
+        assert networks(fast) == 0
+        assert torch.equal(fast(x), module(x))
+
+
 def test_folded_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """What AMX does with few channels, at whatever level there is."""
     monkeypatch.setattr(conv, "is_folded", lambda call: True)
@@ -245,8 +290,7 @@ class Sum(nn.Module):
         (lambda z, y: z + y[:, :, :1, :1], "values go into the run"),
         (lambda z, y: z + 2.0, "a sum is not of two of its values"),
         (lambda z, y: y + y, "a sum is not of two values that are known to have the same sizes"),
-        (lambda z, y: F.relu(z) + z, "a ReLU is not behind a sum or a convolution, or others read what it reads"),
-        (lambda z, y: F.relu(F.max_pool2d(z + y, 2)), "a ReLU is not behind a sum or a convolution"),
+        (lambda z, y: F.relu(z) + z, "a ReLU is not behind a sum, a layer or a pooling, or others read what it"),
         (lambda z, y: F.max_pool2d(z + y, 3, 2, ceil_mode=True), "a pooling has indices"),
     ],
 )

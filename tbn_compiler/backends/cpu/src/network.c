@@ -169,6 +169,14 @@ static void window(const struct tbn_step *step, int axis, size_t place, size_t s
     *last = tbn_min(step->kernel[axis], size + before - start);
 }
 
+/* value * factor + offset for each channel, and the larger of that and 0. */
+static void finish_pooled(const struct tbn_step *step, size_t channels, float *values) {
+    for (size_t i = 0; step->factors && i < channels; i++)
+        values[i] = values[i] * step->factors[i] + step->offsets[i];
+    for (size_t i = 0; step->relu && i < channels; i++)
+        values[i] = values[i] < 0.0f ? 0.0f : values[i];
+}
+
 static int run_max_pool(const struct run *run, const struct tbn_step *step) {
     const struct image *from = &run->images[step->input], *to = &run->images[step->output];
     const struct tbn_value *value = &run->network->values[step->output];
@@ -200,6 +208,7 @@ static int run_max_pool(const struct run *run, const struct tbn_step *step) {
         }
         float *floats = to->floats ? to->floats + position * channels : pooled_floats;
         dots->max_floats((const float *const *)taps, count, channels, floats);
+        finish_pooled(step, channels, floats);
         if (bytes)
             dots->bytes(floats, channels, TBN_INT8, 1.0f / value->scale, bytes, 0);
     }

@@ -9,7 +9,7 @@
 #define TBN_EXPORT __attribute__((visibility("default")))
 
 /* Changes with anything below: a library left over from another version is not used. */
-enum { TBN_INTERFACE = 7 };
+enum { TBN_INTERFACE = 8 };
 
 TBN_EXPORT int tbn_interface(void);
 
@@ -149,12 +149,13 @@ struct tbn_value {
 
 struct tbn_step {
     int32_t kind;
-    int32_t relu;     /* of a convolution, behind what is added */
+    int32_t relu;     /* of a convolution behind what is added, of a pooling behind its norm */
     int32_t on_bytes; /* whether it reads the bytes of its input, where that is not the kind's choice */
     float rounded;    /* of a convolution: its results are brought into int8 with this scale and back, or 0 */
     float added_scale; /* 0: floats are added */
     size_t input, output, added; /* values; `added` may be TBN_NONE */
     const struct tbn_bound *layer;
+    const float *factors, *offsets; /* of a norm behind a pooling of floats, one for each channel; or NULL */
     size_t kernel[2], stride[2], padding[2]; /* of a pooling */
 };
 
