@@ -36,7 +36,7 @@ from torch import Tensor, fx
 
 from tbn_compiler.backends.cpu import bound, bound_network, conv
 from tbn_compiler.backends.cpu.bound_network import Step, Value
-from tbn_compiler.graph.calls import attribute, tiled_call
+from tbn_compiler.graph.calls import attribute, named_arguments, tiled_call
 from tbn_compiler.graph.operations import BoundCall, bind
 from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.ops.schemas import INT8_TINY
@@ -162,7 +162,7 @@ def _kind(gm: fx.GraphModule, node: fx.Node, layers: Mapping[fx.Node, TensorCall
     if tiled_call(node) is not None:
         return None
     if node.target is _QUANTIZE:
-        return "quantize" if node.args[1] == "int8" else None
+        return "quantize" if named_arguments(node)["activation"] == "int8" else None
     call = bind(node, gm)
     if call is None or (call.module is not None and has_hooks(call.module)):
         return None
@@ -222,7 +222,7 @@ def _shape(node: fx.Node) -> tuple[str, ...] | None:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, tuple | list) else (value,)
     if len(values) == 1:
         values *= 2
     if len(values) != 2 or not all(type(number) is int for number in values):
@@ -322,9 +322,8 @@ class _Builder:
         return self._add_step(step, layer.outputs, _VECTOR)
 
     def _quantize(self, node: fx.Node) -> _Read:
-        source, scale = node.args[0], attribute(self.gm, node.args[3] if len(node.args) > 3 else node.kwargs["scale"])
-        assert isinstance(source, fx.Node)
-        read = self.reads[source]
+        arguments = named_arguments(node)
+        scale, read = attribute(self.gm, arguments["scale"]), self.reads[arguments["input"]]
         self._step(read)
         found = 0.0 if scale is None else float(scale)
         if read.dims != _IMAGE or not INT8_TINY <= found < LARGEST / 128 or read.scale not in (0.0, found):
@@ -349,21 +348,21 @@ class _Builder:
             self._step(read)
         into, other = (0, 1) if self.made[reads[0].value] > self.made[reads[1].value] else (1, 0)
         step, channels = self._step(reads[into]), [self.network.values[read.value].channels for read in reads]
-        if step.kind != "conv" or step.relu or step.added is not None or not self._only_reader(nodes[into], step):
+        if step.kind != "conv" or step.relu or step.added is not None or not self._only_reader(nodes[into]):
             raise _Refused("a sum is not behind a convolution whose result nothing else reads")
         if channels[0] != channels[1]:
             raise _Refused("channels do not fit")
         step.rounded, step.added, step.added_scale = reads[into].scale, reads[other].value, reads[other].scale
         return _Read(step.output, _IMAGE)
 
-    def _only_reader(self, node: fx.Node, step: Step) -> bool:
+    def _only_reader(self, node: fx.Node) -> bool:
         """Whether a node, and each one that it stands for, has one reader: what a step gives is not read otherwise."""
         while True:
             if len(node.users) != 1:
                 return False
             if node.target is not _QUANTIZE:
                 return True
-            node = node.args[0]  # type: ignore[assignment]
+            node = named_arguments(node)["input"]
 
     def _relu(self, node: fx.Node) -> _Read:
         call = bind(node, self.gm)
