@@ -3,7 +3,7 @@
  *
  * Inputs are made bytes once. A convolution's stand in images with their padding, [row][column][channel], so that what
  * a position meets lies in a few runs of neighbouring bytes, at the same distances from the position: nothing is
- * unrolled. Images of few channels are folded: all rows that an output row meets stand in one, the bytes of a column
+ * unrolled. Images of few channels may be folded: all rows that an output row meets stand in one, the bytes of a column
  * one behind the other, for which the kernel has a height of 1. A unit of work is a band of output rows of one sample and
  * one group, or a few tokens.
  *
