@@ -118,8 +118,8 @@ def _misfit(call: TensorCall) -> str | None:
     return None
 
 
-def bind(call: TensorCall, tokens: int | None = None) -> Tensor:
-    """The plan of a layer: ``uint8``, as the operators of this module take it.
+def bind(call: TensorCall, tokens: int | None = None) -> library.BoundLayer:
+    """The plan of a layer.
 
     It has the values that the operands have now. The input that it is used with is that of the call in float32, with
     its replicas side by side and its neighbours summed.
@@ -148,7 +148,16 @@ def bind(call: TensorCall, tokens: int | None = None) -> Tensor:
     )
     bound.self = ctypes.addressof(bound)
     bound.operands = (forms, alpha, bias, scale)  # what it points to
-    return torch.frombuffer(bound, dtype=torch.uint8)
+    return bound
+
+
+PlanForm = Callable[["library.BoundLayer | library.Network"], Tensor]
+"""What makes the tensor of a plan that the operators get."""
+
+
+def as_tensor(plan: library.BoundLayer | library.Network) -> Tensor:
+    """A plan as the operators take it in this process, ``uint8``; it keeps alive what it points to."""
+    return torch.frombuffer(plan, dtype=torch.uint8)
 
 
 def _form(plan: prepare.Plan | None) -> tuple[Any, Any]:

@@ -96,12 +96,15 @@ Geometry = tuple[tuple[str, int, int, tuple[tuple[int, int], ...]], ...]
 _results: dict[int, tuple[Geometry, int, int]] = {}  # by number: steps, channels and dimensions of the result
 
 
-def bind(steps: Sequence[Step], values: Sequence[Value], dims: int, out_dims: int) -> tuple[Tensor, int]:
-    """The plan of a network, and its number, as the operator takes them."""
+def bind(steps: Sequence[Step], values: Sequence[Value], dims: int, out_dims: int) -> tuple[library.Network, int]:
+    """The plan of a network, and its number, which the operator takes, too."""
     layers = [None if step.layer is None else bound.bind(step.layer, step.tokens) for step in steps]
     lib, _, kernels = prepare.native()
     packed_steps = (library.NetworkStep * len(steps))(
-        *(_step(step, None if plan is None else plan.data_ptr()) for step, plan in zip(steps, layers, strict=True))
+        *(
+            _step(step, None if plan is None else ctypes.addressof(plan))
+            for step, plan in zip(steps, layers, strict=True)
+        )
     )
     packed_values = (library.NetworkValue * len(values))(
         *(
@@ -120,7 +123,7 @@ def bind(steps: Sequence[Step], values: Sequence[Value], dims: int, out_dims: in
     )
     network.self = ctypes.addressof(network)
     network.operands = (layers, list(steps), packed_steps, packed_values)  # what it points to
-    return torch.frombuffer(network, dtype=torch.uint8), _number(steps, values, out_dims)
+    return network, _number(steps, values, out_dims)
 
 
 def _step(step: Step, plan: int | None) -> Any:
@@ -152,6 +155,10 @@ def _number(steps: Sequence[Step], values: Sequence[Value], out_dims: int) -> in
 
 
 def _network(input: Tensor, plan: Tensor, number: int) -> Tensor:
+    if number not in _results:
+        raise RuntimeError(
+            "tbn_cpu::network: this process has not bound this network, and cannot trace it: bind it again"
+        )
     geometry, channels, out_dims = _results[number]
     images: dict[int, Sequence[Any]] = {0: input.shape[2:] if input.dim() == 4 else (1, 1)}
     for kind, source, output, windows in geometry:

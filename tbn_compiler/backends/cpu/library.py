@@ -158,6 +158,7 @@ _FUNCTIONS = {
     "tbn_group": (_size, [_pointer, ctypes.c_int]),
     "tbn_pool_threads": (_size, []),
     "tbn_register": (ctypes.c_int, [_pointer]),
+    "tbn_schemas": (ctypes.POINTER(ctypes.c_char_p), []),
 }
 
 

@@ -119,14 +119,14 @@ def _from_layer(run: list[fx.Node], layers: Mapping[fx.Node, TensorCall | str]) 
     return run[next((place for place, node in enumerate(run) if node in layers), len(run)) :]
 
 
-def bind_networks(gm: fx.GraphModule, networks: Sequence[Network]) -> None:
-    """Put one operator in the place of each network, in place."""
+def bind_networks(gm: fx.GraphModule, networks: Sequence[Network], form: bound.PlanForm = bound.as_tensor) -> None:
+    """Put one operator in the place of each network, in place; ``form`` makes the tensors of their plans."""
     for count, network in enumerate(networks):
         plan, number = bound_network.bind(network.steps, network.values, network.dims, network.out_dims)
         name = f"tbn_network_{count}"
         while hasattr(gm, name):
             name = f"_{name}"
-        gm.register_buffer(name, plan, persistent=False)
+        gm.register_buffer(name, form(plan), persistent=False)
         last = network.nodes[-1]
         with gm.graph.inserting_before(last):
             operands = (network.input, gm.graph.get_attr(name), number)

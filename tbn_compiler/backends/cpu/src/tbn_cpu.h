@@ -198,6 +198,28 @@ struct tbn_torch {
     int32_t (*delete_tensor)(void *tensor);
 };
 
+/* What libtorch calls the fields of struct tbn_torch, in their order. */
+#define TBN_TORCH_FUNCTIONS                                                                                      \
+    "aoti_torch_library_init_impl", "aoti_torch_library_impl", "aoti_torch_check", "torch_get_num_threads",      \
+        "aoti_torch_get_data_ptr", "aoti_torch_get_dim", "aoti_torch_get_numel", "aoti_torch_get_sizes",         \
+        "aoti_torch_get_strides", "aoti_torch_get_dtype", "aoti_torch_is_contiguous", "aoti_torch_empty_strided", \
+        "aoti_torch_copy_", "aoti_torch_delete_tensor_object"
+
+/*
+ * For a program without Python: defines the operators and registers their kernels, with functions of the libtorch that
+ * the program has loaded. To be called once. Returns 0, 1 if libtorch has not all of them, or 2 if it refuses.
+ */
+TBN_EXPORT int tbn_define_operators(void);
+
+/* The operators' schemas, ended by NULL. */
+TBN_EXPORT const char *const *tbn_schemas(void);
+
+/*
+ * The plan of `root` bytes in a stored one of `size` bytes, which must stay where it is; NULL and the reason if it is
+ * none, is damaged, or of another version or processor. See stored.c.
+ */
+const void *tbn_restore(const void *source, size_t size, size_t root, const char **why);
+
 /* Registers the kernels below for the CPU; the operators are defined in Python. Returns 0, or 1 if libtorch refuses. */
 TBN_EXPORT int tbn_register(const struct tbn_torch *functions);
 

@@ -52,10 +52,16 @@ static void begin(struct call *call, const uint64_t *stack, size_t size) {
     call->input = (void *)(uintptr_t)stack[0];
     call->plan = (void *)(uintptr_t)stack[1];
     failed = torch.get_numel(call->plan, &numel) || torch.get_data_ptr(call->plan, &bytes);
-    call->bytes = call->bound = bytes;
-    /* A plan is good at its own place only: bytes that were copied, or come from another process, are not taken. */
-    if (failed || numel != (int64_t)size || *(const void *const *)bytes != bytes)
-        fail(call, "tbn_cpu: the plan is not one that this process made");
+    if (failed) fail(call, "tbn_cpu: the plan has no memory");
+    /* A plan is good at its own place only: bytes that were copied, or come from another process, are stored ones. */
+    if (numel == (int64_t)size && *(const void *const *)bytes == bytes) {
+        call->bytes = bytes;
+    } else {
+        const char *why = NULL;
+        call->bytes = tbn_restore(bytes, (size_t)numel, size, &why);
+        if (!call->bytes) fail(call, why);
+    }
+    call->bound = call->bytes;
     failed = torch.get_dim(call->input, &call->dims) || torch.get_sizes(call->input, &sizes) ||
              torch.get_strides(call->input, &strides) || torch.get_numel(call->input, &call->numel) ||
              torch.get_dtype(call->input, &dtype) || torch.is_contiguous(call->input, &call->contiguous);
