@@ -81,6 +81,8 @@ def damaged(plan: Tensor, kind: str) -> Tensor:
         plan[72] ^= 1
     elif kind == "cut":
         return plan[:-64].clone()
+    elif kind == "begin":
+        plan[40:48] = 0
     elif kind == "odd":
         return plan[:-1].clone()
     elif kind == "version":
@@ -98,6 +100,7 @@ def damaged(plan: Tensor, kind: str) -> Tensor:
         ("a byte", "the stored plan is damaged"),
         ("a pointer", "the stored plan is damaged"),
         ("cut", "the stored plan is damaged"),
+        ("begin", "the stored plan is damaged"),
         ("odd", "the stored plan is damaged"),
         ("version", "stored by another version of tbn_compiler"),
         ("level", "a vector level that this processor does not have"),

@@ -66,6 +66,7 @@ static uint64_t checksum(const unsigned char *bytes, uint64_t size) {
 static bool is_sound(const struct header *header, const struct pointer *pointers, uint64_t size, uint64_t root) {
     if (header->root != root || header->bytes < root || header->begin > size || header->bytes > size - header->begin)
         return false;
+    if (header->begin < sizeof *header || !memchr(header->level, '\0', sizeof header->level)) return false;
     if (header->pointers > (header->begin - sizeof *header) / sizeof *pointers) return false;
     for (uint64_t i = 0; i < header->pointers; i++) {
         const struct pointer *each = &pointers[i];
