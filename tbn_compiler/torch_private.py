@@ -289,6 +289,15 @@ def size_guards(gm: fx.GraphModule) -> nn.Module | None:
     return gm._modules.get("_guards_fn")
 
 
+def shorten_size_guards(gm: fx.GraphModule) -> None:
+    """Call the checks of sizes without what tells Dynamo of them, in place: it takes longer than a small network."""
+    guards = size_guards(gm)
+    if isinstance(guards, _SizeGuards):
+        plain = nn.Module()
+        plain.forward = _innermost(guards.check)
+        gm._modules["_guards_fn"] = plain
+
+
 def make_picklable(gm: fx.GraphModule) -> None:
     """Let a module of ``torch.export``'s be pickled, in place; it has functions that were made inside of functions.
 

@@ -60,7 +60,7 @@ _MODULE_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
 
 
 @dataclass(frozen=True)
-class _Norm:
+class Norm:
     """A batch-norm in evaluation mode: ``(y - mean) * scale + shift``, each of shape ``[channels]``.
 
     ``ranks`` are the dimensions that its input may have; empty if any.
@@ -96,7 +96,7 @@ class FoldBatchNorm(GraphPass):
         return modified
 
 
-def _check(gm: fx.GraphModule, found: BoundCall, call: InferenceCall) -> _Norm | str:
+def _check(gm: fx.GraphModule, found: BoundCall, call: InferenceCall) -> Norm | str:
     """The norm to fold into ``call``, or the reason why it cannot be folded."""
     if call.transposed:
         return "the alphas of a transpose convolution belong to its inputs, not to its outputs"
@@ -112,7 +112,7 @@ def _check(gm: fx.GraphModule, found: BoundCall, call: InferenceCall) -> _Norm |
         return "the layer's alphas change within a row"
     if layout.alphas_in(layout.rows) > 1:
         return f"{layout.rows} alphas would be read as one per copy, not one per row"
-    norm = _read_norm(gm, found)
+    norm = read_norm(gm, found)
     if isinstance(norm, str):
         return norm
     if tuple(norm.mean.shape) != (layout.rows,):
@@ -127,7 +127,8 @@ def _check(gm: fx.GraphModule, found: BoundCall, call: InferenceCall) -> _Norm |
     return "only the rank of its input tells whether axis 1 holds the layer's outputs: give example_inputs"
 
 
-def _read_norm(gm: fx.GraphModule, found: BoundCall) -> _Norm | str:
+def read_norm(gm: fx.GraphModule, found: BoundCall) -> Norm | str:
+    """What a batch-norm computes, or the reason why that is not known."""
     if found.module is not None and has_hooks(found.module):
         return "the module has hooks"
     if found.arguments["running_mean"] is None or found.arguments["running_var"] is None:
@@ -147,16 +148,16 @@ def _read_norm(gm: fx.GraphModule, found: BoundCall) -> _Norm | str:
 
 def _norm(
     mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, ranks: tuple[int, ...]
-) -> _Norm:
+) -> Norm:
     # Half-precision statistics are combined in float32.
     mean, var = (tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (mean, var))
     scale = torch.rsqrt(var + eps)
     if gamma is not None:
         scale = scale * gamma.detach()
-    return _Norm(mean, scale, None if beta is None else beta.detach(), ranks)
+    return Norm(mean, scale, None if beta is None else beta.detach(), ranks)
 
 
-def _fold(gm: fx.GraphModule, node: fx.Node, call: InferenceCall, norm: _Norm) -> None:
+def _fold(gm: fx.GraphModule, node: fx.Node, call: InferenceCall, norm: Norm) -> None:
     alpha, bias = call.tensor(gm, "alpha"), call.tensor(gm, "bias")
     assert alpha is not None
     folded_alpha = call.layout.row_alphas(alpha) * norm.scale

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tbn_compiler.backends.cpu import bound
+from tbn_compiler.backends.cpu.networks import bind_networks, find_networks
+from tbn_compiler.backends.cpu.stored import store
 from tbn_compiler.compiler import unwrap
 from tbn_compiler.errors import LoweringError
 from tbn_compiler.graph.calls import InferenceCall, tiled_call
@@ -33,7 +35,13 @@ from tbn_compiler.graph.records import graph_parts
 from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.passes.base import copy_meta, remove_dead_nodes
 from tbn_compiler.passes.deployment import dtype, note_values, sizes
-from tbn_compiler.torch_private import differentiated, drop_input_checks, mapped, takes_tensors_only
+from tbn_compiler.torch_private import (
+    differentiated,
+    drop_input_checks,
+    mapped,
+    shorten_size_guards,
+    takes_tensors_only,
+)
 
 _OPERANDS = ("tile", "alpha", "bias", "input_alpha", "input_scale")
 
@@ -84,19 +92,41 @@ def _image(layer: TensorCall, x: fx.Node) -> Sequence[int | None]:
     return (None,) * layer.dims if known is None else known[len(known) - layer.dims :]
 
 
-def bind_layers(gm: fx.GraphModule, found: Mapping[fx.Node, TensorCall | str], *, sizes_vary: bool = False) -> bool:
+def bind_found(
+    gm: fx.GraphModule,
+    found: Mapping[fx.Node, TensorCall | str],
+    *,
+    sizes_vary: bool = False,
+    form: bound.PlanForm = bound.as_tensor,
+) -> bool:
+    """Bind networks of what :func:`find_bindings` found, and its other layers one by one; arguments as there."""
+    networks, _ = find_networks(gm, found, sizes_vary=sizes_vary)
+    inside = {node for network in networks for node in network.nodes}
+    bind_networks(gm, networks, form)
+    left = {node: layer for node, layer in found.items() if node not in inside}
+    return bind_layers(gm, left, sizes_vary=sizes_vary, form=form) or bool(networks)
+
+
+def bind_layers(
+    gm: fx.GraphModule,
+    found: Mapping[fx.Node, TensorCall | str],
+    *,
+    sizes_vary: bool = False,
+    form: bound.PlanForm = bound.as_tensor,
+) -> bool:
     """Bind what :func:`find_bindings` found, in place; whether there was anything.
 
     Args:
         gm: the graph.
         found: its layers.
         sizes_vary: whether inputs may have other sizes than those that were noted.
+        form: makes the tensor that the operators get of a plan.
     """
     layers = {node: layer for node, layer in found.items() if not isinstance(layer, str)}
     names = (name for number in itertools.count() if not hasattr(gm, name := f"tbn_plan_{number}"))
     for node, layer in layers.items():
         name, tokens = next(names), None if sizes_vary else _tokens(layer, node)
-        gm.register_buffer(name, bound.bind(layer, tokens), persistent=False)
+        gm.register_buffer(name, form(bound.bind(layer, tokens)), persistent=False)
         with gm.graph.inserting_before(node):
             _replace(gm.graph, node, layer, name)
     if layers:
@@ -106,17 +136,20 @@ def bind_layers(gm: fx.GraphModule, found: Mapping[fx.Node, TensorCall | str], *
     return bool(layers)
 
 
-def bind(module: nn.Module, example_inputs: Any = None) -> nn.Module:
+def bind(module: nn.Module, example_inputs: Any = None, *, stored: bool = False) -> nn.Module:
     """Bind the layers of a module, for calls of small networks without ``torch.compile``.
 
     The module is for inference in this process, with the values that its layers have now, in float32 also under
     autocast, and without gradients: an input that needs one is an error. It is not to be saved or copied: that makes
-    its plans useless, and calls raise.
+    its plans useless, and calls raise. With ``stored`` it can be: its plans hold all that they need, and so do
+    programs that ``torch._inductor.aoti_compile_and_package`` makes of ``torch.export.export(bound, ...)``, which run
+    without Python (``examples/cpp``). The prepared tiles are those of this processor's vector level.
 
     Args:
         module: the result of :func:`tbn_compiler.lower` or :func:`tbn_compiler.optimize`. It is not changed.
         example_inputs: a tensor, a tuple of the arguments of ``forward``, or a dictionary of them by name, as for
             :func:`tbn_compiler.optimize`, whose result knows them already.
+        stored: whether the result is to be saved, copied or compiled ahead of time.
 
     Returns:
         A copy in evaluation mode that shares all tensors. Layers that cannot be bound stay as they are;
@@ -137,12 +170,14 @@ def bind(module: nn.Module, example_inputs: Any = None) -> nn.Module:
     for part in parts:
         found = find_bindings(part)
         reasons += [layer for layer in found.values() if isinstance(layer, str)]
-        bound_any |= bind_layers(part, found, sizes_vary=True)
+        bound_any |= bind_found(part, found, sizes_vary=True, form=store if stored else bound.as_tensor)
         if takes_tensors_only(part.graph):
             (output,) = part.graph.find_nodes(op="output")
             output.args = (output.args[0][0],)
             part.graph.set_codegen(fx.graph.CodeGen())
             drop_input_checks(part)
+            if not stored:  # what is short cannot be pickled
+                shorten_size_guards(part)
             part.recompile()
     if not bound_any:
         hint = "" if example_inputs is not None else "; pass example_inputs"

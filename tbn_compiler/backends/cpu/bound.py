@@ -34,6 +34,17 @@ _LIBRARY = torch.library.Library("tbn_cpu", "DEF")
 _LIBRARY.define("linear(Tensor input, Tensor plan, int out_features) -> Tensor")
 _LIBRARY.define(f"conv(Tensor input, Tensor plan, int out_channels, int dims, {_ARGUMENTS}) -> Tensor")
 
+
+def define(schema: str) -> None:
+    """Define another operator whose kernel is in the library."""
+    _LIBRARY.define(schema)
+
+
+def define_fake(name: str, function: Callable[..., Tensor]) -> None:
+    """Say what an operator gives where nothing is computed."""
+    torch.library.register_fake(f"tbn_cpu::{name}", function, lib=_LIBRARY)
+
+
 _FUNCTIONS = {
     "library_init_impl": "aoti_torch_library_init_impl",
     "library_impl": "aoti_torch_library_impl",
@@ -107,8 +118,8 @@ def _misfit(call: TensorCall) -> str | None:
     return None
 
 
-def bind(call: TensorCall, tokens: int | None = None) -> Tensor:
-    """The plan of a layer: ``uint8``, as the operators of this module take it.
+def bind(call: TensorCall, tokens: int | None = None) -> library.BoundLayer:
+    """The plan of a layer.
 
     It has the values that the operands have now. The input that it is used with is that of the call in float32, with
     its replicas side by side and its neighbours summed.
@@ -137,7 +148,16 @@ def bind(call: TensorCall, tokens: int | None = None) -> Tensor:
     )
     bound.self = ctypes.addressof(bound)
     bound.operands = (forms, alpha, bias, scale)  # what it points to
-    return torch.frombuffer(bound, dtype=torch.uint8)
+    return bound
+
+
+PlanForm = Callable[["library.BoundLayer | library.Network"], Tensor]
+"""What makes the tensor of a plan that the operators get."""
+
+
+def as_tensor(plan: library.BoundLayer | library.Network) -> Tensor:
+    """A plan as the operators take it in this process, ``uint8``; it keeps alive what it points to."""
+    return torch.frombuffer(plan, dtype=torch.uint8)
 
 
 def _form(plan: prepare.Plan | None) -> tuple[Any, Any]:
@@ -189,5 +209,5 @@ def _conv(input: Tensor, plan: Tensor, out_channels: int, dims: int, *values: in
     return input.new_empty(shape)
 
 
-torch.library.register_fake("tbn_cpu::linear", _linear, lib=_LIBRARY)
-torch.library.register_fake("tbn_cpu::conv", _conv, lib=_LIBRARY)
+define_fake("linear", _linear)
+define_fake("conv", _conv)

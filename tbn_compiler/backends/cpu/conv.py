@@ -44,7 +44,7 @@ MAX_LIMB_INPUTS = 2**31 // 255
 """Most inputs of an output for products of the bytes of floats, so that sums of bytes up to 255 fit 32 bits."""
 
 FOLDING = 1.5
-"""Least factor by which there are fewer products of bytes where all rows of a kernel are put into one."""
+"""Least factor by which there are fewer steps of bytes where all rows of a kernel are put into one."""
 
 MIN_CHANNELS = 4
 """Fewest input channels of a group: tables are made of several channels."""
@@ -245,14 +245,19 @@ def _runs(call: TensorCall) -> Tensor:
     filters = F.pad(filters, (0, 0, 0, -filters.shape[2] % 4), value=-1).transpose(2, 3)
     follow = call.arguments["dilation"][-1] == 1  # places in a row of the kernel follow each other
     by_rows: Tensor = filters.unflatten(2, (-1, call.kernel_size[-1]))
-    if _folded(call):
+    if is_folded(call):
         columns = by_rows.transpose(2, 3).flatten(3)
         return columns.flatten(2).unsqueeze(2) if follow else columns
     return by_rows.flatten(3) if follow else filters
 
 
-def _folded(call: TensorCall) -> bool:
-    """Whether all rows of the kernel are put into one: with few channels a row would fill little of a step."""
+def is_folded(call: TensorCall) -> bool:
+    """Whether all rows of the kernel are put into one: with few channels a row would fill little of a step.
+
+    AMX multiplies whole steps; VNNI takes four bytes at a time.
+    """
+    if library.level() != "avx512amx":
+        return False
     *rows, columns = call.kernel_size
     product = call.product
     channels = call.layout.shape[1] // product.neighbours // product.mixes
@@ -314,7 +319,7 @@ def _plan(entry: prepare.Prepared, call: TensorCall, *, last: bool) -> prepare.P
         relu=call.epilogue == "relu",
         corrections=memory[1].ctypes.data if dots else None,
         channels_last=last,
-        folded=dots and _folded(call),
+        folded=dots and is_folded(call),
     )
     if dots and not integer:
         lookups = library.ConvPlan.from_buffer_copy(struct)

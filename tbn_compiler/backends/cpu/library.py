@@ -18,7 +18,7 @@ products of bytes for integer activations and for float convolutions, by AMX til
 LEVEL_VARIABLE = "TBN_CPU_LEVEL"
 """Environment variable that names the level to use instead of the best; ``none`` turns the native kernels off."""
 
-INTERFACE = 6
+INTERFACE = 8
 """Version of the interface in ``src/tbn_cpu.h`` (``TBN_INTERFACE``)."""
 
 # One file for every Python: it is no extension module (setup.py).
@@ -91,6 +91,54 @@ class BoundLayer(ctypes.Structure):
     )
 
 
+class NetworkValue(ctypes.Structure):
+    """``struct tbn_value``."""
+
+    _fields_ = (
+        ("channels", _size),
+        ("border", _size),
+        ("scale", ctypes.c_float),
+        ("floats", ctypes.c_int32),
+        ("last", _size),
+    )
+
+
+class NetworkStep(ctypes.Structure):
+    """``struct tbn_step``."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("relu", ctypes.c_int32),
+        ("on_bytes", ctypes.c_int32),
+        ("rounded", ctypes.c_float),
+        ("added_scale", ctypes.c_float),
+        ("input", _size),
+        ("output", _size),
+        ("added", _size),
+        ("layer", _pointer),
+        ("factors", _pointer),
+        ("offsets", _pointer),
+        ("kernel", _size * 2),
+        ("stride", _size * 2),
+        ("padding", _size * 2),
+    )
+
+
+class Network(ctypes.Structure):
+    """``struct tbn_network``."""
+
+    _fields_ = (
+        ("self", _pointer),
+        ("steps", _pointer),
+        ("step_count", _size),
+        ("values", _pointer),
+        ("value_count", _size),
+        ("dots", _pointer),
+        ("dims", ctypes.c_int64),
+        ("out_dims", ctypes.c_int64),
+    )
+
+
 _LINEAR = [_pointer, _pointer, _pointer, _size, _pointer, _pointer, _pointer, _size]
 _CONV = [_pointer, _pointer, _pointer, _size, _size, _size, _pointer, _pointer, _pointer, _size]
 
@@ -105,10 +153,12 @@ _FUNCTIONS = {
     "tbn_linear_dots": (ctypes.c_int, _LINEAR),
     "tbn_conv": (ctypes.c_int, _CONV),
     "tbn_conv_dots": (ctypes.c_int, _CONV),
+    "tbn_dots_of": (_pointer, [_pointer]),
     "tbn_has_dots": (ctypes.c_int, [_pointer]),
     "tbn_group": (_size, [_pointer, ctypes.c_int]),
     "tbn_pool_threads": (_size, []),
     "tbn_register": (ctypes.c_int, [_pointer]),
+    "tbn_schemas": (ctypes.POINTER(ctypes.c_char_p), []),
 }
 
 

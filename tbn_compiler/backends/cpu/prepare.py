@@ -49,6 +49,10 @@ class Plan:
         self.function = ctypes.cast(call, ctypes.c_void_p).value  # type: ignore[arg-type]  # a function of the library
         self._struct, self._memory = struct, memory  # what the address, and the structure, point to
 
+    def holds(self) -> list[Any]:
+        """The structure, and the arrays that it points to."""
+        return [self._struct, *self._memory]
+
 
 class Prepared:
     """What is kept for one tile tensor, and the state of the tensor that it was made from.

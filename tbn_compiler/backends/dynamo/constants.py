@@ -190,7 +190,7 @@ def _only_read_by_layers(node: fx.Node) -> bool:
         call = bind(user)
         if call is not None and call.name == "batch_norm" and call.arguments["training"] is False:
             continue  # else it may train, and then writes its statistics
-        if _is_input_scale(user):
+        if _is_input_scale(user) or _takes_scale(user, node):
             continue
         if _target(user) not in _READERS and not (is_view(user) and _only_read_by_layers(user)):
             return False
@@ -199,10 +199,12 @@ def _only_read_by_layers(node: fx.Node) -> bool:
 
 def _is_input_scale(node: fx.Node) -> bool:
     """Whether a node makes the scale of a layer's inputs from its logarithm, and nothing else reads that."""
-    return node.target is torch.exp and all(
-        user.target in (_tbn.quantize_input, _tbn.quantize_input.default) and user.args[3:] == (node,)
-        for user in node.users
-    )
+    return node.target is torch.exp and all(_takes_scale(user, node) for user in node.users)
+
+
+def _takes_scale(node: fx.Node, scale: fx.Node) -> bool:
+    """Whether a node brings a value into a number format with this scale."""
+    return node.target in (_tbn.quantize_input, _tbn.quantize_input.default) and node.args[3:] == (scale,)
 
 
 def _is_tiled_weight(node: fx.Node) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 from torch import fx
 
 from tbn_compiler.backends.cpu.bind_layers import bind_layers, find_bindings
+from tbn_compiler.backends.cpu.networks import bind_networks, find_networks
 from tbn_compiler.backends.dynamo.image_formats import keep_channels_last
 from tbn_compiler.backends.dynamo.records import make_records
 from tbn_compiler.backends.dynamo.report import LayerReport
@@ -37,13 +38,16 @@ def prepare(gm: fx.GraphModule, activation: str) -> tuple[LayerReport, ...]:
         RemoveBlends()(gm)
     refusals: dict[fx.Node, str] = {}
     run_passes(gm, [LowerTiles(refusals=refusals), *deployment_pipeline(activation)])
+    refusals |= reasons  # which know more than that there is no record
+    bindings = find_bindings(gm)
+    networks, _ = find_networks(gm, bindings)
+    inside = {node for network in networks for node in network.nodes}
+    reports = (*_reports(gm, trained, refusals, bindings, inside), *_nested_reports(gm))
+    bind_networks(gm, networks)
     if keep_channels_last(gm):
         gm.graph.lint()
         gm.recompile()
-    refusals |= reasons  # which know more than that there is no record
-    bindings = find_bindings(gm)
-    reports = (*_reports(gm, trained, refusals, bindings), *_nested_reports(gm))
-    bind_layers(gm, bindings)
+    bind_layers(gm, {node: layer for node, layer in bindings.items() if node not in inside})
     return reports
 
 
@@ -52,6 +56,7 @@ def _reports(
     trained: set[str | None],
     refusals: Mapping[fx.Node, str],
     bindings: Mapping[fx.Node, TensorCall | str],
+    inside: Set[fx.Node],
 ) -> Iterator[LayerReport]:
     records = get_records(gm) or ()
     for call in layer_calls(gm):
@@ -68,6 +73,8 @@ def _reports(
                 declined = (*declined, f"it is called through Python: {binding}")
             elif binding is not None:
                 done = (*done, "bound to its operands")
+            if call.node in inside:
+                done = (*done, "in one call with its neighbours")
             yield LayerReport(name, call.kind, lowered=True, done=done, declined=declined)
 
 

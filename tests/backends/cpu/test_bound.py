@@ -48,6 +48,10 @@ CALLS = {
 }
 
 
+def plan_of(call: Any) -> Tensor:
+    return bound.as_tensor(bound.bind(call))
+
+
 @pytest.mark.parametrize("activation", ["float", "int8", "binary"])
 @pytest.mark.parametrize("level", cpu.info().available)
 @pytest.mark.parametrize("name", CALLS)
@@ -57,7 +61,7 @@ def test_equal_the_operators(name: str, level: str, activation: str) -> None:
         x = call.input
         if bound.why_not(call, x.shape[x.dim() - call.dims :]) is not None:
             pytest.skip("PyTorch computes it at this level")
-        plan = bound.bind(call)
+        plan = plan_of(call)
         result = run(call, plan, x)
         assert torch.equal(result, expected(call, x))
         assert result.is_contiguous()
@@ -71,7 +75,7 @@ def test_one_scale_belongs_to_the_plan(name: str) -> None:
     call = CALLS[name].replaced(activation="int8", input_scale=scale)
     if bound.why_not(call, call.input.shape[call.input.dim() - call.dims :]) is not None:
         pytest.skip("PyTorch computes it at this level")
-    plan, right = bound.bind(call), expected(call, call.input)
+    plan, right = plan_of(call), expected(call, call.input)
     scale.zero_()
     assert torch.equal(run(call, plan, call.input), right)
 
@@ -81,7 +85,7 @@ def test_images_keep_their_format(activation: str) -> None:
     call = CALLS["conv2d"].replaced(activation=activation)
     if bound.why_not(call, (9, 8)) is not None:
         pytest.skip("PyTorch computes it at this level")
-    plan = bound.bind(call)
+    plan = plan_of(call)
     for batch in (1, 2):
         for shape in ((batch, 16, 9, 8), (batch, 16, 3, 2), (batch, 16, 9, 2)):
             x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
@@ -95,7 +99,7 @@ def test_fakes(name: str) -> None:
     call = CALLS[name]
     if bound.why_not(call, call.input.shape[call.input.dim() - call.dims :]) is not None:
         pytest.skip("PyTorch computes it at this level")
-    plan, inputs = bound.bind(call), [call.input]
+    plan, inputs = plan_of(call), [call.input]
     if call.dims == 2 and call.input.dim() == 4:
         inputs.append(call.input.contiguous(memory_format=torch.channels_last))
     for x in inputs:
@@ -107,7 +111,7 @@ def test_fakes(name: str) -> None:
 
 def test_a_plan_keeps_its_operands() -> None:
     call = layer("linear", torch.randn(3, 24), 32)
-    right, plan, operator, rest = expected(call, call.input), bound.bind(call), bound.operator(call), bound.sizes(call)
+    right, plan, operator, rest = expected(call, call.input), plan_of(call), bound.operator(call), bound.sizes(call)
     x = call.input
     del call
     gc.collect()
@@ -128,7 +132,7 @@ def test_a_plan_keeps_its_operands() -> None:
 )
 def test_what_does_not_fit_is_refused(change: Any, message: str) -> None:
     call = CALLS["linear"]
-    x, plan = change(call.input, bound.bind(call))
+    x, plan = change(call.input, plan_of(call))
     with pytest.raises(RuntimeError, match=message):
         run(call, plan, x)
 
@@ -138,11 +142,11 @@ def test_kernels_of_one_operator_refuse_plans_of_the_other() -> None:
     if bound.why_not(call, (9, 8)) is not None:
         pytest.skip("PyTorch computes it at this level")
     with pytest.raises(RuntimeError, match="linear: the input does not fit"):
-        torch.ops.tbn_cpu.linear.default(torch.randn(3, 16), bound.bind(call), 128)
+        torch.ops.tbn_cpu.linear.default(torch.randn(3, 16), plan_of(call), 128)
     with pytest.raises(RuntimeError, match="conv: the input does not fit"):
-        torch.ops.tbn_cpu.conv.default(torch.randn(1, 24, 5), bound.bind(CALLS["linear"]), 32, 1, *[1] * 8)
+        torch.ops.tbn_cpu.conv.default(torch.randn(1, 24, 5), plan_of(CALLS["linear"]), 32, 1, *[1] * 8)
     with pytest.raises(RuntimeError, match="the kernel does not fit"):
-        run(call, bound.bind(call), torch.randn(16, 2, 2))
+        run(call, plan_of(call), torch.randn(16, 2, 2))
 
 
 def test_layers_that_stay() -> None:

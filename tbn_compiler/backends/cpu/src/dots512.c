@@ -32,14 +32,15 @@ INLINE void expand(const struct tbn_dot *job, size_t block, size_t blocks) {
     }
 }
 
-/* `inputs` inputs of a tile with `blocks` blocks of rows. */
-INLINE void multiply_some(const struct tbn_dot *job, const uint8_t *x, size_t inputs, size_t blocks, int32_t *z) {
+/* `count` inputs of a tile with `blocks` blocks of rows. */
+INLINE void multiply_some(const struct tbn_dot *job, const uint8_t *const *inputs, size_t count, size_t blocks,
+                          int32_t *z) {
     __m512i sum[8][2];
     const uint8_t *input[8];
     const size_t block_bytes = job->steps * TBN_DOT_STEP;
     const int8_t *index = job->weights;
-    UNROLL for (size_t i = 0; i < inputs; i++) {
-        input[i] = x + i * job->stride;
+    UNROLL for (size_t i = 0; i < count; i++) {
+        input[i] = inputs[i];
         UNROLL for (size_t b = 0; b < blocks; b++)
             sum[i][b] = _mm512_setzero_si512();
     }
@@ -49,7 +50,7 @@ INLINE void multiply_some(const struct tbn_dot *job, const uint8_t *x, size_t in
             __m512i weights[2];
             UNROLL for (size_t b = 0; b < blocks; b++)
                 weights[b] = _mm512_load_si512(index + b * block_bytes + four * 64);
-            UNROLL for (size_t i = 0; i < inputs; i++) {
+            UNROLL for (size_t i = 0; i < count; i++) {
                 int32_t bytes;
                 memcpy(&bytes, input[i] + offset + four * 4, sizeof bytes);
                 UNROLL for (size_t b = 0; b < blocks; b++)
@@ -57,7 +58,7 @@ INLINE void multiply_some(const struct tbn_dot *job, const uint8_t *x, size_t in
             }
         }
     }
-    UNROLL for (size_t i = 0; i < inputs; i++)
+    UNROLL for (size_t i = 0; i < count; i++)
         UNROLL for (size_t b = 0; b < blocks; b++)
             _mm512_store_si512(z + (i * job->blocks + b) * TBN_DOT_ROWS, sum[i][b]);
 }
@@ -66,15 +67,20 @@ TARGET static void multiply_vnni(const struct tbn_dot *job) {
     for (size_t block = 0; block < job->blocks; block += 2) {
         const int two = block + 1 < job->blocks;
         expand(job, block, two ? 2 : 1);
-        for (size_t tile = 0; tile < job->count; tile++)
-            for (size_t first = 0; first < TBN_DOT_INPUTS; first += 8) {
-                const uint8_t *x = job->tiles[tile] + first * job->stride;
-                int32_t *z = job->z + ((tile * TBN_DOT_INPUTS + first) * job->blocks + block) * TBN_DOT_ROWS;
-                if (two)
-                    multiply_some(job, x, 8, 2, z);
-                else
-                    multiply_some(job, x, 8, 1, z);
-            }
+        for (size_t first = 0; first < job->count * TBN_DOT_INPUTS; first += 8) {
+            const uint8_t *const *inputs = job->tiles + first;
+            int32_t *z = job->z + (first * job->blocks + block) * TBN_DOT_ROWS;
+            if (!inputs[0])
+                continue;
+            if (inputs[TBN_DOT_GATHERED] && two)
+                multiply_some(job, inputs, 8, 2, z);
+            else if (inputs[TBN_DOT_GATHERED])
+                multiply_some(job, inputs, 8, 1, z);
+            else if (two)
+                multiply_some(job, inputs, TBN_DOT_GATHERED, 2, z);
+            else
+                multiply_some(job, inputs, TBN_DOT_GATHERED, 1, z);
+        }
     }
 }
 
@@ -342,8 +348,79 @@ TARGET static void finish_inputs(const struct tbn_dot_finish *job, const int32_t
     }
 }
 
+/* The integers as bytes. */
+INLINE __m128i bytes_of(__m512 x, __m512 factor) {
+    return _mm_xor_si128(_mm512_cvtepi32_epi8(integers_of(x, TBN_INT8, factor)), _mm_set1_epi8((char)TBN_DOT_ZERO));
+}
+
+/* What is added to the results of `lanes` rows. */
+INLINE __m512 added_to(const struct tbn_dot_store *store, size_t at, __mmask16 lanes) {
+    if (store->added)
+        return _mm512_maskz_loadu_ps(lanes, store->added + at);
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, store->added_bytes + at));
+    const __m512i integers = _mm512_sub_epi32(bytes, _mm512_set1_epi32(TBN_DOT_ZERO));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(integers), _mm512_set1_ps(store->added_scale));
+}
+
+/* `adds`, `rounds`, `keeps`: whether something is added, rounded, and kept as floats; numbers that the compiler knows. */
+INLINE void store_block(const struct tbn_dot_finish *job, const struct tbn_dot_store *store, const int32_t *z,
+                        size_t z_stride, size_t row, __mmask16 lanes, size_t inputs, int rounds, int adds, int keeps) {
+    const struct row_block block = row_block_of(job, row, lanes);
+    const __m512 factor = _mm512_set1_ps(store->factor), scale = _mm512_set1_ps(job->scales[0]);
+    for (size_t i = 0; i < inputs; i++) {
+        const __m512 sum = sums_of(job, z + i * z_stride + row, block.correction);
+        __m512 value = finished(sum, block.alpha, scale, job->bias ? &block.bias : NULL, job->relu);
+        if (rounds) {
+            const __m512i integers = integers_of(value, TBN_INT8, _mm512_set1_ps(store->rounded_factor));
+            value = _mm512_mul_ps(_mm512_cvtepi32_ps(integers), _mm512_set1_ps(store->rounded));
+        }
+        if (adds)
+            value = _mm512_add_ps(value, added_to(store, i * store->added_step + row, lanes));
+        if (store->relu)
+            value = _mm512_max_ps(_mm512_setzero_ps(), value);
+        if (keeps)
+            _mm512_mask_storeu_ps(store->floats + i * store->floats_step + row, lanes, value);
+        if (store->bytes)
+            _mm_mask_storeu_epi8(store->bytes + i * store->bytes_step + row, lanes, bytes_of(value, factor));
+    }
+}
+
+TARGET static void store_inputs(const struct tbn_dot_finish *job, const struct tbn_dot_store *store, const int32_t *z,
+                                size_t z_stride, size_t rows, size_t inputs) {
+    const int rounds = store->rounded_factor != 0.0f, adds = store->added || store->added_bytes;
+    for (size_t row = 0; row < rows; row += 16) {
+        const __mmask16 lanes = first_lanes(rows - row);
+        if (store->floats)
+            store_block(job, store, z, z_stride, row, lanes, inputs, rounds, adds, 1);
+        else if (rounds && adds)
+            store_block(job, store, z, z_stride, row, lanes, inputs, 1, 1, 0);
+        else
+            store_block(job, store, z, z_stride, row, lanes, inputs, rounds, adds, 0);
+    }
+}
+
+TARGET static void max_bytes(const uint8_t *const *from, size_t taps, size_t count, uint8_t *out) {
+    for (size_t i = 0; i < count; i += 64) {
+        const __mmask64 lanes = count - i < 64 ? ((__mmask64)1 << (count - i)) - 1 : ~(__mmask64)0;
+        __m512i largest = _mm512_setzero_si512();
+        for (size_t tap = 0; tap < taps; tap++)
+            largest = _mm512_max_epu8(largest, _mm512_maskz_loadu_epi8(lanes, from[tap] + i));
+        _mm512_mask_storeu_epi8(out + i, lanes, largest);
+    }
+}
+
+TARGET static void max_floats(const float *const *from, size_t taps, size_t count, float *out) {
+    for (size_t i = 0; i < count; i += 16) {
+        const __mmask16 lanes = first_lanes(count - i);
+        __m512 largest = _mm512_set1_ps(-INFINITY);
+        for (size_t tap = 0; tap < taps; tap++)
+            largest = _mm512_max_ps(largest, _mm512_maskz_loadu_ps(lanes, from[tap] + i));
+        _mm512_mask_storeu_ps(out + i, lanes, largest);
+    }
+}
+
 TARGET static void finish_by_rows(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
-                                  size_t inputs, float *out, size_t step) {
+                                  size_t outputs, size_t inputs, float *out, size_t step) {
     const __m512 scale = _mm512_set1_ps(job->scales[0]);
     const __mmask16 wanted = first_lanes(inputs);
     float by_input[16 * 16] __attribute__((aligned(TBN_ALIGN))), by_row[16 * 16] __attribute__((aligned(TBN_ALIGN)));
@@ -354,20 +431,23 @@ TARGET static void finish_by_rows(const struct tbn_dot_finish *job, const int32_
         UNROLL for (size_t i = 0; i < 16; i++)
             _mm512_store_ps(by_input + i * 16, sums_of(job, z + i * z_stride + first, correction));
         transpose_block(by_input, 16, by_row, 16);
-        for (size_t row = first; row < rows && row < first + 16; row++) {
-            const __m512 bias = _mm512_set1_ps(job->bias ? job->bias[row] : 0.0f);
-            const __m512 value = finished(_mm512_load_ps(by_row + (row - first) * 16),
-                                          _mm512_set1_ps(job->alpha[row]), scale, job->bias ? &bias : NULL, job->relu);
-            _mm512_mask_storeu_ps(out + row * step, wanted, value);
-        }
+        for (size_t row = first; row < rows && row < first + 16; row++)
+            for (size_t output = row; output < outputs; output += rows) {
+                const __m512 bias = _mm512_set1_ps(job->bias ? job->bias[output] : 0.0f);
+                const __m512 value =
+                    finished(_mm512_load_ps(by_row + (row - first) * 16), _mm512_set1_ps(job->alpha[output]), scale,
+                             job->bias ? &bias : NULL, job->relu);
+                _mm512_mask_storeu_ps(out + output * step, wanted, value);
+            }
     }
 }
 
 #define SHARED \
     .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, .combine = combine, \
-    .finish_inputs = finish_inputs, .finish_rows = finish_by_rows
+    .finish_inputs = finish_inputs, .finish_rows = finish_by_rows, .store_inputs = store_inputs, \
+    .max_bytes = max_bytes, .max_floats = max_floats
 
-const struct tbn_dots tbn_dots_vnni = {.begin = nothing, .end = nothing, .multiply = multiply_vnni, SHARED};
+const struct tbn_dots tbn_dots_vnni = {.gathers = 1, .begin = nothing, .end = nothing, .multiply = multiply_vnni, SHARED};
 
 #ifdef TBN_AMX
 

@@ -77,11 +77,12 @@ struct tbn_finish {
 /*
  * Products of bytes: machines that multiply four or more bytes an instruction need no tables for integer activations.
  * Inputs are bytes, the integer plus 128, and meet rows of weights +1 and -1; what the 128 add to a sum is a number of
- * the row, and taken off when the row is finished. A tile is TBN_DOT_INPUTS inputs (tokens or positions) that lie at
- * equal distances, a step is TBN_DOT_BYTES neighbouring bytes of each, a block is TBN_DOT_ROWS rows. Weights are stored
- * as bits and made bytes for two blocks at a time, which all tiles meet. Inputs of a tile may lie past the last one, and
- * bytes of a step past those that count, whose weights are made 0: there is memory to read, and nobody reads what comes
- * of it.
+ * the row, and taken off when the row is finished. A tile is TBN_DOT_INPUTS inputs (tokens or positions), a step is
+ * TBN_DOT_BYTES neighbouring bytes of each, a block is TBN_DOT_ROWS rows. Weights are stored as bits and made bytes for
+ * two blocks at a time, which all tiles meet. Levels differ in what a tile is: where they `gather`, its inputs lie
+ * anywhere, and there are none past the last one; else they lie at equal distances, so that a tile ends with the row of
+ * an image, and inputs may lie past the last one. Bytes of a step may lie past those that count, whose weights are made
+ * 0. There is memory to read, and nobody reads what comes of it.
  *
  * Floats become integers of 24 bits, q = x / scale with a power of two for each sample, and these three bytes (limbs):
  * q + 2^23 = 2^16 * limb 0 + 2^8 * limb 1 + limb 2. Their zeros are TBN_DOT_ZERO, 0 and 0, so that only the sums
@@ -90,6 +91,9 @@ struct tbn_finish {
 enum { TBN_DOT_INPUTS = 16, TBN_DOT_ROWS = 16, TBN_DOT_BYTES = 64, TBN_DOT_ZERO = 128 };
 
 enum { TBN_LIMBS = 3 };
+
+/* Inputs that are gathered at once, at least. */
+enum { TBN_DOT_GATHERED = 4 };
 
 /* Floats whose largest magnitude is more than so many times their mean magnitude, or not in [2^-100, 2^100), are looked
    up: their integers would be too coarse for most of them, and scales and sums stay away from float's ends. */
@@ -105,9 +109,10 @@ struct tbn_dot_step {
 
 /* z[tile][input][row] = sum over steps and their bytes of byte * weight */
 struct tbn_dot {
-    const uint8_t *const *tiles; /* where each tile begins */
+    const uint8_t *const *tiles; /* where each tile begins; gathered: [tile][TBN_DOT_INPUTS], where each input does, and
+                                    from a multiple of TBN_DOT_GATHERED on NULL where there are no more */
     size_t count;                /* tiles */
-    size_t stride;               /* bytes between the inputs of a tile */
+    size_t stride;               /* bytes between the inputs of a tile that is not gathered */
     const struct tbn_dot_step *places;
     size_t steps;
     const uint64_t *index; /* bits of the weights, set for +1: [block][step][TBN_DOT_BYTES / 4], a bit for each byte */
@@ -125,7 +130,23 @@ struct tbn_dot_finish {
     int relu;
 };
 
+/* What becomes of finished results in a network (struct tbn_store, dots.h): of one input after the other, `step` apart. */
+struct tbn_dot_store {
+    float rounded, rounded_factor; /* the factor is 0 where they are not rounded */
+    const float *added;            /* or NULL */
+    const uint8_t *added_bytes;    /* or NULL */
+    size_t added_step;
+    float added_scale;
+    int relu;
+    float *floats; /* or NULL */
+    size_t floats_step;
+    uint8_t *bytes; /* or NULL */
+    size_t bytes_step;
+    float factor;
+};
+
 struct tbn_dots {
+    int gathers;
     /* A thread calls these before and after its products. */
     void (*begin)(void);
     void (*end)(void);
@@ -143,11 +164,18 @@ struct tbn_dots {
        are of `inputs` inputs, whose sums lie `z_stride` apart, and of `rows` rows; `correction` is that of the first limb. */
     void (*combine)(int32_t *z, size_t z_stride, size_t apart, const int32_t *correction, size_t rows, size_t inputs);
     /* Results of `rows` rows and `inputs` inputs of a tile, whose sums lie `z_stride` apart: those of an input side by
-       side, inputs `step` elements apart; or those of a row side by side, rows `step` elements apart, with one scale. */
+       side, inputs `step` elements apart; or those of a row side by side, rows `step` elements apart, with one scale,
+       of `outputs` rows: behind the last one follow those of another copy, with alphas and biases of their own. */
     void (*finish_inputs)(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
                           size_t inputs, float *out, size_t step);
-    void (*finish_rows)(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows,
+    void (*finish_rows)(const struct tbn_dot_finish *job, const int32_t *z, size_t z_stride, size_t rows, size_t outputs,
                         size_t inputs, float *out, size_t step);
+    /* The same as finish_inputs, with more done to results. */
+    void (*store_inputs)(const struct tbn_dot_finish *job, const struct tbn_dot_store *store, const int32_t *z,
+                         size_t z_stride, size_t rows, size_t inputs);
+    /* The largest of `count` neighbouring values each: out[i] = max over k of from[k][i]. */
+    void (*max_bytes)(const uint8_t *const *from, size_t taps, size_t count, uint8_t *out);
+    void (*max_floats)(const float *const *from, size_t taps, size_t count, float *out);
 };
 
 struct tbn_kernels {

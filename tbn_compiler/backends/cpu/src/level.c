@@ -62,6 +62,10 @@ const struct tbn_kernels *tbn_level(const char *name) {
     return strcmp(name, "portable") == 0 ? &tbn_portable : find(name);
 }
 
+const struct tbn_dots *tbn_dots_of(const struct tbn_kernels *kernels) {
+    return kernels->dots;
+}
+
 int tbn_has_dots(const struct tbn_kernels *kernels) {
     return kernels->dots != NULL;
 }

@@ -9,11 +9,11 @@
 #define TBN_EXPORT __attribute__((visibility("default")))
 
 /* Changes with anything below: a library left over from another version is not used. */
-enum { TBN_INTERFACE = 6 };
+enum { TBN_INTERFACE = 8 };
 
 TBN_EXPORT int tbn_interface(void);
 
-enum { TBN_OK = 0, TBN_OUT_OF_MEMORY = 1 };
+enum { TBN_OK = 0, TBN_OUT_OF_MEMORY = 1, TBN_MISFIT = 2 };
 
 /*
  * A linear layer. backends/cpu/library.py declares the same fields.
@@ -131,6 +131,54 @@ struct tbn_bound {
 
 enum { TBN_MIN_BATCH = 12 };
 
+/*
+ * A network of layers with fixed scales, as the operator `tbn_cpu::network` takes it: as the bytes of a tensor. Value 0 is
+ * its input, floats; the output of the last step is its result, floats. Each step writes a value of its own.
+ */
+enum tbn_step_kind { TBN_STEP_CONV, TBN_STEP_LINEAR, TBN_STEP_MAX_POOL, TBN_STEP_MEAN, TBN_STEP_PLANES };
+
+#define TBN_NONE SIZE_MAX
+
+struct tbn_value {
+    size_t channels; /* or features */
+    size_t border;   /* of its bytes: the widest padding of those that read them */
+    float scale;     /* it is kept as bytes of this scale, or 0 */
+    int32_t floats;  /* whether it is kept as floats, channels innermost (those of TBN_STEP_PLANES: in planes) */
+    size_t last;     /* the last step that reads it */
+};
+
+struct tbn_step {
+    int32_t kind;
+    int32_t relu;     /* of a convolution behind what is added, of a pooling behind its norm */
+    int32_t on_bytes; /* whether it reads the bytes of its input, where that is not the kind's choice */
+    float rounded;    /* of a convolution: its results are brought into int8 with this scale and back, or 0 */
+    float added_scale; /* 0: floats are added */
+    size_t input, output, added; /* values; `added` may be TBN_NONE */
+    const struct tbn_bound *layer;
+    const float *factors, *offsets; /* of a norm behind a pooling of floats, one for each channel; or NULL */
+    size_t kernel[2], stride[2], padding[2]; /* of a pooling */
+};
+
+struct tbn_network {
+    const void *self; /* its own address */
+    const struct tbn_step *steps;
+    size_t step_count;
+    const struct tbn_value *values;
+    size_t value_count;
+    const struct tbn_dots *dots;
+    int64_t dims, out_dims; /* of its input and its result: 2, or 4 for images */
+};
+
+/* Height and width of the result, or TBN_MISFIT. */
+TBN_EXPORT int tbn_network_sizes(const struct tbn_network *network, size_t height, size_t width, size_t *sizes);
+
+/* x [samples][channels][height][width], or with the channels innermost if `last`, or [samples][features] -> out. */
+TBN_EXPORT int tbn_network(const struct tbn_network *network, const float *x, int last, float *out, size_t samples,
+                           size_t height, size_t width, size_t threads);
+
+/* The `dots` of kernels. */
+TBN_EXPORT const struct tbn_dots *tbn_dots_of(const struct tbn_kernels *kernels);
+
 /* Functions of libtorch; see torch_calls.c. Those that return an int return 0 if all went well. */
 struct tbn_torch {
     int32_t (*library_init_impl)(const char *space, const char *key, const char *file, uint32_t line, void **library);
@@ -150,11 +198,34 @@ struct tbn_torch {
     int32_t (*delete_tensor)(void *tensor);
 };
 
+/* What libtorch calls the fields of struct tbn_torch, in their order. */
+#define TBN_TORCH_FUNCTIONS                                                                                      \
+    "aoti_torch_library_init_impl", "aoti_torch_library_impl", "aoti_torch_check", "torch_get_num_threads",      \
+        "aoti_torch_get_data_ptr", "aoti_torch_get_dim", "aoti_torch_get_numel", "aoti_torch_get_sizes",         \
+        "aoti_torch_get_strides", "aoti_torch_get_dtype", "aoti_torch_is_contiguous", "aoti_torch_empty_strided", \
+        "aoti_torch_copy_", "aoti_torch_delete_tensor_object"
+
+/*
+ * For a program without Python: defines the operators and registers their kernels, with functions of the libtorch that
+ * the program has loaded. To be called once. Returns 0, 1 if libtorch has not all of them, or 2 if it refuses.
+ */
+TBN_EXPORT int tbn_define_operators(void);
+
+/* The operators' schemas, ended by NULL. */
+TBN_EXPORT const char *const *tbn_schemas(void);
+
+/*
+ * The plan of `root` bytes in a stored one of `size` bytes, which must stay where it is; NULL and the reason if it is
+ * none, is damaged, or of another version or processor. See stored.c.
+ */
+const void *tbn_restore(const void *source, size_t size, size_t root, const char **why);
+
 /* Registers the kernels below for the CPU; the operators are defined in Python. Returns 0, or 1 if libtorch refuses. */
 TBN_EXPORT int tbn_register(const struct tbn_torch *functions);
 
 TBN_EXPORT void tbn_call_linear(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 TBN_EXPORT void tbn_call_conv(uint64_t *stack, uint64_t inputs, uint64_t outputs);
+TBN_EXPORT void tbn_call_network(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 
 /* Threads that wait for work, for tests. */
 TBN_EXPORT size_t tbn_pool_threads(void);

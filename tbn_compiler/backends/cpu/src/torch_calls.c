@@ -21,13 +21,16 @@ int tbn_register(const struct tbn_torch *functions) {
     torch = *functions;
     if (torch.library_init_impl("tbn_cpu", "CPU", __FILE__, __LINE__, &library)) return 1;
     /* The library is never deleted: its kernels stay until the process ends. */
-    return torch.library_impl(library, "linear", tbn_call_linear) || torch.library_impl(library, "conv", tbn_call_conv);
+    return torch.library_impl(library, "linear", tbn_call_linear) ||
+           torch.library_impl(library, "conv", tbn_call_conv) ||
+           torch.library_impl(library, "network", tbn_call_network);
 }
 
 /* One call: what it has to delete, and what it knows of its input. */
 struct call {
     void *input, *plan;
-    const struct tbn_bound *bound;
+    const void *bytes; /* of the plan */
+    const struct tbn_bound *bound; /* the same, of a layer */
     int64_t dims, numel;
     int64_t sizes[MAX_DIMS], strides[MAX_DIMS];
     bool contiguous;
@@ -41,17 +44,24 @@ __attribute__((noreturn)) static void fail(const struct call *call, const char *
     abort();
 }
 
-static void begin(struct call *call, const uint64_t *stack) {
+/* Takes the operands of a call whose plan has `size` bytes and begins with its own address. */
+static void begin(struct call *call, const uint64_t *stack, size_t size) {
     void *bytes = NULL;
     int64_t numel = 0, *sizes = NULL, *strides = NULL;
     int32_t dtype = 0, failed;
     call->input = (void *)(uintptr_t)stack[0];
     call->plan = (void *)(uintptr_t)stack[1];
     failed = torch.get_numel(call->plan, &numel) || torch.get_data_ptr(call->plan, &bytes);
-    call->bound = bytes;
-    /* A plan is good at its own place only: bytes that were copied, or come from another process, are not taken. */
-    if (failed || numel != (int64_t)sizeof *call->bound || call->bound->self != call->bound)
-        fail(call, "tbn_cpu: the plan is not one that this process made");
+    if (failed) fail(call, "tbn_cpu: the plan has no memory");
+    /* A plan is good at its own place only: bytes that were copied, or come from another process, are stored ones. */
+    if (numel == (int64_t)size && *(const void *const *)bytes == bytes) {
+        call->bytes = bytes;
+    } else {
+        const char *why = NULL;
+        call->bytes = tbn_restore(bytes, (size_t)numel, size, &why);
+        if (!call->bytes) fail(call, why);
+    }
+    call->bound = call->bytes;
     failed = torch.get_dim(call->input, &call->dims) || torch.get_sizes(call->input, &sizes) ||
              torch.get_strides(call->input, &strides) || torch.get_numel(call->input, &call->numel) ||
              torch.get_dtype(call->input, &dtype) || torch.is_contiguous(call->input, &call->contiguous);
@@ -125,7 +135,7 @@ void tbn_call_linear(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
     const struct tbn_bound *bound;
     int64_t sizes[MAX_DIMS];
     (void)inputs, (void)outputs;
-    begin(&call, stack);
+    begin(&call, stack, sizeof *bound);
     bound = call.bound;
     if (bound->dims != 0 || (size_t)call.sizes[call.dims - 1] != bound->inputs)
         fail(&call, "tbn_cpu::linear: the input does not fit the layer");
@@ -159,7 +169,7 @@ void tbn_call_conv(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
     const struct tbn_bound *bound;
     int64_t sizes[MAX_DIMS];
     (void)inputs, (void)outputs;
-    begin(&call, stack);
+    begin(&call, stack, sizeof *bound);
     bound = call.bound;
     int64_t d = bound->dims, channels = call.dims - 1 - d; /* the axis of the channels */
     if (d < 1 || channels < 0 || channels > 1 || (size_t)call.sizes[channels] != bound->inputs)
@@ -182,5 +192,33 @@ void tbn_call_conv(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
                             d == 2 ? (size_t)call.sizes[channels + 1] : 1, (size_t)call.sizes[call.dims - 1],
                             bound->alpha, bound->bias, bound->scale, threads());
     if (status == TBN_OK && last && !direct) out = interleave(&call, out, sizes);
+    end(&call, stack, out, status);
+}
+
+void tbn_call_network(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
+    struct call call;
+    const struct tbn_network *network;
+    int64_t sizes[4];
+    size_t found[2];
+    (void)inputs, (void)outputs;
+    begin(&call, stack, sizeof *network);
+    network = call.bytes;
+    if (call.dims != network->dims || call.sizes[1] != (int64_t)network->values[0].channels)
+        fail(&call, "tbn_cpu::network: the input does not fit the network");
+    bool last = is_last(&call);
+    if (!call.contiguous && !last) densify(&call);
+    size_t height = call.dims == 4 ? (size_t)call.sizes[2] : 1, width = call.dims == 4 ? (size_t)call.sizes[3] : 1;
+    int status = tbn_network_sizes(network, height, width, found);
+    if (status == TBN_MISFIT) fail(&call, "tbn_cpu::network: a kernel does not fit the input");
+    sizes[0] = call.sizes[0];
+    sizes[1] = (int64_t)network->values[network->steps[network->step_count - 1].output].channels;
+    sizes[2] = (int64_t)found[0];
+    sizes[3] = (int64_t)found[1];
+    if (network->out_dims == 2) sizes[1] *= sizes[2] * sizes[3];
+    call.dims = network->out_dims;
+    void *out = make(&call, sizes, last && call.dims == 4);
+    if (status == TBN_OK)
+        status = tbn_network(network, data(&call, call.input), last, data(&call, out), (size_t)call.sizes[0], height,
+                             width, threads());
     end(&call, stack, out, status);
 }
