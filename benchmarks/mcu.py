@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tbn_compiler as tbn
 from benchmarks.tiny import NETWORKS, int8_instructions, with_statistics
@@ -32,6 +32,8 @@ DENSE_CONV = Path(__file__).parent / "dense_conv.c"
 VECTORS = 4
 PEERS = ("dense", "float")
 CHOICES = ("speed", "balanced", "size")
+# int8 activations; with inputs and outputs in float, or with integers there too.
+INTEGERS = ("int8", "integers")
 CHANNELS = (16, 32, 64)
 
 
@@ -94,6 +96,19 @@ def kind(name: str) -> str:
     return f"kind: {name}"
 
 
+class Camera(nn.Module):
+    """A network behind the pixels of a camera, ``uint8``."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``uint8 [N, 3, H, W]``."""
+        result: Tensor = self.network((x.float() / 255 - 0.5) / 0.25)
+        return result
+
+
 def network(name: str) -> str:
     """Name of a network of MLPerf Tiny in the results."""
     return f"network: {name}"
@@ -137,8 +152,8 @@ def cases() -> Iterator[tuple[str, str, str]]:
                 yield compared(layer, p, replicate), "speed", "cortex-m0plus"
     yield from ((kind(name), "speed", "cortex-m4") for name in KINDS)
     for name in NETWORKS:
-        yield from ((network(name), choice, "cortex-m4") for choice in ("float", "speed", "int8"))
-        yield network(name), "int8", "cortex-m0plus"
+        yield from ((network(name), choice, "cortex-m4") for choice in ("float", "speed", *INTEGERS))
+        yield from ((network(name), choice, "cortex-m0plus") for choice in INTEGERS)
 
 
 def run(model: str, choice: str, cpu: str, folder: Path) -> dict[str, Any]:
@@ -148,17 +163,27 @@ def run(model: str, choice: str, cpu: str, folder: Path) -> dict[str, Any]:
     module = make().eval()
     peer = int8_instructions(module, shape) if model.startswith(("kind", "network")) else None
     weights = sum(value.numel() for name, value in module.named_parameters() if value.dim() > 1)
-    inputs = torch.randn(VECTORS, *shape)
+    inputs, batch = torch.randn(VECTORS, *shape), torch.randn(32, *shape)
     inputs[-1] *= torch.rand(shape) < 0.25
-    if choice in (*CHOICES, "int8"):
+    ports: dict[str, bool] = {}
+    if choice == "integers":
+        camera = shape[0] == 3
+        ports = {"int8_inputs": not camera, "int8_outputs": True}
+        if camera:
+            module = Camera(module)
+            inputs, batch = (values.mul(64).add(128).clamp(0, 255).byte() for values in (inputs, batch))
+    if choice in (*CHOICES, *INTEGERS):
         module = tbn.lower(tbn.transform(module, tbn.TilingConfig(**options)))
-    if choice == "int8":
-        batch = torch.randn(32, *shape)
-        module = tbn.optimize(module, batch[:1], activation="int8", calibration=[batch], intermediates="int8")
+    if choice in INTEGERS:
+        wanted: Any = "int8" if choice == "integers" else "float"
+        module = tbn.optimize(
+            *(module, batch[:1]), activation="int8", calibration=[batch], intermediates="int8", outputs=wanted
+        )
     with torch.no_grad():
         expected = module(inputs).flatten(1)
     optimize: Any = choice if choice in CHOICES else "speed" if model.startswith("network") else "balanced"
-    plan = export_c(module, inputs[:1], folder / "net.c", name="net", optimize=optimize, target=cpu)
+    plan = export_c(module, inputs[:1], folder / "net.c", name="net", optimize=optimize, target=cpu, **ports)
+    ports_bytes = sum(port.value.nbytes for port in (*plan.inputs, *plan.outputs))
     if choice == "dense":
         write_dense_conv(module[0], folder / "net.c")
     result = measure(folder / "net.c", CPUS[cpu], inputs.flatten(1), expected)
@@ -177,6 +202,7 @@ def run(model: str, choice: str, cpu: str, folder: Path) -> dict[str, Any]:
         "steps": [step.kernel for step in plan.steps] if choice != "dense" else ["dense_conv.c"],
         "estimated_instructions": plan.cost if choice != "dense" else None,
         **({} if peer is None else {"int8_instructions": peer, "int8_weight_bytes": weights}),
+        **({"input_output_bytes": ports_bytes} if model.startswith("network") else {}),
     }
 
 
@@ -256,7 +282,8 @@ def _macs(layer: Any, shape: tuple[int, ...]) -> int:
 def _networks(rows: Sequence[dict[str, Any]]) -> str:
     """The networks of MLPerf Tiny in float, tiled, and tiled with int8 activations, beside int8 kernels."""
     text_titles = ["network", "core", "activations", "weights"]
-    titles = [*text_titles, "instructions", "of int8 kernels", "flash B", "int8 flash B", "RAM B"]
+    titles = [*text_titles, "instructions", "of int8 kernels", "flash B", "int8 flash B", "RAM B", "in + out B"]
+    activations = {"int8": "int8", "integers": "int8, in and out too"}
     cells = []
     for row in rows:
         if row["model"].startswith("network: "):
@@ -265,13 +292,14 @@ def _networks(rows: Sequence[dict[str, Any]]) -> str:
                 [
                     row["model"].removeprefix("network: "),
                     row["cpu"],
-                    "int8" if row["kernels"] == "int8" else "float",
+                    activations.get(row["kernels"], "float"),
                     "float" if row["kernels"] == "float" else "p = 4",
                     f"{most:,}",
                     f"{most / row['int8_instructions']:.2f}" if row["cpu"] == "cortex-m4" else "",
                     f"{row['flash_bytes']:,}",
                     f"{row['int8_weight_bytes']:,}",
                     f"{memory:,}",
+                    f"{row['input_output_bytes']:,}",
                 ]
             )
     return markdown(titles, cells, left=text_titles)

@@ -154,10 +154,11 @@ def _int8_finishes() -> dict[str, str]:
     return found
 
 
-def depthwise_name(columns: int, dilation: int, stride: int, result: Finish) -> str:
-    """Name of the kernel for convolutions of single channels of int8."""
+def depthwise_name(columns: int, dilation: int, stride: int, result: Finish, by4: bool = False) -> str:
+    """Name of the kernel for convolutions of single channels of int8; ``by4``: that for four positions, if there is."""
     fast = columns == _DEPTHWISE_COLUMNS and dilation == 1 and stride in PAIR_STRIDES
-    return f"tiled_int8_depthwise{f'{columns}_stride{stride}' if fast else ''}_{result}"
+    kind = f"{columns}{'_by4' if by4 else ''}_stride{stride}" if fast else ""
+    return f"tiled_int8_depthwise{kind}_{result}"
 
 
 _DEPTHWISE_COLUMNS = 3  # the width of windows whose pixels stay in registers
@@ -171,6 +172,11 @@ def _depthwise() -> dict[str, str]:
             kernel = depthwise_name(columns, 1, stride, result)
             parameters = {"kernel": kernel, "columns": columns, "stride": stride, "result": result}
             found[kernel] = _template("int8_depthwise", parameters, ("window", *needs), ("stdint.h",))
+        for stride in PAIR_STRIDES:
+            kernel = depthwise_name(_DEPTHWISE_COLUMNS, 1, stride, result, by4=True)
+            parameters = {"kernel": kernel, "stride": stride, "result": result}
+            more = ("window", "four_bytes", "tiled_int8_inside", *needs)
+            found[kernel] = _template("int8_depthwise_by4", parameters, more, ("stdint.h",))
     return found
 
 

@@ -294,8 +294,8 @@ def integer_instructions(what: str, count: int, options: Options) -> int:
 
 # From differences of networks with one layer more. A product of 64 bits is a call on the smallest core.
 _INTEGER_PARTS = {
-    "others": {"patch": 9.0, "finish": 13.0, "depthwise": 5.1},
-    "cortex-m0plus": {"patch": 12.0, "finish": 55.0, "depthwise": 4.0},
+    "others": {"patch": 9.0, "finish": 13.0, "depthwise": 5.1, "depthwise by 4": 1.5},
+    "cortex-m0plus": {"patch": 12.0, "finish": 55.0, "depthwise": 4.0, "depthwise by 4": 4.0},
 }
 # Without conversions, integers take what floats take where there are instructions for them.
 _INTEGER_COSTS = _FPU

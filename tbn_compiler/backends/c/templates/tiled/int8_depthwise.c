@@ -1,15 +1,7 @@
 {# Parameters: kernel; columns, the width of the window, and stride, the distance of two positions, or 0 for any;
    result, as in int8_finish.c. #}
 {% set integers = result != "float" %}
-{% macro value(sum) -%}
-{% if result == "float" -%}
-{{ name }}_activate(scale * (float){{ sum }} + bias, relu)
-{%- elif result == "int8" -%}
-{{ name }}_requantize({{ sum }} * factor, multiplier, bias, shift, low, high)
-{%- else -%}
-{{ name }}_requantize({{ sum }} * factor, multiplier, bias, shift, 0, 127)
-{%- endif %}
-{%- endmacro %}
+{% from "tiled/int8_value.c" import value with context %}
 {% macro sums(first, last) %}
 {% if columns %}
                     for (size_t i = window->kernel_height; i != 0; --i, row += window->dilation_height, tap += {{ columns }}) {
@@ -45,32 +37,12 @@ static void {{ name }}_{{ kernel }}(const {{ name }}_window *window, const {{ na
     const size_t height = window->input_height;
     const size_t width = window->input_width;
     const size_t size = window->kernel_height * window->kernel_width;
-{% if integers %}
-    const int shift = layer->shift;
-    const int32_t factor = layer->factor;
-{% if result == "int8" %}
-    const int32_t low = layer->low;
-    const int32_t high = layer->high;
-{% endif %}
-{% else %}
-    const int relu = layer->relu;
-{% endif %}
+{% include "tiled/int8_constants.c" %}
 
     for (size_t filter = 0; filter < layer->rows * layer->repeats; ++filter) {
-        const size_t different = filter % layer->rows;
-        const size_t scale_index = different * layer->scale_per_row + filter / layer->rows * layer->scale_per_repeat;
         const int8_t *const image = x + filter / filters * height * width;
-{% if integers %}
-        const int32_t multiplier = layer->multiplier[scale_index];
-        const int32_t bias = layer->offset != NULL ? layer->offset[filter] : layer->half;
-{% else %}
-        const float scale = layer->scale[scale_index];
-        const float bias = layer->bias != NULL ? layer->bias[filter] : 0.0f;
-{% endif %}
+{% include "tiled/int8_filter.c" %}
 
-        for (size_t k = 0, bit = different * size; k < size; ++k, ++bit) {
-            taps[k] = ((unsigned)table[bit / 8] >> bit % 8 & 1u) != 0 ? 1 : -1;
-        }
         for (size_t line = 0; line < window->output_height; ++line) {
             const size_t top = line * window->stride_height - window->padding_height;
 
