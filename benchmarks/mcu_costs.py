@@ -135,6 +135,8 @@ def _integers() -> list[Probe]:
     ways += [Probe(Function(lambda x: _rounded(x).mean(2)), shape) for shape in ((6, 40), (40, 6))]
     ways += [Probe(Function(lambda x: torch.cat([_rounded(x).mean(2), _rounded(x).mean(1)], 1)), (12, 20))]
     sums = [Probe(Rounded(lambda x: x + x.flip(0)), shape) for shape in ((7, 40), (20, 20))]
+    sums += [Probe(Rounded(lambda x: x * x.flip(0)), shape) for shape in ((7, 40), (20, 20))]
+    sums += [Probe(Rounded(lambda x: x * _rounded(x.mean(2, keepdim=True))), shape) for shape in ((7, 40), (40, 6))]
     means = [Probe(Rounded(lambda x: x.mean(2)), shape) for shape in ((6, 40), (40, 6))]
     moves = [
         *(Probe(Rounded(lambda x: x.permute(0, 2, 3, 1)), shape) for shape in ((8, 10, 10), (3, 40, 4))),

@@ -329,9 +329,9 @@ def optimize(
         calibration: batches of inputs (each as ``example_inputs``) from which each layer gets one scale for all its
             inputs, with the least mean square error, in place of one for each token. They run through the network once,
             in floating point. Layers that train with a format keep the scales that they have.
-        intermediates: ``"int8"`` brings sums, means, joins and functions between layers into int8 as well, each with a
-            scale from the batches, so that C and the kernels of a CPU keep them in a quarter of the memory. It takes
-            ``example_inputs``, ``activation="int8"`` and ``calibration``.
+        intermediates: ``"int8"`` brings sums, products, means, joins and functions between layers into int8, too, each
+            with a scale from the batches, so that C and the kernels of a CPU keep them in a quarter of the memory. It
+            takes ``example_inputs``, ``activation="int8"`` and ``calibration``.
         outputs: ``"int8"`` rounds the results of the model to int8, each with a scale from the batches, so that C can
             give integers (``export_c(..., int8_outputs=True)``). It takes what ``intermediates`` does.
 

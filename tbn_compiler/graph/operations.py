@@ -326,6 +326,13 @@ OPERATIONS: tuple[Operation, ...] = (
         methods=("add", "add_"),
         overloads=(_aten.add.Tensor, _aten.add_.Tensor),
     ),
+    Operation(
+        "mul",
+        _signature("input, other"),
+        functions=(torch.mul, operator.mul, operator.imul),
+        methods=("mul", "mul_"),
+        overloads=(_aten.mul.Tensor, _aten.mul_.Tensor),
+    ),
     Operation("cat", _signature("tensors, dim=0"), functions=(torch.cat,), overloads=(_aten.cat.default,)),
     # Pooling, padding, means
     *_poolings(),

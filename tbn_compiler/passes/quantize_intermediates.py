@@ -17,8 +17,8 @@ the value, if one does, through views and maxima; otherwise that with the least 
 
 Results of the model stay floats, unless they are wanted in int8, too: then each is rounded behind whatever makes it.
 
-Which values: results of tiled layers on int8, and of sums, means, joins and functions of such, that a sum, a mean, a
-join or a function reads. What only layers read they quantise themselves, and a clamp's input is left to the clamp's
+Which values: results of tiled layers on int8, and of sums, products, means, joins and functions of such, that one of
+these but a layer reads. What only layers read they quantise themselves, and a clamp's input is left to the clamp's
 result. Left alone: everything that anything else reads as a float, such as a softmax, stays a float for that.
 """
 
@@ -131,7 +131,7 @@ def _wanted(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if [_kind(gm, user) for user in node.users] == ["clamp"]:
         return False
-    return any(_kind(gm, user) in ("sum", "mean", "join", "function") for user in _readers(gm, node))
+    return any(_kind(gm, user) in ("sum", "product", "mean", "join", "function") for user in _readers(gm, node))
 
 
 def _readers(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
@@ -156,6 +156,8 @@ def _kind(gm: fx.GraphModule, node: fx.Node) -> str | None:
     if bound.name == "add":
         numbers = isinstance(bound.arguments["other"], fx.Node) and bound.arguments["alpha"] == 1
         return "sum" if numbers else None
+    if bound.name == "mul":
+        return "product" if isinstance(bound.arguments["other"], fx.Node) else None
     for kind, names in (("clamp", _CLAMPS), ("function", _FUNCTIONS), ("mean", _MEANS), ("move", _MOVES)):
         if bound.name in names:
             return kind

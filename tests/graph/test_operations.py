@@ -68,6 +68,7 @@ def _example(operation: Operation) -> dict[str, Any]:
         "elu": {"input": matrix, "alpha": 0.7},
         "softplus": {"input": matrix, "beta": 2, "threshold": 1},
         "add": {"input": matrix, "other": tensor(3, 5), "alpha": 2},
+        "mul": {"input": matrix, "other": tensor(3, 5)},
         "cat": {"tensors": [matrix, tensor(3, 2)], "dim": 1},
         "pad": {"input": matrix, "pad": [1, 2], "mode": "constant", "value": 3.0},
         "mean": {"input": tensor(2, 3, 4), "dim": [1], "keepdim": True},

@@ -174,6 +174,8 @@ INSTRUCTIONS: dict[str, tuple[float, float, float]] = {
     "dequantize": (14.5, 67.3, 174),
     "int8_lookup": (4.01, 3, 0),
     "int8_sum": (11, 11.8, 15),
+    "int8_product": (7.96, 6.85, 58.3),
+    "int8_product.number": (7.01, 5.26, 0),
     "int8_mean": (8.27, 6.57, 6.44),
     "int8_mean.result": (20.3, 72.7, 192),
     "int8_mean_int8": (11.5, 8.66, 10.2),

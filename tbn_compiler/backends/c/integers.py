@@ -3,20 +3,21 @@
 What is imported says where values are brought to int8 (``Quantize``) and taken as floats again (``Dequantize``)::
 
     conv -> Quantize(s) -> conv'          conv' reads int8; conv writes int8 itself if nothing else reads its result
-    add(Dequantize(a), Dequantize(b)) -> Quantize(s)        a sum of integers with two scales
+    add(Dequantize(a), Dequantize(b)) -> Quantize(s)        a sum of integers with two scales; so is a product
     max_pool(Dequantize(a))               Dequantize(max_pool(a)): what moves elements moves int8
     Quantize(s) . max_pool                max_pool . Quantize(s), where that is next to a producer
     Quantize(f(Dequantize(a)))            a table of 256 results
     Quantize(f(Convert(bytes)))           the same: what a model makes of the pixels of a camera
 
-All of these give the same integers as the operations one by one, but for sums, means and layers, whose scales are
-numbers in fixed point: those round once, where the float form rounds each product and sum.
+All of these give the same integers as the operations one by one, but for sums, products, means and layers, whose scales
+are numbers in fixed point: those round once, where the float form rounds each product and sum.
 
 Each rule looks at one operation and returns what stands in its place.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -285,6 +286,31 @@ def _sum_integers(operation: ir.Operation, view: _View) -> _Change | None:
     return _Change((before, operation), (total,))
 
 
+def _multiply_integers(operation: ir.Operation, view: _View) -> _Change | None:
+    """A product of integers that is only quantised: of equal sizes, or of each image with a number of its own."""
+    if not isinstance(operation, ir.Quantize):
+        return None
+    before = view.maker.get(operation.inputs[0])
+    if not isinstance(before, ir.Binary) or before.function != "multiply" or not view.only_reader(before.output):
+        return None
+    sources = [view.integers(value) for value in before.inputs]
+    pairs = sorted(zip(sources, before.accesses, strict=True), key=lambda pair: -pair[0].output.size if pair[0] else 0)
+    (large, whole), (small, repeated) = pairs
+    if large is None or small is None or large.output.size != before.output.size:
+        return None
+    # The last dimensions are those in which a number stays the same.
+    last = len(repeated.sizes)
+    while last and (repeated.sizes[last - 1] == 1 or repeated.strides[last - 1] == 0):
+        last -= 1
+    kept, inner = ir.Access(repeated.sizes[:last], repeated.strides[:last]), math.prod(repeated.sizes[last:])
+    in_order = whole.in_order and kept.in_order and not whole.offset and not repeated.offset
+    if not in_order or small.output.size * inner != before.output.size:
+        return None
+    head = (before.name, before.layer, (large.inputs[0], small.inputs[0]), operation.output)
+    product = ir.IntegerProduct(*head, inner, large.scale * small.scale, operation.scale, operation.limits)
+    return _Change((before, operation), (product,))
+
+
 def _average_integers(operation: ir.Operation, view: _View) -> _Change | None:
     """The mean of integers, and what quantises it."""
     if isinstance(operation, ir.Quantize):
@@ -381,6 +407,7 @@ _RULES: tuple[_Rule, ...] = (
     _stay_integers,
     _average_integers,
     _sum_integers,
+    _multiply_integers,
     _look_up,
     _look_up_moved,
     _quantize_early,

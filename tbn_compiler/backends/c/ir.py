@@ -419,6 +419,25 @@ class RescaledSum(Operation):
 
 
 @dataclass(frozen=True)
+class IntegerProduct(Operation):
+    """``int8 [outer, inner]`` times ``int8 [outer]``, or two of equal sizes (``inner`` is 1), as ``int8``.
+
+    Attributes:
+        inner: elements of the first input that one of the second serves.
+        scale: what the product of the integers 1 stands for.
+        output_scale: of the result.
+        limits: the smallest and the largest result.
+    """
+
+    in_place: ClassVar[bool] = True
+
+    inner: int
+    scale: float
+    output_scale: float
+    limits: tuple[int, int] = (-INT8_LIMIT, INT8_LIMIT)
+
+
+@dataclass(frozen=True)
 class IntegerMean(Operation):
     """``int8 [outer, size, inner] -> [outer, inner]``: the mean, as ``float32`` or with a scale as ``int8``.
 

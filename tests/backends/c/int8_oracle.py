@@ -45,6 +45,9 @@ def _run(operation: ir.Operation, *inputs: Tensor) -> Tensor:
             return x.float() if operation.output.dtype == "float32" else x.long()
         case ir.RescaledSum():
             return _sum(operation, x, inputs[1])
+        case ir.IntegerProduct():
+            products = x.reshape(-1, operation.inner) * inputs[1].reshape(-1, 1)
+            return requantized(products, operation.scale / operation.output_scale, 0.0, 127**2, operation.limits)
         case ir.IntegerMean():
             return _mean(operation, x)
         case ir.TiledLinear() | ir.TiledConv():

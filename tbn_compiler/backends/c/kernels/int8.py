@@ -71,6 +71,17 @@ def _rescaled_sum(operation: ir.RescaledSum, context: Context) -> Implementation
     return context.implementation("add in int8", (call,), {"int8_sum": size})
 
 
+@implements(ir.IntegerProduct)
+def _integer_product(operation: ir.IntegerProduct, context: Context) -> Implementation:
+    outer, inner = operation.output.size // operation.inner, operation.inner
+    ratio = np.array([operation.scale / operation.output_scale])
+    factor, multipliers, _, shift = fixed_point(ratio, np.zeros(1), ir.INT8_LIMIT**2)
+    numbers = (factor, int(multipliers[0]), shift, *operation.limits)
+    call = Call("int8_product", (*operation.inputs, *numbers, operation.output, outer, inner))
+    work = {"int8_product": operation.output.size, "int8_product.number": outer}
+    return context.implementation("multiply in int8", (call,), work)
+
+
 @implements(ir.IntegerMean)
 def _integer_mean(operation: ir.IntegerMean, context: Context) -> Implementation:
     axis = operation.axis

@@ -9,7 +9,7 @@
 #define TBN_EXPORT __attribute__((visibility("default")))
 
 /* Changes with anything below: a library left over from another version is not used. */
-enum { TBN_INTERFACE = 8 };
+enum { TBN_INTERFACE = 9 };
 
 TBN_EXPORT int tbn_interface(void);
 
