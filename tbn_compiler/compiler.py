@@ -17,6 +17,7 @@ from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.layer_graph import TiledGraph, adopt
 from tbn_compiler.graph.random_state import keep_random_state
 from tbn_compiler.graph.records import (
+    SPLIT_MARK,
     LayerRecord,
     alpha_key,
     get_records,
@@ -216,11 +217,17 @@ def _tile(model: nn.Module, scope: Scope) -> None:
     tile_modules(model, scope)
 
 
+_GATHER = (
+    "gather the full state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+    "full_state_dict=True), load it into a module that transform made from the plain model, and pass that"
+)
+
+
 def unwrap(module: Any, error: type[Exception]) -> nn.Module:
     """The module behind ``torch.compile``; a parallel or averaging wrapper is refused, with a word on what to pass.
 
     Raises:
-        error: ``module`` is such a wrapper, or no module.
+        error: ``module`` is such a wrapper, or no module, or layers of it are split over processes.
     """
     if not isinstance(module, nn.Module):
         raise error(f"expected an nn.Module, got {type(module).__name__}")
@@ -228,6 +235,9 @@ def unwrap(module: Any, error: type[Exception]) -> nn.Module:
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
     if isinstance(original, wrappers):
         raise error(f"{type(original).__name__} wraps the model: pass its .module")
+    split = next((path for path, part in original.named_modules() if getattr(type(part), SPLIT_MARK, False)), None)
+    if split is not None:
+        raise error(f"layer {split!r} is split over processes: do this before parallelize_module, or {_GATHER}")
     return original
 
 
@@ -264,9 +274,7 @@ def _check_gathered(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if hasattr(parameter, "full_tensor"):  # a DTensor
             raise LoweringError(
-                f"parameter {name!r} is a {type(parameter).__name__}, sharded over processes: gather the full state "
-                "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), load "
-                "it into a module that transform made from the plain model, and lower that"
+                f"parameter {name!r} is a {type(parameter).__name__}, sharded over processes: {_GATHER}"
             )
 
 

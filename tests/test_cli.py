@@ -305,6 +305,15 @@ def test_an_interrupt_and_a_closed_pipe(factory, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), "."])}
     stopped = subprocess.run([*command, "slow:mlp"], env=environment, capture_output=True, text=True)
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "tbn-compiler: interrupted\n")
+    # A pipe that breaks in what the user's code does is an error as any other.
+    Path("pipes.py").write_text("def mlp():\n    raise BrokenPipeError('the server went away')\n")
+    broken = subprocess.run([*command, "pipes:mlp"], env=environment, capture_output=True, text=True)
+    assert (broken.returncode, broken.stdout) == (1, "")
+    assert broken.stderr == "tbn-compiler: error: the server went away\n"
+    shell = f"{sys.executable} -m tbn_compiler.cli summary {factory}:mlp --min-size 0 | true; echo ${{PIPESTATUS[0]}}"
+    closed = subprocess.run(["bash", "-c", shell], env=environment, capture_output=True, text=True)
+    assert closed.stdout in ("0\n", "1\n")  # it may not come to writing
+    assert not closed.stderr
     table = subprocess.run(
         [*command, f"{factory}:mlp", "--min-size", "0"],
         env={**environment, "PYTHONIOENCODING": "ascii"},

@@ -151,6 +151,7 @@ def test_a_tiled_checkpoint_keeps_its_tiling_with_a_note(capsys: pytest.CaptureF
         ('[model]\ncheckpiont = "x"', "[model] has no option 'checkpiont'; did you mean 'checkpoint'?"),
         ("[model]\ninput = [1, 16]", "[model] input must be a list such as [[1, 784]], got [1, 16]"),
         ("[model]\ninput = [[0, 16]]", "'0,16' is not a shape"),
+        ("[plan]\nbudget = 500", "[plan] budget must be a list such as [500], got 500"),
         ('[model]\ninput = [[1, 16]]\n[summary]\ninputs = "x.npy"', "give input or inputs, not both"),
         # The tables of other commands are checked, too.
         ('[export-c]\nself-test = true', "[export-c] has no option 'self-test'; did you mean 'self_test'?"),

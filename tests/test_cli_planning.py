@@ -183,7 +183,7 @@ def test_options_in_a_file_and_stored_inputs(capsys: Any, factory: str, tmp_path
     (tmp_path / "net.toml").write_text(
         '[tiling]\nfloat_layers = ["2"]\nalpha = "tile"\n[model]\ninputs = "x.npy"\n'
         '[plan]\nbudget = ["macs=2000"]\ncandidate = [2, "4,replicate=hadamard"]\n'
-        f'[sweep]\ntrain = "{factory}:train"\np = [4, "2x2"]\nmin_size = 0\nbudget = [2000]\nseed = 3\n'
+        f'[sweep]\ntrain = "{factory}:train"\np = [4, [2, 2]]\nmin_size = 0\nbudget = [2000]\nseed = 3\n'
     )
     status, out, err = run(capsys, "plan", f"{factory}:net", "--config", "net.toml", "--json")
     assert status == 0, err

@@ -20,9 +20,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A command may return a status of its own. An interrupt ends it with 130, as a shell has it.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # where a terminal has no sign for a line or an arrow
-            stream.reconfigure(errors="replace")
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    try:
+        for stream in streams:
+            stream.reconfigure(errors="replace")  # where a terminal has no sign for a line or an arrow
+        return _run(argv)
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser, commands = _parser()
     arguments = parser.parse_args(argv)
     try:
@@ -33,13 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tbn-compiler: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads has seen enough, as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (TBNError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 0
         print(f"tbn-compiler: error: {error}", file=sys.stderr)
         return 1
     return status or 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether whoever reads standard output has seen enough, as ``head``; what is left of it goes nowhere then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:

@@ -134,7 +134,7 @@ def _value(action: argparse.Action, value: Any, where: str) -> Any:
         return _one(action, value, where)
     shapes = action.dest == "input"
     if not isinstance(value, list) or (shapes and not all(isinstance(item, str | list) for item in value)):
-        example = "[[1, 784]]" if shapes else '["a", "b"]'
+        example = "[[1, 784]]" if shapes else f"[{value!r}]"
         raise ConfigError(f"{where} must be a list such as {example}, got {value!r}")
     # A list in the list is what the command line separates by commas.
     items = [",".join(map(str, item)) if isinstance(item, list) else item for item in value]

@@ -61,7 +61,7 @@ def parse_positive(text: str) -> int:
 
 def parse_copies(text: str) -> int | tuple[int, int]:
     """A number of copies, or two of them along both axes, for ``type=`` of an option."""
-    parts = text.split("x")
+    parts = text.replace(",", "x").split("x")
     try:
         numbers = [parse_positive(part) for part in parts]
     except ValueError:

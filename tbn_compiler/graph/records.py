@@ -38,6 +38,7 @@ from tbn_compiler.graph.tiling_data import (
 from tbn_compiler.tiling import TileSpec
 
 TRANSPOSED = ".t()"  # the view of a matrix whose rows are the inputs: it is tiled as the layer sees it
+SPLIT_MARK = "tbn_is_split"  # attribute of classes of layers of which a process holds a part
 EXTRA_STATE = "_extra_state"  # PyTorch's name for what get_extra_state gives
 
 _RECORDS = "tbn_layers"

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import parallel as styles
@@ -82,12 +83,16 @@ def parallelize_module(
     """
     if parallelize_plan is None or isinstance(parallelize_plan, styles.ParallelStyle):
         plan: Any = parallelize_plan if parallelize_plan is None else _Style(parallelize_plan)
-        checked: Any = None if plan is None else _Check(plan, module)
+        checked: Any = None if plan is None else _Check(plan, module, set())
     else:
         plan = {path: _Style(style) for path, style in parallelize_plan.items()}
-        checked = {path: _Check(style, module) for path, style in plan.items()}
+        named: set[nn.Module] = set()
+        checked = {path: _Check(style, module, named) for path, style in plan.items()}
     styles.parallelize_module(module, device_mesh, checked, src_data_rank=src_data_rank)
     return styles.parallelize_module(module, device_mesh, plan, src_data_rank=src_data_rank)
+
+
+_SPLITTING = (styles.ColwiseParallel, styles.RowwiseParallel)
 
 
 class _Style(styles.ParallelStyle):
@@ -99,11 +104,22 @@ class _Style(styles.ParallelStyle):
 
     def part(self, module: nn.Module, mesh: DeviceMesh) -> _Part | None:
         """How a tiled layer is split; ``None`` where the style is for PyTorch to apply."""
-        if not isinstance(self.style, styles.ColwiseParallel | styles.RowwiseParallel):
+        if not isinstance(self.style, _SPLITTING):
             return None
-        if not isinstance(module, LayerGraph) or not isinstance(module, nn.Linear):
-            return None
-        return _Part.of(module, mesh, isinstance(self.style, styles.ColwiseParallel))
+        if isinstance(module, TiledLinearPart):
+            raise TransformError(f"{module} is split already")
+        if isinstance(module, LayerGraph) and isinstance(module, nn.Linear):
+            if type(self.style) not in _SPLITTING:
+                raise TransformError(f"{type(self.style).__name__} is a style that tiled layers do not know")
+            return _Part.of(module, mesh, isinstance(self.style, styles.ColwiseParallel))
+        if isinstance(module, fx.GraphModule) or _is_tiled(module):
+            raise TransformError(
+                f"{type(module).__name__} is no linear layer as transform, lower or load give it: only such are split "
+                "(before optimize)"
+            )
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            raise TransformError(f"PyTorch's styles split linear layers and embeddings, and no {type(module).__name__}")
+        return None
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         part = self.part(module, device_mesh)
@@ -116,19 +132,34 @@ class _Style(styles.ParallelStyle):
 class _Check(styles.ParallelStyle):
     """Raises where a style cannot be applied, and applies nothing."""
 
-    def __init__(self, style: _Style, model: nn.Module) -> None:
+    def __init__(self, style: _Style, model: nn.Module, named: set[nn.Module]) -> None:
         super().__init__()
-        self.style, self.model = style, model
+        self.style, self.model, self.named = style, model, named
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         part = self.style.part(module, device_mesh)
+        if isinstance(self.style.style, _SPLITTING):
+            if module in self.named:
+                raise TransformError(f"two entries of the plan name {type(module).__name__} {self._path(module)!r}")
+            self.named.add(module)
+            graphs = [graph for graph in self.model.modules() if isinstance(graph, fx.GraphModule)]
+            tiled = [
+                graph
+                for graph in graphs
+                if graph is not module and any(record.spec for record in own_records(graph) or ())
+            ]
+            if any(module in set(graph.modules()) for graph in tiled):
+                raise TransformError(f"{self._path(module)!r} lies inside a graph of tiled layers, and cannot be split")
         if part is not None:
             own = {id(value) for value in [*module.parameters(), *module.buffers()]}
             for path, other in self.model.named_modules():
                 tensors = [*other.parameters(recurse=False), *other.buffers(recurse=False)]
                 if other is not module and own.intersection(map(id, tensors)):
-                    part.refuse(f"{path!r} shares its weight")
+                    part.refuse(f"{path!r} shares a parameter with it")
         return module
+
+    def _path(self, module: nn.Module) -> str:
+        return str(next(path for path, other in self.model.named_modules() if other is module))
 
 
 @dataclass(frozen=True)
@@ -209,15 +240,24 @@ class _Part:
     def _too_small(self, layout: TileLayout, processes: int) -> str | None:
         if self.by_outputs:
             if self.tile_rows <= self._steps(self.tile_rows) * (processes - 1):
-                return f"its tile has {self.tile_rows} rows, and there are {processes} processes; use a smaller p"
+                return (
+                    f"its tile has {self.tile_rows} rows, {self._steps(self.tile_rows)} for a process, and there are "
+                    f"{processes} processes; use a smaller p"
+                )
             return None
         group = layout.p if layout.kind == "hadamard" else layout.p_in
         step = self._steps(layout.row_size)
         if layout.row_size <= step * (processes - 1) or step % group or layout.row_size % group:
-            return f"each of {processes} processes needs a multiple of {group} of the {layout.row_size} inputs"
+            each = f"as many of the {layout.row_size} inputs, a multiple of {group}"
+            return f"each of {processes} processes must have {each}"
         if self.spec.activation != "float" and self.spec.input_scale == "token":
             return 'the scale of a token is that of all inputs; use input_scale="layer"'
         return None
+
+
+def _is_tiled(module: nn.Module) -> bool:
+    """Whether tiled weights are recorded at a module itself."""
+    return any(record.spec for record in own_records(module) or ())
 
 
 def _record(module: nn.Module) -> LayerRecord:
@@ -303,6 +343,8 @@ class TiledLinearPart(CarriesTilings, nn.Module):
         use_local_output: whether results are plain tensors, not ``DTensor``.
     """
 
+    tbn_is_split = True  # SPLIT_MARK
+
     part: _Part
     input_layout: Placement
     output_layout: Placement
@@ -338,7 +380,8 @@ class TiledLinearPart(CarriesTilings, nn.Module):
         bias = self._parameters.get("bias")
         bias = None if bias is None else bias.to_local()  # type: ignore[attr-defined]
         if part.trains and part.spec.latent == "weight":
-            weight = self._used_rows(begin, end) * self._row_alphas(alpha)[begin:end, None]
+            signs = self._used_rows(begin, end)
+            weight = (signs.to(alpha.dtype) * self._row_alphas(alpha)[begin:end, None]).to(signs.dtype)
             return _laid_out(nn.functional.linear(mine, weight, bias), mesh, Shard(input.dim() - 1), shape)
         scale, relative = self._relative(alpha)
         rows = part.bounds(part.tile_rows)
@@ -364,7 +407,7 @@ class TiledLinearPart(CarriesTilings, nn.Module):
         scale, relative = self._relative(self._alphas(used, of_columns=True))
         every_row = part.mixes > 1 or (part.trains and part.spec.latent == "weight")
         rows = layout.rows if every_row else part.tile_rows
-        once = self._multiply(input.to_local(), scale, rows, end - begin)
+        once: Tensor = _Once.apply(self._multiply(input.to_local(), scale, rows, end - begin))  # type: ignore[no-untyped-call]
         shape = torch.Size((*input.shape[:-1], rows))
         out = _laid_out(once, mesh, Partial(), shape).redistribute(mesh, [to]).to_local()
         out = _copies(out, 0, layout.rows)
@@ -398,10 +441,12 @@ class TiledLinearPart(CarriesTilings, nn.Module):
         k = part.spec.num_alphas
         source: Any = self._parameters.get("alpha_source")
         source = self._parameters["weight"] if source is None else source
+        # In half precision sums, and gradients before they are divided by the weights that they are of, may overflow.
+        wide = torch.promote_types(source.dtype, torch.float32)
         if source.numel() == k:
-            return alphas_of(_used(source, used), layout, k)
+            return alphas_of(_used(source, used).to(wide), layout, k)
         # Mean magnitudes of blocks of rows, of which each process has some, or some columns.
-        sums = source.to_local().abs().sum(1)
+        sums = source.to_local().abs().sum(1, dtype=wide)
         placement: Placement = Partial() if of_columns else Shard(0)
         rows = _laid_out(sums, mesh, placement, torch.Size((layout.rows,))).redistribute(mesh, [Replicate()])
         return rows.to_local(grad_placements=[used]).view(k, -1).sum(1) / (layout.numel // k)
@@ -420,14 +465,16 @@ class TiledLinearPart(CarriesTilings, nn.Module):
     def _finished(self, out: Tensor, relative: Tensor | None, bias: Tensor | None, begin: int, end: int) -> Tensor:
         """Results of outputs from ``begin`` to ``end``, with their scales and biases."""
         if relative is not None:
-            out = out * self._row_alphas(relative)[begin:end].to(out.dtype)
+            out = (out.to(relative.dtype) * self._row_alphas(relative)[begin:end]).to(out.dtype)
         return out if bias is None else out + bias.to(out.dtype)
 
     def _used_rows(self, begin: int, end: int) -> Tensor:
         """Rows of signs that this process gives the results of, with the gradient of their latent weights (Eq. 6)."""
         layout, mesh = self.part.layout, self.part.mesh
         weight: Tensor = self._parameters["weight"].to_local()  # type: ignore[union-attr]
-        fixed, count = weight.detach(), self.part.tile_rows
+        # Half precision would lose signs of sums, which the whole tile has.
+        fixed = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        count = self.part.tile_rows
         rows = torch.arange(begin, end, device=weight.device)
         signs = None
         if layout.kind == "hadamard":
@@ -441,7 +488,8 @@ class TiledLinearPart(CarriesTilings, nn.Module):
             summed = summed.unflatten(1, (-1, layout.p_in)).sum(2)
         used = tile_signs(summed).repeat_interleave(layout.p_in, 1)[rows % count]
         used = used if signs is None else used * signs
-        return used + (weight - weight.detach())
+        straight: Tensor = _Straight.apply(weight, used.to(weight.dtype))  # type: ignore[no-untyped-call]
+        return straight
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not self.part.trains:
@@ -451,11 +499,58 @@ class TiledLinearPart(CarriesTilings, nn.Module):
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if not self.part.trains:
+            name = prefix.removesuffix(".")
+            rest[-1].append(f"layer {name!r} holds a part of a packed tile: load it whole, before it is split")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
+    def weight(self) -> Tensor:
+        """The part of the weight that this process trains; of a packed layer the part of the tile that it has."""
+        trained = self._parameters.get("weight")
+        if trained is not None:
+            return trained
+        layout, rows = self.part.layout, self.part.tile_rows
+        columns, alpha = layout.row_size // layout.p_in, self._buffers[alpha_key("weight")]
+        begin, end = self.part.bounds(rows if self.part.by_outputs else layout.row_size)
+        shape = (end - begin, columns) if self.part.by_outputs else (rows, (end - begin) // layout.p_in)
+        tile = self._buffers[tile_key("weight")]
+        assert tile is not None
+        assert alpha is not None
+        return unpack_bits(tile, shape[0] * shape[1], alpha.dtype).view(shape)
+
     def extra_repr(self) -> str:
         """The sizes of the whole layer, and how it is split."""
         rows, columns = self.part.layout.shape
         side = "outputs" if self.part.by_outputs else "inputs"
         return f"in_features={columns}, out_features={rows}, {side} of {self.part.mesh.size()} processes"
+
+
+class _Straight(torch.autograd.Function):
+    """Other values in the place of a weight's, with the gradient of the weight (Eq. 6)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Once(torch.autograd.Function):
+    """The same values; their gradient is not to be differentiated again, which sums over processes do not follow."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def _laid_out(value: Tensor, mesh: DeviceMesh, placement: Placement, shape: torch.Size) -> DTensor:

@@ -38,11 +38,12 @@ from tbn_compiler.errors import ConfigError, LoweringError, SerializationError, 
 from tbn_compiler.fileformat import PackedHeader, StoredLayer, layer_from_data, layer_to_data
 from tbn_compiler.graph.random_state import keep_random_state
 from tbn_compiler.graph.records import (
+    EXTRA_STATE,
     alpha_key,
-    alpha_source_key,
     get_records,
     input_scale_key,
     is_tiling_record,
+    join_key,
     own_records,
     record_holders,
     split_key,
@@ -282,11 +283,9 @@ def _check_files(files: Iterable[str], config: TbnConfig) -> None:
             stored = list(opened.keys())
         # A part of a model that is stored whole has shorter names.
         names.update(name[place:] for name in stored for place in _beginnings(name))
-    key = tile_key if config.form == "packed" else alpha_source_key
     needed = {
-        key(weight)
-        for weight, layer in (config.layers or {}).items()
-        if config.form == "packed" or layer.spec.alpha_source == "A"
+        tile_key(weight) if config.form == "packed" else join_key(split_key(weight)[0], EXTRA_STATE)
+        for weight in config.layers or ()
     }
     if files and needed and not needed & names:
         raise SerializationError(

@@ -158,7 +158,7 @@ class _Rows:
         for term, limit in problem.limits:
             if not term.largest:
                 least = _least(self.items, term)
-                room = limit - term.rest - math.fsum(least.values())
+                room = limit - term.rest - math.fsum(least.values()) + _slack(term, limit, self.items)
                 taken = {item: term.values[item] - least[item[0]] for item in self.items}
                 unit = max([1e-300, abs(room), *map(abs, taken.values())]) / _ROW_RANGE
                 self._add({item: value / unit for item, value in taken.items()}, -math.inf, room / unit)
@@ -195,6 +195,11 @@ def _least(items: Sequence[tuple[str, str]], term: Term) -> dict[str, float]:
     return least
 
 
+def _slack(term: Term, limit: float, items: Sequence[tuple[str, str]]) -> float:
+    """So that rounding does not take what is just within a limit; what is over it is excluded when it is found."""
+    return 1e-12 * max([abs(limit), abs(term.rest), *(abs(term.values[item]) for item in items)])
+
+
 def _possible(items: Sequence[tuple[str, str]], limits: Sequence[tuple[Term, float]]) -> list[tuple[str, str]]:
     """The items that keep every limit if all other layers take their least."""
     kept, count = list(items), -1
@@ -205,7 +210,6 @@ def _possible(items: Sequence[tuple[str, str]], limits: Sequence[tuple[Term, flo
                 continue
             least = _least(kept, term)
             room = limit - term.rest - math.fsum(least.values())
-            # Rounding may not take what is just within the limit.
-            room += 1e-12 * max(abs(limit), *(abs(term.values[item]) for item in kept))
+            room += _slack(term, limit, kept)
             kept = [item for item in kept if term.values[item] - least[item[0]] <= room]
     return kept

@@ -173,8 +173,8 @@ def sweep(
 
     Every point starts from a copy of ``model``, weights included, with the same random numbers. After each the results
     are written to ``path``, and points that are there already are not trained again, so that a sweep that was stopped
-    goes on, and one more point costs one training. Sweeps that run at the same time on one file keep each other's
-    points.
+    goes on, and one more point costs one training. The file is read again before it is written, so that sweeps of
+    several processes can share one.
 
     Args:
         model: the float model, trained or not. It is not changed.
@@ -336,7 +336,13 @@ def _read(path: Path, metric: str) -> dict[str, SweepPoint]:
 
 def _write(path: Path, found: Sweep) -> None:
     """Write a sweep, with the points that another one has written to the same file since."""
-    points = _read(path, found.metric) | {point.name: point for point in found.points}
+    try:
+        theirs = _read(path, found.metric)
+    except ConfigError as error:
+        kept = path.with_name(f"{path.stem}-kept{path.suffix}")
+        _write(kept, found)
+        raise ConfigError(f"{error}; the points of this sweep are in {kept}") from error
+    points = theirs | {point.name: point for point in found.points}
     found = Sweep(found.metric, tuple(points.values()))
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -153,6 +153,30 @@ def losses(model: nn.Module, x: Tensor, steps: int = 3) -> list[float]:
     return found
 
 
+def half_precision(name: str, dtype: torch.dtype, latent: str) -> Any:
+    """A model with a layer whose sums and gradients leave the range of float16 before they are divided."""
+    model = build(partial(FeedForward, hidden=256), latent=latent).float()
+    layer = getattr(model, name)
+    layer.alpha_source.data.add_(100 if latent == "weight" else 50)
+    return model.to(dtype)
+
+
+def gradients(layer: Any) -> dict[str, Tensor]:
+    """Result of many tokens, and gradients of all parameters."""
+    generator = torch.Generator().manual_seed(8)
+    part = getattr(layer, "part", None)
+    columns = layer.in_features if part is None else part.layout.row_size
+    x = torch.randn(2048, columns, generator=generator).to(layer.weight.dtype)
+    if part is not None and not part.by_outputs:
+        x = x.chunk(PROCESSES, 1)[part.mesh.get_local_rank()]
+    result = layer(x)
+    (result.float() * result.detach().float()).sum().mul(1e-3).backward()
+    found = {"result": result.detach()}
+    for key, value in layer.named_parameters():
+        found[key] = value.grad.full_tensor() if hasattr(value.grad, "full_tensor") else value.grad
+    return found
+
+
 def options_of(name: str) -> dict[str, Any]:
     return {"model": FeedForward, **TILINGS[name]}
 
@@ -175,6 +199,7 @@ def _process(rank: int, folder: str) -> None:
     """Run every case, and write what came out."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
     from torch.distributed.tensor.parallel import parallelize_module as without_tiles
 
@@ -207,6 +232,12 @@ def _process(rank: int, folder: str) -> None:
                 with torch.no_grad():
                     found["packed"] = packed(x)
                 found["bytes"] = sum(value.numel() for key, value in packed.named_buffers() if key.endswith("_tile"))
+    for dtype in (torch.float16, torch.bfloat16):
+        for name, side in (("up", ColwiseParallel(output_layouts=Replicate())), ("down", RowwiseParallel())):
+            for latent in ("weight", "tile"):
+                model = half_precision(name, dtype, latent)
+                parallelize_module(model, all_four, {name: side})
+                results[dtype, name, latent] = gradients(getattr(model, name))
     model = build(latent="tile")
     parallelize_module(model, two_by_two["model"], plan(model, sequence=True))
     results["sequence"] = model(batch(model).chunk(2, 1)[two_by_two["model"].get_local_rank()]).detach()
@@ -251,6 +282,24 @@ def _process(rank: int, folder: str) -> None:
     refused("lower", partial(tbn.lower, split), tbn.LoweringError)
     packed = parallelize_module(tbn.lower(build()), all_four, plan(build()))
     refused("save", packed.state_dict, SerializationError)
+    refused("load", partial(packed.load_state_dict, tbn.lower(build()).state_dict()), RuntimeError)
+    refused("twice", partial(parallelize_module, split, all_four, plan(build())))
+    whole = tbn.optimize(tbn.lower(build()), batch(build()))
+    refused("optimized", partial(parallelize_module, whole, all_four, colwise))
+    refused("two names", partial(parallelize_module, build(), all_four, {"up": colwise, "u*": colwise}))
+
+    class Own(ColwiseParallel):
+        pass
+
+    refused("style", partial(parallelize_module, build(), all_four, {"up": Own()}))
+    attention = tbn.transform(nn.MultiheadAttention(16, 4), TilingConfig(p=4, min_size=0))
+    refused("inside", partial(parallelize_module, attention, all_four, {"out_proj": rowwise}))
+    refused("calibrate", partial(tbn.calibrate_inputs, packed, [batch(build())]))
+    refused("norm", partial(parallelize_module, nn.Sequential(nn.LayerNorm(4)), all_four, {"0": colwise}))
+    x = batch(build()).requires_grad_()
+    (gradient,) = torch.autograd.grad(split(x).square().sum(), x, create_graph=True)
+    refused("again", gradient.square().sum().backward, RuntimeError)
+    results["weight"] = {name: tuple(packed.get_submodule(name).weight.shape) for name in ("up", "down")}
     refused("PyTorch's", lambda: without_tiles(build(), all_four, plan(build()))(batch(build())), Exception)
     if transformers is not None:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES))
@@ -316,6 +365,24 @@ def test_parameters_are_split(results: Any) -> None:
         assert results[name, 4]["elements"] == (model.up.weight.numel() + model.down.weight.numel()) // 4
 
 
+@pytest.mark.parametrize("latent", ["weight", "tile"])
+@pytest.mark.parametrize("name", ["up", "down"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(results: Any, dtype: torch.dtype, name: str, latent: str) -> None:
+    """Tiles have the signs of one process, alphas and their gradients its range."""
+    alone = gradients(getattr(half_precision(name, dtype, latent), name))
+    found = results[dtype, name, latent]
+    assert found.keys() == alone.keys()
+    for key, value in found.items():
+        assert value.isfinite().all(), key
+        scale = alone[key].float().abs().max()
+        torch.testing.assert_close(value.float() / scale, alone[key].float() / scale, rtol=0, atol=0.05)
+
+
+def test_what_a_packed_part_gives_as_its_weight(results: Any) -> None:
+    assert results["weight"] == {"up": (4, 16), "down": (4, 16)}
+
+
 def test_tokens_split_outside(results: Any) -> None:
     model = build(latent="tile")
     oracle.assert_close(results["sequence"], model(batch(model)).detach().chunk(2, 1)[0], 1e-10)
@@ -346,13 +413,22 @@ def test_distributed_checkpoint_is_read_by_one_process(results: Any, folder: Pat
     ("name", "reason"),
     [
         ("roll", "a tiled layer (64, 16) cannot be split by its outputs: its copies begin inside a row"),
-        ("rows", "its tile has 2 rows, and there are 4 processes"),
+        ("rows", "its tile has 2 rows, 1 for a process, and there are 4 processes"),
         ("token scale", 'the scale of a token is that of all inputs; use input_scale="layer"'),
         ("mesh", "the mesh has 2 dimensions"),
         ("gradual", "its graph has more than a linear layer"),
         ("alphas", 'it has alphas along its inputs; use alpha="output"'),
-        ("tied", "'down' shares its weight"),
-        ("lower", "parameter 'up.weight' is a DTensor, sharded over processes"),
+        ("tied", "'down' shares a parameter with it"),
+        ("lower", "layer 'up' is split over processes: do this before parallelize_module, or gather"),
+        ("load", "layer 'up' holds a part of a packed tile: load it whole"),
+        ("twice", "is split already"),
+        ("optimized", "is no linear layer as transform, lower or load give it"),
+        ("two names", "two entries of the plan name Linear 'up'"),
+        ("style", "Own is a style that tiled layers do not know"),
+        ("inside", "lies inside a graph of tiled layers"),
+        ("calibrate", "layer 'up' is split over processes"),
+        ("norm", "PyTorch's styles split linear layers and embeddings, and no LayerNorm"),
+        ("again", "once_differentiable"),
         ("save", "layer 'up' holds a part of a packed tile, which is not saved"),
         ("PyTorch's", "DTensor"),
         ("tp_plan", "load the model without it, and split it by"),

@@ -322,17 +322,16 @@ def test_the_configuration_is_that_of_the_outer_model(packed_llama: tuple[Any, P
 
 
 @pytest.mark.parametrize("lowered", [False, True])
-def test_a_float_model_of_a_tiled_configuration(lowered: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("alpha_source", ["A", "W"])
+def test_a_float_model_of_a_tiled_configuration(alpha_source: Any, lowered: bool, tmp_path: Path) -> None:
     """``from_config`` builds it; its file would load as tiled layers without values."""
-    tiled = tbn.transform(llama(), CONFIG)
+    tiled = tbn.transform(llama(), CONFIG.replace(alpha_source=alpha_source))
     loaded = transformers.LlamaForCausalLM.from_pretrained(
         _written(tbn.lower(tiled) if lowered else tiled, tmp_path / "tiled")
     )
     model = transformers.AutoModelForCausalLM.from_config(loaded.config)
     folder = _written(model, tmp_path / "float")
-    with pytest.raises(
-        SerializationError, match=r"no tensor of the \d+ tiled layers in its config.json, such as 'lm_head"
-    ):
+    with pytest.raises(SerializationError, match=r"no tensor of the \d+ tiled layers in its config.json, such as "):
         transformers.LlamaForCausalLM.from_pretrained(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config

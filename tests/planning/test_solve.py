@@ -95,6 +95,22 @@ def test_a_limit_beside_huge_values() -> None:
     assert solve(Problem(options, (), [(Term(loss), 2.5e-9)]), Term(size)) is None
 
 
+def test_a_limit_that_a_choice_just_keeps() -> None:
+    """As a budget that is what an earlier plan costs, whatever rounding made of that."""
+    values = {
+        ("a", "x"): -0.5569784496877912,
+        ("a", "float"): 0.0,
+        ("b", "float"): 0.0,
+        ("b", "y"): 2.2112450009068706e-07,
+    }
+    options = {"a": ["float", "x"], "b": ["float", "y"]}
+    cost = Term({("a", "float"): 9, ("a", "x"): 1, ("b", "float"): 9, ("b", "y"): 1})
+    limit = Term(values).of({"a": "x", "b": "y"})
+    assert solve(Problem(options, limits=[(Term(values), limit)]), cost) == {"a": "x", "b": "y"}
+    one = Term({("l", "float"): 0.1}, rest=5.0)
+    assert solve(Problem({"l": ["float"]}, limits=[(one, 5.1)]), Term({("l", "float"): 1.0})) == {"l": "float"}
+
+
 def test_scipy_is_asked_for(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(tbn.TBNError, match=r"scipy is not installed: pip install 'tbn-compiler\[plan\]'"):

@@ -116,6 +116,18 @@ def test_two_sweeps_on_one_file_keep_each_others_points(model: nn.Sequential, tm
     assert {point["name"] for point in json.loads(path.read_text())["points"]} == {"mine", "p=4"}
 
 
+def test_a_file_that_became_another_ones_costs_no_training(model: nn.Sequential, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+
+    def train(module: nn.Module) -> float:
+        tbn.sweep(model, POINTS[1:2], Trainer(), metric="loss", path=path)
+        return 0.5
+
+    with pytest.raises(tbn.ConfigError, match=r"holds the metric 'loss', .* this sweep are in .*sweep-kept\.json"):
+        tbn.sweep(model, {"mine": POINTS[0]}, train, path=path)
+    assert Sweep.read(tmp_path / "sweep-kept.json")["mine"].metric == 0.5
+
+
 def test_what_a_file_holds_is_not_mistaken(model: nn.Sequential, tmp_path: Path) -> None:
     path = tmp_path / "sweep.json"
     tbn.sweep(model, {"a": POINTS[1]}, Trainer(), path=path)
