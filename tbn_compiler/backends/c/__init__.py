@@ -51,8 +51,9 @@ def export_c(
     Args:
         module: a lowered module (:func:`tbn_compiler.lower`); a trained one is lowered on the way, and layers in
             float become float arrays. Always exported in evaluation mode, and never changed.
-        example_inputs: a tensor, or a tuple with one for each argument of ``forward``; float32, or integers, which are
-            ``int32_t`` in C. They fix every shape, the batch (usually 1) included.
+        example_inputs: a tensor, or a tuple with one for each argument of ``forward``; float32, integers, which are
+            ``int32_t`` in C, or booleans, which are bytes (``uint8_t``). They fix every shape, the batch (usually 1)
+            included.
         path: the ``.c`` file to write, beside which the header goes; with ``package`` the folder. All files are
             written, or none.
         name: prefix of every symbol, so that several models link into one program; that of macros is in capitals, or as

@@ -103,7 +103,7 @@ def run_arrays(source: str | os.PathLike[str], inputs: Sequence[np.ndarray]) -> 
         inputs: for each input an array of its size, for every run the same, or of a multiple of it, for a run each.
 
     Returns:
-        For each output, by name, its elements in all runs, ``float32 [runs, size]`` or ``int32``.
+        For each output, by name, its elements in all runs, ``float32 [runs, size]``, ``int32`` or ``bool``.
 
     Raises:
         ExportError: the inputs are not those of the model, or it does not compile.
@@ -129,7 +129,7 @@ def run_arrays(source: str | os.PathLike[str], inputs: Sequence[np.ndarray]) -> 
         executable = Path(folder, "model")
         build(source, executable)
         output = _start(executable, interface.input_size, data, f"{runs} inputs")
-    bounds = np.cumsum([4 * argument.size for argument in interface.outputs])
+    bounds = np.cumsum([argument.size * argument.dtype.itemsize for argument in interface.outputs])
     parts = np.split(np.frombuffer(output, np.uint8).reshape(runs, -1), bounds[:-1], 1)
     named = zip(interface.outputs, parts, strict=True)
     return {argument.name: np.ascontiguousarray(part).view(argument.dtype) for argument, part in named}

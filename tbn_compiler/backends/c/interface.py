@@ -13,7 +13,11 @@ import numpy as np
 from tbn_compiler.backends.c.names import macro_prefix
 from tbn_compiler.errors import ExportError
 
-_DTYPES: dict[str, np.dtype[Any]] = {"float": np.dtype(np.float32), "int32_t": np.dtype(np.int32)}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float": np.dtype(np.float32),
+    "int32_t": np.dtype(np.int32),
+    "uint8_t": np.dtype(np.bool_),
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Argument:
     Attributes:
         name: of the parameter.
         size: number of elements.
-        dtype: ``float32`` or ``int32``.
+        dtype: ``float32``, ``int32`` or ``bool``.
     """
 
     name: str

@@ -63,7 +63,8 @@ def compute_vectors(module: nn.Module, inputs: Sequence[Tensor]) -> Vectors:
 
 def _flat(tensor: Tensor) -> np.ndarray:
     array = tensor.detach().cpu().flatten().numpy()
-    return array.astype(np.float32 if tensor.is_floating_point() else np.int32)
+    dtype = np.float32 if tensor.is_floating_point() else np.bool_ if tensor.dtype == torch.bool else np.int32
+    return array.astype(dtype)
 
 
 def check_source_path(path: Path) -> None:

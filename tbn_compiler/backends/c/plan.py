@@ -13,16 +13,12 @@ from rich.table import Table
 from tbn_compiler import html
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.costs import Work
+from tbn_compiler.backends.c.element_instances import C_TYPES
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.report import draw_plan, plan_data, plan_section, plan_table
 
-C_TYPES = {
-    "float32": "float",
-    **{f"{sign}int{bits}": f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32)},
-}
-
 # What may lie in the scratch block, and what its part of a union is called.
-SCRATCH_MEMBERS = {"float": "floats", "int32_t": "integers", "int8_t": "bytes"}
+SCRATCH_MEMBERS = {"float": "floats", "int32_t": "integers", "int8_t": "bytes", "uint8_t": "flags"}
 
 
 @dataclass(frozen=True)
@@ -268,9 +264,9 @@ class Plan:
         return tuple(dict.fromkeys(kernel for step in self.steps for kernel in step.implementation.kernels))
 
     @property
-    def uses_int32(self) -> bool:
-        """Whether an input or output holds integers of 32 bits."""
-        return any(port.value.dtype == "int32" for port in (*self.inputs, *self.outputs))
+    def uses_stdint(self) -> bool:
+        """Whether an input or output holds something else than floats."""
+        return any(port.value.dtype != "float32" for port in (*self.inputs, *self.outputs))
 
     @property
     def scratch_types(self) -> tuple[str, ...]:
@@ -281,7 +277,7 @@ class Plan:
     def memory_names(self) -> dict[str, str]:
         """C expression of the begin of the scratch block, by the type of the elements."""
         if self.scratch == "caller":
-            return {"float": "memory", "int32_t": "integers", "int8_t": "bytes"}
+            return SCRATCH_MEMBERS | {"float": "memory"}
         block = f"{self.name}_scratch"
         if len(self.scratch_types) == 1:
             return {self.scratch_types[0]: block}

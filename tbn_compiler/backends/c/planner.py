@@ -45,7 +45,7 @@ from tbn_compiler.backends.c.plan import (
 from tbn_compiler.backends.c.registry import Context, implement
 
 # Parameters and counters that the printer makes up; templates hold the other names.
-_LOCAL_NAMES = ("input", "output", "memory", "integers", "bytes", "i", "j")
+_LOCAL_NAMES = ("input", "output", "memory", "integers", "bytes", "flags", "i", "j")
 
 assert kernels  # imported so that the implementations are registered
 

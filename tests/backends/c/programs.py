@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tbn_compiler.backends.c import Plan, export_c, host
 from tests.backends.c.toolchain import WARNINGS, sanitizer_flags
 
-_TYPES = {"float32": ("float", np.float32), "int32": ("int32_t", np.int32)}
+_TYPES = {"float32": ("float", np.float32), "int32": ("int32_t", np.int32), "bool": ("uint8_t", np.bool_)}
 
 
 @dataclass(repr=False)
@@ -118,26 +118,30 @@ def _run(networks: Sequence[Network], folder: Path) -> list[list[list[np.ndarray
     compiled = subprocess.run(command, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr[:5000]
     data = b"".join(
-        value.numpy().astype(_TYPES["float32" if value.is_floating_point() else "int32"][1]).tobytes()
+        value.numpy().astype(_TYPES[port.value.dtype][1]).tobytes()
         for network in networks
         for sample in network.samples
-        for value in sample
+        for port, value in zip(_plan(network).inputs, sample, strict=True)
     )
     ran = subprocess.run([str(executable)], input=data, capture_output=True)
     assert ran.returncode == 0, ran.stderr.decode(errors="replace")[:5000]
     rest = ran.stdout
     results: list[list[list[np.ndarray]]] = []
     for network in networks:
-        assert network.plan is not None
         results.append([])
         for _ in network.samples:
             arrays = []
-            for port in network.plan.outputs:
+            for port in _plan(network).outputs:
                 arrays.append(np.frombuffer(rest, _TYPES[port.value.dtype][1], port.value.size).copy())
                 rest = rest[port.value.nbytes :]
             results[-1].append(arrays)
     assert not rest
     return results
+
+
+def _plan(network: Network) -> Plan:
+    assert network.plan is not None
+    return network.plan
 
 
 def _main(networks: Sequence[Network]) -> str:
@@ -152,8 +156,7 @@ def _main(networks: Sequence[Network]) -> str:
         "{",
     ]
     for network in networks:
-        plan = network.plan
-        assert plan is not None
+        plan = _plan(network)
         ports = (*plan.inputs, *plan.outputs)
         names = [f"p{number}" for number in range(len(ports))]
         lines.append(f"    for (int i = 0; i < {len(network.samples)}; ++i) {{")

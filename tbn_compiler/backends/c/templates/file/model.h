@@ -14,7 +14,7 @@
 #define {{ macro }}_WEIGHT_BYTES {{ plan.weight_bytes }}
 #define {{ macro }}_TOTAL_BYTES {{ plan.total_bytes }}
 
-{% if plan.uses_int32 %}
+{% if plan.uses_stdint %}
 #include <stdint.h>
 
 {% endif %}

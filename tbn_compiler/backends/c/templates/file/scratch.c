@@ -2,7 +2,7 @@
 {% macro scratch_union(symbol, bytes, members, indent="") -%}
 {{ indent }}static union {
 {% for type, member in members.items() %}
-{{ indent }}    {{ type }} {{ member }}[{{ bytes }}{{ " / sizeof(%s)" | format(type) if type != "int8_t" }}];
+{{ indent }}    {{ type }} {{ member }}[{{ bytes }}{{ " / sizeof(%s)" | format(type) if type not in ("int8_t", "uint8_t") }}];
 {% endfor %}
 {{ indent }}} {{ symbol }};
 {%- endmacro %}
