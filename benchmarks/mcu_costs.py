@@ -205,6 +205,8 @@ def _elements() -> dict[str, list[Probe]]:
                 *(lambda x: x.var(2), lambda x: x.logsumexp(2), lambda x: x.cumsum(2), lambda x: x.cumprod(2)),
             )
         ],
+        "order": [Probe(Find(lambda x, d: x.topk(1, d).indices[:, :, 0]), shape) for shape in shapes]
+        + [Probe(Function(lambda x: x.topk(3, 2).values), shape) for shape in shapes],
         "resize linearly": _image(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), (8, 7, 7), (2, 20, 20)),
     }
 

@@ -281,6 +281,7 @@ INSTRUCTIONS: dict[str, tuple[float, float, float]] = {
     "resize_linear": (18.3, 349, 918),
     "is_infinite": (10, 49, 33),
     "resize_linear.place": (34.9, 436, 721),
+    "rank": (26.2, 174, 161),
 }
 # fmt: on
 

@@ -252,7 +252,7 @@ REDUCTIONS: dict[str, Reduction] = {
 
 
 # Loops that have an array of integers or booleans beside those of the elements.
-_NAMES_TYPES = ("gather", "pick", "select", "broadcast_select")
+_NAMES_TYPES = ("gather", "pick", "scatter", "select", "broadcast_select")
 
 
 def _of_elements(loop: str, kernel: str, text: str, types: Mapping[str, str], **parameters: object) -> str:
@@ -316,6 +316,14 @@ def _moves() -> Iterator[tuple[str, str]]:
             yield kernel, _of_elements(loop, kernel, "", {"element": dtype}, needs=needs)
 
 
+def _scatters() -> Iterator[tuple[str, str]]:
+    for kernel, dtype, sign in (
+        *((typed("scatter", dtype), dtype, "=") for dtype in _MOVED),
+        ("scatter_add", "float32", "+="),
+    ):
+        yield kernel, _of_elements("scatter", kernel, "", {"element": dtype}, needs=("nest2", "row_of"), sign=sign)
+
+
 _STEPS = {"float32": "total {} *at", "int32": "(int32_t)((uint32_t)total {} (uint32_t)*at)"}
 
 
@@ -327,4 +335,4 @@ def _scans() -> Iterator[tuple[str, str]]:
             yield kernel, _of_elements("scan", kernel, "", {"element": dtype}, **text)
 
 
-INSTANCES = dict((*_functions(), *_reductions(), *_moves(), *_scans()))
+INSTANCES = dict((*_functions(), *_reductions(), *_moves(), *_scatters(), *_scans()))

@@ -252,6 +252,23 @@ INDICES: Functions = {
         (y := x[0, 0].clone(), y.__setitem__(y[:, 0] > 0, 9.0))[0],
     ),
     "one-hot": lambda m, x: F.one_hot(x.argmax(1), 4),
+    "scattered": lambda m, x: (
+        torch.zeros_like(x).scatter(1, (i := x.argmax(1, keepdim=True)), 1.0),
+        x.scatter(1, i, x[:, 1:3]),
+        torch.zeros_like(x).scatter_add(2, x.argmax(2, keepdim=True), x[:, :, :2] + 1),
+        x.argmax(1).scatter(2, x.argmax(1)[..., :1], 7),
+        torch.zeros(1, 4, 8, 6, dtype=torch.bool).scatter(1, i, value=True) | (x > 2),
+    ),
+    "top two": lambda m, x: torch.zeros_like(x).scatter(1, x.topk(2, 1).indices, x.softmax(1)),
+}
+ORDERS: Functions = {
+    "sorted": lambda m, x: (x.sort(3).values, x.sort(1, descending=True).values, x.sort(dim=2, stable=True).indices),
+    "both": lambda m, x: (
+        *x.sort(dim=1, stable=True),
+        *x.sort(dim=2, stable=True, descending=True),
+        x.argsort(dim=3, stable=True),
+    ),
+    "largest": lambda m, x: (x.topk(2, 3).values, x.topk(3, 1, largest=False).values, x.topk(8, 2).values),
 }
 RESIZED: Functions = {
     "linear": lambda m, x: (

@@ -223,6 +223,11 @@ _ESTIMATED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
         (12, 20),
         "speed",
     ),
+    "masks": (
+        lambda: Function(lambda x: (x.masked_fill(x > 1, 0).cumsum(2) / x.std(2, keepdim=True)).floor().logsumexp(1)),
+        (12, 20),
+        "speed",
+    ),
 }
 
 

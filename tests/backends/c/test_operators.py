@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.backends.c import host
-from tests.backends.c.elements import CHOICES, COMPARISONS, INDICES, INTEGERS, MATH, RESIZED, ROUNDING, STATISTICS
+from tests.backends.c.elements import (
+    CHOICES,
+    COMPARISONS,
+    INDICES,
+    INTEGERS,
+    MATH,
+    ORDERS,
+    RESIZED,
+    ROUNDING,
+    STATISTICS,
+)
 from tests.backends.c.programs import Network, check
 from tests.backends.c.toolchain import needs_cc
 
@@ -135,6 +145,16 @@ PRODUCTS: dict[str, Callable[..., Any]] = {
     "matmul": lambda m, x: (x @ x.mT, torch.bmm(x, x.mT), x @ x[0].T, x[0] @ x[0, 0], x[0, 0] @ x[0].T),
     "einsum": lambda m, x: torch.einsum("bij,bkj->bik", x, 2 * x),
     "addmm": lambda m, x: torch.addmm(x[0, :1, :6], x[0], x[0].T) + torch.baddbmm(x[..., :6], x, x.mT),
+    "factors": lambda m, x: (
+        torch.addmm(x[0, :1, :6], x[0], x[0].T, alpha=2, beta=0.5),
+        torch.addmm(x[0, :1, :6], x[0], x[0].T, beta=0),
+        torch.baddbmm(x[..., :6], x, x.mT, beta=3),
+    ),
+    "bilinear": lambda m, x: (
+        F.bilinear(x, 2 * x[..., :6], m.row[0, :, :, None] * torch.ones(3, 8, 6)),
+        F.bilinear(x, x, m.row.mT @ m.row, m.row[0, 0, :1]),
+    ),
+    "computed weight and bias": lambda m, x: F.linear(x, x[0], m.row[0, 0, :6]),
     "batches": lambda m, x: x.view(2, 1, 3, 8) @ x.view(1, 2, 3, 8).mT,
     "heads": lambda m, x: x.view(1, 6, 2, 4).transpose(1, 2) @ x.view(1, 6, 2, 4).permute(0, 2, 3, 1),
     "computed weight": lambda m, x: F.linear(x, x[0]),
@@ -166,9 +186,10 @@ FAMILIES = {
     "integers": (INTEGERS, IMAGE),
     "indices": (INDICES, IMAGE),
     "resized": (RESIZED, IMAGE),
+    "orders": (ORDERS, IMAGE),
 }
 # What is compared on NaN, infinity, zeros of either sign, and equal elements, too.
-SPECIAL = ("comparisons", "choices", "rounding", "math", "statistics", "integers")
+SPECIAL = ("comparisons", "choices", "rounding", "math", "statistics", "integers", "orders")
 
 
 class Family(nn.Module):

@@ -2,7 +2,8 @@
 
 One module for each family of operators. To support a further operator: an operation in
 :mod:`~tbn_compiler.backends.c.ir`, a function here that converts to it, and a function with a template in
-:mod:`~tbn_compiler.backends.c.kernels`.
+:mod:`~tbn_compiler.backends.c.kernels`. A function of elements is a line of
+:mod:`~tbn_compiler.backends.c.element_instances`.
 """
 
 from tbn_compiler.backends.c.frontend import (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,16 +45,53 @@ def _baddbmm(importer: Importer, node: fx.Node, args: Arguments) -> list[ir.Oper
 def _plus_product(
     importer: Importer, node: fx.Node, addend: Any, a: Any, b: Any, args: Arguments
 ) -> list[ir.Operation]:
-    if args["alpha"] != 1 or args["beta"] != 1:
-        raise importer.unsupported(node, f"alpha={args['alpha']}, beta={args['beta']} are not 1")
-    operation = product(importer, node, a, b)
-    result = operation.output
+    return plus(importer, node, product(importer, node, a, b), addend, args["alpha"], args["beta"])
+
+
+def plus(
+    importer: Importer, node: fx.Node, operation: ir.MatMul, addend: Any, alpha: float = 1, beta: float = 1
+) -> list[ir.Operation]:
+    """``alpha`` times a product plus ``beta`` times an array, which is not read if that is 0."""
+    result, layer = operation.output, operation.layer
     between = importer.temporary(node, "product", result.shape)
+    operations: list[ir.Operation] = [replace(operation, name=between.name, output=between)]
     (operand,) = importer.head(node, addend)["inputs"]
-    accesses = (ir.Access.whole(result.shape), ir.Access.broadcast(operand.shape, result.shape))
-    head = (node.name, operation.layer, (between, operand), result)
-    first = ir.MatMul(between.name, operation.layer, operation.inputs, between, operation.accesses, operation.result)
-    return [first, ir.Binary(*head, function="add", accesses=accesses)]
+    terms: list[ir.Operand] = []
+    for name, factor, term in (("scaled", alpha, between), ("addend", beta, operand)):
+        if factor != 1:
+            scaled = importer.temporary(node, name, term.shape)
+            scale = ir.Unary(scaled.name, layer, (term,), scaled, "multiply_scalar", (float(factor),))
+            operations.append(scale)
+            term = scaled
+        terms.append(term)
+    if beta == 0:
+        return [*operations[:-1], ir.Alias(node.name, layer, (terms[0],), result)]
+    accesses = tuple(ir.Access.broadcast(term.shape, result.shape) for term in terms)
+    return [*operations, ir.Binary(node.name, layer, (terms[0], terms[1]), result, accesses, "add")]
+
+
+@converts(_aten.bilinear.default)
+def _bilinear(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
+    """``y[o] = a @ W[o] @ b``: a product of rows with each matrix, and of what that gives with the other rows."""
+    head = importer.head(node, args["input1"], args["weight"], args["input2"])
+    (a, weight, b), output = head["inputs"], head["output"]
+    rows, (outputs, n, m) = math.prod(a.shape[:-1]), weight.shape
+    middle = importer.temporary(node, "middle", (rows, outputs, 1, m))
+    first = ir.MatMul(
+        middle.name,
+        head["layer"],
+        (a, weight),
+        middle,
+        (ir.Access((rows, outputs, 1, n), (n, 0, 0, 1)), ir.Access((rows, outputs, n, m), (0, n * m, m, 1))),
+        ir.Access.whole(middle.shape),
+    )
+    access = ir.Access((rows, 1, m, 1), (m, 0, 1, 0))
+    accesses = (ir.Access((rows, 1, outputs, m), (outputs * m, 0, m, 1)), access)
+    result = ir.Access.whole((rows, 1, outputs, 1))
+    second = ir.MatMul(head["name"], head["layer"], (middle, b), output, accesses, result)
+    if args["bias"] is None:
+        return first, second
+    return first, *plus(importer, node, second, args["bias"])
 
 
 def product(importer: Importer, node: fx.Node, a: Any, b: Any, transposed: bool = False) -> ir.MatMul:

@@ -117,6 +117,7 @@ class Importer:
         self._constants: dict[tuple[int, torch.dtype], ir.Constant] = {}
         self._numbers: dict[tuple[str, str], ir.Constant] = {}
         self._converted: dict[tuple[ir.Operand, str], ir.Value] = {}
+        self._added: set[ir.Value] = set()
         self._before: list[ir.Operation] = []  # what the node that is being converted needs first
 
     def graph(self) -> ir.Graph:
@@ -252,7 +253,7 @@ class Importer:
     def _to_type(self, node: fx.Node, value: ir.Operand, dtype: ir.DType) -> ir.Value:
         """A value as elements of another type."""
         if (value, dtype) not in self._converted:
-            output = ir.Value(f"{value.name}_{dtype}", value.shape, dtype)
+            output = ir.Value(f"{value.name} as {dtype}", value.shape, dtype)
             self.add_before(ir.Unary(output.name, layer_of(node), (value,), output, function=f"to_{dtype}"))
             self._converted[value, dtype] = output
         return self._converted[value, dtype]
@@ -271,6 +272,12 @@ class Importer:
         """Let an operation run before those that the node becomes; returns its output."""
         self._before.append(operation)
         return operation.output
+
+    def add_once(self, operation: ir.Operation) -> None:
+        """As :meth:`add_before`, but for an operation that another node needed already."""
+        if operation.output not in self._added:
+            self._added.add(operation.output)
+            self.add_before(operation)
 
     def dtype(self, node: fx.Node, value: Any) -> ir.DType:
         """The type in C of a tensor."""

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.frontend.importer import Importer, layer_of
-from tbn_compiler.backends.c.frontend.registry import Arguments, converts
+from tbn_compiler.backends.c.frontend.registry import Arguments, converts, converts_results
 from tbn_compiler.backends.c.frontend.shapes import rearrange
 
 _aten = torch.ops.aten
@@ -56,6 +56,26 @@ def _gather(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
     access = ir.Access(head["output"].shape, (*strides[:dim], 0, *strides[dim + 1 :]))
     head["inputs"] = (importer.operand(node, index, "int32"), *head["inputs"])
     return ir.Pick(**head, access=access, rows=shape[dim], stride=strides[dim])
+
+
+@converts_results(_aten.sort.default, _aten.sort.stable, _aten.topk.default)
+def _sort(importer: Importer, node: fx.Node, args: Arguments, index: int) -> ir.Operation:
+    """Where the elements stand in order, and the elements that stand there."""
+    value, source = args["self"], node.args[0]
+    head, largest = importer.typed_head(node, None, value), bool(args.get("largest", args.get("descending")))
+    if importer.dtype(node, value) != "float32" or not head["output"].shape:
+        raise importer.unsupported(node, "only floats along an axis can be put in order")
+    (array,) = importer.typed_head(node, "float32", value)["inputs"]
+    shape, dim = array.shape, args["dim"] % len(array.shape)
+    axis = ir.Axis(math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :]))
+    assert isinstance(source, fx.Node)
+    ranks = ir.Value(f"{source.name}_ranks", head["output"].shape, "int32")
+    importer.add_once(ir.Rank(ranks.name, head["layer"], (array,), ranks, axis, ranks.shape[dim], largest))
+    if index:
+        return ir.Alias(head["name"], head["layer"], (ranks,), head["output"])
+    strides = ir.row_major(shape)
+    access = ir.Access(ranks.shape, (*strides[:dim], 0, *strides[dim + 1 :]))
+    return ir.Pick(head["name"], head["layer"], (ranks, array), head["output"], access, shape[dim], strides[dim])
 
 
 def _positions(shape: tuple[int, ...]) -> Tensor:
@@ -159,6 +179,29 @@ def _index_put(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operati
     # A mask of fewer axes is one of the first ones.
     strides = (*ir.row_major(shape), *(0,) * (len(shown.sizes) - len(shape)))
     return replace(chosen, accesses=(ir.Access(shown.sizes, strides), *rest))
+
+
+@converts(_aten.scatter.value, _aten.scatter.src, _aten.scatter_add.default)
+def _scatter(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    head = importer.typed_head(node, None, args["self"])
+    shape, written = head["output"].shape, args.get("src", args.get("value"))
+    dim, add = args["dim"] % max(len(shape), 1), node.target == _aten.scatter_add.default
+    if add and head["output"].dtype != "float32":
+        raise importer.unsupported(node, f"it adds {node.meta['val'].dtype}; in C floats can be added at indices")
+    index = importer.operand(node, args["index"], "int32")
+    source = importer.operand(node, written, head["output"].dtype)
+    # Numbers are the same for all indices; an array may be larger than that of the indices.
+    strides = ir.row_major(source.shape) if source.shape else (0,) * len(shape)
+    steps = ir.row_major(shape)
+    head["inputs"] = (*head["inputs"], index, source)
+    return ir.Scatter(
+        **head,
+        access=ir.Access(index.shape, strides),
+        result=ir.Access(index.shape, (*steps[:dim], 0, *steps[dim + 1 :])),
+        rows=shape[dim],
+        stride=steps[dim],
+        add=add,
+    )
 
 
 @converts(_aten.copy.default)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from tbn_compiler.backends.c import ir
-from tbn_compiler.backends.c.frontend.attention import product
+from tbn_compiler.backends.c.frontend.attention import plus, product
 from tbn_compiler.backends.c.frontend.importer import Importer
 from tbn_compiler.backends.c.frontend.reductions import pair
 from tbn_compiler.backends.c.frontend.registry import Arguments, converts
@@ -22,7 +22,7 @@ _LAYOUTS: tuple[LayoutKind, ...] = ("flat", "two-axis", "staggered", "hadamard")
 
 
 @converts(_aten.linear.default)
-def _linear(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+def _linear(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation | Sequence[ir.Operation]:
     if importer.is_computed(args["weight"]):
         return _computed_linear(importer, node, args)
     weight = importer.constant(node, args["weight"])
@@ -33,11 +33,10 @@ def _linear(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
     return ir.Linear(**importer.head(node, args["input"], layer=layer), weight=weight, bias=bias)
 
 
-def _computed_linear(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+def _computed_linear(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
     """A product with a matrix that the model computes, transposed."""
-    if args["bias"] is not None:
-        raise importer.unsupported(node, "its weight is computed while the model runs, and it has a bias")
-    return product(importer, node, args["input"], args["weight"], transposed=True)
+    operation = product(importer, node, args["input"], args["weight"], transposed=True)
+    return (operation,) if args["bias"] is None else plus(importer, node, operation, args["bias"])
 
 
 @converts(_aten.embedding.default)

@@ -56,6 +56,21 @@ def _pick(operation: ir.Pick, context: Context) -> Implementation:
     return context.implementation(f"pick one of {operation.rows} for each result", (call,), work)
 
 
+@implements(ir.Scatter)
+def _scatter(operation: ir.Scatter, context: Context) -> Implementation:
+    array, indices, written = operation.inputs
+    dtype, size = operation.output.dtype, operation.output.size
+    loops = nest(operation.layer, operation.access, operation.result)
+    pointers = (indices, At(written, operation.access.offset), operation.rows, operation.stride)
+    kernel = "scatter_add" if operation.add else typed("scatter", dtype)
+    calls = (
+        Call(typed("copy", dtype), (array, operation.output, size)),
+        Call(kernel, (loops, *pointers, At(operation.output, operation.result.offset))),
+    )
+    work = {"copy": operation.output.nbytes / 4, "strided_copy": 2 * indices.size}
+    return context.implementation(f"{'add to' if operation.add else 'write'} one of {operation.rows}", calls, work)
+
+
 def layer_suffix(bias: ir.Constant | None, relu: bool) -> str:
     """What a title says of a layer's bias and activation."""
     return f"{', bias' if bias else ''}{', ReLU' if relu else ''}"

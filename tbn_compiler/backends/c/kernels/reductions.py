@@ -37,6 +37,15 @@ def _scan(operation: ir.Scan, context: Context) -> Implementation:
     return context.implementation(title, (call,), {kernel: operation.output.size})
 
 
+@implements(ir.Rank)
+def _rank(operation: ir.Rank, context: Context) -> Implementation:
+    axis, ranks = operation.axis, operation.ranks
+    sizes = (axis.outer, axis.size, axis.inner)
+    call = Call("rank", (*operation.inputs, int(operation.largest), ranks, operation.output, *sizes))
+    title = f"the {ranks} {'largest' if operation.largest else 'smallest'} of {axis.size}"
+    return context.implementation(title, (call,), {"rank": axis.outer * axis.inner * ranks * axis.size})
+
+
 @implements(ir.Norm)
 def _norm(operation: ir.Norm, context: Context) -> Implementation:
     size, columns = operation.output.size, operation.columns
