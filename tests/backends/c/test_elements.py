@@ -48,7 +48,7 @@ def test_booleans_as_inputs_and_outputs(scratch: str, tmp_path: Path) -> None:
     assert f"void net0_run({arguments}{', void *scratch' if scratch == 'caller' else ''});" in header
     assert "#include <stdint.h>" in header
     kinds = [argument.dtype.name for argument in read_interface(tmp_path / "net0.h").outputs]
-    assert kinds == ["float32", "bool", "int32"]
+    assert kinds == ["float32", "uint8", "int32"]
 
 
 def test_the_host_runs_models_with_booleans(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_the_host_runs_models_with_booleans(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = module(x, shown)
     assert np.abs(outputs["out0"] - expected[0].reshape(1, -1).numpy()).max() < 1e-5
-    assert outputs["out1"].dtype == np.bool_
+    assert outputs["out1"].dtype == np.uint8
     assert outputs["out1"].tolist() == [expected[1].flatten().tolist()]
     assert outputs["out2"].tolist() == [expected[2].tolist()]
 
