@@ -147,6 +147,74 @@ def _integers() -> list[Probe]:
     return [*ways, *sums, *means, *moves]
 
 
+def _elements() -> dict[str, list[Probe]]:
+    """Conversions first: inputs and outputs are floats. Where half of the elements go on, both ways are told apart.
+
+    What an integer becomes as a float takes longer for some than for others without floating-point instructions; what a
+    boolean does not.
+    """
+    signs = [torch.eq, torch.ne, torch.lt, torch.le, torch.gt, torch.ge]
+    compared = [
+        *(lambda x, f=f: f(x, 0.1).float() for f in signs),
+        *(lambda x, f=f: f(x[:, 3:], x[:, :4]).float() for f in signs),
+        *(lambda x: x.isnan().float(), lambda x: x.isinf().float()),
+        *(lambda x, f=f: f(x.int(), 1).float() for f in signs),
+        *(lambda x, f=f: f(x.int()[:, 3:], x.int()[:, :4]).float() for f in signs),
+    ]
+    joined = [torch.logical_and, torch.logical_or, torch.logical_xor]
+    logic = [lambda x, f=f: f((x > 0)[:, 3:], (x > 0)[:, :4]).float() for f in joined]
+    one: list[Callable[[Tensor], Tensor]] = [
+        *(torch.neg, torch.abs, torch.sign, torch.bitwise_not, lambda i: i + 3, lambda i: i * 3, lambda i: i // 3),
+        *(lambda i: i % 3, lambda i: i.clamp(min=1), lambda i: i.clamp(max=1)),
+    ]
+    two: list[Callable[[Tensor, Tensor], Tensor]] = [
+        *(torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, torch.floor_divide, torch.remainder),
+        *(lambda a, b: torch.div(a, b, rounding_mode="trunc"), torch.bitwise_and, torch.bitwise_or, torch.bitwise_xor),
+    ]
+    sums: list[Callable[[Tensor], Tensor]] = [
+        *(lambda i: i.sum(2), lambda i: i.prod(2), lambda i: i.amax(2), lambda i: i.amin(2)),
+        *(lambda i: i.cumsum(2), lambda i: i.cumprod(2)),
+    ]
+    shapes = ((6, 40), (40, 6))
+    return {
+        "conversions": [
+            *_functions(
+                [lambda x: x.int().float(), lambda x: x.int()[:, :3].float(), lambda x: (x > 0)[:, :3].float()]
+            ),
+            *_functions([lambda x: (x > 0).float(), lambda x: x.bool().float(), lambda x: x.bool()[:, :3].float()]),
+            *_functions([lambda x: x.int().bool().float(), lambda x: (x > 0).int().float()]),
+        ],
+        "comparisons": _functions(compared),
+        "logic": _functions([*logic, lambda x: torch.logical_not(x > 0).float()]),
+        "choices": _functions([lambda x: torch.where(x > 0, x, 0.5), lambda x: torch.where(x > 0, x, x.flip(0))]),
+        "integers": _functions(
+            [
+                *(lambda x, f=f: f(x.int()).bool().float() for f in one),
+                *(lambda x, f=f: f(x.int()[:, 3:], x.int()[:, :4] + 9).bool().float() for f in two),
+            ]
+        ),
+        "reductions of integers": [
+            Probe(Function(lambda x, f=f: f(x.int()).bool().float()), s) for f in sums for s in shapes
+        ]
+        + [Probe(Find(lambda x, d, f=f: f(x.int(), d)), s) for f in (torch.argmax, torch.argmin) for s in shapes]
+        + [
+            Probe(Function(lambda x, f=f: f(x > 0, 2).float()), s)
+            for f in (torch.any, torch.all, torch.sum)
+            for s in shapes
+        ],
+        "statistics": [
+            Probe(Function(function), shape)
+            for shape in shapes
+            for function in (
+                *(lambda x: x.var(2), lambda x: x.logsumexp(2), lambda x: x.cumsum(2), lambda x: x.cumprod(2)),
+            )
+        ],
+        "order": [Probe(Find(lambda x, d: x.topk(1, d).indices[:, :, 0]), shape) for shape in shapes]
+        + [Probe(Function(lambda x: x.topk(3, 2).values), shape) for shape in shapes],
+        "resize linearly": _image(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), (8, 7, 7), (2, 20, 20)),
+    }
+
+
 def probes() -> dict[str, list[Probe]]:
     """The models of each group, in an order in which what a group shares with others is known before."""
     unary: list[Callable[..., Any]] = [
@@ -155,11 +223,30 @@ def probes() -> dict[str, list[Probe]]:
         *(torch.square, lambda x: x + 1, lambda x: x - 2, lambda x: x * 3, lambda x: x / 3, lambda x: 1 - x),
         *(lambda x: x.clamp(min=0.1), lambda x: x.clamp(max=0.1), lambda x: F.gelu(x, approximate="tanh")),
         *(lambda x: 2 / x, lambda x: x.reciprocal()),
+        *(torch.exp2, torch.expm1, torch.erfc, torch.tan, torch.atan, torch.sinh, torch.cosh, torch.asinh),
+        *(torch.floor, torch.ceil, torch.trunc, torch.round, torch.sign),
     ]
     binary: list[Callable[..., Any]] = [
         *(lambda x: x[:, 3:] + x[:, :4], lambda x: x[:, 3:] - x[:, :4], lambda x: x[:, 3:] * x[:, :4]),
         *(lambda x: x[:, 3:] / x[:, :4], lambda x: torch.maximum(x[:, 3:], x[:, :4])),
         lambda x: torch.minimum(x[:, 3:], x[:, :4]),
+        *(
+            lambda x, f=f: f(x[:, 3:], x[:, :4])
+            for f in (
+                *(torch.fmod, torch.remainder, torch.floor_divide),
+                *(torch.atan2, torch.hypot, torch.fmax, torch.fmin),
+            )
+        ),
+    ]
+    positive: list[Callable[..., Any]] = [
+        *(torch.log, torch.sqrt, torch.rsqrt, lambda x: x**1.5, torch.log2, torch.log10, torch.log1p),
+        *(
+            lambda x: (x - 0.5).asin(),
+            lambda x: (x - 0.5).acos(),
+            lambda x: (x + 0.5).acosh(),
+            lambda x: (x - 0.6).atanh(),
+        ),
+        lambda x: x[:, 3:] ** x[:, :4],
     ]
     convs = {
         "size": [_two(_conv(*a, size=s, optimize="size", **o), next_layer) for *a, s, o, next_layer in _SMALL_CONVS],
@@ -210,7 +297,7 @@ def probes() -> dict[str, list[Probe]]:
             for n in (64, 500)
         ],
         "unary": _functions(unary),
-        "positive": _functions([torch.log, torch.sqrt, torch.rsqrt, lambda x: x**1.5], positive=True),
+        "positive": _functions(positive, positive=True),
         "binary": _functions(binary),
         "broadcast": [
             *(Probe(nn.PReLU(), shape) for shape in ((7, 40), (20, 20))),
@@ -274,6 +361,7 @@ def probes() -> dict[str, list[Probe]]:
             *(_tiled(nn.Linear(n, m), (n,), p=8) for n, m in ((32, 12), (64, 20))),
         ],
         "int8": _integers(),
+        **_elements(),
         "sums": [_tiled(nn.Linear(n, m), (n,), p=(4, 2), alpha="output") for n, m in ((64, 16), (200, 16))],
         "tiled conv": [
             *(_tiled(_behind(nn.Conv2d(*a, **o)), (a[0], 8, 8), p=4) for a, o in _TILED_CONVS),

@@ -54,7 +54,8 @@ def export_c(
         module: a lowered module (:func:`tbn_compiler.lower`); a trained one is lowered on the way, and layers in
             float become float arrays. Always exported in evaluation mode, and never changed.
         example_inputs: a tensor, or a tuple with one for each argument of ``forward``; float32, ``uint8`` or ``int8``,
-            which are bytes in C, or other integers, which are ``int32_t``. They fix every shape, the batch (usually 1)
+            which are bytes in C, other integers, which are ``int32_t``, or booleans, which are bytes (``uint8_t``).
+            They fix every shape, the batch (usually 1)
             included.
         path: the ``.c`` file to write, beside which the header goes; with ``package`` the folder. All files are
             written, or none.

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,18 +18,19 @@ import jinja2
 import numpy as np
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.element_instances import C_TYPES
+from tbn_compiler.backends.c.element_instances import INSTANCES as ELEMENT_INSTANCES
 from tbn_compiler.backends.c.float_instances import INSTANCES as FLOAT_INSTANCES
 from tbn_compiler.backends.c.interface import Interface
-from tbn_compiler.backends.c.move_instances import INSTANCES as MOVE_INSTANCES
 from tbn_compiler.backends.c.names import macro_prefix
-from tbn_compiler.backends.c.plan import C_TYPES, SCRATCH_MEMBERS, Argument, At, Call, Index, Plan, Struct, Workspace
+from tbn_compiler.backends.c.plan import SCRATCH_MEMBERS, Argument, At, Call, Index, Plan, Struct, Workspace
 from tbn_compiler.backends.c.tiled_instances import INSTANCES as TILED_INSTANCES
 
 if TYPE_CHECKING:
     from tbn_compiler.backends.c.package import Vectors
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_INSTANCES = FLOAT_INSTANCES | MOVE_INSTANCES | TILED_INSTANCES
+_INSTANCES = ELEMENT_INSTANCES | FLOAT_INSTANCES | TILED_INSTANCES
 _BYTES_PER_LINE = 16
 _NUMBERS_PER_LINE = 6
 _LINE_LENGTH = 120
@@ -141,8 +142,8 @@ def emit_source(plan: Plan, header: str, vectors: Vectors | None = None) -> str:
     """
     templates = _with_needs(plan.kernels)
     headers = {header for template in templates for header in _declared(template, "headers")}
-    if any(np.isinf(planned.constant.array).any() for planned in plan.constants):
-        headers.add("math.h")  # for INFINITY
+    if not all(np.isfinite(numbers).all() for numbers in _numbers(plan)):
+        headers.add("math.h")  # for INFINITY and NAN
     printer = _Printer(plan)
     return (
         _environment()
@@ -155,6 +156,14 @@ def emit_source(plan: Plan, header: str, vectors: Vectors | None = None) -> str:
             printer=printer,
         )
     )
+
+
+def _numbers(plan: Plan) -> Iterator[np.ndarray | float]:
+    """The constants of a plan, and the numbers that its calls pass."""
+    yield from (planned.constant.array for planned in plan.constants)
+    for step in plan.steps:
+        for call in step.implementation.calls:
+            yield from (argument for argument in call.arguments if isinstance(argument, float))
 
 
 def emit_header(plan: Plan, vectors: Vectors | None = None) -> str:
@@ -273,6 +282,8 @@ class _Printer:
 
 def c_float(value: float) -> str:
     """A ``float`` constant; nine significant digits give the same float32 back."""
+    if math.isnan(value):
+        return "NAN"
     if math.isinf(value):
         return "INFINITY" if value > 0 else "-INFINITY"
     text = f"{value:.9g}"
@@ -290,6 +301,8 @@ def c_numbers(array: np.ndarray) -> str:
     array = array.reshape(-1)
     if array.dtype == np.float32:
         items, per_line = [c_float(value) for value in array.tolist()], _NUMBERS_PER_LINE
+    elif array.dtype == np.bool_:
+        items, per_line = list(map(str, array.astype(np.uint8).tolist())), _BYTES_PER_LINE
     elif array.dtype == np.uint8:
         items, per_line = [f"0x{byte:02x}" for byte in array.tolist()], _BYTES_PER_LINE
     elif array.dtype.kind == "u":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,9 +24,10 @@ def simplify(graph: ir.Graph) -> tuple[list[ir.Operation], list[ir.Value]]:
     """
     operations, outputs = _resolve_aliases(graph)
     operations = _needed(absorb_copies(operations, outputs), outputs)
-    operations = _fold_affines(operations, outputs)
+    operations = _fold_affines(_copy_last(operations, outputs), outputs)
     operations = _fuse_relus(_sum_neighbours(_turn(operations)), outputs)
     operations, outputs = keep_integers(operations, outputs)
+    operations = _needed(absorb_copies(operations, outputs), outputs)  # copies of integers, which met only now
     return _give_outputs_values(operations, outputs)
 
 
@@ -50,6 +52,56 @@ def _needed(operations: Sequence[ir.Operation], outputs: Sequence[ir.Operand]) -
         if operation.output in needed:
             needed.update(operation.inputs)
     return [operation for operation in operations if operation.output in needed]
+
+
+def _copy_last(operations: Sequence[ir.Operation], outputs: Sequence[ir.Operand]) -> list[ir.Operation]:
+    """``f(copy(layer(x)))`` becomes ``copy(f(layer(x)))`` where a layer can apply it: a ReLU, factors of channels.
+
+    The copy has to be all of the layer's result in another order, and nothing else may read either.
+    """
+    reads = Counter(value for operation in operations for value in operation.inputs)
+    result = list(operations)
+    made_by: dict[ir.Operand, int] = {operation.output: index for index, operation in enumerate(result)}
+    for index, function in enumerate(result):
+        relu = isinstance(function, ir.Unary) and function.function == "relu"
+        if not (relu or isinstance(function, ir.ChannelAffine)) or function.inputs[0] not in made_by:
+            continue
+        copy = result[made_by[function.inputs[0]]]
+        if not isinstance(copy, ir.Strided) or copy.inputs[0] not in made_by:
+            continue
+        layer = result[made_by[copy.inputs[0]]]
+        read_once = all(reads[value] < 2 and value not in outputs for value in (layer.output, copy.output))
+        if not read_once or not isinstance(layer, (*_FUSES_RELU, ir.ChannelAffine)):
+            continue
+        moved = _before_copy(function, copy)
+        if moved is not None:
+            place = made_by[copy.output]
+            result[place] = moved
+            result[index] = replace(copy, inputs=(moved.output,), output=function.output)
+            made_by |= {moved.output: place, function.output: index}
+    return result
+
+
+def _before_copy(function: ir.Operation, copy: ir.Strided) -> ir.Operation | None:
+    """A function of elements or channels on what a copy reads; ``None`` where its channels are not an axis of that."""
+    (source,), access = copy.inputs, copy.access
+    assert isinstance(source, ir.Value)
+    axes = [(stride, size) for stride, size in zip(access.strides, access.sizes, strict=True) if size > 1]
+    strides, sizes = zip(*sorted(axes, reverse=True), strict=True) if axes else ((), ())
+    if access.offset or math.prod(sizes) != source.size or strides != ir.row_major(sizes):
+        return None
+    output = replace(copy.output, shape=source.shape)
+    if isinstance(function, ir.ChannelAffine):
+        channels = (function.scale.size, function.inner)
+        found = [
+            stride
+            for axis, (stride, size) in enumerate(zip(access.strides, access.sizes, strict=True))
+            if (size, math.prod(access.sizes[axis + 1 :])) == channels
+        ]
+        if not found:
+            return None
+        function = replace(function, inner=found[0])
+    return replace(function, inputs=(source,), output=output)
 
 
 def _fold_affines(operations: Sequence[ir.Operation], outputs: Sequence[ir.Operand]) -> list[ir.Operation]:

@@ -109,7 +109,8 @@ def run_arrays(source: str | os.PathLike[str], inputs: Sequence[np.ndarray]) -> 
             Where int8 stands in place of floats, floats are rounded.
 
     Returns:
-        For each output, by name, the model's numbers in all runs, ``[runs, size]``, ``float32`` or integers.
+        For each output, by name, the model's numbers in all runs, ``[runs, size]``, ``float32`` or integers; booleans
+        are ``uint8``.
 
     Raises:
         ExportError: the inputs are not those of the model, or do not fit its integers, or it does not compile.

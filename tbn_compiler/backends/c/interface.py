@@ -32,7 +32,7 @@ class Argument:
     Attributes:
         name: of the parameter.
         size: number of elements.
-        dtype: ``float32``, ``int32``, ``int8`` or ``uint8``.
+        dtype: ``float32``, ``int32``, ``int8`` or ``uint8``, which booleans are, too.
         scale: of int8 in place of the model's floats; ``None``: it is what the model takes or gives.
     """
 

@@ -7,102 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
-
-import numpy as np
+from typing import ClassVar
 
 from tbn_compiler.backends.c.places import Access as Access
 from tbn_compiler.backends.c.places import Axis as Axis
 from tbn_compiler.backends.c.places import Window as Window
 from tbn_compiler.backends.c.places import row_major as row_major
+from tbn_compiler.backends.c.values import BYTES as BYTES
+from tbn_compiler.backends.c.values import Constant as Constant
+from tbn_compiler.backends.c.values import DType as DType
+from tbn_compiler.backends.c.values import Operand as Operand
+from tbn_compiler.backends.c.values import Operation as Operation
+from tbn_compiler.backends.c.values import Value as Value
 from tbn_compiler.tiling import TiledProduct, TileLayout
-
-DType = Literal["float32", "int32", "int8", "uint8"]
-
-
-@dataclass(frozen=True)
-class Value:
-    """An array that exists while the model runs; ``name`` is its node in the exported graph.
-
-    What is ``int64`` in PyTorch (indices) is ``int32`` here. ``int8`` are activations in a number format, from -127 to
-    127, whose scale the operations around them know; or, as ``uint8``, an input of that type, which is only moved,
-    converted or looked up.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: DType = "float32"
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes."""
-        return self.size * np.dtype(self.dtype).itemsize
-
-    @property
-    def storage_bytes(self) -> int:
-        """Number of bytes in scratch memory, where everything begins at a whole word."""
-        return -(-self.nbytes // 4) * 4
-
-
-@dataclass(frozen=True, eq=False)
-class Constant:
-    """An array stored with the program. Compared by identity.
-
-    Attributes:
-        name: ``state_dict`` key, or a description of what was made from one.
-        array: the contents, read-only: ``float32``, ``uint8`` for a packed tile, or any other integer type of C in a
-            table that a kernel brings.
-        tile_bytes: size of the tile that the elements were decoded from, where no kernel reads that; else ``None``.
-        packed: whether these are bytes of bits. What reads them says so: other tensors may be ``uint8``, too.
-    """
-
-    name: str
-    array: np.ndarray
-    tile_bytes: int | None = None
-    packed: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
-        return self.array.shape
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return int(self.array.size)
-
-
-# What an operation reads: both are pointers in C.
-Operand = Value | Constant
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One node of the graph.
-
-    Attributes:
-        name: name of the node in the exported graph.
-        layer: qualified name of the layer it belongs to, or the node's name.
-        inputs: what it reads; a stored tensor may stand for an activation.
-        output: value that it writes.
-    """
-
-    in_place: ClassVar[bool] = False
-
-    name: str
-    layer: str
-    inputs: tuple[Operand, ...]
-    output: Value
-
-    @property
-    def overwritable(self) -> tuple[Operand, ...]:
-        """Inputs whose element ``i`` the output's element ``i`` may overwrite while the operation runs."""
-        return self.inputs[:1] if self.in_place else ()
 
 
 @dataclass(frozen=True)
@@ -129,10 +46,10 @@ class Part(Operation):
 
 @dataclass(frozen=True)
 class Unary(Operation):
-    """A function of each element.
+    """A function of each element, which may give another type.
 
     Attributes:
-        function: name of the kernel.
+        function: name of the kernel; that for elements of another type than float32 has it behind the name.
         parameters: further arguments of the function.
     """
 
@@ -150,24 +67,34 @@ class Strided(Operation):
 
 
 @dataclass(frozen=True)
-class Binary(Operation):
-    """A function of two elements, with broadcasting.
+class Elementwise(Operation):
+    """Something of elements of several arrays, with broadcasting.
 
     Attributes:
-        function: name of the kernel.
-        accesses: both operands with the sizes of the result, broadcast.
+        accesses: the operands with the sizes of the result, broadcast.
     """
 
-    function: str
-    accesses: tuple[Access, Access]
+    accesses: tuple[Access, ...]
 
     @property
     def overwritable(self) -> tuple[Operand, ...]:
-        """An operand that is read in the order in which results are written, unless the other is the same otherwise."""
+        """Operands that are read in the order in which results are written, wherever they are read."""
         size = self.output.size
         whole = [a.in_order and not a.offset and math.prod(a.sizes) == size for a in self.accesses]
-        same = self.inputs[0] == self.inputs[1]
-        return tuple(x for x, ok in zip(self.inputs, whole, strict=True) if ok and (not same or all(whole)))
+        otherwise = {x for x, ok in zip(self.inputs, whole, strict=True) if not ok}
+        return tuple(x for x, ok in zip(self.inputs, whole, strict=True) if ok and x not in otherwise)
+
+
+@dataclass(frozen=True)
+class Binary(Elementwise):
+    """A function of two elements, which may give another type; ``function`` is the kernel, as in :class:`Unary`."""
+
+    function: str
+
+
+@dataclass(frozen=True)
+class Select(Elementwise):
+    """An element of the second operand where the first one, of bool, is true, and of the third one where it is not."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +120,24 @@ class Softmax(Operation):
 
 @dataclass(frozen=True)
 class Reduce(Operation):
-    """``[outer, size, inner] -> [outer, inner]``; ``function`` is the kernel: mean, sum, maximum, argmax, ..."""
+    """``[outer, size, inner] -> [outer, inner]``.
+
+    Attributes:
+        function: the kernel: mean, sum, maximum, argmax, ...
+        axis: what is reduced.
+        parameters: further arguments of the function.
+    """
+
+    function: str
+    axis: Axis
+    parameters: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scan(Operation):
+    """The sums, or products, of each element and all before it along an axis; ``function`` is the kernel."""
+
+    in_place: ClassVar[bool] = True
 
     function: str
     axis: Axis
@@ -284,26 +228,85 @@ class Pool(Operation):
 
 @dataclass(frozen=True)
 class Resample(Operation):
-    """``planes`` images of another size: adaptive pooling, nearest neighbour.
+    """``planes`` images of another size: adaptive pooling, nearest neighbour, linear interpolation.
 
     Attributes:
         function: name of the kernel.
         planes: samples times channels.
-        input, output: (height, width) of the images.
+        input_size, output_size: (height, width) of the images.
+        parameters: further arguments of the function.
     """
 
     function: str
     planes: int
     input_size: tuple[int, int]
     output_size: tuple[int, int]
+    parameters: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Gather(Operation):
-    """Rows of a table ``[rows, columns]`` by index: ``inputs`` are the indices (``int32``) and the table."""
+    """Rows of tables ``[outer, rows, columns]`` by index, the same ones of each of them.
 
+    ``inputs`` are the indices (``int32``; negative ones count from the end) and the tables.
+    """
+
+    outer: int
     rows: int
     columns: int
+
+
+@dataclass(frozen=True)
+class Pick(Operation):
+    """Elements along an axis of an array, each by an index of its own.
+
+    ``inputs`` are the indices (``int32``; negative ones count from the end), one for each result, and the array.
+
+    Attributes:
+        access: the elements that index 0 names.
+        rows: size of the axis.
+        stride: from an element of the axis to the next one.
+    """
+
+    access: Access
+    rows: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Scatter(Operation):
+    """An array in which elements along an axis are written, each by an index of its own, or added to what is there.
+
+    ``inputs`` are the array, the indices (``int32``; negative ones count from the end), and what is written.
+
+    Attributes:
+        access: what is written, for each index.
+        result: the elements that index 0 names.
+        rows: size of the axis.
+        stride: from an element of the axis to the next one.
+        add: whether elements are added.
+    """
+
+    access: Access
+    result: Access
+    rows: int
+    stride: int
+    add: bool = False
+
+
+@dataclass(frozen=True)
+class Rank(Operation):
+    """``[outer, size, inner] -> [outer, ranks, inner]``: where the first ones in order stand, as ``int32``.
+
+    Attributes:
+        axis: what is put in order.
+        ranks: how many.
+        largest: whether the largest comes first.
+    """
+
+    axis: Axis
+    ranks: int
+    largest: bool
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,13 @@ class Access:
         """All elements in order."""
         return cls(shape, row_major(shape))
 
+    @classmethod
+    def broadcast(cls, shape: tuple[int, ...], sizes: tuple[int, ...]) -> Access:
+        """An array seen with more sizes: dimensions are added in front, and those of size 1 are repeated."""
+        aligned = (1,) * (len(sizes) - len(shape)) + shape
+        strides = row_major(aligned)
+        return cls(sizes, tuple(0 if n == 1 else s for n, s in zip(aligned, strides, strict=True)))
+
     @property
     def in_order(self) -> bool:
         """Whether these are neighbouring elements in order."""

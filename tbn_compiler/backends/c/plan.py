@@ -13,14 +13,10 @@ from rich.table import Table
 from tbn_compiler import html
 from tbn_compiler.backends.c import ir
 from tbn_compiler.backends.c.costs import Work
+from tbn_compiler.backends.c.element_instances import C_TYPES
 from tbn_compiler.backends.c.number_formats import NumberFormat
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.report import draw_plan, plan_data, plan_section, plan_table
-
-C_TYPES = {
-    "float32": "float",
-    **{f"{sign}int{bits}": f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32)},
-}
 
 # What may lie in the scratch block, and what its part of a union is called.
 SCRATCH_MEMBERS = {"float": "floats", "int32_t": "integers", "int8_t": "bytes", "uint8_t": "octets"}
@@ -271,8 +267,8 @@ class Plan:
         return tuple(dict.fromkeys(kernel for step in self.steps for kernel in step.implementation.kernels))
 
     @property
-    def takes_integers(self) -> bool:
-        """Whether an input or output holds integers."""
+    def uses_stdint(self) -> bool:
+        """Whether an input or output holds something else than floats."""
         return any(port.value.dtype != "float32" for port in (*self.inputs, *self.outputs))
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from tbn_compiler.backends.c import ir
 
-_READS_STRIDED = (ir.Binary, ir.MatMul, ir.Attention)
+_READS_STRIDED = (ir.Elementwise, ir.MatMul, ir.Attention)
 
 
 def absorb_copies(operations: Sequence[ir.Operation], outputs: Sequence[ir.Operand]) -> list[ir.Operation]:

@@ -167,7 +167,7 @@ def test_many_features_take_no_table_each(tmp_path: Path) -> None:
     """256 bytes for each of hundreds of features would be more than the network."""
     mean = torch.rand(40)
     plan = _plan(lambda x, m, d: x.float() / 255 - mean, nn.Linear(40, 8), BYTES[:40].to(torch.uint8)[None], tmp_path)
-    assert plan.kernels[:3] == ("uint8_to_float32", "divide_scalar", "subtract")
+    assert plan.kernels[:3] == ("to_float32_uint8", "divide_scalar", "subtract")
     plan = _plan(
         lambda x, m, d: x.float() / 255 - mean[:16], nn.Linear(16, 8), BYTES[:16].to(torch.uint8)[None], tmp_path
     )

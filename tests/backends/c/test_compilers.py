@@ -15,13 +15,14 @@ from torch import nn
 
 import tbn_compiler as tbn
 from tbn_compiler.backends.c import emit, export_c, host
+from tbn_compiler.backends.c.element_instances import INSTANCES
 from tests.backends.c.test_bytes import READINGS, prepare, small_network
 from tests.backends.c.test_emit import everything
 from tests.backends.c.test_float_kernels import Layers, sample
 from tests.backends.c.test_int8 import CASES, imported
 from tests.backends.c.test_integer_ports import BYTES, SIGNED, UNSIGNED, Moved
 from tests.backends.c.test_numerics import CONV_TILINGS
-from tests.backends.c.test_operators import FAMILIES, IMAGE, LAYERS, Family, Lookup, with_statistics
+from tests.backends.c.test_operators import FAMILIES, IMAGE, LAYERS, SPECIAL, Family, Lookup, with_statistics
 from tests.backends.c.toolchain import WARNINGS
 
 # Layers on tiles have tests of their own for each of their kernels.
@@ -72,19 +73,32 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     }
     used: set[str] = set()
     for index, (name, (module, inputs)) in enumerate(networks.items()):
-        options = {"self_test": index % 2 == 0, "layer_hook": index % 3 == 0}
+        finite = name.removeprefix("family_") not in SPECIAL
+        options = {"self_test": index % 2 == 0 and finite, "layer_hook": index % 3 == 0}
         scratch: Literal["static", "caller"] = "caller" if index % 2 else "static"
         target: Literal["cortex-m3", "generic"] = "cortex-m3" if name.endswith("fixed") else "generic"
         optimize: Literal["balanced", "size"] = "size" if name.endswith("size") else "balanced"
         options |= {"optimize": optimize}
         plan = export_c(module, inputs, folder / f"{name}.c", name=name, scratch=scratch, target=target, **options)  # type: ignore[arg-type]
         used.update(emit._with_needs(plan.kernels))
+    (folder / "kernels.c").write_text(every_element_kernel("kernels"))
+    used.update(emit._with_needs(INSTANCES))
     written = {path.stem for path in emit._TEMPLATES.glob("*.c")}
     assert {kernel for kernel in written - used if not kernel.startswith(_TILED)} == set()
     # All in one file: one start of a compiler, and nothing of one model may meet another's.
     files = sorted(folder.glob("*.c"))
     (folder / "all.c").write_text("".join(f'#include "{path.name}"\n' for path in files))
     return [folder / "all.c", *files]
+
+
+def every_element_kernel(name: str) -> str:
+    """All functions of all types of elements, and a table that names each of them."""
+    needed = emit._with_needs(INSTANCES)
+    bodies = [emit._environment().get_template(f"{kernel}.c").render(name=name) for kernel in needed]
+    table = ",\n".join(f"    (void (*)(void)){name}_{kernel}" for kernel in INSTANCES)
+    headers = "".join(f"#include <{header}.h>\n" for header in ("math", "stddef", "stdint", "string"))
+    pointers = f"extern void (*const {name}_all[])(void);\nvoid (*const {name}_all[])(void) = {{\n{table}\n}};\n"
+    return "\n".join([headers, *bodies, pointers])
 
 
 def _run(*command: object) -> None:
@@ -149,4 +163,9 @@ def test_no_recursion_no_variable_array_no_allocation(sources: list[Path], tmp_p
     symbols = subprocess.run(["nm", "-u", tmp_path / "a.o"], capture_output=True, text=True).stdout.split()
     undefined = {symbol for symbol in symbols if len(symbol) > 1}
     math = {"expf", "expm1f", "erff", "tanhf", "logf", "log1pf", "sqrtf", "powf", "sinf", "cosf", "fabsf"}
+    math |= {
+        f"{name}f" for name in ("exp2", "log2", "log10", "erfc", "tan", "atan", "atan2", "hypot", "fmod", "copysign")
+    }
+    math |= {f"{arc}{name}{h}f" for arc in ("", "a") for h in ("", "h") for name in ("sin", "cos", "tan")}
+    math |= {f"{name}f" for name in ("floor", "ceil", "trunc", "rint", "fmax", "fmin")}
     assert undefined <= math | {"memcpy", "memset", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}

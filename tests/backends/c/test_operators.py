@@ -14,12 +14,23 @@ from torch import Tensor, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.backends.c import host
+from tests.backends.c.elements import (
+    CHOICES,
+    COMPARISONS,
+    INDICES,
+    INTEGERS,
+    MATH,
+    ORDERS,
+    RESIZED,
+    ROUNDING,
+    STATISTICS,
+)
 from tests.backends.c.programs import Network, check
 from tests.backends.c.toolchain import needs_cc
 
 pytestmark = needs_cc
 
-IMAGE, TOKENS = (1, 4, 8, 6), (1, 6, 8)
+IMAGE, TOKENS, VOLUME = (1, 4, 8, 6), (1, 6, 8), (1, 4, 5, 6, 7)
 
 
 class Function(nn.Module):
@@ -122,10 +133,28 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
     "adaptive pool": lambda m, x: (F.adaptive_avg_pool2d(x, (3, 4)), F.adaptive_max_pool2d(x, (3, 1))),
     "adaptive 1-D pool": lambda m, x: (F.adaptive_avg_pool1d(x[0], 4), F.adaptive_max_pool1d(x[0], 1)),
 }
+
+
+def heads(x: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens as so many heads of queries and of keys."""
+    q, k = (x[..., : 2 * count].unflatten(2, (count, 2)).transpose(1, 2) for count in (queries, keys))
+    return q, k, 2 * k
+
+
 PRODUCTS: dict[str, Callable[..., Any]] = {
     "matmul": lambda m, x: (x @ x.mT, torch.bmm(x, x.mT), x @ x[0].T, x[0] @ x[0, 0], x[0, 0] @ x[0].T),
     "einsum": lambda m, x: torch.einsum("bij,bkj->bik", x, 2 * x),
     "addmm": lambda m, x: torch.addmm(x[0, :1, :6], x[0], x[0].T) + torch.baddbmm(x[..., :6], x, x.mT),
+    "factors": lambda m, x: (
+        torch.addmm(x[0, :1, :6], x[0], x[0].T, alpha=2, beta=0.5),
+        torch.addmm(x[0, :1, :6], x[0], x[0].T, beta=0),
+        torch.baddbmm(x[..., :6], x, x.mT, beta=3),
+    ),
+    "bilinear": lambda m, x: (
+        F.bilinear(x, 2 * x[..., :6], m.row[0, :, :, None] * torch.ones(3, 8, 6)),
+        F.bilinear(x, x, m.row.mT @ m.row, m.row[0, 0, :1]),
+    ),
+    "computed weight and bias": lambda m, x: F.linear(x, x[0], m.row[0, 0, :6]),
     "batches": lambda m, x: x.view(2, 1, 3, 8) @ x.view(1, 2, 3, 8).mT,
     "heads": lambda m, x: x.view(1, 6, 2, 4).transpose(1, 2) @ x.view(1, 6, 2, 4).permute(0, 2, 3, 1),
     "computed weight": lambda m, x: F.linear(x, x[0]),
@@ -133,6 +162,14 @@ PRODUCTS: dict[str, Callable[..., Any]] = {
     "causal": lambda m, x: F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.3),
     "mask": lambda m, x: F.scaled_dot_product_attention(x, x, x, m.mask),
     "mask to add": lambda m, x: F.scaled_dot_product_attention(x, x, x, (x @ x.mT)[0]),
+    "computed mask": lambda m, x: F.scaled_dot_product_attention(x, x, x, (x @ x.mT)[0] > 0),
+    "fewer heads of keys": lambda m, x: (
+        F.scaled_dot_product_attention(*heads(x, 4, 2), enable_gqa=True),
+        F.scaled_dot_product_attention(*heads(x.expand(2, -1, -1) + m.row, 4, 2), enable_gqa=True, is_causal=True),
+        F.scaled_dot_product_attention(*heads(x, 4, 1), m.mask, enable_gqa=True),
+        F.scaled_dot_product_attention(*heads(x.repeat(2, 1, 1), 4, 2), (x @ x.mT)[:, None] > 0, enable_gqa=True),
+        F.scaled_dot_product_attention(*heads(x, 4, 1)),
+    ),
     "class token": lambda m, x: torch.cat([m.row.expand(1, -1, -1), x], 1) + m.row,
 }
 FAMILIES = {
@@ -141,7 +178,18 @@ FAMILIES = {
     "moves": (MOVES, IMAGE),
     "reductions": (REDUCTIONS, IMAGE),
     "products": (PRODUCTS, TOKENS),
+    "comparisons": (COMPARISONS, IMAGE),
+    "choices": (CHOICES, IMAGE),
+    "rounding": (ROUNDING, IMAGE),
+    "math": (MATH, IMAGE),
+    "statistics": (STATISTICS, IMAGE),
+    "integers": (INTEGERS, IMAGE),
+    "indices": (INDICES, IMAGE),
+    "resized": (RESIZED, IMAGE),
+    "orders": (ORDERS, IMAGE),
 }
+# What is compared on NaN, infinity, zeros of either sign, and equal elements, too.
+SPECIAL = ("comparisons", "choices", "rounding", "math", "statistics", "integers", "orders")
 
 
 class Family(nn.Module):
@@ -166,7 +214,18 @@ class Family(nn.Module):
 def family_network(name: str) -> Network:
     family = Family(name)
     family(torch.randn(family.shape))
-    return Network(family, [(torch.randn(family.shape),) for _ in range(3)], outputs=family.names)
+    samples = [(torch.randn(family.shape),) for _ in range(3)]
+    if name in SPECIAL:
+        samples += special_samples(family.shape)
+    return Network(family, samples, outputs=family.names, nan=name in SPECIAL)
+
+
+def special_samples(shape: tuple[int, ...]) -> list[tuple[Tensor]]:
+    """Random numbers with special ones between them, and special numbers alone."""
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 0.5, -0.5, 1.5, 1.0])
+    mixed = torch.where(torch.rand(shape) < 0.3, special[torch.randint(len(special), shape)], torch.randn(shape))
+    alone = [torch.full(shape, number) for number in (math.nan, -math.inf, -0.0)]
+    return [(x,) for x in (mixed, special[torch.randint(3, len(special), shape)], *alone)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -193,6 +252,30 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transpose conv": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), IMAGE),
     "transpose conv, dilated": (lambda: nn.ConvTranspose2d(4, 6, (3, 2), 1, (1, 0), dilation=2, bias=False), IMAGE),
     "transpose conv 1-D": (lambda: nn.ConvTranspose1d(6, 4, 2, 2), TOKENS),
+    "conv 3-D": (lambda: nn.Conv3d(4, 6, (3, 2, 3), stride=(2, 1, 2), padding=(1, 0, 2)), VOLUME),
+    "conv 3-D, groups": (lambda: nn.Conv3d(4, 8, 2, groups=2, dilation=(2, 1, 2), padding=1, bias=False), VOLUME),
+    "conv 3-D, same": (lambda: nn.Conv3d(4, 8, (4, 3, 2), padding="same"), (2, *VOLUME[1:])),
+    "conv 3-D, depthwise": (lambda: nn.Conv3d(4, 4, 3, groups=4, padding=1), VOLUME),
+    "conv 3-D, all of the depth": (
+        lambda: nn.Sequential(nn.Conv3d(4, 8, (5, 3, 3), bias=False), nn.BatchNorm3d(8), nn.ReLU()),
+        VOLUME,
+    ),
+    "conv 3-D, no batch": (lambda: nn.Conv3d(4, 8, (1, 3, 3)), VOLUME[1:]),
+    "transpose conv 3-D": (lambda: nn.ConvTranspose3d(4, 6, (3, 2, 3), (2, 1, 2), (1, 0, 1), (1, 0, 1), 2), VOLUME),
+    "transpose conv 3-D, dilated": (lambda: nn.ConvTranspose3d(4, 6, 3, 1, 2, dilation=2), VOLUME),
+    "transpose conv 3-D, stride": (lambda: nn.ConvTranspose3d(4, 6, 2, 2, bias=False), (2, 4, 3, 3, 2)),
+    "volumes": (
+        lambda: nn.Sequential(nn.MaxPool3d(3, 2, 1), nn.AvgPool3d(2, 1, 1), nn.AdaptiveAvgPool3d((2, 3, 2))),
+        VOLUME,
+    ),
+    "maxima of volumes": (lambda: nn.Sequential(nn.AdaptiveMaxPool3d((3, 2, 4)), nn.LocalResponseNorm(3)), VOLUME),
+    "averages of volumes": (
+        lambda: nn.Sequential(
+            nn.AvgPool3d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+            nn.AvgPool3d((2, 3, 2), 2, divisor_override=5),
+        ),
+        VOLUME,
+    ),
     "folded norms": (
         lambda: nn.Sequential(
             *(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8, bias=False)),
@@ -209,6 +292,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+TILINGS: list[dict[str, Any]] = [
+    *({"p": 4, "alpha": "tile"}, {"p": 6}, {"p": 2, "replicate": "roll"}),
+    *({"p": (2, 2), "alpha": "output"}, {"p": 2, "replicate": "hadamard"}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.* is stored decoded", "ignore:.*no layer has copies")
 def test_layers(tmp_path: Path) -> None:
     """Layers in float, and those that can be tiled on tiles: transpose convolutions are nowhere else."""
     networks = []
@@ -216,10 +306,10 @@ def test_layers(tmp_path: Path) -> None:
         module = with_statistics(make())
         samples = [(torch.randn(shape),) for _ in range(2)]
         networks.append(Network(module, samples))
-        for config in ({"p": 4, "alpha": "tile"}, {"p": 6}, {"p": 2, "replicate": "roll"}):
+        for config in TILINGS:
             try:
                 tiled = tbn.transform(module, tbn.TilingConfig(min_size=0, **config))
-            except tbn.TransformError:  # a recurrent layer is not tiled
+            except tbn.TransformError:  # nothing is tiled in it
                 continue
             networks.append(Network(tiled, samples))
     check(networks, tmp_path)
@@ -300,5 +390,5 @@ def test_a_fixed_batch(tmp_path: Path) -> None:
 
 def test_the_host_runner_names_what_it_cannot_feed(tmp_path: Path) -> None:
     tbn.export_c(Lookup(), (torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, 8)), tmp_path / "net.c")
-    with pytest.raises(tbn.ExportError, match="the model's input has 45 elements"):
+    with pytest.raises(tbn.ExportError, match="has several arrays, some of integers: run_arrays runs it"):
         host.run(tmp_path / "net.c", torch.zeros(1, 5))

@@ -36,8 +36,10 @@ from tbn_compiler.graph.records import get_records
 from tbn_compiler.ops.schemas import INT8_TINY
 
 _aten, _tbn = torch.ops.aten, torch.ops.tbn
+# What a type of PyTorch is in C.
 _DTYPES: dict[torch.dtype, ir.DType] = {
     torch.float32: "float32",
+    torch.bool: "bool",
     torch.uint8: "uint8",
     torch.int8: "int8",
     **dict.fromkeys((torch.int64, torch.int32, torch.int16), "int32"),
@@ -115,6 +117,10 @@ class Importer:
         self._tile_bytes: dict[fx.Node, int] = {}  # of the tiles behind those that are decoded
         # By tensor, so that tied weights are stored once, and by what its elements are stored as.
         self._constants: dict[tuple[int, torch.dtype], ir.Constant] = {}
+        self._numbers: dict[tuple[str, str], ir.Constant] = {}
+        self._converted: dict[tuple[ir.Operand, str], ir.Value] = {}
+        self._added: set[ir.Value] = set()
+        self._before: list[ir.Operation] = []  # what the node that is being converted needs first
 
     def graph(self) -> ir.Graph:
         """Convert the whole program."""
@@ -128,8 +134,9 @@ class Importer:
             if node.op != "call_function" or node.target in SKIPPED or self._fold(node):
                 continue
             converted = self._convert(node)
+            operations += [*self._before, *converted]
+            self._before.clear()
             if converted:
-                operations.extend(converted)
                 self._values[node] = converted[-1].output
         return ir.Graph(inputs, self._outputs(graph), tuple(operations))
 
@@ -202,7 +209,7 @@ class Importer:
         return tuple(values)
 
     def value_of(self, node: fx.Node) -> ir.Value:
-        """The value that a node makes: ``float32``, bytes as they are, or ``int32`` for other integers."""
+        """The value that a node makes: ``float32``, ``bool``, bytes as they are, or ``int32`` for other integers."""
         val = node.meta.get("val")
         if not isinstance(val, Tensor):
             raise self.unsupported(node, "it gives no single tensor")
@@ -214,35 +221,92 @@ class Importer:
             raise self.unsupported(node, "it gives an empty tensor")
         return ir.Value(node.name, tuple(val.shape), _DTYPES[val.dtype])
 
-    def head(self, node: fx.Node, *inputs: Any, layer: str | None = None, integers: bool = False) -> dict[str, Any]:
-        """The fields that all operations share.
+    def head(self, node: fx.Node, *inputs: Any, layer: str | None = None) -> dict[str, Any]:
+        """The fields that all operations share, of one that takes and gives floats.
 
         Args:
             node: the node.
             inputs: the arguments that are tensors.
             layer: name of the layer, where the node's place in the modules does not give it.
-            integers: whether integers are allowed.
         """
-        operands = tuple(self.operand(node, value) for value in inputs)
-        output = self.value_of(node)
-        if not integers:
-            for operand in (*operands, output):
-                if isinstance(operand, ir.Value) and operand.dtype != "float32":
-                    raise self.unsupported(node, f"{operand.name} holds integers")
-        return {
-            "name": node.name,
-            "layer": layer or _module_of(node) or node.name,
-            "inputs": operands,
-            "output": output,
-        }
+        head = self.typed_head(node, "float32", *inputs)
+        if head["output"].dtype != "float32":
+            raise self.unsupported(node, f"it gives {node.meta['val'].dtype}: in C it takes and gives floats alone")
+        return head if layer is None else head | {"layer": layer}
 
-    def operand(self, node: fx.Node, value: Any) -> ir.Operand:
-        """What an operation reads: a computed value, or a stored tensor."""
+    def typed_head(self, node: fx.Node, dtype: ir.DType | None, *inputs: Any) -> dict[str, Any]:
+        """As :meth:`head`, of an operation on elements of this type; ``None`` is that of the result."""
+        output = self.value_of(node)
+        operands = tuple(self.operand(node, value, dtype or output.dtype) for value in inputs)
+        return {"name": node.name, "layer": layer_of(node), "inputs": operands, "output": output}
+
+    def operand(self, node: fx.Node, value: Any, dtype: ir.DType | None = None) -> ir.Operand:
+        """What an operation reads: a computed value, a stored tensor, or a number, brought to a type."""
+        if isinstance(value, bool | int | float):
+            return self._number(value, dtype or "float32")
         if isinstance(value, ir.Value | ir.Constant):
-            return value
-        if isinstance(value, fx.Node) and value in self._values:
-            return self._values[value]
-        return self.constant(node, value, infinite=True)
+            found: ir.Operand = value
+        elif isinstance(value, fx.Node) and value in self._values:
+            found = self._values[value]
+        else:
+            return self.constant(node, value, infinite=True, dtype=getattr(torch, dtype or self.dtype(node, value)))
+        return self._to_type(node, found, dtype) if dtype not in (None, found.dtype) else found
+
+    def _to_type(self, node: fx.Node, value: ir.Operand, dtype: ir.DType) -> ir.Value:
+        """A value as elements of another type."""
+        if dtype in ir.BYTES:
+            raise self.unsupported(node, f"it turns {value.dtype} into {dtype}, which in C only inputs hold")
+        if (value, dtype) not in self._converted:
+            output = ir.Value(f"{value.name} as {dtype}", value.shape, dtype)
+            head = (output.name, layer_of(node))
+            if value.dtype not in ir.BYTES:
+                self.add_before(ir.Unary(*head, (value,), output, function=f"to_{dtype}"))
+            elif dtype == "bool":
+                integers = self._to_type(node, value, "int32")
+                self.add_before(ir.Unary(*head, (integers,), output, function="to_bool"))
+            else:
+                self.add_before(ir.Convert(*head, (value,), output))
+            self._converted[value, dtype] = output
+        return self._converted[value, dtype]
+
+    def _number(self, number: float, dtype: ir.DType) -> ir.Constant:
+        """A number as an array without dimensions."""
+        key = repr(number), dtype
+        if key not in self._numbers:
+            name = f"number {number}"
+            self._numbers[key] = self.new_constant(
+                name, _as_type(name, torch.tensor(number), getattr(torch, dtype)).numpy()
+            )
+        return self._numbers[key]
+
+    def add_before(self, operation: ir.Operation) -> ir.Value:
+        """Let an operation run before those that the node becomes; returns its output."""
+        self._before.append(operation)
+        return operation.output
+
+    def add_once(self, operation: ir.Operation) -> None:
+        """As :meth:`add_before`, but for an operation that another node needed already."""
+        if operation.output not in self._added:
+            self._added.add(operation.output)
+            self.add_before(operation)
+
+    def dtype(self, node: fx.Node, value: Any) -> ir.DType:
+        """The type in C of a tensor."""
+        tensor = value.meta.get("val") if isinstance(value, fx.Node) else None
+        if value in self._tensors:
+            tensor = self._tensors[value][1]
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
+            raise self.unsupported(node, f"operand {value} is no tensor of floats, integers or booleans")
+        return _DTYPES[tensor.dtype]
+
+    def is_stored(self, value: Any) -> bool:
+        """Whether an argument is a stored tensor, or computed from such at export."""
+        return isinstance(value, fx.Node) and value in self._tensors
+
+    def stored(self, value: fx.Node) -> Tensor:
+        """A stored tensor."""
+        tensor: Tensor = self._tensors[value][1]
+        return tensor.detach().cpu()
 
     def is_computed(self, value: Any) -> bool:
         """Whether an argument is computed while the model runs."""
@@ -250,8 +314,9 @@ class Importer:
 
     def scalar(self, value: Any) -> float | None:
         """A number, or the number in a stored tensor with one element and no dimensions; ``None`` for anything else."""
-        if isinstance(value, fx.Node) and value in self._tensors and self._tensors[value][1].dim() == 0:
-            return float(self._tensors[value][1].detach())
+        if self.is_stored(value) and self._tensors[value][1].dim() == 0:
+            number: float = self._tensors[value][1].item()
+            return number
         return value if isinstance(value, int | float) else None
 
     def positive(self, node: fx.Node, scale: float) -> float:
@@ -260,21 +325,22 @@ class Importer:
             raise self.unsupported(node, f"its scale is {scale:g}; calibrate it")
         return float(np.float32(scale))
 
-    def temporary(self, node: fx.Node, name: str, shape: tuple[int, ...]) -> ir.Value:
+    def temporary(self, node: fx.Node, name: str, shape: tuple[int, ...], dtype: ir.DType = "float32") -> ir.Value:
         """A value between the operations that a node becomes."""
-        return ir.Value(f"{node.name}_{name}", tuple(shape))
+        return ir.Value(f"{node.name}_{name}", tuple(shape), dtype)
 
     def constant(
         self, node: fx.Node, value: Any, *, infinite: bool = False, dtype: torch.dtype = torch.float32
     ) -> ir.Constant:
-        """A stored tensor with elements of ``dtype``; ``infinite`` allows infinity (a mask)."""
+        """A stored tensor with elements of ``dtype``; ``infinite`` allows infinity (a mask), and a number to be NaN."""
         if not isinstance(value, fx.Node) or value not in self._tensors:
             raise self.unsupported(node, f"operand {value} is computed while the model runs, not a stored tensor")
         name, tensor = self._tensors[value]
         key = id(tensor), dtype
         if key not in self._constants:
-            array = tensor.detach().cpu().to(dtype)
-            if not (array.isfinite() | (array.isinf() & infinite)).all():
+            array = _as_type(name, tensor.detach().cpu(), dtype)
+            alone = infinite and not array.dim()
+            if not (array.isfinite() | (array.isinf() & infinite) | alone).all():
                 raise ExportError(f"{name} {list(tensor.shape)} holds values that are not finite")
             constant = self.new_constant(name, array.numpy())
             packed = dtype == torch.uint8
@@ -287,11 +353,20 @@ class Importer:
         return self.constant(node, value, dtype=torch.uint8 if packed else torch.float32)
 
     def additive_mask(self, node: fx.Node, value: Any) -> Any:
-        """A mask to add to scores, from a stored one that is true where a score counts; others as they are."""
-        if isinstance(value, fx.Node) and value in self._tensors and self._tensors[value][1].dtype == torch.bool:
+        """A mask to add to scores, from one that is true where a score counts; others as they are."""
+        if self.dtype(node, value) != "bool":
+            return value
+        if self.is_stored(value):
             name, tensor = self._tensors[value]
             return self.new_constant(name, torch.zeros(tensor.shape).masked_fill(~tensor.cpu(), -math.inf).numpy())
-        return value
+        output = self.temporary(node, "mask", self.operand(node, value).shape)
+        return self.add_before(self.select(node, value, 0.0, -math.inf, output))
+
+    def select(self, node: fx.Node, shown: Any, a: Any, b: Any, output: ir.Value) -> ir.Select:
+        """Elements of ``a`` where ``shown`` is true, of ``b`` where it is not."""
+        operands = (self.operand(node, shown, "bool"), *(self.operand(node, x, output.dtype) for x in (a, b)))
+        accesses = tuple(ir.Access.broadcast(operand.shape, output.shape) for operand in operands)
+        return ir.Select(output.name, layer_of(node), operands, output, accesses)
 
     def new_constant(self, name: str, array: Any) -> ir.Constant:
         """A constant that is not a tensor of the program."""
@@ -332,6 +407,18 @@ def _zeros_like(node: fx.Node) -> Tensor:
     """A real tensor with the shape and dtype of a traced one."""
     val = node.meta["val"]
     return torch.zeros(tuple(val.shape), dtype=val.dtype)
+
+
+def _as_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Elements of another type; what is ``int64`` in PyTorch has to be ``int32``."""
+    if dtype == torch.int32 and tensor.dtype == torch.int64 and (tensor.to(dtype) != tensor).any():
+        raise ExportError(f"{name} {list(tensor.shape)} holds integers beyond int32, which int64 is in C")
+    return tensor.to(dtype)
+
+
+def layer_of(node: fx.Node) -> str:
+    """The innermost module that a node was traced in, or the node itself."""
+    return _module_of(node) or node.name
 
 
 def _module_of(node: fx.Node) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from tbn_compiler.backends.c import ir
-from tbn_compiler.backends.c.frontend.attention import product
+from tbn_compiler.backends.c.frontend.attention import plus, product
 from tbn_compiler.backends.c.frontend.importer import Importer
 from tbn_compiler.backends.c.frontend.reductions import pair
 from tbn_compiler.backends.c.frontend.registry import Arguments, converts
@@ -22,7 +22,7 @@ _LAYOUTS: tuple[LayoutKind, ...] = ("flat", "two-axis", "staggered", "hadamard")
 
 
 @converts(_aten.linear.default)
-def _linear(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+def _linear(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation | Sequence[ir.Operation]:
     if importer.is_computed(args["weight"]):
         return _computed_linear(importer, node, args)
     weight = importer.constant(node, args["weight"])
@@ -33,20 +33,19 @@ def _linear(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
     return ir.Linear(**importer.head(node, args["input"], layer=layer), weight=weight, bias=bias)
 
 
-def _computed_linear(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+def _computed_linear(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
     """A product with a matrix that the model computes, transposed."""
-    if args["bias"] is not None:
-        raise importer.unsupported(node, "its weight is computed while the model runs, and it has a bias")
-    return product(importer, node, args["input"], args["weight"], transposed=True)
+    operation = product(importer, node, args["input"], args["weight"], transposed=True)
+    return (operation,) if args["bias"] is None else plus(importer, node, operation, args["bias"])
 
 
 @converts(_aten.embedding.default)
 def _embedding(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
-    head = importer.head(node, args["indices"], integers=True)
-    table = importer.constant(node, args["weight"])
+    head = importer.typed_head(node, "int32", args["indices"])
+    table = importer.operand(node, args["weight"], head["output"].dtype)
     head["inputs"] += (table,)
     rows, columns = table.shape
-    return ir.Gather(**head, rows=rows, columns=columns)
+    return ir.Gather(**head, outer=1, rows=rows, columns=columns)
 
 
 @converts(_aten.conv1d.default, _aten.conv1d.padding, _aten.conv2d.default, _aten.conv2d.padding)
@@ -54,7 +53,7 @@ def _conv(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
     weight = importer.constant(node, args["weight"])
     bias = importer.optional_constant(node, args["bias"])
     head = importer.head(node, args["input"], layer=weight.name.removesuffix(".weight"))
-    window = _window(args, head["inputs"][0].shape, head["output"].shape, weight.shape[2:])
+    window = conv_window(args, head["inputs"][0].shape, head["output"].shape, weight.shape[2:])
     return ir.Conv(**head, weight=weight, bias=bias, window=window, groups=args["groups"])
 
 
@@ -63,11 +62,13 @@ def _conv_transpose(importer: Importer, node: fx.Node, args: Arguments) -> ir.Op
     weight = importer.constant(node, args["weight"])
     bias = importer.optional_constant(node, args["bias"])
     head = importer.head(node, args["input"], layer=weight.name.removesuffix(".weight"))
-    window = _window(args, head["output"].shape, head["inputs"][0].shape, weight.shape[2:])
+    window = conv_window(args, head["output"].shape, head["inputs"][0].shape, weight.shape[2:])
     return ir.ConvTranspose(**head, weight=weight, bias=bias, window=window, groups=args["groups"])
 
 
-def _window(args: Arguments, image: tuple[int, ...], positions: tuple[int, ...], kernel: tuple[int, ...]) -> ir.Window:
+def conv_window(
+    args: Arguments, image: tuple[int, ...], positions: tuple[int, ...], kernel: tuple[int, ...]
+) -> ir.Window:
     """The window that slides over an ``image`` and stops at ``positions``; both are shapes that end in the sizes."""
     dims = len(kernel)
     dilation, padding = pair(args["dilation"], dims), args["padding"]
@@ -96,27 +97,27 @@ def _tiled_conv_transpose(importer: Importer, node: fx.Node, args: Arguments) ->
         alpha=importer.constant(node, args["alpha"]),
         bias=importer.optional_constant(node, args["bias"]),
         input_alpha=None,
-        layout=_layout(importer, node),
-        window=_window(args, head["output"].shape, head["inputs"][0].shape, tuple(kernel)),
+        layout=layout_of(importer, node),
+        window=conv_window(args, head["output"].shape, head["inputs"][0].shape, tuple(kernel)),
         groups=groups,
     )
 
 
 @converts(_tbn.linear.default)
 def _tiled_linear(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
-    before, head, tail = _tiled_head(importer, node, args)
-    return *before, ir.TiledLinear(**head, **_tile(importer, node, args), layout=_layout(importer, node)), *tail
+    before, head, tail = tiled_head(importer, node, args)
+    return *before, ir.TiledLinear(**head, **tile_of(importer, node, args), layout=layout_of(importer, node)), *tail
 
 
 @converts(_tbn.conv1d.default, _tbn.conv2d.default)
 def _tiled_conv(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
-    before, head, tail = _tiled_head(importer, node, args)
-    window = _window(args, head["inputs"][0].shape, head["output"].shape, tuple(args["kernel_size"]))
-    layer = {**head, **_tile(importer, node, args), "layout": _layout(importer, node), "window": window}
+    before, head, tail = tiled_head(importer, node, args)
+    window = conv_window(args, head["inputs"][0].shape, head["output"].shape, tuple(args["kernel_size"]))
+    layer = {**head, **tile_of(importer, node, args), "layout": layout_of(importer, node), "window": window}
     return *before, ir.TiledConv(**layer, groups=args["groups"]), *tail
 
 
-def _layout(importer: Importer, node: fx.Node) -> TileLayout:
+def layout_of(importer: Importer, node: fx.Node) -> TileLayout:
     """The layout of a tiled layer's weight; the kernels follow it element by element."""
     call = tiled_call(node)
     assert call is not None
@@ -125,7 +126,7 @@ def _layout(importer: Importer, node: fx.Node) -> TileLayout:
     return call.layout
 
 
-def _tiled_head(
+def tiled_head(
     importer: Importer, node: fx.Node, args: Arguments
 ) -> tuple[Sequence[ir.Operation], dict[str, Any], Sequence[ir.Operation]]:
     """What quantises the input, the fields that all operations share, and the fused function, if there are such."""
@@ -182,7 +183,7 @@ def _layer_of(tile: ir.Constant) -> str:
     return tile.name.removesuffix("_tile").removesuffix(".weight")
 
 
-def _tile(importer: Importer, node: fx.Node, args: Arguments) -> dict[str, Any]:
+def tile_of(importer: Importer, node: fx.Node, args: Arguments) -> dict[str, Any]:
     """The stored tensors of a tiled layer."""
     stored = {"tile": importer.tile(node, args["tile"]), "alpha": importer.constant(node, args["alpha"])}
     return stored | {name: importer.optional_constant(node, args[name]) for name in ("bias", "input_alpha")}

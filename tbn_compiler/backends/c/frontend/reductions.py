@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.frontend.elementwise import arithmetic_type
 from tbn_compiler.backends.c.frontend.importer import Importer
 from tbn_compiler.backends.c.frontend.registry import Arguments, Converter, converts, converts_results
 from tbn_compiler.backends.c.frontend.shapes import moved
@@ -38,12 +39,13 @@ def _log_softmax(importer: Importer, node: fx.Node, args: Arguments) -> ir.Opera
     return ir.Softmax(**head, axis=_axis(importer, node, head["output"].shape, args["dim"]), log=True)
 
 
-def reduce(importer: Importer, node: fx.Node, function: str, value: Any, dims: Any) -> Sequence[ir.Operation]:
+def reduce(
+    importer: Importer, node: fx.Node, function: str, value: Any, dims: Any, parameters: tuple[float, ...] = ()
+) -> Sequence[ir.Operation]:
     """A reduction over some axes, or over all (``None`` or none); axes that are not neighbours are brought together."""
-    head = importer.head(node, value, integers=True)
+    function, dtype = _of_type(importer, node, function, value)
+    head = importer.typed_head(node, dtype, value)
     (source,) = head["inputs"]
-    if isinstance(source, ir.Value) and source.dtype != "float32":
-        raise importer.unsupported(node, f"{source.name} holds integers")
     rank = len(source.shape)
     dims = [dims] if isinstance(dims, int) else dims
     axes = sorted(dim % max(rank, 1) for dim in dims) if dims else list(range(rank))
@@ -52,13 +54,29 @@ def reduce(importer: Importer, node: fx.Node, function: str, value: Any, dims: A
         order = [d for d in range(rank) if d not in axes] + axes
         strides = ir.row_major(source.shape)
         access = ir.Access(tuple(source.shape[d] for d in order), tuple(strides[d] for d in order))
-        together = importer.temporary(node, "axes", access.sizes)
+        together = importer.temporary(node, "axes", access.sizes, dtype)
         operations.append(moved(together.name, head["layer"], source, together, access))
         source, axes = together, list(range(rank - len(axes), rank))
     outer = math.prod(source.shape[: axes[0]]) if axes else 1
     size = math.prod(source.shape[d] for d in axes)
     axis = ir.Axis(outer, size, math.prod(source.shape) // (outer * size))
-    return *operations, ir.Reduce(**head | {"inputs": (source,)}, function=function, axis=axis)
+    return *operations, ir.Reduce(**head | {"inputs": (source,)}, function=function, axis=axis, parameters=parameters)
+
+
+def _of_type(importer: Importer, node: fx.Node, function: str, value: Any) -> tuple[str, ir.DType]:
+    """The kernel that reduces a value, and the type that it reads."""
+    own = importer.operand(node, value).dtype
+    if own == "bool" or function in ("any", "all"):
+        function = {"maximum": "any", "minimum": "all"}.get(function, function)
+        if function in ("any", "all") or (function == "sum" and importer.value_of(node).dtype == "int32"):
+            return function, "bool"
+        own = "int32"
+    if function in ("argmax", "argmin", "maximum", "minimum"):
+        return function, "int32" if own == "int32" else "float32"
+    dtype = arithmetic_type(importer, node)
+    if function not in ("sum", "prod") and dtype != "float32":
+        raise importer.unsupported(node, f"{function} of {dtype} has no kernel")
+    return function, dtype
 
 
 def _convert_reduction(function: str) -> Converter:
@@ -73,6 +91,9 @@ converts(_aten.sum.dim_IntList, _aten.sum.default)(_convert_reduction("sum"))
 converts(_aten.prod.dim_int, _aten.prod.default)(_convert_reduction("prod"))
 converts(_aten.amax.default, _aten.max.default)(_convert_reduction("maximum"))
 converts(_aten.amin.default, _aten.min.default)(_convert_reduction("minimum"))
+converts(_aten.any.default, _aten.any.dim, _aten.any.dims)(_convert_reduction("any"))
+converts(_aten.all.default, _aten.all.dim, _aten.all.dims)(_convert_reduction("all"))
+converts(_aten.logsumexp.default)(_convert_reduction("logsumexp"))
 converts(_aten.argmax.default)(_convert_reduction("argmax"))
 converts(_aten.argmin.default)(_convert_reduction("argmin"))
 
@@ -87,6 +108,39 @@ def _min_dim(importer: Importer, node: fx.Node, args: Arguments, index: int) -> 
     return reduce(importer, node, ("minimum", "argmin")[index], args["self"], args["dim"])
 
 
+@converts_results(_aten.var_mean.correction)
+def _variance_and_mean(importer: Importer, node: fx.Node, args: Arguments, index: int) -> Sequence[ir.Operation]:
+    if index:
+        return reduce(importer, node, "mean", args["self"], args["dim"])
+    return _variance(importer, node, args)
+
+
+def _variance(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
+    value, dims = args["self"], args["dim"]
+    shape = importer.operand(node, value).shape
+    count = math.prod(shape[dim] for dim in dims) if dims else math.prod(shape)
+    correction = 1 if args["correction"] is None else args["correction"]
+    return reduce(importer, node, "variance", value, dims, (max(float(count - correction), 0.0),))
+
+
+converts(_aten.var.correction)(_variance)
+
+
+def _scan(function: str) -> Converter:
+    """The converter of a running sum or product."""
+
+    def convert(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+        head = importer.typed_head(node, arithmetic_type(importer, node), args["self"])
+        shape = head["output"].shape or (1,)
+        return ir.Scan(**head, function=function, axis=_axis(importer, node, shape, args["dim"]))
+
+    return convert
+
+
+converts(_aten.cumsum.default)(_scan("running_sum"))
+converts(_aten.cumprod.default)(_scan("running_product"))
+
+
 @converts(_aten.linalg_vector_norm.default)
 def _vector_norm(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
     return _norm_of_order(importer, node, args["self"], args["ord"], args["dim"])
@@ -98,20 +152,39 @@ def _norm(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Ope
 
 
 def _norm_of_order(importer: Importer, node: fx.Node, value: Any, order: float, dim: Any) -> Sequence[ir.Operation]:
-    """The 1-norm or 2-norm: sum of magnitudes, or root of the sum of squares."""
-    if order not in (1, 2):
-        raise importer.unsupported(node, f"a norm of order {order} is not 1 or 2")
+    """The root of the sum of powers of magnitudes; their extreme for an infinite order, what is not 0 for order 0."""
+    importer.head(node, value)  # floats alone
+    shape = importer.operand(node, value).shape
+    first, last = _NORMS.get(order, (("abs", ()), ()))
+    terms = _before(importer, node, "magnitudes", first, value, shape)
+    if order not in _NORMS and not math.isinf(order):
+        terms = _before(importer, node, "terms", ("pow_scalar", (float(order),)), terms, shape)
+        last = ("pow_scalar", (1 / order,))
+    function = "sum" if not math.isinf(order) else "maximum" if order > 0 else "minimum"
+    *moves, reduction = reduce(importer, node, function, terms, dim)
+    if not last:
+        return *moves, reduction
+    total = importer.temporary(node, "total", reduction.output.shape)
+    root = ir.Unary(node.name, reduction.layer, (total,), reduction.output, *last)
+    return *moves, replace(reduction, name=total.name, output=total), root
+
+
+# What becomes of the elements, and of their sum.
+_NORMS: dict[float, tuple[tuple[str, tuple[float, ...]], Any]] = {
+    0: (("not_equal_scalar", (0.0,)), ()),
+    1: (("abs", ()), ()),
+    2: (("square", ()), ("sqrt", ())),
+}
+
+
+def _before(
+    importer: Importer, node: fx.Node, name: str, function: tuple[str, tuple[float, ...]], value: Any, shape: Any
+) -> ir.Value:
+    """A function of each element, which runs before what the node becomes."""
+    dtype: ir.DType = "bool" if function[0] == "not_equal_scalar" else "float32"
+    output = importer.temporary(node, name, shape, dtype)
     head = importer.head(node, value)
-    (source,), output, layer = head["inputs"], head["output"], head["layer"]
-    terms = importer.temporary(node, "terms", source.shape)
-    first = ir.Unary(terms.name, layer, (source,), terms, function="abs" if order == 1 else "square")
-    summed = reduce(importer, node, "sum", terms, dim)
-    if order == 1:
-        return first, *summed
-    total = importer.temporary(node, "total", output.shape)
-    last = ir.Unary(head["name"], layer, (total,), output, function="sqrt")
-    *moves, reduction = summed
-    return first, *moves, ir.Reduce(total.name, layer, reduction.inputs, total, "sum", reduction.axis), last  # type: ignore[attr-defined]
+    return importer.add_before(ir.Unary(output.name, head["layer"], head["inputs"], output, *function))
 
 
 @converts(_aten.layer_norm.default)
@@ -213,23 +286,6 @@ converts(_aten.adaptive_avg_pool1d.default)(_adaptive("adaptive_avg_pool", "mean
 converts(_aten.adaptive_avg_pool2d.default)(_adaptive("adaptive_avg_pool", "mean", 2))
 converts_results(_aten.adaptive_max_pool1d.default)(_adaptive("adaptive_max_pool", "maximum", 1))
 converts_results(_aten.adaptive_max_pool2d.default)(_adaptive("adaptive_max_pool", "maximum", 2))
-
-
-@converts(_aten.upsample_nearest1d.vec, _aten.upsample_nearest2d.vec)
-def _resize_nearest(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
-    head = importer.head(node, args["input"])
-    (source,), output = head["inputs"], head["output"]
-    dims = len(source.shape) - 2
-    scales = args["scale_factors"]
-    for before, after, scale in zip(source.shape[2:], output.shape[2:], scales or [None] * dims, strict=True):
-        # PyTorch rounds with the given scale: its answer on the indices must be the kernel's.
-        indices = torch.arange(before, dtype=torch.float32)[None, None]
-        options = {"size": after} if scale is None else {"scale_factor": scale}
-        if F.interpolate(indices, **options).flatten().int().tolist() != [i * before // after for i in range(after)]:
-            raise importer.unsupported(node, f"scale factor {scale} does not take pixels evenly")
-    sizes = (pair(source.shape[2:]), pair(output.shape[2:]))
-    planes = math.prod(source.shape[:2])
-    return ir.Resample(**head, function="resize_nearest", planes=planes, input_size=sizes[0], output_size=sizes[1])
 
 
 def pair(sizes: Sequence[int], dims: int | None = None, missing: int = 1) -> tuple[int, int]:

@@ -23,8 +23,8 @@ ResultConverter = Callable[["Importer", fx.Node, Arguments, int], ir.Operation |
 CONVERTERS: dict[Any, Converter] = {}
 RESULT_CONVERTERS: dict[Any, ResultConverter] = {}
 
-# Checks of torch.export on tensors whose shapes and types are fixed here anyway.
-SKIPPED = {torch.ops.aten._assert_tensor_metadata.default}
+# Checks: of shapes and types, which are fixed here anyway, and of elements, which C does not stop for.
+SKIPPED = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg}
 
 
 def converts(*targets: Any) -> Callable[[Converter], Converter]:

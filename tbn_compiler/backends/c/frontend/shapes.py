@@ -11,24 +11,19 @@ import torch
 from torch import fx
 
 from tbn_compiler.backends.c import ir
-from tbn_compiler.backends.c.frontend.elementwise import binary, broadcast
-from tbn_compiler.backends.c.frontend.importer import Importer
+from tbn_compiler.backends.c.frontend.elementwise import binary
+from tbn_compiler.backends.c.frontend.importer import Importer, layer_of
 from tbn_compiler.backends.c.frontend.registry import Arguments, converts, converts_results
-from tbn_compiler.backends.c.move_instances import CONVERTED
 
 _aten = torch.ops.aten
 
 
 @converts(_aten._to_copy.default)
-def _convert(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
-    head = importer.head(node, args["self"], integers=True)
-    (source,) = head["inputs"]
-    before, after = source.dtype if isinstance(source, ir.Value) else "float32", head["output"].dtype
-    if before == after:
-        return ir.Alias(**head)
-    if (before, after) not in CONVERTED:
-        raise importer.unsupported(node, f"it turns {before} into {after}")
-    return ir.Convert(**head)
+def _convert(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation | Sequence[ir.Operation]:
+    source, output = importer.operand(node, args["self"]), importer.value_of(node)
+    if isinstance(source, ir.Value) and source.dtype in ir.BYTES and output.dtype in ("float32", "int32"):
+        return ir.Convert(node.name, layer_of(node), (source,), output)
+    return _alias(importer, node, args)
 
 
 # The same elements under another shape. Dropout in evaluation arrives as a clone.
@@ -52,16 +47,16 @@ def _convert(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation
 def _alias(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
     if args.get("train"):
         raise importer.unsupported(node, "it is in training mode")
-    head = importer.head(node, next(iter(args.values())), integers=True)
-    (source,) = head["inputs"]
-    if isinstance(source, ir.Value) and source.dtype != head["output"].dtype:
-        raise importer.unsupported(node, f"it turns {source.dtype} into {head['output'].dtype}")
-    return ir.Alias(**head)
+    value = next(iter(args.values()))
+    before, after = value.meta["val"].dtype, node.meta["val"].dtype
+    if before not in (torch.bool, after) and after == torch.int16:
+        raise importer.unsupported(node, f"it turns {before} into {after}, which in C has more bits")
+    return ir.Alias(**importer.typed_head(node, None, value))
 
 
 def rearrange(importer: Importer, node: fx.Node, value: Any, access: ir.Access) -> ir.Operation:
     """The elements of ``value`` that ``access`` names: a part of it, or a copy."""
-    head = importer.head(node, value, integers=True)
+    head = importer.typed_head(node, None, value)
     return moved(head["name"], head["layer"], head["inputs"][0], head["output"], access)
 
 
@@ -164,7 +159,7 @@ def _flip(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
 @converts(_aten.expand.default)
 def _expand(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
     sizes = importer.value_of(node).shape
-    return rearrange(importer, node, args["self"], broadcast(_shape(importer, node, args["self"]), sizes))
+    return rearrange(importer, node, args["self"], ir.Access.broadcast(_shape(importer, node, args["self"]), sizes))
 
 
 @converts(_aten.repeat.default)
@@ -200,7 +195,7 @@ def _channel_shuffle(importer: Importer, node: fx.Node, args: Arguments) -> ir.O
 @converts(_aten.cat.default)
 def _cat(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
     # An empty cache of keys and values is joined like any other.
-    head = importer.head(node, *(value for value in args["tensors"] if value.meta["val"].numel()))
+    head = importer.typed_head(node, None, *(value for value in args["tensors"] if value.meta["val"].numel()))
     return _concat(head["name"], head["layer"], head["inputs"], head["output"], args["dim"])
 
 
@@ -213,7 +208,7 @@ def _concat(name: str, layer: str, inputs: Sequence[ir.Operand], output: ir.Valu
 
 @converts(_aten.stack.default)
 def _stack(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
-    head = importer.head(node, *args["tensors"])
+    head = importer.typed_head(node, None, *args["tensors"])
     dim = args["dim"] % len(head["output"].shape)
     outer = math.prod(head["output"].shape[:dim])
     blocks = (head["output"].size // outer // len(args["tensors"]),) * len(args["tensors"])
@@ -222,27 +217,70 @@ def _stack(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
 
 @converts(_aten.roll.default)
 def _roll(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
-    if len(args["dims"]) != 1:
-        raise importer.unsupported(node, f"it rolls {len(args['dims'])} dimensions at once; roll them one by one")
-    (dim,), (shift,) = args["dims"], args["shifts"]
-    shape = _shape(importer, node, args["self"])
-    shift %= shape[dim]
-    pieces = [sliced(shape, dim, shape[dim] - shift, shift), sliced(shape, dim, 0, shape[dim] - shift)]
-    return _joined(importer, node, args["self"], dim, [piece for piece in pieces if piece.sizes[dim]])
+    head = importer.typed_head(node, None, args["self"])
+    (source,) = head["inputs"]
+    # Without axes all elements are rolled as one row.
+    shape, dims = (source.shape, args["dims"]) if args["dims"] else ((math.prod(source.shape),), [0])
+    operations: list[ir.Operation] = []
+    for number, (dim, shift) in enumerate(zip(dims, args["shifts"], strict=True)):
+        shift %= shape[dim]
+        if not shift:
+            continue
+        pieces = [sliced(shape, dim, shape[dim] - shift, shift), sliced(shape, dim, 0, shape[dim] - shift)]
+        result = importer.temporary(node, f"rolled_{number}", shape, head["output"].dtype)
+        operations += _joined(head["layer"], source, dim, pieces, result)
+        source = result
+    return *operations, ir.Alias(**head | {"inputs": (source,)})
 
 
 def _joined(
-    importer: Importer, node: fx.Node, value: Any, dim: int, pieces: Sequence[ir.Access]
+    layer: str, source: ir.Operand, dim: int, pieces: Sequence[ir.Access], output: ir.Value
 ) -> Sequence[ir.Operation]:
-    """Parts of a value, one behind the other along an axis."""
-    head = importer.head(node, value)
-    (source,) = head["inputs"]
-    parts = []
-    for index, piece in enumerate(pieces):
-        output = importer.temporary(node, f"part_{index}", piece.sizes)
-        parts.append(moved(output.name, head["layer"], source, output, piece))
-    values = [part.output for part in parts]
-    return *parts, _concat(head["name"], head["layer"], values, head["output"], dim)
+    """Parts of an array, one behind the other along an axis."""
+    parts = [ir.Value(f"{output.name}_part_{index}", piece.sizes, output.dtype) for index, piece in enumerate(pieces)]
+    moves = [moved(part.name, layer, source, part, piece) for part, piece in zip(parts, pieces, strict=True)]
+    return *moves, _concat(output.name, layer, parts, output, dim)
+
+
+@converts(_aten.slice_scatter.default)
+def _slice_scatter(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
+    """Another array in the place of a part along an axis."""
+    head = importer.typed_head(node, None, args["self"], args["src"])
+    (source, part), layer, shape = head["inputs"], head["layer"], head["output"].shape
+    dim = args["dim"] % len(shape)
+    start, stop, step = slice(args["start"], args["end"], args["step"]).indices(shape[dim])
+    if step != 1:
+        raise importer.unsupported(node, f"it writes every {step}th element; in C neighbours can be written")
+    operations: list[ir.Operation] = []
+    values: list[ir.Operand] = [part]
+    for name, place, first, size in (("before", 0, 0, start), ("after", 2, stop, shape[dim] - stop)):
+        if size:
+            access = sliced(shape, dim, first, size)
+            kept = importer.temporary(node, name, access.sizes, head["output"].dtype)
+            operations.append(moved(kept.name, layer, source, kept, access))
+            values.insert(place, kept)
+    return *operations, _concat(head["name"], layer, values, head["output"], dim)
+
+
+@converts(_aten.unfold.default)
+def _unfold(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    """Windows along an axis, which may overlap: a further axis over each of them."""
+    whole, dim = ir.Access.whole(_shape(importer, node, args["self"])), args["dimension"]
+    strides = list(whole.strides)
+    strides[dim] *= args["step"]
+    access = ir.Access(importer.value_of(node).shape, (*strides, whole.strides[dim]))
+    return rearrange(importer, node, args["self"], access)
+
+
+@converts(_aten.diagonal.default)
+def _diagonal(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
+    shape = _shape(importer, node, args["self"])
+    whole, first, second = ir.Access.whole(shape), args["dim1"] % len(shape), args["dim2"] % len(shape)
+    down, right = whole.strides[first], whole.strides[second]
+    start = args["offset"] * right if args["offset"] > 0 else -args["offset"] * down
+    others = [stride for dim, stride in enumerate(whole.strides) if dim not in (first, second)]
+    access = ir.Access(importer.value_of(node).shape, (*others, down + right), start)
+    return rearrange(importer, node, args["self"], access)
 
 
 @converts(_aten.constant_pad_nd.default)
@@ -260,9 +298,7 @@ def _pad(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Oper
 def _pad_with(
     importer: Importer, node: fx.Node, value: Any, pad: Sequence[int], number: float
 ) -> Sequence[ir.Operation]:
-    if not math.isfinite(number):
-        raise importer.unsupported(node, f"the number {number} is not finite")
-    head = importer.head(node, value)
+    head = importer.typed_head(node, None, value)
     (source,), output = head["inputs"], head["output"]
     before, crop = [0] * len(source.shape), list(source.shape)
     start = [0] * len(source.shape)
@@ -275,7 +311,7 @@ def _pad_with(
     if tuple(crop) != source.shape:  # negative padding
         whole = ir.Access.whole(source.shape)
         offset = sum(s * i for s, i in zip(whole.strides, start, strict=True))
-        cropped = importer.temporary(node, "cropped", tuple(crop))
+        cropped = importer.temporary(node, "cropped", tuple(crop), output.dtype)
         access = ir.Access(tuple(crop), whole.strides, offset)
         operations.append(moved(cropped.name, head["layer"], source, cropped, access))
         source = cropped
@@ -288,8 +324,8 @@ def _pad_from_itself(
     importer: Importer, node: fx.Node, value: Any, pad: Sequence[int], mode: str
 ) -> Sequence[ir.Operation]:
     """Padding with elements of the input, one axis after the other."""
-    head = importer.head(node, value)
-    (source,), layer = head["inputs"], head["layer"]
+    head = importer.typed_head(node, None, value)
+    (source,), layer, dtype = head["inputs"], head["layer"], head["output"].dtype
     operations: list[ir.Operation] = []
     for index in range(0, len(pad), 2):
         dim = len(source.shape) - 1 - index // 2
@@ -307,12 +343,12 @@ def _pad_from_itself(
         values: list[ir.Operand] = [source]
         for place, length, access in ((0, left, ends[0]), (2, right, ends[1])):
             if length:
-                end = importer.temporary(node, f"{dim}_{'before' if place == 0 else 'after'}", access.sizes)
+                end = importer.temporary(node, f"{dim}_{'before' if place == 0 else 'after'}", access.sizes, dtype)
                 operations.append(moved(end.name, layer, source, end, access))
                 values.insert(place, end)
         padded = list(shape)
         padded[dim] += left + right
-        result = importer.temporary(node, f"{dim}", tuple(padded))
+        result = importer.temporary(node, f"{dim}", tuple(padded), dtype)
         operations.append(_concat(result.name, layer, values, result, dim))
         source = result
     return *operations, ir.Alias(**head | {"inputs": (source,)})

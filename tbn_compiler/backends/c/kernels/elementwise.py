@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 
 from tbn_compiler.backends.c import ir
-from tbn_compiler.backends.c.move_instances import conversion_name, move_name
+from tbn_compiler.backends.c.element_instances import typed
 from tbn_compiler.backends.c.plan import At, Call, Implementation, Struct
 from tbn_compiler.backends.c.registry import Context, implements
+from tbn_compiler.errors import ExportError
 
 MAX_RANK = 6  # of an access, once neighbouring dimensions are merged; the size of the arrays in its structure
 
 
 @implements(ir.Copy)
 def _copy(operation: ir.Copy, context: Context) -> Implementation:
-    call = Call(typed("copy", operation), (*operation.inputs, operation.output, operation.output.size))
+    call = Call(typed("copy", operation.output.dtype), (*operation.inputs, operation.output, operation.output.size))
     return context.implementation("copy", (call,), {"copy": operation.output.nbytes / 4})
 
 
 @implements(ir.Convert)
 def _convert(operation: ir.Convert, context: Context) -> Implementation:
     (source,), size = operation.inputs, operation.output.size
-    assert isinstance(source, ir.Value)
-    kernel = conversion_name(source.dtype, operation.output.dtype)
+    kernel = typed(f"to_{operation.output.dtype}", source.dtype)
     call = Call(kernel, (source, operation.output, size))
     return context.implementation(f"{source.dtype} to {operation.output.dtype}", (call,), {kernel: size})
 
@@ -30,10 +30,11 @@ def _convert(operation: ir.Convert, context: Context) -> Implementation:
 @implements(ir.Unary)
 def _unary(operation: ir.Unary, context: Context) -> Implementation:
     size, parameters = operation.output.size, operation.parameters
-    call = Call(operation.function, (*operation.inputs, *parameters, operation.output, size))
+    kernel = typed(operation.function, operation.inputs[0].dtype)
+    call = Call(kernel, (*operation.inputs, *parameters, operation.output, size))
     title = operation.function.removesuffix("_scalar")
     title = " ".join([title, *(f"{number:g}" for number in parameters)])
-    return context.implementation(title, (call,), {operation.function: size})
+    return context.implementation(title, (call,), {kernel: size})
 
 
 @implements(ir.Binary)
@@ -41,12 +42,28 @@ def _binary(operation: ir.Binary, context: Context) -> Implementation:
     a, b = operation.accesses
     size = operation.output.size
     pointers = (At(operation.inputs[0], a.offset), At(operation.inputs[1], b.offset), operation.output)
+    kernel = typed(operation.function, operation.inputs[0].dtype)
     if a.in_order and b.in_order:
-        call, work = Call(operation.function, (*pointers, size)), {}
+        call, work = Call(kernel, (*pointers, size)), {}
     else:
         loops = nest(operation.layer, a, b, _result(a))
-        call, work = Call(f"broadcast_{operation.function}", (loops, *pointers)), moves("broadcast", loops)
-    return context.implementation(operation.function, (call,), {operation.function: size, **work})
+        call, work = Call(f"broadcast_{kernel}", (loops, *pointers)), moves("broadcast", loops)
+    return context.implementation(operation.function, (call,), {kernel: size, **work})
+
+
+@implements(ir.Select)
+def _select(operation: ir.Select, context: Context) -> Implementation:
+    size, accesses = operation.output.size, operation.accesses
+    pointers = [At(x, access.offset) for x, access in zip(operation.inputs, accesses, strict=True)]
+    kernel = typed("select", operation.output.dtype)
+    # What is read is one element for all results, or one for each of them.
+    steps = [int(any(access.strides)) for access in accesses]
+    if accesses[0].in_order and all(access.in_order or not step for access, step in zip(accesses, steps, strict=True)):
+        call = Call(kernel, (*pointers, *steps[1:], operation.output, size))
+        return context.implementation("select", (call,), {"select": size})
+    loops = nest(operation.layer, *accesses, _result(accesses[0]))
+    call = Call(f"broadcast_{kernel}", (loops, *pointers, operation.output))
+    return context.implementation("select", (call,), {"select": size, **moves("broadcast", loops)})
 
 
 @implements(ir.ChannelAffine)
@@ -62,19 +79,20 @@ def _channel_affine(operation: ir.ChannelAffine, context: Context) -> Implementa
 def _strided(operation: ir.Strided, context: Context) -> Implementation:
     access, (source,) = operation.access, operation.inputs
     loops = nest(operation.layer, access, _result(access))
-    call = Call(typed("strided_copy", operation), (loops, At(source, access.offset), operation.output))
-    return context.implementation("rearrange", (call,), moves(_unit("strided_copy", operation), loops))
+    call = Call(typed("strided_copy", operation.output.dtype), (loops, At(source, access.offset), operation.output))
+    return context.implementation("rearrange", (call,), moves(call.kernel, loops))
 
 
 @implements(ir.Pad)
 def _pad(operation: ir.Pad, context: Context) -> Implementation:
     size, result = operation.output.size, operation.result
     source = ir.Access.whole(result.sizes)
-    value = operation.value if operation.output.dtype == "float32" else int(operation.value)
-    fill = Call(typed("fill", operation), (value, operation.output, size))
+    dtype = operation.output.dtype
+    value = operation.value if dtype == "float32" else int(operation.value)
+    fill = Call(typed("fill", dtype), (value, operation.output, size))
     loops = nest(operation.layer, source, result)
-    copy = Call(typed("strided_copy", operation), (loops, *operation.inputs, At(operation.output, result.offset)))
-    work = {_unit("fill", operation): size, **moves(_unit("strided_copy", operation), loops)}
+    copy = Call(typed("strided_copy", dtype), (loops, *operation.inputs, At(operation.output, result.offset)))
+    work = {_unit(fill.kernel): size, **moves(copy.kernel, loops)}
     return context.implementation(f"pad with {operation.value:g}", (fill, copy), work)
 
 
@@ -84,27 +102,23 @@ def _concat(operation: ir.Concat, context: Context) -> Implementation:
     calls, offset = [], 0
     for source, block in zip(operation.inputs, operation.blocks, strict=True):
         arguments = (source, At(operation.output, offset), operation.outer, block, width)
-        calls.append(Call(typed("copy_blocks", operation), arguments))
+        calls.append(Call(typed("copy_blocks", operation.output.dtype), arguments))
         offset += block
     work = {"copy": operation.output.nbytes / 4, "copy.block": operation.outer * len(calls)}
     return context.implementation(f"concatenate {len(calls)}", tuple(calls), work)
 
 
-def moves(unit: str, loops: Struct, times: int = 1) -> dict[str, float]:
+def moves(kernel: str, loops: Struct, times: int = 1) -> dict[str, float]:
     """The work of calls of a kernel that follows loops: for each element, and each end of an innermost loop."""
+    unit = _unit(kernel)
     ((_, sizes),) = [field for field in loops.fields if field[0] == "size"]
     assert isinstance(sizes, tuple)
     return {unit: times * math.prod(sizes), f"{unit}.row": times * math.prod(sizes[:-1])}
 
 
-def _unit(kernel: str, operation: ir.Operation) -> str:
-    """The unit of the work of a kernel that moves elements: there are two, for four bytes and for one."""
-    return kernel if operation.output.dtype in ("float32", "int32") else move_name(kernel, "int8")
-
-
-def typed(kernel: str, operation: ir.Operation) -> str:
-    """The kernel for the type of elements that an operation moves."""
-    return move_name(kernel, operation.output.dtype)
+def _unit(kernel: str) -> str:
+    """The unit of what a kernel moves: elements of equal sizes cost the same."""
+    return kernel.replace("_int32", "").replace("_bool", "_int8").replace("_uint8", "_int8")
 
 
 def _result(access: ir.Access) -> ir.Access:
@@ -113,13 +127,18 @@ def _result(access: ir.Access) -> ir.Access:
 
 
 def nest(layer: str, *accesses: ir.Access) -> Struct:
-    """``nest2`` or ``nest3``: loops over two or three arrays of equal sizes, the last of which is written.
+    """``nest2``, ``nest3`` or ``nest4``: loops over so many arrays of equal sizes, the last of which is written.
 
     Dimensions that are neighbours in all arrays become one.
+
+    Raises:
+        ExportError: there are too many dimensions all the same.
     """
     sizes, strides = merge_dimensions(*accesses)
     fill = MAX_RANK - len(sizes)
-    names = ("x", "y") if len(accesses) == 2 else ("a", "b", "y")
+    if fill < 0:
+        raise ExportError(f"layer {layer!r} moves {len(sizes)} dimensions at once: in C there are up to {MAX_RANK}")
+    names = {2: ("x", "y"), 3: ("a", "b", "y"), 4: ("shown", "a", "b", "y")}[len(accesses)]
     fields = (
         ("size", (1,) * fill + sizes),
         *((name, (0,) * fill + steps) for name, steps in zip(names, strides, strict=True)),

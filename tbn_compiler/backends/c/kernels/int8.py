@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.element_instances import lookup_name
 from tbn_compiler.backends.c.kernels.elementwise import moves, nest
-from tbn_compiler.backends.c.move_instances import lookup_name
 from tbn_compiler.backends.c.plan import At, Call, Implementation
 from tbn_compiler.backends.c.registry import Context, implements
 from tbn_compiler.backends.c.tables import BYTES

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from tbn_compiler.backends.c import ir
+from tbn_compiler.backends.c.element_instances import typed
 from tbn_compiler.backends.c.geometry import inside, window_struct
-from tbn_compiler.backends.c.kernels.elementwise import typed
 from tbn_compiler.backends.c.plan import Call, Implementation
 from tbn_compiler.backends.c.registry import Context, implements
 
@@ -21,13 +21,29 @@ def _softmax(operation: ir.Softmax, context: Context) -> Implementation:
 
 @implements(ir.Reduce)
 def _reduce(operation: ir.Reduce, context: Context) -> Implementation:
-    axis = operation.axis
-    call = Call(
-        f"reduce_{operation.function}", (*operation.inputs, operation.output, axis.outer, axis.size, axis.inner)
-    )
+    axis, kernel = operation.axis, typed(f"reduce_{operation.function}", operation.inputs[0].dtype)
+    sizes = (axis.outer, axis.size, axis.inner)
+    call = Call(kernel, (*operation.inputs, *operation.parameters, operation.output, *sizes))
     title = f"{operation.function} of {axis.size}"
-    results, kernel = axis.outer * axis.inner, call.kernel
+    results = axis.outer * axis.inner
     return context.implementation(title, (call,), {kernel: results * axis.size, "reduce.result": results})
+
+
+@implements(ir.Scan)
+def _scan(operation: ir.Scan, context: Context) -> Implementation:
+    axis, kernel = operation.axis, typed(operation.function, operation.inputs[0].dtype)
+    call = Call(kernel, (*operation.inputs, operation.output, axis.outer, axis.size, axis.inner))
+    title = f"{operation.function.replace('_', ' ')} of {axis.size}"
+    return context.implementation(title, (call,), {kernel: operation.output.size})
+
+
+@implements(ir.Rank)
+def _rank(operation: ir.Rank, context: Context) -> Implementation:
+    axis, ranks = operation.axis, operation.ranks
+    sizes = (axis.outer, axis.size, axis.inner)
+    call = Call("rank", (*operation.inputs, int(operation.largest), ranks, operation.output, *sizes))
+    title = f"the {ranks} {'largest' if operation.largest else 'smallest'} of {axis.size}"
+    return context.implementation(title, (call,), {"rank": axis.outer * axis.inner * ranks * axis.size})
 
 
 @implements(ir.Norm)
@@ -45,7 +61,10 @@ def _pool(operation: ir.Pool, context: Context) -> Implementation:
     if operation.function == "avg_pool":
         numbers = (int(operation.include_padding), operation.divisor)
     pointers = (*operation.inputs, operation.output)
-    call = Call(typed(operation.function, operation), (window_struct(window), operation.planes, *numbers, *pointers))
+    call = Call(
+        typed(operation.function, operation.output.dtype),
+        (window_struct(window), operation.planes, *numbers, *pointers),
+    )
     height, width = window.kernel
     title = f"{operation.function.removesuffix('_pool')} pool {height} x {width}"
     if operation.output.dtype == "int8":
@@ -66,14 +85,18 @@ def _pool(operation: ir.Pool, context: Context) -> Implementation:
 @implements(ir.Resample)
 def _resample(operation: ir.Resample, context: Context) -> Implementation:
     sizes = (*operation.input_size, *operation.output_size)
-    call = Call(operation.function, (*operation.inputs, operation.output, operation.planes, *sizes))
+    call = Call(
+        operation.function, (*operation.inputs, operation.output, operation.planes, *sizes, *operation.parameters)
+    )
     height, width = operation.output_size
     title = f"{operation.function.replace('_', ' ')} to {height} x {width}"
     elements = operation.output.size
-    if operation.function != "resize_nearest":
+    if operation.function.startswith("adaptive"):
         pairs = zip(operation.input_size, operation.output_size, strict=True)
         elements = operation.planes * math.prod(_covered(*pair) for pair in pairs)
     work = {operation.function: elements, f"{operation.function}.result": operation.output.size}
+    if operation.function == "resize_linear":  # what lies around a place is found once for all images
+        work = {operation.function: elements, "resize_linear.place": height * width}
     return context.implementation(title, (call,), work)
 
 

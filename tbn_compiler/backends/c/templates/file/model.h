@@ -25,7 +25,7 @@
 #define {{ macro }}_{{ port.name.upper() }}_ZERO_POINT{{ "S" if many }} {{ format.zero_points | floats }}
 
 {% endfor %}
-{% if plan.takes_integers %}
+{% if plan.uses_stdint %}
 #include <stdint.h>
 
 {% endif %}

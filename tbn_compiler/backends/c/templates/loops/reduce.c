@@ -1,14 +1,14 @@
-{# start and step: how value takes in an element; result: what is stored. #}
-/* {{ title }} of count elements, inner apart{{ note | default("") }}. */
-static void {{ name }}_reduce_{{ function }}(const float *x, float *y, size_t outer, size_t count, size_t inner)
+{# start and step: how value takes in an element; last: what is stored. operand and result: the C types. #}
+/* {{ title }} of count elements, inner apart{{ note }}. */
+static void {{ name }}_{{ kernel }}(const {{ operand }} *x, {{ result }} *y, size_t outer, size_t count, size_t inner)
 {
     for (size_t i = 0; i < outer * inner; ++i) {
-        const float *const first = x + i / inner * count * inner + i % inner;
-        float value = {{ start }};
+        const {{ operand }} *const first = x + i / inner * count * inner + i % inner;
+        {{ result }} value = {{ start }};
 
         for (size_t j = 0; j < count; ++j) {
             {{ step }}
         }
-        y[i] = {{ result | default("value") }};
+        y[i] = {{ last }};
     }
 }

@@ -1,8 +1,8 @@
-{# One parameter after x for each name in parameters; expression gives y from x, an element. #}
-/* y may be x. */
-static void {{ name }}_{{ function }}(const float *x{% for parameter in parameters %}, float {{ parameter }}{% endfor %}, float *y, size_t size)
+{# Parameters: kernel; operand and result, the C types; expression gives y from x, an element; parameters, names of numbers. #}
+/* {{ "y may be x." if operand == result else "Each element of x as the result's type." if kernel.startswith("to_") else "For each element." }}{{ note }} */
+static void {{ name }}_{{ kernel }}(const {{ operand }} *x{% for parameter in parameters %}, {{ operand }} {{ parameter }}{% endfor %}, {{ result }} *y, size_t size)
 {
     for (size_t i = 0; i < size; ++i) {
-        y[i] = {{ expression }};
+        y[i] = {{ expression | replace("@", name ~ "_") }};
     }
 }

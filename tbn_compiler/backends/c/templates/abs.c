@@ -1,4 +1,0 @@
-{# headers: math.h #}
-{% set function, parameters = "abs", [] %}
-{% set expression = "fabsf(x[i])" %}
-{% include "loops/unary.c" %}

@@ -1,3 +1,0 @@
-{# needs: nest3 #}
-{% set function, expression = "subtract", "a[i] - b[i]" %}
-{% include "loops/broadcast.c" %}

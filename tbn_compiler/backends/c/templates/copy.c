@@ -1,3 +1,0 @@
-{# headers: string.h #}
-{% set kernel, element = "copy", "float" %}
-{% include "loops/copy.c" %}

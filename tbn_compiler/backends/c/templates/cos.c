@@ -1,4 +1,0 @@
-{# headers: math.h #}
-{% set function, parameters = "cos", [] %}
-{% set expression = "cosf(x[i])" %}
-{% include "loops/unary.c" %}

@@ -1,4 +1,0 @@
-{# headers: math.h #}
-{% set function, parameters = "exp", [] %}
-{% set expression = "expf(x[i])" %}
-{% include "loops/unary.c" %}

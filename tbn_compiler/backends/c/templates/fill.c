@@ -1,2 +1,0 @@
-{% set kernel, element = "fill", "float" %}
-{% include "loops/fill.c" %}

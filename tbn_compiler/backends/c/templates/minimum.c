@@ -1,3 +1,0 @@
-{% set note = " NaN stays." %}
-{% set function, expression = "minimum", "(a[i] < b[i] || a[i] != a[i]) ? a[i] : b[i]" %}
-{% include "loops/binary.c" %}

@@ -1,2 +1,0 @@
-{% set function, expression = "multiply", "a[i] * b[i]" %}
-{% include "loops/binary.c" %}

@@ -1,3 +1,0 @@
-{% set function, parameters = "neg", [] %}
-{% set expression = "-x[i]" %}
-{% include "loops/unary.c" %}

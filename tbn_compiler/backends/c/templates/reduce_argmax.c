@@ -1,3 +1,0 @@
-{# headers: stdint.h #}
-{% set function, title, comparison = "argmax", "largest", ">" %}
-{% include "loops/reduce_index.c" %}

@@ -1,4 +1,0 @@
-{# headers: math.h #}
-{% set function, parameters = "sin", [] %}
-{% set expression = "sinf(x[i])" %}
-{% include "loops/unary.c" %}

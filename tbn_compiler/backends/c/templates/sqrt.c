@@ -1,4 +1,0 @@
-{# headers: math.h #}
-{% set function, parameters = "sqrt", [] %}
-{% set expression = "sqrtf(x[i])" %}
-{% include "loops/unary.c" %}

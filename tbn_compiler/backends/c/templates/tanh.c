@@ -1,4 +1,0 @@
-{# headers: math.h #}
-{% set function, parameters = "tanh", [] %}
-{% set expression = "tanhf(x[i])" %}
-{% include "loops/unary.c" %}
