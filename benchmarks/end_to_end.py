@@ -225,7 +225,7 @@ def calls(repeats: int = 20_000) -> dict[str, float]:
     reason = bound.why_not(layer, ())
     if reason is not None:
         raise SystemExit(f"layers cannot be bound: {reason}")
-    plan = bound.bind(layer)
+    plan = bound.as_tensor(bound.bind(layer))
     functions: dict[str, Callable[[], Tensor]] = {
         "F.linear": lambda: F.linear(x, weight, bias),
         "tbn::linear": lambda: torch.ops.tbn.linear.default(x, tile, alpha, bias, 64, 64, 4),

@@ -36,6 +36,12 @@ def machine(result: Result) -> str:
     return f"Measured on {found['cpu']}, {found['cores']} cores{level}, with {versions}, on {found['date']}."
 
 
+def machines(operators: Result, networks: Result) -> str:
+    """The machines of operators and of whole networks, which may have been measured on two."""
+    first, second = (machine(result).removeprefix("Measured ") for result in (operators, networks))
+    return f"Operators measured {first} Whole networks measured {second}"
+
+
 def cpu_linear(result: Result) -> str:
     """Linear layers against every peer: medians in microseconds."""
     names = list(result["linear"][0]["us"])
@@ -155,7 +161,7 @@ def documents() -> dict[Path, dict[str, Callable[[], str]]]:
     return {
         ROOT / "README.md": {
             "speed": lambda: summary(read("cpu"), read("end_to_end")),
-            "machine": lambda: machine(read("cpu")),
+            "machine": lambda: machines(read("cpu"), read("end_to_end")),
             "gpu": lambda: gpu_linear(read("gpu")),
             "mcu": lambda: microcontrollers(read("mcu")),
         },
