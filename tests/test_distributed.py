@@ -241,17 +241,22 @@ def test_gathered_state_lowers_as_that_of_one_process(results: Any, case: str, b
         oracle.assert_close(tbn.lower(fresh)(x), tbn.lower(alone)(x), 1e-5)
 
 
+def load_alone(module: nn.Module, checkpoint: Path) -> None:
+    """Load a checkpoint that several processes wrote into a module of this one."""
+    state = {"model": module.state_dict()}
+    for value in state["model"].values():
+        if value.is_floating_point():
+            value.zero_()
+    dist.checkpoint.load(state, checkpoint_id=checkpoint, no_dist=True)
+    module.load_state_dict(state["model"])
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # it says so of any checkpoint read alone
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("fsdp")])
 def test_distributed_checkpoints(results: Any, folder: Path, case: str) -> None:
     """Written by two processes in parts, read by one; the tilings are compared."""
     module = CASES[case][0]()
-    state = {"model": module.state_dict()}
-    for value in state["model"].values():
-        if value.is_floating_point():
-            value.zero_()
-    dist.checkpoint.load(state, checkpoint_id=folder / case, no_dist=True)
-    module.load_state_dict(state["model"])
+    load_alone(module, folder / case)
     torch.testing.assert_close(dict(module.state_dict()), dict(results[case]["state"]), rtol=0, atol=0)
     if case == "fsdp":
         other = whole(p=2, alpha="layer")

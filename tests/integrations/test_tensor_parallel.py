@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import tbn_compiler as tbn
 from tbn_compiler import SerializationError, TilingConfig, TransformError
 from tests import oracle
+from tests.test_distributed import load_alone
 
 try:
     import transformers
@@ -400,12 +401,7 @@ def test_with_fsdp_on_the_other_dimension(results: Any) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # it says so of any checkpoint read alone
 def test_distributed_checkpoint_is_read_by_one_process(results: Any, folder: Path) -> None:
     model = build()
-    state = {"model": model.state_dict()}
-    for value in state["model"].values():
-        if value.is_floating_point():
-            value.zero_()
-    dist.checkpoint.load(state, checkpoint_id=folder / "checkpoint", no_dist=True)
-    model.load_state_dict(state["model"])
+    load_alone(model, folder / "checkpoint")
     torch.testing.assert_close(dict(model.state_dict()), dict(results["fsdp state"]), rtol=0, atol=0)
 
 

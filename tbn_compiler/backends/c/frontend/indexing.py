@@ -34,11 +34,15 @@ def _index(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
     return _rows(importer, node, value, index, given[0], given[-1] + 1)
 
 
+def _along_an_axis(importer: Importer, node: fx.Node, args: Arguments) -> tuple[Any, Any, tuple[int, ...], int]:
+    """What is read, where, its shape, and the axis."""
+    shape = importer.operand(node, args["self"]).shape
+    return args["self"], args["index"], shape, args["dim"] % max(len(shape), 1)
+
+
 @converts(_aten.index_select.default)
 def _index_select(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
-    value, index = args["self"], args["index"]
-    shape = importer.operand(node, value).shape
-    dim = args["dim"] % max(len(shape), 1)
+    value, index, shape, dim = _along_an_axis(importer, node, args)
     if importer.is_stored(index):
         return at_positions(importer, node, value, _positions(shape).index_select(dim, importer.stored(index)))
     return _rows(importer, node, value, index, dim, dim + 1)
@@ -46,9 +50,7 @@ def _index_select(importer: Importer, node: fx.Node, args: Arguments) -> ir.Oper
 
 @converts(_aten.gather.default)
 def _gather(importer: Importer, node: fx.Node, args: Arguments) -> ir.Operation:
-    value, index = args["self"], args["index"]
-    shape = importer.operand(node, value).shape
-    dim = args["dim"] % max(len(shape), 1)
+    value, index, shape, dim = _along_an_axis(importer, node, args)
     if importer.is_stored(index):
         return at_positions(importer, node, value, _positions(shape).gather(dim, importer.stored(index)))
     head = importer.typed_head(node, None, value)

@@ -25,11 +25,14 @@ from tbn_compiler.tiling import TileLayout
 _aten, _tbn = torch.ops.aten, torch.ops.tbn
 
 
+def _head_and_weight(importer: Importer, node: fx.Node, args: Arguments) -> tuple[dict[str, Any], ir.Constant]:
+    weight = importer.constant(node, args["weight"])
+    return importer.head(node, args["input"], layer=weight.name.removesuffix(".weight")), weight
+
+
 @converts(_aten.conv3d.default, _aten.conv3d.padding)
 def _conv(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
-    weight = importer.constant(node, args["weight"])
-    head = importer.head(node, args["input"], layer=weight.name.removesuffix(".weight"))
-    return _float_conv(importer, node, args, head, weight)
+    return _float_conv(importer, node, args, *_head_and_weight(importer, node, args))
 
 
 def _float_conv(
@@ -155,9 +158,7 @@ class _Windows:
 
 @converts(_aten.conv_transpose3d.input)
 def _conv_transpose(importer: Importer, node: fx.Node, args: Arguments) -> Sequence[ir.Operation]:
-    weight = importer.constant(node, args["weight"])
-    head = importer.head(node, args["input"], layer=weight.name.removesuffix(".weight"))
-    return _float_conv_transpose(importer, node, args, head, weight)
+    return _float_conv_transpose(importer, node, args, *_head_and_weight(importer, node, args))
 
 
 def _float_conv_transpose(

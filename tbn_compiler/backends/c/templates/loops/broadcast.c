@@ -7,18 +7,5 @@ static void {{ name }}_{{ kernel }}(const {{ name }}_nest3 *loops, const {{ oper
 
     do {
         *y = {{ expression | replace("a[i]", "*a") | replace("b[i]", "*b") | replace("@", name ~ "_") }};
-        for (d = 6; d-- > 0;) {
-            a += loops->a[d];
-            b += loops->b[d];
-            y += loops->y[d];
-            if (++index[d] < loops->size[d]) {
-                break;
-            }
-            /* The dimension is done: back to its begin, and on to the next outer one. */
-            index[d] = 0;
-            a -= loops->a[d] * (ptrdiff_t)loops->size[d];
-            b -= loops->b[d] * (ptrdiff_t)loops->size[d];
-            y -= loops->y[d] * (ptrdiff_t)loops->size[d];
-        }
-    } while (d < 6);
-}
+{% set moved = ["a", "b", "y"] %}
+{% include "loops/advance.c" %}

@@ -8,20 +8,5 @@ static void {{ name }}_{{ kernel }}(const {{ name }}_nest4 *loops, const uint8_t
 
     do {
         *y = *shown != 0 ? *a : *b;
-        for (d = 6; d-- > 0;) {
-            shown += loops->shown[d];
-            a += loops->a[d];
-            b += loops->b[d];
-            y += loops->y[d];
-            if (++index[d] < loops->size[d]) {
-                break;
-            }
-            /* The dimension is done: back to its begin, and on to the next outer one. */
-            index[d] = 0;
-            shown -= loops->shown[d] * (ptrdiff_t)loops->size[d];
-            a -= loops->a[d] * (ptrdiff_t)loops->size[d];
-            b -= loops->b[d] * (ptrdiff_t)loops->size[d];
-            y -= loops->y[d] * (ptrdiff_t)loops->size[d];
-        }
-    } while (d < 6);
-}
+{% set moved = ["shown", "a", "b", "y"] %}
+{% include "loops/advance.c" %}

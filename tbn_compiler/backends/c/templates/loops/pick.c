@@ -8,14 +8,5 @@ static void {{ name }}_{{ kernel }}(const {{ name }}_nest2 *loops, const int32_t
 
     do {
         *y++ = x[{{ name }}_row_of(*indices++, rows) * stride];
-        for (d = 6; d-- > 0;) {
-            x += loops->x[d];
-            if (++index[d] < loops->size[d]) {
-                break;
-            }
-            /* The dimension is done: back to its begin, and on to the next outer one. */
-            index[d] = 0;
-            x -= loops->x[d] * (ptrdiff_t)loops->size[d];
-        }
-    } while (d < 6);
-}
+{% set moved = ["x"] %}
+{% include "loops/advance.c" %}

@@ -12,16 +12,5 @@ static void {{ name }}_{{ kernel }}(const {{ name }}_nest2 *loops, const {{ elem
 
     do {
         *y = {{ "*x" if index is none else "table[*x" ~ index ~ "]" }};
-        for (d = 6; d-- > 0;) {
-            x += loops->x[d];
-            y += loops->y[d];
-            if (++index[d] < loops->size[d]) {
-                break;
-            }
-            /* The dimension is done: back to its begin, and on to the next outer one. */
-            index[d] = 0;
-            x -= loops->x[d] * (ptrdiff_t)loops->size[d];
-            y -= loops->y[d] * (ptrdiff_t)loops->size[d];
-        }
-    } while (d < 6);
-}
+{% set moved = ["x", "y"] %}
+{% include "loops/advance.c" %}

@@ -29,16 +29,10 @@ static void {{ name }}_{{ kernel }}(const {{ name }}_tiled_int8_{{ "layer" if in
     /* Without offsets of its own, every output has half a step. */
     const int32_t *offset = layer->offset != NULL ? layer->offset : &layer->half;
     const size_t offset_step = layer->offset != NULL ? 1 : 0;
-    const int shift = layer->shift;
-    const int32_t factor = layer->factor;
-{% if result == "int8" %}
-    const int32_t low = layer->low;
-    const int32_t high = layer->high;
-{% endif %}
 {% else %}
     const float *offset = layer->bias;
-    const int relu = layer->relu;
 {% endif %}
+{% include "tiled/int8_constants.c" %}
 {% if pair %}
     const size_t parts = layer->parts;
     const size_t part_sums = layer->part_sums;
