@@ -36,8 +36,12 @@ def deep():
     model.add_module(f"{name}_{name}", nn.Linear(16, 8))
     return model
 
+class Cumulative(nn.Module):
+    def forward(self, x):
+        return x.cummax(1).values
+
 def curved():
-    return nn.Sequential(nn.Linear(16, 32), nn.Hardshrink())
+    return nn.Sequential(nn.Linear(16, 32), Cumulative())
 """
 
 

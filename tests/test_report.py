@@ -38,6 +38,13 @@ class Answer:
     further: dict[str, Tensor]
 
 
+class Cumulative(nn.Module):
+    """What C does not compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cummax(1).values
+
+
 class Network(nn.Module):
     """Convolutions with norms and a branch, a layer that stays float, and a weight that a function reads."""
 
@@ -166,7 +173,7 @@ def test_errors_of_every_layer_in_every_form() -> None:
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    qat = tbn.transform(nn.Sequential(nn.Linear(16, 16), nn.Hardshrink()), tbn.TilingConfig(min_size=0))
+    qat = tbn.transform(nn.Sequential(nn.Linear(16, 16), Cumulative()), tbn.TilingConfig(min_size=0))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     found = report(qat, torch.randn(1, 16))
     assert found.errors.outputs["output"].keys() == {"lowered", "int8"}

@@ -23,10 +23,11 @@ from torch import Tensor
 from tbn_compiler.backends.cpu import library, prepare
 from tbn_compiler.backends.cpu.bound_network import Step
 
-_HEADER = struct.Struct("<8sII16sQQQQ")
+_HEADER = struct.Struct("<8sIHH16sQQQQ")
 _POINTER = struct.Struct("<QQQ")
 _ALIGNMENT = 64
 _TO_BODY, _TO_KERNELS, _TO_DOTS, _TO_FUNCTION = range(4)
+_KINDS = {library.BoundLayer: 1, library.Network: 2}  # enum tbn_plan_kind
 _FUNCTIONS = ("tbn_linear", "tbn_linear_dots", "tbn_conv", "tbn_conv_dots")  # in the order of stored.c
 
 
@@ -61,7 +62,8 @@ def store(plan: library.BoundLayer | library.Network) -> Tensor:
     with np.errstate(over="ignore"):
         total = int((words * (2 * np.arange(len(words), dtype=np.uint64) + np.uint64(1))).sum(dtype=np.uint64))
     header = _HEADER.pack(
-        b"tbnplan", library.INTERFACE, ctypes.sizeof(plan), level.encode(), len(pointers), begin, end, total
+        *(b"tbnplan", library.INTERFACE, _KINDS[type(plan)], ctypes.sizeof(plan)),
+        *(level.encode(), len(pointers), begin, end, total),
     )
     return torch.from_numpy(np.concatenate([np.frombuffer(header, np.uint8), rest]))
 

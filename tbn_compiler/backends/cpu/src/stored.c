@@ -23,7 +23,8 @@ enum { TO_BODY, TO_KERNELS, TO_DOTS, TO_FUNCTION };
 
 struct header {
     char magic[8];
-    uint32_t interface, root; /* bytes of the plan itself, at the beginning of the body */
+    uint32_t interface;
+    uint16_t kind, root; /* of the plan itself, at the beginning of the body; its bytes */
     char level[16];
     uint64_t pointers, begin, bytes; /* how many; where the body begins, and its size */
     uint64_t sum;                    /* of all words behind the header */
@@ -78,13 +79,13 @@ static bool is_sound(const struct header *header, const struct pointer *pointers
 }
 
 static const void *restore(const unsigned char *source, const struct header *header, size_t size, size_t root,
-                           const char **why) {
+                           enum tbn_plan_kind kind, const char **why) {
     const struct pointer *pointers = (const void *)(source + sizeof *header);
     if (header->interface != TBN_INTERFACE) {
         *why = "tbn_cpu: the plan was stored by another version of tbn_compiler: store it again";
         return NULL;
     }
-    if (size % sizeof(uint64_t) || !is_sound(header, pointers, size, root) ||
+    if (size % sizeof(uint64_t) || header->kind != kind || !is_sound(header, pointers, size, root) ||
         checksum(source + sizeof *header, size - sizeof *header) != header->sum) {
         *why = "tbn_cpu: the stored plan is damaged";
         return NULL;
@@ -116,7 +117,7 @@ static const void *find(const struct restored *entry, const struct header *heade
     return NULL;
 }
 
-const void *tbn_restore(const void *source, size_t size, size_t root, const char **why) {
+const void *tbn_restore(const void *source, size_t size, size_t root, enum tbn_plan_kind kind, const char **why) {
     static const char magic[8] = "tbnplan";
     const struct header *header = source;
     *why = "tbn_cpu: the plan is not one that this process made";
@@ -128,7 +129,7 @@ const void *tbn_restore(const void *source, size_t size, size_t root, const char
     pthread_mutex_lock(&lock);
     struct restored *first = atomic_load_explicit(chain, memory_order_relaxed);
     plan = find(first, header);
-    if (!plan && (plan = restore(source, header, size, root, why))) {
+    if (!plan && (plan = restore(source, header, size, root, kind, why))) {
         struct restored *entry = malloc(sizeof *entry);
         if (entry) { /* kept until the process ends, as models are */
             *entry = (struct restored){source, *header, plan, first};

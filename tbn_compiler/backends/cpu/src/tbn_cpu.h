@@ -214,11 +214,13 @@ TBN_EXPORT int tbn_define_operators(void);
 /* The operators' schemas, ended by NULL. */
 TBN_EXPORT const char *const *tbn_schemas(void);
 
+enum tbn_plan_kind { TBN_LAYER_PLAN = 1, TBN_NETWORK_PLAN = 2 };
+
 /*
- * The plan of `root` bytes in a stored one of `size` bytes, which must stay where it is; NULL and the reason if it is
+ * The plan of this kind and of `root` bytes in a stored one of `size` bytes, which must stay where it is; NULL and the reason if it is
  * none, is damaged, or of another version or processor. See stored.c.
  */
-const void *tbn_restore(const void *source, size_t size, size_t root, const char **why);
+const void *tbn_restore(const void *source, size_t size, size_t root, enum tbn_plan_kind kind, const char **why);
 
 /* Registers the kernels below for the CPU; the operators are defined in Python. Returns 0, or 1 if libtorch refuses. */
 TBN_EXPORT int tbn_register(const struct tbn_torch *functions);

@@ -45,7 +45,7 @@ __attribute__((noreturn)) static void fail(const struct call *call, const char *
 }
 
 /* Takes the operands of a call whose plan has `size` bytes and begins with its own address. */
-static void begin(struct call *call, const uint64_t *stack, size_t size) {
+static void begin(struct call *call, const uint64_t *stack, size_t size, enum tbn_plan_kind kind) {
     void *bytes = NULL;
     int64_t numel = 0, *sizes = NULL, *strides = NULL;
     int32_t dtype = 0, failed;
@@ -58,7 +58,7 @@ static void begin(struct call *call, const uint64_t *stack, size_t size) {
         call->bytes = bytes;
     } else {
         const char *why = NULL;
-        call->bytes = tbn_restore(bytes, (size_t)numel, size, &why);
+        call->bytes = tbn_restore(bytes, (size_t)numel, size, kind, &why);
         if (!call->bytes) fail(call, why);
     }
     call->bound = call->bytes;
@@ -135,7 +135,7 @@ void tbn_call_linear(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
     const struct tbn_bound *bound;
     int64_t sizes[MAX_DIMS];
     (void)inputs, (void)outputs;
-    begin(&call, stack, sizeof *bound);
+    begin(&call, stack, sizeof *bound, TBN_LAYER_PLAN);
     bound = call.bound;
     if (bound->dims != 0 || (size_t)call.sizes[call.dims - 1] != bound->inputs)
         fail(&call, "tbn_cpu::linear: the input does not fit the layer");
@@ -169,7 +169,7 @@ void tbn_call_conv(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
     const struct tbn_bound *bound;
     int64_t sizes[MAX_DIMS];
     (void)inputs, (void)outputs;
-    begin(&call, stack, sizeof *bound);
+    begin(&call, stack, sizeof *bound, TBN_LAYER_PLAN);
     bound = call.bound;
     int64_t d = bound->dims, channels = call.dims - 1 - d; /* the axis of the channels */
     if (d < 1 || channels < 0 || channels > 1 || (size_t)call.sizes[channels] != bound->inputs)
@@ -201,7 +201,7 @@ void tbn_call_network(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
     int64_t sizes[4];
     size_t found[2];
     (void)inputs, (void)outputs;
-    begin(&call, stack, sizeof *network);
+    begin(&call, stack, sizeof *network, TBN_NETWORK_PLAN);
     network = call.bytes;
     if (call.dims != network->dims || call.sizes[1] != (int64_t)network->values[0].channels)
         fail(&call, "tbn_cpu::network: the input does not fit the network");
