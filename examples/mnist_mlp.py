@@ -175,8 +175,13 @@ def train(model: nn.Module, data: ImageData, recipe: Recipe, soft_labels: Tensor
             if soft_labels is None:
                 loss = F.cross_entropy(logits, data.train_y[batch])
             else:
-                options = {"weight": recipe.distill, "temperature": recipe.temperature}
-                loss = tbn.distillation_loss(logits, soft_labels[batch], data.train_y[batch], **options)
+                loss = tbn.distillation_loss(
+                    logits,
+                    soft_labels[batch],
+                    data.train_y[batch],
+                    weight=recipe.distill,
+                    temperature=recipe.temperature,
+                )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

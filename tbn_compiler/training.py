@@ -131,6 +131,7 @@ def distillation_loss(
     weight: float = 0.7,
     temperature: float = 2.0,
     label_smoothing: float = 0.0,
+    dim: int = 1,
 ) -> Tensor:
     """Loss of a classifier that learns from another one's answers, and from labels.
 
@@ -140,12 +141,15 @@ def distillation_loss(
 
     Args:
         logits: of the network that learns, ``[N, C]``, or ``[N, C, ...]`` with the classes of many places, as
-            ``cross_entropy`` takes them. The loss is computed in at least float32, under autocast too.
+            ``cross_entropy`` takes them; with ``dim``, classes on any axis. The loss is computed in at least float32,
+            under autocast too.
         teacher_logits: those of the other network for the same inputs, of the same shape; no gradient reaches them.
-        labels: as ``cross_entropy`` takes them; default: learn from the teacher alone, whatever ``weight``.
+        labels: as ``cross_entropy`` takes them, ``[N, ...]``, or probabilities of the shape of ``logits``; default:
+            learn from the teacher alone, whatever ``weight``.
         weight: of the teacher, 0 to 1.
         temperature: above 0; more lets the less likely classes count for more.
         label_smoothing: as for ``cross_entropy``.
+        dim: axis of the classes; ``-1`` for the ``[N, T, C]`` of a language model.
 
     Returns:
         The mean over examples, and over places.
@@ -167,6 +171,11 @@ def distillation_loss(
             f"logits are {tuple(logits.shape)}, those of the teacher {tuple(teacher_logits.shape)}: both must be "
             "[N, C, ...]"
         )
+    if not -logits.dim() <= dim < logits.dim() or dim % logits.dim() == 0:
+        raise ConfigError(f"dim must be an axis of the logits {tuple(logits.shape)} other than the first, got {dim!r}")
+    if labels is not None and labels.shape == logits.shape:
+        labels = labels.movedim(dim, 1)
+    logits, teacher_logits = logits.movedim(dim, 1), teacher_logits.movedim(dim, 1)
     with torch.autocast(logits.device.type, enabled=False):
         wide = torch.promote_types(logits.dtype, torch.float32)
         logits, teacher = logits.to(wide), teacher_logits.detach().to(wide)

@@ -384,6 +384,16 @@ def test_distillation_is_the_written_formula(shape: tuple[int, ...]) -> None:
     assert torch.equal(tbn.distillation_loss(logits, teacher, labels, weight=0, label_smoothing=0.1), smooth)
 
 
+@pytest.mark.parametrize("dim", [-1, 2])
+def test_distillation_of_a_language_model(dim: int) -> None:
+    logits, teacher, labels = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
+    flat = tbn.distillation_loss(logits.flatten(0, 1), teacher.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(tbn.distillation_loss(logits, teacher, labels, dim=dim), flat)
+    soft = torch.rand(2, 5, 7).softmax(-1)
+    expected = tbn.distillation_loss(logits.flatten(0, 1), teacher.flatten(0, 1), soft.flatten(0, 1))
+    torch.testing.assert_close(tbn.distillation_loss(logits, teacher, soft, dim=dim), expected)
+
+
 def test_distillation_counts_in_float32() -> None:
     logits, teacher = 40 * torch.randn(8, 100), 40 * torch.randn(8, 100)
     expected = tbn.distillation_loss(logits.bfloat16().float(), teacher.bfloat16().float())
@@ -399,6 +409,8 @@ def test_distillation_counts_in_float32() -> None:
         ({"weight": 1.1}, r"weight must be between 0 and 1, got 1\.1"),
         ({"weight": float("nan")}, "weight must be between 0 and 1"),
         ({"temperature": 0}, "temperature must be above 0, got 0"),
+        ({"dim": 0}, r"dim must be an axis of the logits \(4, 3\) other than the first, got 0"),
+        ({"dim": 2}, "dim must be an axis"),
         ({"teacher_logits": torch.zeros(4, 2)}, r"logits are \(4, 3\), those of the teacher \(4, 2\)"),
     ],
 )

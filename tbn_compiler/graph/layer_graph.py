@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import types
 import warnings
 import weakref
@@ -116,9 +117,23 @@ class TiledGraph(CarriesTilings, fx.GraphModule):
             return copy_graph_module(self, memo)
 
     def __reduce__(self) -> Any:
+        # A method of the module among what it is made from again would be pickled without end.
+        held = {name for name, value in vars(self).items() if getattr(value, "__self__", None) is self}
+        if _has_its_own_forward(self):
+            held.remove("forward")
+        if held:
+            raise pickle.PicklingError(
+                f"cannot pickle {type(self).__name__}: its attribute {min(held)!r} is a method of the module itself, "
+                "as hooks of other libraries keep it (accelerate.hooks.remove_hook_from_module takes them away)"
+            )
         flat, structure = _flat_twin(self)
         restore, arguments = fx.GraphModule.__reduce__(flat)  # a plain graph module, without much of this
         return _restore, (graph_class(self), type(self).__name__, restore, arguments, structure)
+
+
+def _has_its_own_forward(gm: TiledGraph) -> bool:
+    """Whether a module's attribute ``forward`` is that of its class, as hooks that are taken away put it back."""
+    return vars(gm).get("forward") == types.MethodType(type(gm).forward, gm)
 
 
 def _flat_twin(gm: TiledGraph) -> tuple[fx.GraphModule, Any]:
@@ -127,11 +142,15 @@ def _flat_twin(gm: TiledGraph) -> tuple[fx.GraphModule, Any]:
     That of torch.export takes nested inputs apart, which cannot be traced again.
     """
     structure = input_structure(gm.graph)
-    if structure is None:
+    redundant = _has_its_own_forward(gm)
+    if structure is None and not redundant:
         return gm, None
     twin, graph = object.__new__(type(gm)), copy.deepcopy(gm.graph)
-    graph.set_codegen(fx.graph.CodeGen())
     twin.__dict__.update(gm.__dict__, _graph=graph)
+    if redundant:
+        del twin.__dict__["forward"]
+    if structure is not None:
+        graph.set_codegen(fx.graph.CodeGen())
     graph.owning_module = twin
     twin.recompile()
     return twin, structure

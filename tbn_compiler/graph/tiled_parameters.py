@@ -70,13 +70,23 @@ def read_tiled(module: nn.Module, forms: Sequence[ReadForm]) -> None:
     module.__class__ = _reading_class(base, tuple(forms)) if forms else base  # type: ignore[arg-type]
 
 
+def read_stored(module: nn.Module) -> None:
+    """Let names of a module's tiled parameters mean these themselves, in place, until :func:`read_tiled` is called.
+
+    A loader that finds parameters by name meets the shapes and values that are stored, not the weights they give.
+    """
+    forms = read_forms(module)
+    if forms:
+        module.__class__ = _reading_class(plain_class(type(module)), forms, tiled=False)  # type: ignore[arg-type]
+
+
 def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The user's class below one that reads tiled weights."""
     return next(base for base in cls.__mro__ if "tbn_read_forms" not in base.__dict__ and base is not CarriesTilings)
 
 
 @functools.cache
-def _reading_class(base: type[nn.Module], forms: tuple[ReadForm, ...]) -> type[nn.Module]:
+def _reading_class(base: type[nn.Module], forms: tuple[ReadForm, ...], tiled: bool = True) -> type[nn.Module]:
     members: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -84,7 +94,8 @@ def _reading_class(base: type[nn.Module], forms: tuple[ReadForm, ...]) -> type[n
         "__reduce_ex__": _reduce,
         "tbn_read_forms": forms,
     }
-    members |= {form.record.parameter: _property(form) for form in forms}
+    if tiled:
+        members |= {form.record.parameter: _property(form) for form in forms}
     return type(base.__name__, (CarriesTilings, base), members)
 
 

@@ -40,6 +40,30 @@ def _check_merge_allowed(self: BaseTuner) -> None:
 BaseTuner._check_merge_allowed = _check_merge_allowed  # type: ignore[method-assign]
 
 
+# Packages of adapters that multiply by the weight of their layer, in place of calling it.
+_MULTIPLY_BY_THE_WEIGHT = frozenset({"deft", "frod", "hra", "shira", "supertuning"})
+_usual_replacement: Any = BaseTuner._replace_module
+
+
+def _replace_module(self: BaseTuner, parent: nn.Module, child_name: str, adapter: nn.Module, layer: nn.Module) -> None:
+    """PEFT's own step, for layers whose weight is what the adapter takes it for.
+
+    Raises:
+        ValueError: the adapter would multiply by a weight that only a tile is taken from.
+    """
+    package = type(adapter).__module__.removeprefix("peft.tuners.").partition(".")[0]
+    records = get_records(layer) or () if package in _MULTIPLY_BY_THE_WEIGHT else ()
+    if any(record.spec and record.parameter in layer._parameters for record in records):
+        raise ValueError(
+            f"the adapter {type(adapter).__name__} of {child_name!r} multiplies by the weight of its layer itself, "
+            "which in training is not the one that the tile gives: lower the model first, or take LoRA"
+        )
+    _usual_replacement(self, parent, child_name, adapter, layer)
+
+
+BaseTuner._replace_module = _replace_module  # type: ignore[assignment, method-assign]
+
+
 def _refused(method: Callable[..., Any], what: str) -> Callable[..., Any]:
     """A method of an adapter that writes to the weight of its layer, refused where that is tiled."""
 

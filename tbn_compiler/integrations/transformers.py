@@ -49,7 +49,7 @@ from tbn_compiler.graph.records import (
     split_key,
     tile_key,
 )
-from tbn_compiler.graph.tiled_parameters import STRENGTH, plain_class
+from tbn_compiler.graph.tiled_parameters import STRENGTH, plain_class, read_forms, read_stored, read_tiled
 from tbn_compiler.graph.tiling_data import shorten
 from tbn_compiler.packing import packed_size
 from tbn_compiler.serialize import check_tilings, restore_records, rewritten_calls
@@ -330,6 +330,8 @@ class TbnQuantizer(HfQuantizer):
                 "was put together from tiled parts is saved after tbn_compiler.integrations.transformers.mark(model).)"
             ) from error
         restore_records(model, header)
+        for part in model.modules():
+            read_stored(part)
         for _, holder in record_holders(model):
             if any(record.spec is not None for record in own_records(holder) or ()):
                 # What transformers does to new weights is not for those that are computed.
@@ -338,6 +340,9 @@ class TbnQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Tile a float model with its weights."""
         config = self.quantization_config
+        for part in model.modules():
+            if forms := read_forms(part):
+                read_tiled(part, forms)
         if (getattr(model, "tp_size", None) or 1) > 1:
             raise TransformError(
                 "tp_plan of from_pretrained splits weights by rows, and the rows of a tile are shared by its copies: "

@@ -384,6 +384,17 @@ def test_adopt_takes_over_and_makes_no_keys() -> None:
     pickle.dumps(gm)
 
 
+def test_a_module_that_hooks_have_wrapped_says_why_it_is_not_pickled() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    gm = tbn.transform(nn.Sequential(nn.Linear(16, 16)), ALL)
+    hooks.add_hook_to_module(gm[0], hooks.ModelHook())
+    with pytest.raises(pickle.PicklingError, match=r"cannot pickle Linear: its attribute '_old_forward'.*remove_hook"):
+        pickle.dumps(gm)
+    hooks.remove_hook_from_module(gm[0])
+    x = torch.randn(2, 16)
+    assert torch.equal(by_pickle(gm)(x), gm(x))
+
+
 def test_become_is_in_place() -> None:
     holder = nn.Sequential(nn.Linear(4, 4))
     layer = holder[0]

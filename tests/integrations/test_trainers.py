@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,18 @@ def test_adapters_that_begin_in_the_weight_are_refused(init: Any) -> None:
         adapted(init_lora_weights=init)
     with pytest.raises(ValueError, match="merging the adapter would change the weight"):
         adapted().base_model.model[0].merge()
+
+
+def test_adapters_that_multiply_by_the_weight_take_lowered_layers() -> None:
+    peft = pytest.importorskip("peft")
+    qat = tbn.transform(nn.Sequential(nn.Linear(16, 16)), CONFIG)
+    x = torch.randn(2, 16)
+    for config in (peft.ShiraConfig(r=2, target_modules=["0"]), peft.HRAConfig(r=2, target_modules=["0"])):
+        adapted = peft.get_peft_model(tbn.lower(qat), config)
+        torch.testing.assert_close(adapted(x), qat(x))
+        with pytest.raises(ValueError, match=r"of '0' multiplies by the weight .* lower the model"):
+            peft.get_peft_model(copy.deepcopy(qat), config)
+    assert torch.equal(peft.get_peft_model(copy.deepcopy(qat), peft.LoraConfig(r=2, target_modules=["0"]))(x), qat(x))
 
 
 def test_a_recipe_resumes(tmp_path: Path) -> None:

@@ -291,6 +291,18 @@ def test_dense_models_keep_what_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("latent", ["weight", "tile"])
+def test_a_weight_that_a_function_uses_is_loaded(latent: Any, lowered: bool, tmp_path: Path) -> None:
+    tiled = tbn.transform(Functional(Functional.Config()), CONFIG.replace(latent=latent))
+    tiled = tbn.lower(tiled) if lowered else tiled
+    loaded = Functional.from_pretrained(_written(tiled, tmp_path))
+    _assert_same(loaded, tiled)
+    x = torch.randn(3, 32)
+    assert torch.equal(loaded(x), tiled(x))
+    assert torch.equal(tbn.lower(loaded)(x), tbn.lower(tiled)(x))
+
+
+@pytest.mark.parametrize("lowered", [False, True])
 def test_a_part_of_a_composite_model(lowered: bool, tmp_path: Path) -> None:
     whole = tbn.transform(clip(), CONFIG)
     whole = tbn.lower(whole) if lowered else whole
