@@ -8,7 +8,10 @@ once at level INFO (logger ``tbn_compiler.backends.triton``). :func:`info` tells
 ``plan``      how kernels read a tiled weight, from its layout
 ``kernels``   the kernels
 ``linear``    ``tbn::linear``: what calls have in common, and the operands of each
-``launches``  grids, arguments and workspaces of its kernels; what is kept from one call to the next
+``launches``  grids, arguments and workspaces of its kernels
+``prepared``  what calls of an operator with equal forms keep
+``replay``    launches that are kept, and repeated with other addresses
+``counts``    counts of programs that have arrived, for sums of several
 ``conv``      ``tbn::conv1d/2d/3d``
 ``hadamard``  launches for copies with Hadamard signs
 ``quantize``  inputs as integers

@@ -22,11 +22,12 @@ from torch import Tensor
 from tbn_compiler.backends.triton import hadamard, tuning
 from tbn_compiler.backends.triton.kernels import conv as kernels
 from tbn_compiler.backends.triton.kernels import convert
-from tbn_compiler.backends.triton.launches import Kept, Prepared, prepared, start
 from tbn_compiler.backends.triton.linear import gpu_of, plan_call, precision, tf32_allowed
 from tbn_compiler.backends.triton.linear import prepare as prepare_linear
 from tbn_compiler.backends.triton.plan import INDEX_LIMIT, UnsupportedError, WeightPlan
+from tbn_compiler.backends.triton.prepared import Prepared, prepared
 from tbn_compiler.backends.triton.quantize import quantize
+from tbn_compiler.backends.triton.replay import Kept, Repeats, room, start
 from tbn_compiler.backends.triton.search import Config, bucket, conv_candidates, power_of_two
 from tbn_compiler.ops.calls import OPERATORS, TensorCall, channels_last
 from tbn_compiler.ops.schemas import CONV_OPS
@@ -72,7 +73,7 @@ class Geometry:
 class Operands:
     """The tensors of one call: ``x [N, C, *sizes]``, ``out [N, M, *sizes]``, the others as for a linear layer.
 
-    ``kept`` are compiled kernels of earlier launches with equal sizes, strides and alignments, or ``None``.
+    ``kept`` is what earlier launches with equal sizes, strides and alignments have left, or ``None``.
     """
 
     x: Tensor
@@ -98,7 +99,7 @@ class Layer:
         activation: number format of the input in the product.
         epilogue: function behind the layer.
         config: how it is run, once that is chosen for good.
-        kept: the kernels compiled for it.
+        repeats: what such calls have left to further ones.
     """
 
     plan: WeightPlan
@@ -108,7 +109,7 @@ class Layer:
     activation: str
     epilogue: str
     config: Config | None = None
-    kept: Kept = dataclasses.field(default_factory=dict)
+    repeats: Repeats = dataclasses.field(default_factory=Repeats)
 
     def __call__(
         self,
@@ -120,6 +121,9 @@ class Layer:
         input_scale: Tensor | None,
     ) -> Tensor:
         """``input [N, C, *sizes] -> [N, M, *sizes]``, or without ``N``."""
+        tensors = (input, tile, alpha, bias, input_alpha, input_scale)
+        if self.repeats.replay is not None:
+            return self.repeats.replay(*tensors)
         result = torch.empty(self.shape, dtype=input.dtype, device=input.device, memory_format=self.memory_format)
         if result.numel() == 0:
             return result
@@ -128,9 +132,10 @@ class Layer:
         plan = self.plan
         if plan.sum_inputs > 1:
             x = x.unflatten(1, (-1, plan.sum_inputs)).sum(2)
+        kept = None if self.config is None else self.repeats.begin(tensors, result)
         image_scale = None
         if self.activation != "float":
-            x, image_scale = quantize_images(x, self.activation, input_scale)
+            x, image_scale = quantize_images(x, self.activation, input_scale, kept)
         operands = Operands(
             x=x,
             tile=tile.view(torch.int32) if plan.kind == "words" else tile.contiguous(),
@@ -140,11 +145,11 @@ class Layer:
             image_scale=image_scale,
             out=out,
             epilogue=self.epilogue,
+            kept=kept,
         )
-        config = self.config or self._choose(operands)
-        if self.config is not None:
-            operands.kept = self.kept
-        run(config, plan, self.geometry, operands)
+        run(self.config or self._choose(operands), plan, self.geometry, operands)
+        if kept is not None:
+            self.repeats.end(kept, self.memory_format)
         return result
 
     def _choose(self, operands: Operands) -> Config:
@@ -254,13 +259,15 @@ def format_name(x: Tensor) -> str:
     return "last" if x.movedim(1, -1).is_contiguous() else "x".join(map(str, x.stride()))
 
 
-def quantize_images(x: Tensor, number_format: str, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_images(
+    x: Tensor, number_format: str, given: Tensor | None = None, kept: Kept | None = None
+) -> tuple[Tensor, Tensor]:
     """``x [N, C, *sizes]`` as ``int8``, in the same memory format, and the float32 scales ``[N]`` of the images."""
     last = x.movedim(1, -1)
     keeps_last = last.is_contiguous() and not x.is_contiguous()
     image = last if keeps_last else x
     flat = image.reshape(x.shape[0], -1)
-    values, scale = quantize(flat if flat.stride(1) == 1 else flat.contiguous(), number_format, given)
+    values, scale = quantize(flat if flat.stride(1) == 1 else flat.contiguous(), number_format, given, kept)
     values = values.view(image.shape)
     return (values.movedim(-1, 1) if keeps_last else values), scale
 
@@ -417,7 +424,7 @@ def unpack(plan: WeightPlan, geometry: Geometry, operands: Operands, *, last: bo
             plan, operands.tile, operands.input_alpha, operands.x.dtype, operands.kept, taps=taps, last=last
         )
     else:
-        filters = operands.x.new_empty((rows, plan.columns))
+        filters = room(operands.kept, (rows, plan.columns), operands.x.dtype, operands.x.device)
         block_rows, block_k = 16, 256
         start(
             operands.kept, convert.unpack_rows,
@@ -508,6 +515,8 @@ def copy_channels(plan: WeightPlan, geometry: Geometry, z: Tensor, operands: Ope
         block_rows = min(rows, 2048 // block_positions)
     blocks = triton.cdiv(geometry.computed, block_rows) * triton.cdiv(positions, block_positions) * images
     # The library decides how its result lies in memory: nothing is kept for it.
+    if operands.kept is not None and operands.kept.notes is not None:
+        operands.kept.notes.stop()
     convert.copy_channels[blocks, geometry.groups](
         z, operands.alpha, operands.bias, out, geometry.per_group, geometry.computed, positions, plan.rows_per_alpha,
         *source, *target,

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tbn_compiler.backends.triton.kernels import hadamard as kernels
 from tbn_compiler.backends.triton.kernels import hadamard_few
-from tbn_compiler.backends.triton.launches import Kept, Operands, has_dot4, start
+from tbn_compiler.backends.triton.launches import Operands, has_dot4
 from tbn_compiler.backends.triton.plan import WeightPlan
+from tbn_compiler.backends.triton.replay import Kept, room, start
 from tbn_compiler.backends.triton.search import LEFT_TOKENS, Config, power_of_two
 from tbn_compiler.ops.mixing import split_channels
 
@@ -130,11 +131,11 @@ def unpack(
         tile: the tile.
         input_alpha: scales of replicas of the input, which are summed.
         dtype: of the result.
-        kept: compiled kernels.
+        kept: what earlier calls of the same layer have left.
         taps: positions of a convolution's kernel.
         last: columns are ``[taps, channels / p]``, otherwise ``[channels / p, taps]``.
     """
-    weight = torch.empty((plan.mixes * plan.rows, plan.columns // plan.mixes), dtype=dtype, device=tile.device)
+    weight = room(kept, (plan.mixes * plan.rows, plan.columns // plan.mixes), dtype, tile.device)
     block_rows, block_k = 16, 256
     blocks = triton.cdiv(plan.rows, block_rows) * triton.cdiv(plan.columns, block_k)
     start(
@@ -172,7 +173,7 @@ def mix(
         alpha: scales.
         bias: or ``None``.
         function: behind the layer.
-        kept: compiled kernels of launches with equal strides.
+        kept: what launches with equal strides have left.
     """
     # A thread has 32 sums; two or more of a column group.
     size = max(4096 // plan.mixes, 256)

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import tbn_compiler  # noqa: F401  (registers the operators)
-from tbn_compiler.backends.triton import conv, hadamard, launches, linear, tuning
+from tbn_compiler.backends.triton import conv, hadamard, launches, linear, prepared, tuning
 from tbn_compiler.backends.triton.plan import plan_weight
 from tbn_compiler.backends.triton.search import Config, Gpu, linear_candidates
 from tbn_compiler.packing import packed_size
@@ -34,7 +34,7 @@ MATRIX = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen
 @pytest.fixture(autouse=True)
 def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    launches.forget()
+    prepared.forget()
 
 
 def compile_linear(

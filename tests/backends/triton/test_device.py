@@ -21,7 +21,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import tbn_compiler
-from tbn_compiler.backends.triton import launches
+from tbn_compiler.backends.triton import counts, prepared
 from tests.backends.triton.calls import Call
 from tests.backends.triton.variants import (
     KEPT,
@@ -64,7 +64,7 @@ def _untuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No choice that the user's machine keeps, and none of these tests left there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TBN_TRITON_TUNE", "0")
-    launches.forget()
+    prepared.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -278,7 +278,7 @@ def for_each_configuration(layer: Layer, check: Callable[[], None]) -> None:
     """Run ``check`` with every configuration of a layer chosen, after one call with it."""
     chosen = Chosen()
     while chosen.number < max(len(chosen.candidates), 1):
-        launches.forget()
+        prepared.forget()
         calls = chosen.calls
         with chosen.installed():
             try:
@@ -405,9 +405,9 @@ def test_tuning_returns_the_counts_of_its_graphs(tmp_path: Path, monkeypatch: py
     tuning.tuner_for.cache_clear()
     layer = Layer(Call((512, 4096), 4, 4, BF16), (16,), {})
     layer()
-    used = launches._reserves[torch.cuda.current_device()][1]
-    launches.forget()
+    used = counts._reserved[torch.cuda.current_device()]
+    prepared.forget()
     tuning.tuner_for.cache_clear()
     layer()
-    assert launches._reserves[torch.cuda.current_device()][1] == used
+    assert counts._reserved[torch.cuda.current_device()] == used
     tuning.tuner_for.cache_clear()

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tbn_compiler.backends.triton import conv, hadamard, launches, linear, tuning
+from tbn_compiler.backends.triton import conv, hadamard, linear, prepared, replay, tuning
 from tbn_compiler.backends.triton.search import Config
 from tbn_compiler.packing import pack_bits
 
@@ -46,12 +46,12 @@ class Kernel:
 
 
 def test_a_kept_kernel_is_launched_with_the_constants_behind_its_arguments() -> None:
-    kernel, kept = Kernel(), {}
+    kernel, kept = Kernel(), replay.Kept({})
     for size in (3, 4):
-        launches.start(kept, kernel, (size, 1, 1), "x", size, BLOCK=8, BIAS=True, num_warps=4)
+        replay.start(kept, kernel, (size, 1, 1), "x", size, BLOCK=8, BIAS=True, num_warps=4)
     assert kernel.calls == [{"BLOCK": 8, "BIAS": True, "num_warps": 4}]
     assert kernel.compiled.launches == [((4, 1, 1), ("x", 4, True, 8))]
-    launches.start(None, kernel, (5, 1, 1), "x", 5, BLOCK=8, BIAS=True)
+    replay.start(None, kernel, (5, 1, 1), "x", 5, BLOCK=8, BIAS=True)
     assert len(kernel.calls) == 2
 
 
@@ -77,9 +77,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Config]]:
     configs: list[Config] = []
     monkeypatch.setattr(linear, "launch", lambda config, plan, operands: configs.append(config))
     monkeypatch.setattr(tuning, "settled", lambda device, key, candidates: True)
-    launches.forget()
+    prepared.forget()
     yield configs
-    launches.forget()
+    prepared.forget()
 
 
 def test_equal_calls_are_prepared_once(launched: list[Config]) -> None:
@@ -112,7 +112,7 @@ def test_equal_convolutions_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -
     configs: list[Config] = []
     monkeypatch.setattr(conv, "run", lambda config, plan, geometry, operands: configs.append(config))
     monkeypatch.setattr(tuning, "settled", lambda device, key, candidates: True)
-    launches.forget()
+    prepared.forget()
     tile, args = pack_bits(torch.randn(16 * 8 * 9 // 4)), (torch.ones(1), None, 8, 16, (3, 3), 4)
     with (
         mock.patch.object(conv, "plan_call", wraps=conv.plan_call) as plan,
@@ -126,7 +126,7 @@ def test_equal_convolutions_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -
             conv.conv2d(x, tile, *args, **options)
             assert plan.call_count == choose.call_count == count + 2
     assert len(configs) == 6
-    launches.forget()
+    prepared.forget()
 
 
 def test_copies_with_signs_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_copies_with_signs_are_prepared_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(conv, "_mixed", lambda config, plan, geometry, operands: launched.append(plan.mixes))
     monkeypatch.setattr(linear, "launch", lambda config, plan, operands: launched.append(plan.mixes))
     monkeypatch.setattr(tuning, "settled", lambda device, key, candidates: True)
-    launches.forget()
+    prepared.forget()
     tile, x, args = pack_bits(torch.randn(16 * 64)), torch.randn(3, 64), (torch.ones(4), None, 64, 64, 4)
     filters, image = pack_bits(torch.randn(16 * 8 * 9 // 4)), torch.randn(2, 8, 7, 6)
     with mock.patch.object(tuning, "choose", wraps=tuning.choose) as choose:
@@ -148,7 +148,7 @@ def test_copies_with_signs_are_prepared_once(monkeypatch: pytest.MonkeyPatch) ->
     keys = [call.args[1] for call in choose.call_args_list]
     assert [("signed=4" in key) for key in keys] == [True, False, True]
     assert launched == [4, 4, 4, 1, 4, 4, 4]
-    launches.forget()
+    prepared.forget()
 
 
 def test_the_users_choice_of_tf32_is_seen(launched: list[Config]) -> None:
@@ -174,11 +174,11 @@ def test_bad_operands_are_refused_every_time(launched: list[Config]) -> None:
 
 
 def test_the_number_of_kept_layers_is_bounded(launched: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launches, "KEPT_LAYERS", 2)
+    monkeypatch.setattr(prepared, "KEPT_LAYERS", 2)
     tile = pack_bits(torch.randn(16 * 64))
     for tokens in range(1, 8):
         linear.linear(torch.randn(tokens, 64), tile, torch.ones(1), None, 64, 64, 4)
-    assert max(len(known) for known in launches._prepared) <= 2
+    assert max(len(known) for known in prepared._prepared) <= 2
 
 
 def test_alignments_of_every_tensor_are_seen(launched: list[Config]) -> None:

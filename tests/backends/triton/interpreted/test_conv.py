@@ -10,8 +10,8 @@ import torch
 
 import tbn_compiler  # noqa: F401  (registers the operators)
 from tbn_compiler.backends.triton import conv as wrapper
-from tbn_compiler.backends.triton import launches, tuning
 from tbn_compiler.backends.triton import linear as linear_wrapper
+from tbn_compiler.backends.triton import prepared, tuning
 from tbn_compiler.backends.triton.conv import conv1d, conv2d, conv3d
 from tbn_compiler.backends.triton.search import Config
 from tbn_compiler.ops import reference
@@ -31,8 +31,8 @@ def _no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(reason: str) -> None:
         raise AssertionError(f"left to the reference: {reason}")
 
-    monkeypatch.setattr(launches, "decline", refuse)
-    launches.forget()
+    monkeypatch.setattr(prepared, "decline", refuse)
+    prepared.forget()
 
 
 def check(monkeypatch: pytest.MonkeyPatch, kernel: str, call: Call, x: Any, **options: Any) -> torch.Tensor:
@@ -139,7 +139,7 @@ def test_single_positions_are_tokens(monkeypatch: pytest.MonkeyPatch, call: Call
     calls: list[TensorCall] = []
     prepare = wrapper.prepare_linear
     monkeypatch.setattr(wrapper, "prepare_linear", lambda call: calls.append(call) or prepare(call))
-    launches.forget()
+    prepared.forget()
     x = ((call.input(2, 7, 6) * 8).round() / 8).to(**LAST)
     call.check(conv2d, x, **options, **LAST)
     assert [c.input.shape for c in calls] == [(2, 7, 6, x.shape[1])]
@@ -181,7 +181,7 @@ def test_wide_offsets(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
 
 def test_what_no_kernel_indexes_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str] = []
-    monkeypatch.setattr(launches, "decline", reasons.append)
+    monkeypatch.setattr(prepared, "decline", reasons.append)
     monkeypatch.setattr(reference, "compute", lambda call: torch.zeros(()))
     call = Call((16, 8, 1, 1), 4, 4)
     call(conv2d, torch.zeros(1).expand(1, 8, 2**16, 2**15))
@@ -199,7 +199,7 @@ def test_float32_in_three_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_reference_keeps_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launches, "decline", lambda reason: None)
+    monkeypatch.setattr(prepared, "decline", lambda reason: None)
     call = Call((16, 8, 3, 3), 4, 4)
     assert call(conv2d, call.input(2, 7, 6).double().to(**LAST)).is_contiguous(**LAST)
 
@@ -216,7 +216,7 @@ def test_bad_operands_are_refused() -> None:
 
 def test_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str] = []
-    monkeypatch.setattr(launches, "decline", reasons.append)
+    monkeypatch.setattr(prepared, "decline", reasons.append)
     call = Call((16, 8, 3, 3), 8, 4)
     x = call.input(2, 7, 6)
     got = call(conv2d, x, p_in=2, activation="int8")
@@ -229,7 +229,7 @@ def test_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_single_positions_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 1 x 1 convolution of float64 channels that lie side by side is left to the reference, in its format."""
     reasons: list[str] = []
-    monkeypatch.setattr(launches, "decline", reasons.append)
+    monkeypatch.setattr(prepared, "decline", reasons.append)
     call = Call((16, 32, 1, 1), 4, 4)
     x = call.input(2, 7, 6).double().to(**LAST)
     got = call(conv2d, x)

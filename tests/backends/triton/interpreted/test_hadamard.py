@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tbn_compiler  # noqa: F401  (registers the operators)
-from tbn_compiler.backends.triton import launches, tuning
 from tbn_compiler.backends.triton import linear as wrapper
+from tbn_compiler.backends.triton import prepared, tuning
 from tbn_compiler.backends.triton.conv import conv1d, conv2d, conv3d
 from tbn_compiler.backends.triton.linear import linear
 from tbn_compiler.backends.triton.search import Config
@@ -32,8 +32,8 @@ def _no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(reason: str) -> None:
         raise AssertionError(f"left to the reference: {reason}")
 
-    monkeypatch.setattr(launches, "decline", refuse)
-    launches.forget()
+    monkeypatch.setattr(prepared, "decline", refuse)
+    prepared.forget()
 
 
 @pytest.fixture

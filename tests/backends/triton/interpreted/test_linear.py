@@ -11,8 +11,8 @@ import torch
 
 import tbn_compiler  # noqa: F401  (registers the operators)
 from tbn_compiler.backends import triton as backend
-from tbn_compiler.backends.triton import launches, search, tuning
 from tbn_compiler.backends.triton import linear as wrapper
+from tbn_compiler.backends.triton import prepared, search, tuning
 from tbn_compiler.backends.triton.linear import linear
 from tbn_compiler.backends.triton.quantize import quantize
 from tbn_compiler.backends.triton.search import Gpu
@@ -33,7 +33,7 @@ def _no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(reason: str) -> None:
         raise AssertionError(f"left to the reference: {reason}")
 
-    monkeypatch.setattr(launches, "decline", refuse)
+    monkeypatch.setattr(prepared, "decline", refuse)
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def test_left_to_the_reference(
     options: dict[str, Any],
     reason: str,
 ) -> None:
-    monkeypatch.setattr(launches, "decline", backend.decline)
+    monkeypatch.setattr(prepared, "decline", backend.decline)
     monkeypatch.setattr(backend, "_declined", {})
     x = call.input(3).to(dtype)
     with caplog.at_level(logging.INFO, logger="tbn_compiler.backends.triton"):
