@@ -19,6 +19,23 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("tbn_compiler/backends/cpu/src")
 LIBRARY_SUFFIX = ".dll" if os.name == "nt" else ".so"  # as backends/cpu/library.py looks for it
 
+# Exact results: no contraction of products and sums, and nothing like -ffast-math.
+OPTIONS = (
+    "-std=gnu11",
+    "-g0",
+    "-O3",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fexceptions",  # PyTorch raises its errors through the operators' kernels
+    "-Wall",
+    "-Wextra",
+    "-Wconversion",
+)
+# /volatile:ms: src/platform.h relies on the order that it gives. Exceptions need no option.
+MSVC_OPTIONS = ("/std:c11", "/O2", "/fp:precise", "/volatile:ms")
+
 
 class BuildLibrary(build_ext):
     """A shared library, not an extension module: it has no Python in its name, and exports what its sources say."""
@@ -26,6 +43,13 @@ class BuildLibrary(build_ext):
     def get_ext_filename(self, ext_name: str) -> str:
         """The library's path, without the version of Python."""
         return os.path.join(*ext_name.split(".")) + LIBRARY_SUFFIX
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compiles and links with the options of the compiler that was found."""
+        msvc = self.compiler.compiler_type == "msvc"
+        ext.extra_compile_args = list(MSVC_OPTIONS if msvc else OPTIONS)
+        ext.extra_link_args = [] if msvc else ["-pthread"]
+        super().build_extension(ext)
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """No function that initialises a module is asked for."""
@@ -55,21 +79,6 @@ setup(
             "tbn_compiler.backends.cpu._tbn_cpu",
             sources=sorted(str(path) for path in SOURCES.glob("*.c")),
             depends=sorted(str(path) for path in SOURCES.glob("*.h")),
-            # Exact results: no contraction of products and sums, and nothing like -ffast-math.
-            extra_compile_args=[
-                "-std=gnu11",
-                "-g0",
-                "-O3",
-                "-fvisibility=hidden",
-                "-fno-math-errno",
-                "-fno-trapping-math",
-                "-ffp-contract=off",
-                "-fexceptions",  # PyTorch raises its errors through the operators' kernels
-                "-Wall",
-                "-Wextra",
-                "-Wconversion",
-            ],
-            extra_link_args=["-pthread"],
             optional=True,
         )
     ],

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import setuptools
+from setuptools.command.build_ext import build_ext
 
 import tbn_compiler
 from examples.documents import fill
@@ -76,10 +80,28 @@ def test_the_installed_package_runs(files: tuple[Path, Path], tmp_path: Path) ->
     target = tmp_path / "installed"
     matrix.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, files[1]], tmp_path)
     (tmp_path / "smoke.py").write_text(matrix.SMOKE.read_text())
-    output = matrix.run([sys.executable, "smoke.py", target], tmp_path, PYTHONPATH=str(target))
+    output = matrix.run([sys.executable, "smoke.py", "--native", target], tmp_path, PYTHONPATH=str(target))
     found = json.loads(output.splitlines()[-1])
     assert found["tbn-compiler"] == tbn_compiler.__version__
     assert found["level"] is not None
+
+
+def test_each_compiler_gets_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MSVC knows none of GCC's; the workflow that checks the kernels with it takes those of the wheels."""
+    monkeypatch.chdir(matrix.ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    script = runpy.run_path("setup.py")
+    monkeypatch.setattr(build_ext, "build_extension", lambda command, extension: None)
+    command = script["BuildLibrary"](setuptools.Distribution())
+    extension = setuptools.Extension("library", [])
+    for kind, options, link in (("unix", "OPTIONS", ["-pthread"]), ("msvc", "MSVC_OPTIONS", [])):
+        command.compiler = SimpleNamespace(compiler_type=kind)
+        command.build_extension(extension)
+        assert tuple(extension.extra_compile_args) == script[options]
+        assert extension.extra_link_args == link
+    assert all(option.startswith("/") for option in script["MSVC_OPTIONS"])
+    workflow = (matrix.ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+    assert f"cl /nologo {' '.join(script['MSVC_OPTIONS'])} /W4" in workflow
 
 
 WORKED = {"python": "3.10.13", "torch": "2.9.1+cu128", "level": "avx512vnni", "package": "wheel", "loss": 0.2}

@@ -3,9 +3,11 @@
  * are exact in any order; some tokens hold infinities, NaN, or numbers so large that partial sums overflow. Run on its
  * own: under an emulator for other machines, or with the compiler's sanitizers.
  *
- *     check_level LEVEL      # exit status 0: all equal
+ *     check_level LEVEL      # exit status 0: all equal; prints a checksum of all results, equal wherever a level runs
  */
+#include "scratch.h"
 #include "tbn_cpu.h"
+#include "wide.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -24,7 +26,7 @@ static size_t between(uint32_t low, uint32_t high) {
 }
 
 static void *memory(size_t bytes) {
-    void *block = aligned_alloc(TBN_ALIGN, (bytes + TBN_ALIGN) / TBN_ALIGN * TBN_ALIGN);
+    void *block = tbn_allocate(bytes + 1);
     if (!block)
         abort();
     return block;
@@ -35,6 +37,18 @@ static float *random_floats(size_t count) {
     for (size_t i = 0; i < count; i++)
         values[i] = ((float)random_below(17) - 8.0f) / 8.0f;
     return values;
+}
+
+static uint64_t checksum = 14695981039346656037u; /* FNV-1a, of words */
+
+/* Adds the bits of results; those of a NaN are the processor's own. */
+static void add_to_checksum(const float *values, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits = 0x7fc00000u;
+        if (!isnan(values[i]))
+            memcpy(&bits, values + i, sizeof bits);
+        checksum = (checksum ^ bits) * 1099511628211u;
+    }
 }
 
 /* Leaves `count` inputs as they are, or makes some infinite or NaN, or all of them zeros and multiples of 2^126. */
@@ -80,7 +94,7 @@ static float to_integers(const float *x, size_t count, int activation, const flo
     const float scale = tbn_level("portable")->quantize(x, count, activation == TBN_BINARY, fixed, q);
     for (size_t i = 0; i < count; i++)
         values[i] = (float)q[i];
-    free(q);
+    tbn_free(q);
     return scale;
 }
 
@@ -90,7 +104,7 @@ static size_t some_mixes(void) {
 }
 
 static int hadamard(size_t row, size_t column) {
-    return __builtin_parityll(row & column) ? -1 : 1;
+    return tbn_hadamard(row, column) ? -1 : 1;
 }
 
 /* Bits of rows of `steps` steps of weights in the order in which products read them; weights [group][row][step][byte]. */
@@ -156,9 +170,10 @@ static int check_linear(const struct tbn_kernels *kernels, int activation) {
         dots.index = order;
         dots.corrections = corrections;
         wrong += tbn_linear_dots(&dots, x, out, tokens, alpha, bias, scale_of_all, between(1, 3)) != TBN_OK;
-        free(spread), free(order), free(corrections);
+        tbn_free(spread), tbn_free(order), tbn_free(corrections);
     } else
         wrong += tbn_linear(&layer, x, out, tokens, alpha, bias, scale_of_all, between(1, 3)) != TBN_OK;
+    add_to_checksum(out, tokens * outputs);
     for (size_t token = 0; token < tokens; token++) {
         const float scale = to_integers(x + token * inputs, inputs, activation, scale_of_all, values);
         for (size_t output = 0; output < outputs; output++) {
@@ -171,7 +186,7 @@ static int check_linear(const struct tbn_kernels *kernels, int activation) {
             wrong += differ(out[token * outputs + output], expected, 1);
         }
     }
-    free(signs), free(x), free(alpha), free(bias), free(out), free(values), free(index), free(sums_index);
+    tbn_free(signs), tbn_free(x), tbn_free(alpha), tbn_free(bias), tbn_free(out), tbn_free(values), tbn_free(index), tbn_free(sums_index);
     if (wrong)
         printf("linear, activation %d, rows %zu, inputs %zu, mixes %zu, tokens %zu: %d wrong\n", activation, rows,
                inputs, mixes, tokens, wrong);
@@ -214,7 +229,7 @@ static int conv_dots(struct tbn_conv *layer, const int8_t *signs, size_t group, 
         last[(i / plane / channels * plane + i % plane) * channels + i / plane % channels] = x[i];
     const int status = tbn_conv_dots(&dots, dots.channels_last ? last : x, out, samples, height, width, &alpha, NULL,
                                      scale, between(1, 3));
-    free(bytes), free(order), free(corrections), free(last);
+    tbn_free(bytes), tbn_free(order), tbn_free(corrections), tbn_free(last);
     return status != TBN_OK;
 }
 
@@ -257,6 +272,7 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
         }
     } else
         wrong += tbn_conv(&layer, x, out, samples, height, width, &alpha, NULL, scale_of_all, between(1, 3)) != TBN_OK;
+    add_to_checksum(out, samples * outputs);
     for (size_t sample = 0; sample < samples; sample++) {
         const float scale = to_integers(x + sample * size, size, activation, scale_of_all, values);
         for (size_t i = 0; i < outputs; i++) {
@@ -278,7 +294,7 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
             wrong += differ(result, finish(sum, activation, alpha, scale, 0.0f), 0);
         }
     }
-    free(signs), free(index), free(x), free(out), free(values);
+    tbn_free(signs), tbn_free(index), tbn_free(x), tbn_free(out), tbn_free(values);
     if (wrong)
         printf("conv, activation %d, rows %zu, channels %zu, mixes %zu: %d wrong\n", activation, rows, channels, mixes,
                wrong);
@@ -295,5 +311,6 @@ int main(int count, char **arguments) {
     for (int i = 0; i < 20; i++)
         for (int activation = TBN_FLOAT; activation <= TBN_BINARY; activation++)
             wrong += check_linear(kernels, activation) + check_conv(kernels, activation);
+    printf("checksum %016llx\n", (unsigned long long)checksum);
     return wrong != 0;
 }

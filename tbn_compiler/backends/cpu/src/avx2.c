@@ -2,9 +2,9 @@
  * AVX2. A table of 3 inputs is one vector of 8 floats (vpermps); a table of 4 inputs is 16 sums of 16 bits, their low
  * bytes and their high bytes apart (vpshufb looks up bytes).
  */
-#if defined(__x86_64__)
-
 #include "generic.h"
+
+#if defined(TBN_X86)
 
 #include <immintrin.h>
 

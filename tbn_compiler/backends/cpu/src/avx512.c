@@ -2,9 +2,9 @@
  * AVX-512 (F, BW, DQ, VL). A table of 5 inputs is 32 entries: two vectors of floats (vpermi2ps reads both) or one of
  * 16-bit integers (vpermw). Looking up costs one shuffle and one addition for 16 or 32 rows times 5 inputs.
  */
-#if defined(__x86_64__)
-
 #include "generic.h"
+
+#if defined(TBN_X86)
 
 #include <immintrin.h>
 
@@ -274,7 +274,7 @@ TARGET static float quantize(const float *x, size_t count, int binary, const flo
 
 const struct tbn_kernels tbn_avx512 = {.name = "avx512", .dots = NULL, KERNELS};
 const struct tbn_kernels tbn_avx512vnni = {.name = "avx512vnni", .dots = &tbn_dots_vnni, KERNELS};
-#ifdef TBN_AMX
+#if defined(TBN_AMX)
 const struct tbn_kernels tbn_avx512amx = {.name = "avx512amx", .dots = &tbn_dots_amx, KERNELS};
 #endif
 

@@ -4,8 +4,7 @@
 #include "dots.h"
 
 /* Every `mixes`-th of `count` bytes. */
-static inline __attribute__((always_inline)) void take_every(const uint8_t *bytes, size_t count, size_t mixes,
-                                                             uint8_t *restrict out) {
+TBN_INLINE void take_every(const uint8_t *bytes, size_t count, size_t mixes, uint8_t *restrict out) {
     for (size_t i = 0; i < count; i++)
         out[i] = bytes[i * mixes];
 }
@@ -23,8 +22,7 @@ static void deal_out(const uint8_t *bytes, size_t count, size_t mixes, uint8_t *
 }
 
 /* `size` neighbouring bytes of each of `count` pixels, `pixel` bytes apart. */
-static inline __attribute__((always_inline)) void copy_pixels(const uint8_t *bytes, size_t count, size_t size,
-                                                              uint8_t *restrict out, size_t pixel) {
+TBN_INLINE void copy_pixels(const uint8_t *bytes, size_t count, size_t size, uint8_t *restrict out, size_t pixel) {
     for (size_t i = 0; i < count; i++)
         memcpy(out + i * pixel, bytes + i * size, size);
 }
@@ -94,8 +92,8 @@ static void fill_images(const struct call *call, size_t sample, uint8_t *to) {
 }
 
 /* `rows` rows, `apart` bytes apart, as one: the pixels of a column one behind the other. */
-static inline __attribute__((always_inline)) void fold_row(const uint8_t *from, size_t columns, size_t rows,
-                                                           size_t apart, size_t pixel, uint8_t *restrict out) {
+TBN_INLINE void fold_row(const uint8_t *from, size_t columns, size_t rows, size_t apart, size_t pixel,
+                         uint8_t *restrict out) {
     for (size_t x = 0; x < columns; x++)
         for (size_t k = 0; k < rows; k++)
             memcpy(out + (x * rows + k) * pixel, from + k * apart + x * pixel, pixel);

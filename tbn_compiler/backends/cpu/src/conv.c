@@ -12,7 +12,6 @@
 #include "wide.h"
 
 #include <math.h>
-#include <stdatomic.h>
 #include <string.h>
 
 /* Tables that an output row reads, and tables of a band: what first- and second-level caches hold along with the rest. */
@@ -41,7 +40,7 @@ struct call {
     size_t bands, band_rows;  /* of output rows */
     size_t filters;           /* computed, rounded up to whole row blocks */
     size_t units;
-    atomic_size_t next;
+    tbn_counter next;
 };
 
 /* Buffers of one thread. */
@@ -282,12 +281,12 @@ static void finish_wide(const struct call *call, const struct buffers *buffers, 
 static void run(void *argument) {
     struct call *call = argument;
     struct buffers buffers;
-    char *memory = aligned_alloc(TBN_ALIGN, tbn_max(take_buffers(call, NULL, &buffers), TBN_ALIGN));
+    char *memory = tbn_allocate(tbn_max(take_buffers(call, NULL, &buffers), TBN_ALIGN));
     if (!memory)
         return; /* the units are left to the other threads, or remain */
     take_buffers(call, memory, &buffers);
     for (;;) {
-        const size_t unit = atomic_fetch_add(&call->next, 1);
+        const size_t unit = tbn_take_number(&call->next);
         if (unit >= call->units)
             break;
         const size_t band = unit % call->bands, group = unit / call->bands % call->layer->groups;
@@ -305,7 +304,7 @@ static void run(void *argument) {
         if (!call->integers && !call->layer->kernels->all_finite(buffers.z, mixes * sums))
             finish_wide(call, &buffers, sample, group, first_row, rows);
     }
-    free(memory);
+    tbn_free(memory);
 }
 
 /* How much is looked up in one go, and how many rows a band has. */
@@ -335,7 +334,7 @@ static void *quantize(struct call *call, size_t samples, const float *scale) {
     const struct tbn_conv *layer = call->layer;
     const size_t size = layer->groups * layer->channels * layer->mixes * call->height * call->width;
     const size_t bytes = tbn_round_up(samples * size * sizeof(int16_t), TBN_ALIGN);
-    char *memory = aligned_alloc(TBN_ALIGN, bytes + tbn_round_up(samples * sizeof(float), TBN_ALIGN));
+    char *memory = tbn_allocate(bytes + samples * sizeof(float));
     if (!memory)
         return NULL;
     int16_t *integers = (int16_t *)(void *)memory;
@@ -377,6 +376,6 @@ int tbn_conv(const struct tbn_conv *layer, const float *x, float *out, size_t sa
         return TBN_OUT_OF_MEMORY;
     plan(&call, samples, threads);
     tbn_parallel(tbn_min(threads, call.units), run, &call);
-    free(quantized);
-    return atomic_load(&call.next) < call.units ? TBN_OUT_OF_MEMORY : TBN_OK;
+    tbn_free(quantized);
+    return tbn_taken(&call.next) < call.units ? TBN_OUT_OF_MEMORY : TBN_OK;
 }

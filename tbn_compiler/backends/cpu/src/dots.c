@@ -234,13 +234,13 @@ static void linear_tokens(const struct call *call, const struct buffers *buffers
 static void run(void *argument) {
     struct call *call = argument;
     struct buffers buffers;
-    char *memory = aligned_alloc(TBN_ALIGN, tbn_max(take_buffers(call, NULL, &buffers), TBN_ALIGN));
+    char *memory = tbn_allocate(tbn_max(take_buffers(call, NULL, &buffers), TBN_ALIGN));
     if (!memory)
         return; /* the units are left to the other threads, or remain */
     take_buffers(call, memory, &buffers);
     call->dots->begin();
     for (;;) {
-        const size_t unit = atomic_fetch_add(&call->next, 1);
+        const size_t unit = tbn_take_number(&call->next);
         if (unit >= call->units)
             break;
         if (call->linear) {
@@ -254,7 +254,7 @@ static void run(void *argument) {
                   tbn_min(call->band_rows, call->out_height - first_row));
     }
     call->dots->end();
-    free(memory);
+    tbn_free(memory);
 }
 
 /* The steps of a run of `bytes` bytes, a multiple of 4, `at` bytes from an input; written unless `places` is NULL. */
@@ -340,7 +340,7 @@ static int compute(struct call *call, size_t threads, size_t outputs, size_t alp
     tbn_take(&parts, call->limbs * whole);
     const size_t at_unfolded = parts.used;
     tbn_take(&parts, folded && !given ? call->limbs * call->unfolded_bytes : 0);
-    char *memory = aligned_alloc(TBN_ALIGN, tbn_max(parts.used, TBN_ALIGN));
+    char *memory = tbn_allocate(tbn_max(parts.used, TBN_ALIGN));
     if (!memory)
         return TBN_OUT_OF_MEMORY;
     float *alphas = (float *)(void *)(memory + at_alphas);
@@ -383,8 +383,8 @@ static int compute(struct call *call, size_t threads, size_t outputs, size_t alp
     if (call->input && !given)
         memcpy(call->input->scales, call->scales, call->samples * sizeof(float));
     tbn_parallel(tbn_min(threads, call->units), run, call);
-    const int status = atomic_load(&call->next) < call->units ? TBN_OUT_OF_MEMORY : look_up(call, threads);
-    free(memory);
+    const int status = tbn_taken(&call->next) < call->units ? TBN_OUT_OF_MEMORY : look_up(call, threads);
+    tbn_free(memory);
     return status;
 }
 

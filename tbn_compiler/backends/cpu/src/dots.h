@@ -2,8 +2,6 @@
 #ifndef TBN_DOTS_H
 #define TBN_DOTS_H
 
-#include <stdatomic.h>
-
 #include "scratch.h"
 #include "tbn_cpu.h"
 
@@ -70,7 +68,7 @@ struct call {
     size_t unfolded_bytes;                      /* of a limb */
     size_t unfolded_row, unfolded_image, unfolded_pixel; /* their bytes; those above where nothing is folded */
     size_t units, bands, band_rows, tiles;      /* tiles: the most of a unit */
-    atomic_size_t next;
+    tbn_counter next;
 };
 
 /* bytes.c: the images of one sample, as the products read them; an image folded, what the kernel's rows meet side by side for

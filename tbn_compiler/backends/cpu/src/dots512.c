@@ -2,9 +2,9 @@
  * Products of bytes on AVX-512 machines: vpdpbusd multiplies 64 bytes and adds them to 16 sums; a tile instruction of AMX
  * multiplies 16 inputs with 16 rows of 64 bytes.
  */
-#if defined(__x86_64__)
-
 #include "generic.h"
+
+#if defined(TBN_X86)
 
 #include <immintrin.h>
 
@@ -162,7 +162,7 @@ TARGET static void bytes(const float *x, size_t count, enum tbn_activation activ
 
 /* The bytes of one position, 4 to each of 16 lanes, to the first `count` of 16 positions `stride` apart. */
 INLINE void store_fours(__m512i fours, size_t count, uint8_t *out, size_t stride) {
-    int32_t words[16] __attribute__((aligned(TBN_ALIGN)));
+    _Alignas(TBN_ALIGN) int32_t words[16];
     _mm512_store_si512(words, fours);
     for (size_t i = 0; i < count; i++)
         memcpy(out + i * stride, words + i, 4);
@@ -423,7 +423,7 @@ TARGET static void finish_by_rows(const struct tbn_dot_finish *job, const int32_
                                   size_t outputs, size_t inputs, float *out, size_t step) {
     const __m512 scale = _mm512_set1_ps(job->scales[0]);
     const __mmask16 wanted = first_lanes(inputs);
-    float by_input[16 * 16] __attribute__((aligned(TBN_ALIGN))), by_row[16 * 16] __attribute__((aligned(TBN_ALIGN)));
+    _Alignas(TBN_ALIGN) float by_input[16 * 16], by_row[16 * 16];
     for (size_t first = 0; first < rows; first += 16) {
         const __m512i correction = job->correction
                                        ? _mm512_maskz_loadu_epi32(first_lanes(rows - first), job->correction + first)
@@ -449,7 +449,7 @@ TARGET static void finish_by_rows(const struct tbn_dot_finish *job, const int32_
 
 const struct tbn_dots tbn_dots_vnni = {.gathers = 1, .begin = nothing, .end = nothing, .multiply = multiply_vnni, SHARED};
 
-#ifdef TBN_AMX
+#if defined(TBN_AMX)
 
 /* A function of its own instructions. */
 TARGET static void expand_blocks(const struct tbn_dot *job, size_t block, size_t blocks) {

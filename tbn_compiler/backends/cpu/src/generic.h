@@ -9,8 +9,6 @@
 #include <math.h>
 #include <string.h>
 
-#define TBN_INLINE static inline __attribute__((always_inline))
-
 /* One output. The order of the products is the reference's: (z * alpha) * scale + bias. */
 TBN_INLINE float finish_one(float z, float alpha, float scale, const float *bias, int relu) {
     float value = z * alpha * scale;

@@ -9,13 +9,15 @@
 #ifndef TBN_KERNELS_H
 #define TBN_KERNELS_H
 
+#include "platform.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
 enum tbn_activation { TBN_FLOAT = 0, TBN_INT8 = 1, TBN_BINARY = 2 };
 
 /* Largest vector, in bytes: alignment of tables, prepared tiles and scratch. */
-enum { TBN_ALIGN = 64 };
+#define TBN_ALIGN 64
 
 /* Integer tables hold 16-bit sums, added in 16 bits: 256 inputs of magnitude 127 are the most that cannot overflow. */
 enum { TBN_MAX_INT16_INPUTS = 256 };
@@ -205,17 +207,15 @@ struct tbn_kernels {
 };
 
 extern const struct tbn_kernels tbn_portable;
-#if defined(__x86_64__)
+#if defined(TBN_X86)
 extern const struct tbn_kernels tbn_avx2;
 extern const struct tbn_kernels tbn_avx512, tbn_avx512vnni;
 extern const struct tbn_dots tbn_dots_vnni;
-/* Compilers that know AMX. */
-#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
-#define TBN_AMX 1
+#if defined(TBN_AMX)
 extern const struct tbn_kernels tbn_avx512amx;
 extern const struct tbn_dots tbn_dots_amx;
 #endif
-#elif defined(__aarch64__)
+#elif defined(TBN_ARM)
 extern const struct tbn_kernels tbn_neon;
 #endif
 

@@ -2,25 +2,20 @@
 
 #include <string.h>
 
-#if defined(__x86_64__)
+#if defined(TBN_X86)
+
+#if defined(TBN_AMX)
 #include <cpuid.h>
-#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 
-#ifdef TBN_AMX
 /* Whether the processor has AMX for bytes, and the system lets this process use it. */
 static int has_amx(void) {
-#if defined(__linux__) && defined(SYS_arch_prctl)
     enum { PERMISSION = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) /* AMX-TILE, AMX-INT8 */
         return 0;
     return syscall(SYS_arch_prctl, PERMISSION, TILE_DATA) == 0;
-#else
-    return 0;
-#endif
 }
 #endif
 
@@ -31,7 +26,7 @@ static const struct tbn_kernels *find(const char *name) {
                        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                        __builtin_cpu_supports("bmi2");
     const int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-#ifdef TBN_AMX
+#if defined(TBN_AMX)
     if (strcmp(name, "avx512amx") == 0 && vnni && has_amx())
         return &tbn_avx512amx;
 #endif
@@ -43,7 +38,7 @@ static const struct tbn_kernels *find(const char *name) {
         return &tbn_avx2;
     return NULL;
 }
-#elif defined(__aarch64__)
+#elif defined(TBN_ARM)
 static const struct tbn_kernels *find(const char *name) {
     return strcmp(name, "neon") == 0 ? &tbn_neon : NULL; /* every such machine has it */
 }

@@ -14,7 +14,6 @@
 #include "wide.h"
 
 #include <math.h>
-#include <stdatomic.h>
 #include <string.h>
 
 enum { LOOKUP_TOKENS = 4 };
@@ -38,7 +37,7 @@ struct call {
     size_t words;        /* words of a row in the prepared tile */
     size_t block_words;  /* words whose tables are in the cache at once */
     size_t units;        /* parts of blocks */
-    atomic_size_t next;  /* the next unit to compute */
+    tbn_counter next;    /* the next unit to compute */
 };
 
 /* Buffers of one thread. */
@@ -289,7 +288,7 @@ static void lookup_part(const struct call *call, const struct buffers *buffers, 
 /* Rows [first, last) of up to TBN_BATCH tokens. */
 static void sums_part(const struct call *call, const struct buffers *buffers, size_t token, size_t first, size_t last) {
     const struct tbn_linear *layer = call->layer;
-    static const float zero[TBN_BATCH] __attribute__((aligned(TBN_ALIGN)));
+    static _Alignas(TBN_ALIGN) const float zero[TBN_BATCH] = {0};
     const size_t tokens = tbn_min(TBN_BATCH, call->sums_tokens - token), rows = last - first;
     const size_t group_stride = tokens * rows;
     const size_t group_entries = tbn_ceil_divide(call->columns, TBN_SUMS_INPUTS) * layer->rows * TBN_SUMS_GROUPS;
@@ -325,12 +324,12 @@ static void share(size_t count, size_t part, size_t parts, size_t *first, size_t
 static void run(void *argument) {
     struct call *call = argument;
     struct buffers buffers;
-    char *memory = aligned_alloc(TBN_ALIGN, tbn_max(take_buffers(call, NULL, &buffers), TBN_ALIGN));
+    char *memory = tbn_allocate(tbn_max(take_buffers(call, NULL, &buffers), TBN_ALIGN));
     if (!memory)
         return; /* the units are left to the other threads, or remain */
     take_buffers(call, memory, &buffers);
     for (;;) {
-        const size_t unit = atomic_fetch_add(&call->next, 1);
+        const size_t unit = tbn_take_number(&call->next);
         if (unit >= call->units)
             break;
         const size_t block = unit / call->parts, part = unit % call->parts;
@@ -346,7 +345,7 @@ static void run(void *argument) {
                 lookup_part(call, &buffers, token, tbn_min(LOOKUP_TOKENS, call->tokens - token), first, last);
         }
     }
-    free(memory);
+    tbn_free(memory);
 }
 
 int tbn_linear(const struct tbn_linear *layer, const float *x, float *out, size_t tokens, const float *alpha,
@@ -381,5 +380,5 @@ int tbn_linear(const struct tbn_linear *layer, const float *x, float *out, size_
     call.block_words = tbn_min(call.block_words, call.words);
     call.units = blocks * call.parts;
     tbn_parallel(tbn_min(threads, call.units), run, &call);
-    return atomic_load(&call.next) < call.units ? TBN_OUT_OF_MEMORY : TBN_OK;
+    return tbn_taken(&call.next) < call.units ? TBN_OUT_OF_MEMORY : TBN_OK;
 }

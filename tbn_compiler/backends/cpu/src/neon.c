@@ -2,7 +2,9 @@
  * NEON, on 64-bit ARM. A table of 4 integer inputs is 16 sums of 16 bits, their low bytes and their high bytes apart
  * (tbl looks up bytes).
  */
-#if defined(__aarch64__)
+#include "kernels.h"
+
+#if defined(TBN_ARM)
 
 #include "portable.h"
 

@@ -325,7 +325,7 @@ int tbn_network(const struct tbn_network *network, const float *x, int last, flo
     char *memory = NULL;
     if (status == TBN_OK) {
         const size_t start = tbn_round_up(samples * sizeof(float), TBN_ALIGN);
-        memory = aligned_alloc(TBN_ALIGN, place_values(network, samples, run.images, start));
+        memory = tbn_allocate(place_values(network, samples, run.images, start));
         status = memory ? TBN_OK : TBN_OUT_OF_MEMORY;
     }
     if (status == TBN_OK) {
@@ -339,7 +339,7 @@ int tbn_network(const struct tbn_network *network, const float *x, int last, flo
     for (size_t sample = 0; status == TBN_OK && sample < samples; sample++) /* bytes hold no NaN */
         for (size_t i = 0; isnan(run.scales[sample]) && i < count; i++)
             out[sample * count + i] = NAN;
-    free(memory);
+    tbn_free(memory);
     free(run.images);
     return status;
 }

@@ -45,14 +45,22 @@ static void lookup_f32(const struct tbn_lookup *job) {
 }
 
 /* Vectors of 16 bytes: every machine with vectors has these, and the compiler takes them apart on the others. */
-typedef float quad __attribute__((vector_size(16)));
+#if defined(TBN_GNU_C)
+typedef float part __attribute__((vector_size(16)));
+enum { PARTS = TBN_BATCH / 4 };
+#else
+typedef float part;
+enum { PARTS = TBN_BATCH };
+#endif
 
 typedef struct {
-    quad part[TBN_BATCH / 4];
+    part parts[PARTS];
 } batch;
 
 INLINE batch batch_zero(void) {
-    return (batch){{{0}}};
+    batch value;
+    memset(&value, 0, sizeof value);
+    return value;
 }
 
 INLINE batch batch_load(const float *x) {
@@ -66,14 +74,14 @@ INLINE void batch_store(float *x, batch value) {
 }
 
 INLINE batch batch_add(batch a, batch b) {
-    for (int i = 0; i < TBN_BATCH / 4; i++)
-        a.part[i] += b.part[i];
+    for (int i = 0; i < PARTS; i++)
+        a.parts[i] += b.parts[i];
     return a;
 }
 
 INLINE batch batch_subtract(batch a, batch b) {
-    for (int i = 0; i < TBN_BATCH / 4; i++)
-        a.part[i] -= b.part[i];
+    for (int i = 0; i < PARTS; i++)
+        a.parts[i] -= b.parts[i];
     return a;
 }
 

@@ -22,6 +22,23 @@ static inline size_t tbn_max(size_t a, size_t b) {
     return a > b ? a : b;
 }
 
+/* Memory aligned for vectors, or NULL; to be given to tbn_free. */
+static inline void *tbn_allocate(size_t bytes) {
+#if defined(_WIN32)
+    return _aligned_malloc(bytes, TBN_ALIGN);
+#else
+    return aligned_alloc(TBN_ALIGN, tbn_round_up(bytes, TBN_ALIGN));
+#endif
+}
+
+static inline void tbn_free(void *memory) {
+#if defined(_WIN32)
+    _aligned_free(memory);
+#else
+    free(memory);
+#endif
+}
+
 /* Where to cut the next part. With `base` NULL only the size is counted. */
 struct tbn_scratch {
     char *base;

@@ -4,13 +4,16 @@
  *
  * A piece is checked and copied once, when it is first called with; later calls find the plan by its address.
  */
-#define _GNU_SOURCE
+#if !defined(_WIN32)
+#define _GNU_SOURCE /* RTLD_DEFAULT */
 #include <dlfcn.h>
-#include <pthread.h>
-#include <stdatomic.h>
+#endif
+
 #include <stdlib.h>
 #include <string.h>
 
+#include "scratch.h"
+#include "system.h"
 #include "tbn_cpu.h"
 
 struct pointer {
@@ -23,7 +26,7 @@ enum { TO_BODY, TO_KERNELS, TO_DOTS, TO_FUNCTION };
 
 struct header {
     char magic[8];
-    uint32_t interface;
+    uint32_t version; /* TBN_INTERFACE */
     uint16_t kind, root; /* of the plan itself, at the beginning of the body; its bytes */
     char level[16];
     uint64_t pointers, begin, bytes; /* how many; where the body begins, and its size */
@@ -39,8 +42,8 @@ struct restored {
 
 enum { CHAINS = 256 };
 
-static _Atomic(struct restored *) chains[CHAINS];
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static tbn_pointer chains[CHAINS];
+static tbn_lock lock = TBN_LOCK_INITIALIZER;
 
 static const void *function(uint64_t number) {
     static int (*const linear[])(const struct tbn_linear *, const float *, float *, size_t, const float *,
@@ -81,7 +84,7 @@ static bool is_sound(const struct header *header, const struct pointer *pointers
 static const void *restore(const unsigned char *source, const struct header *header, size_t size, size_t root,
                            enum tbn_plan_kind kind, const char **why) {
     const struct pointer *pointers = (const void *)(source + sizeof *header);
-    if (header->interface != TBN_INTERFACE) {
+    if (header->version != TBN_INTERFACE) {
         *why = "tbn_cpu: the plan was stored by another version of tbn_compiler: store it again";
         return NULL;
     }
@@ -95,8 +98,8 @@ static const void *restore(const unsigned char *source, const struct header *hea
         *why = "tbn_cpu: the plan was stored for a vector level that this processor does not have";
         return NULL;
     }
-    unsigned char *body = NULL;
-    if (posix_memalign((void **)&body, TBN_ALIGN, header->bytes)) {
+    unsigned char *body = tbn_allocate(header->bytes);
+    if (!body) {
         *why = "tbn_cpu: no memory for a plan";
         return NULL;
     }
@@ -123,25 +126,33 @@ const void *tbn_restore(const void *source, size_t size, size_t root, enum tbn_p
     *why = "tbn_cpu: the plan is not one that this process made";
     if (size < sizeof *header || (uintptr_t)source % sizeof(uint64_t) || memcmp(header->magic, magic, sizeof magic))
         return NULL;
-    _Atomic(struct restored *) *chain = &chains[(uintptr_t)source / 64 % CHAINS];
-    const void *plan = find(atomic_load_explicit(chain, memory_order_acquire), header);
+    tbn_pointer *chain = &chains[(uintptr_t)source / 64 % CHAINS];
+    const void *plan = find(tbn_get_pointer(chain), header);
     if (plan) return plan;
-    pthread_mutex_lock(&lock);
-    struct restored *first = atomic_load_explicit(chain, memory_order_relaxed);
+    tbn_acquire(&lock);
+    struct restored *first = tbn_get_pointer(chain);
     plan = find(first, header);
     if (!plan && (plan = restore(source, header, size, root, kind, why))) {
         struct restored *entry = malloc(sizeof *entry);
         if (entry) { /* kept until the process ends, as models are */
             *entry = (struct restored){source, *header, plan, first};
-            atomic_store_explicit(chain, entry, memory_order_release);
+            tbn_set_pointer(chain, entry);
         }
     }
-    pthread_mutex_unlock(&lock);
+    tbn_release(&lock);
     return plan;
 }
 
+/* The address of a function of the libtorch that the program has loaded. */
 static void *exported(const char *name, bool *complete) {
+#if defined(_WIN32)
+    const HMODULE library = GetModuleHandleA("torch_cpu.dll");
+    const FARPROC found = library ? GetProcAddress(library, name) : NULL;
+    void *address = NULL;
+    memcpy(&address, &found, sizeof address);
+#else
     void *address = dlsym(RTLD_DEFAULT, name);
+#endif
     *complete = *complete && address;
     return address;
 }

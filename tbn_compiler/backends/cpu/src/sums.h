@@ -34,7 +34,7 @@ INLINE batch add_four(batch sum, const uint16_t *index, const char *tables) {
     uint64_t offsets;
     memcpy(&offsets, index, sizeof offsets);
     for (int k = 0; k < 4; k++) {
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#if defined(TBN_LITTLE_ENDIAN)
         const size_t offset = (uint16_t)(offsets >> (16 * k));
 #else
         const size_t offset = index[k];
@@ -67,7 +67,7 @@ INLINE void transpose_inputs(const struct tbn_sums *job, size_t first, float *x)
 TARGET static void sums(const struct tbn_sums *job) {
     const uint16_t *index = job->index;
     for (size_t first = 0; first < job->inputs; first += TBN_SUMS_INPUTS, index += job->index_stride) {
-        float x[TBN_SUMS_INPUTS * TBN_BATCH] __attribute__((aligned(TBN_ALIGN)));
+        _Alignas(TBN_ALIGN) float x[TBN_SUMS_INPUTS * TBN_BATCH];
         transpose_inputs(job, first, x);
         char *tables = job->tables;
         for (size_t k = 0; k < TBN_SUMS_GROUPS; k++)

@@ -6,8 +6,6 @@
 
 #include "kernels.h"
 
-#define TBN_EXPORT __attribute__((visibility("default")))
-
 /* Changes with anything below: a library left over from another version is not used. */
 enum { TBN_INTERFACE = 9 };
 

@@ -37,7 +37,7 @@ struct call {
 };
 
 /* Raises RuntimeError: throws an exception of C++ through the caller, which owns nothing else. */
-__attribute__((noreturn)) static void fail(const struct call *call, const char *message) {
+static _Noreturn void fail(const struct call *call, const char *message) {
     torch.delete_tensor(call->input);
     torch.delete_tensor(call->plan);
     torch.check(false, "tbn_cpu", __FILE__, __LINE__, message);
