@@ -229,7 +229,7 @@ class _Printer:
                 return "NULL"
             case At(operand, offset, stride, inner_stride, inner_period):
                 text = self.value(operand, step) + (f" + {offset}" if offset else "")
-                text += f" + i * {stride}" if repeated and stride else ""
+                text += f" {'-' if stride < 0 else '+'} i * {abs(stride)}" if repeated and stride else ""
                 if not inner or not inner_stride:
                     return text
                 j = f"j % {inner_period}" if inner_period else "j"

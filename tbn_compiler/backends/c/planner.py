@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -111,7 +111,7 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
 
 def _with_notes(operation: ir.Operation, implementation: Implementation) -> Implementation:
     """The implementation with a word on weights that are stored larger than their tiles."""
-    stored = [value for value in (*operation.inputs, *vars(operation).values()) if isinstance(value, ir.Constant)]
+    stored = _stored(operation)
     notes = tuple(
         f"{value.name} is stored decoded, in {value.array.nbytes:,} bytes where its tile has {value.tile_bytes:,}: "
         "this operation has no kernel on tiles"
@@ -119,6 +119,15 @@ def _with_notes(operation: ir.Operation, implementation: Implementation) -> Impl
         if value.tile_bytes is not None
     )
     return replace(implementation, notes=notes)
+
+
+def _stored(operation: ir.Operation) -> Iterator[ir.Constant]:
+    """The stored arrays of an operation, and of those inside it."""
+    for value in (*operation.inputs, *vars(operation).values()):
+        if isinstance(value, ir.Operation):
+            yield from _stored(value)
+        elif isinstance(value, ir.Constant):
+            yield value
 
 
 _Named = TypeVar("_Named", ir.Constant, Struct)
