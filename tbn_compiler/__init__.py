@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tbn_compiler import backends, integrations
@@ -62,6 +62,8 @@ def export_c(
     layer_hook: bool = False,
     int8_inputs: bool = False,
     int8_outputs: bool = False,
+    state: Mapping[str, int] | None = None,
+    initial_state: Mapping[str, Tensor] | None = None,
     self_test: bool = False,
     package: Package | None = None,
 ) -> Plan:
@@ -80,6 +82,8 @@ def export_c(
         layer_hook=layer_hook,
         int8_inputs=int8_inputs,
         int8_outputs=int8_outputs,
+        state=state,
+        initial_state=initial_state,
         self_test=self_test,
         package=package,
     )

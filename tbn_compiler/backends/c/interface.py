@@ -22,6 +22,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 # Name and scale of what is int8 in place of floats.
 _INT8_PORT = re.compile(r"^/\* (\w+): int8 in place of the model's floats.*\n#define \w+ ([-+.e\d]+)f?$", re.MULTILINE)
+# Type, name, shape, output and whether there is an initial value, of a member of the state.
+_STATE_MEMBER = re.compile(
+    r"^    (\w+) (\w+)\[\d+\]; /\* (\d+(?: x \d+)*), from output (\d+)(; not zeros at first)? \*/$", re.MULTILINE
+)
 _WORD = 4  # bytes; every array of several in one block begins at a whole one
 
 
@@ -66,6 +70,25 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class StateMember:
+    """An array of the state.
+
+    Attributes:
+        name: of the member.
+        shape: of the model's input and output.
+        dtype: of the elements.
+        output: index of the model's output that it becomes.
+        zeros: whether it holds zeros before the first run.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    output: int
+    zeros: bool
+
+
+@dataclass(frozen=True)
 class Interface:
     """What a model's header says about its run function.
 
@@ -75,6 +98,8 @@ class Interface:
         inputs, outputs: in the order of the arguments.
         scratch_bytes: memory that the caller has to provide.
         takes_scratch: whether the last argument is that memory.
+        state_bytes: size of the state that the first argument points to; 0: there is none.
+        state: members of the state.
     """
 
     name: str
@@ -83,6 +108,8 @@ class Interface:
     outputs: tuple[Argument, ...]
     scratch_bytes: int
     takes_scratch: bool
+    state_bytes: int = 0
+    state: tuple[StateMember, ...] = ()
 
     @property
     def input_size(self) -> int:
@@ -106,8 +133,12 @@ class Interface:
 
     @property
     def call(self) -> str:
-        """A call of the run function on ``input`` and ``output``, arrays of words with all inputs and outputs."""
-        arguments = [f"(const void *)((input) + {start})" for start in _starts(self.inputs)]
+        """A call of the run function on ``input`` and ``output``, arrays of words with all inputs and outputs.
+
+        With a state there is a variable ``state``.
+        """
+        arguments = ["&state"] if self.state_bytes else []
+        arguments += [f"(const void *)((input) + {start})" for start in _starts(self.inputs)]
         arguments += [f"(void *)((output) + {start})" for start in _starts(self.outputs)]
         return f"{self.name}_run({', '.join([*arguments, '(scratch)'] if self.takes_scratch else arguments)})"
 
@@ -158,6 +189,8 @@ def read_interface(header: Path) -> Interface:
     if found is None:
         raise ExportError(f"{header} declares no function <name>_run: it is not a header of this compiler")
     name, parameters = found[1], [parameter.strip() for parameter in found[2].split(",")]
+    takes_state = parameters[0] == f"{name}_state *state"
+    parameters = parameters[1:] if takes_state else parameters
     takes_scratch = parameters[-1] == "void *scratch"
     inputs: list[Argument] = []
     outputs: list[Argument] = []
@@ -169,8 +202,18 @@ def read_interface(header: Path) -> Interface:
             size = sizes[f"{macro_prefix(name)}_{parts[3].upper()}_SIZE"]
             argument = Argument(parts[3], size, _DTYPES[parts[2]], scales.get(parts[3]))
             (inputs if parts[1] else outputs).append(argument)
+        state_bytes = sizes[f"{macro_prefix(name)}_STATE_BYTES"] if takes_state else 0
         scratch_bytes = sizes[f"{macro_prefix(name)}_SCRATCH_BYTES"] if takes_scratch else 0
     except KeyError as error:
         raise ExportError(f"{header} does not define {error.args[0]}: it is not a header of this compiler") from error
     prototype = found[0].rstrip(";")
-    return Interface(name, prototype, tuple(inputs), tuple(outputs), scratch_bytes, takes_scratch)
+    members = tuple(
+        StateMember(member, _shape(shape), _DTYPES[kind], int(output), not given)
+        for kind, member, shape, output, given in _STATE_MEMBER.findall(text)
+    )
+    return Interface(name, prototype, tuple(inputs), tuple(outputs), scratch_bytes, takes_scratch, state_bytes, members)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """A shape as the header has it, ``1 x 28 x 28``."""
+    return tuple(map(int, text.split(" x ")))

@@ -50,6 +50,13 @@ class Recurrence(ir.Operation):
     keeps_cell: bool = False
 
     @property
+    def overwritable(self) -> tuple[ir.Operand, ...]:
+        """The hidden state, where the output is the next one."""
+        if self.all_steps or self.keeps_cell or not self.given_state:
+            return ()
+        return self.inputs[1:2] if self.inputs.count(self.inputs[1]) == 1 else ()
+
+    @property
     def state(self) -> int:
         """Elements of the hidden state of a sample."""
         made_by = self.of_state.inputs[0]
