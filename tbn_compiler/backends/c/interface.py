@@ -22,9 +22,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 # Name and scale of what is int8 in place of floats.
 _INT8_PORT = re.compile(r"^/\* (\w+): int8 in place of the model's floats.*\n#define \w+ ([-+.e\d]+)f?$", re.MULTILINE)
-# Type, name, shape, output and whether there is an initial value, of a member of the state.
+# Type, name, shape, input, output and whether there is an initial value, of a member of the state.
 _STATE_MEMBER = re.compile(
-    r"^    (\w+) (\w+)\[\d+\]; /\* (\d+(?: x \d+)*), from output (\d+)(; not zeros at first)? \*/$", re.MULTILINE
+    r"^    (\w+) (\w+)\[\d+\]; /\* (\d+(?: x \d+)*), input (\d+) and output (\d+) of the model(, first \w+)? \*/$",
+    re.MULTILINE,
 )
 _WORD = 4  # bytes; every array of several in one block begins at a whole one
 
@@ -38,12 +39,14 @@ class Argument:
         size: number of elements.
         dtype: ``float32``, ``int32``, ``int8`` or ``uint8``, which booleans are, too.
         scale: of int8 in place of the model's floats; ``None``: it is what the model takes or gives.
+        shape: in the model.
     """
 
     name: str
     size: int
     dtype: np.dtype[Any]
     scale: float | None = None
+    shape: tuple[int, ...] = ()
 
     @property
     def words(self) -> int:
@@ -77,13 +80,14 @@ class StateMember:
         name: of the member.
         shape: of the model's input and output.
         dtype: of the elements.
-        output: index of the model's output that it becomes.
+        input, output: indices of the model's input that it is, and of the output that it becomes.
         zeros: whether it holds zeros before the first run.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    input: int
     output: int
     zeros: bool
 
@@ -185,6 +189,7 @@ def read_interface(header: Path) -> Interface:
         raise ExportError(f"cannot read the model's header {header}: {error.strerror}") from error
     found = re.search(r"^void (\w+)_run\(([^)]*)\);", text, re.MULTILINE)
     sizes = {key: int(value) for key, value in re.findall(r"^#define (\w+) (\d+)(?=\s)", text, re.MULTILINE)}
+    shapes = dict(re.findall(r"^#define (\w+_SIZE) \d+ /\* (\d+(?: x \d+)*) \*/$", text, re.MULTILINE))
     scales = {name: float(scale) for name, scale in _INT8_PORT.findall(text)}
     if found is None:
         raise ExportError(f"{header} declares no function <name>_run: it is not a header of this compiler")
@@ -199,8 +204,10 @@ def read_interface(header: Path) -> Interface:
             parts = re.fullmatch(r"(const )?(\w+) \*(\w+)", parameter)
             if parts is None or parts[2] not in _DTYPES:
                 raise ExportError(f"{header}: {name}_run takes {parameter!r}: it is not a header of this compiler")
-            size = sizes[f"{macro_prefix(name)}_{parts[3].upper()}_SIZE"]
-            argument = Argument(parts[3], size, _DTYPES[parts[2]], scales.get(parts[3]))
+            macro = f"{macro_prefix(name)}_{parts[3].upper()}_SIZE"
+            size = sizes[macro]
+            shape = _shape(shapes.get(macro, str(size)))
+            argument = Argument(parts[3], size, _DTYPES[parts[2]], scales.get(parts[3]), shape)
             (inputs if parts[1] else outputs).append(argument)
         state_bytes = sizes[f"{macro_prefix(name)}_STATE_BYTES"] if takes_state else 0
         scratch_bytes = sizes[f"{macro_prefix(name)}_SCRATCH_BYTES"] if takes_scratch else 0
@@ -208,8 +215,8 @@ def read_interface(header: Path) -> Interface:
         raise ExportError(f"{header} does not define {error.args[0]}: it is not a header of this compiler") from error
     prototype = found[0].rstrip(";")
     members = tuple(
-        StateMember(member, _shape(shape), _DTYPES[kind], int(output), not given)
-        for kind, member, shape, output, given in _STATE_MEMBER.findall(text)
+        StateMember(member, _shape(shape), _DTYPES[kind], int(before), int(after), not given)
+        for kind, member, shape, before, after, given in _STATE_MEMBER.findall(text)
     )
     return Interface(name, prototype, tuple(inputs), tuple(outputs), scratch_bytes, takes_scratch, state_bytes, members)
 

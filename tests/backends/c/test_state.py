@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import tbn_compiler as tbn
 from tbn_compiler.backends.c import host
 from tbn_compiler.backends.c.interface import read_interface
+from tbn_compiler.backends.c.mcu import CPUS, measure
 from tests.backends.c.programs import Network, check
-from tests.backends.c.toolchain import WARNINGS, needs_cc, run_strict, sanitizer_flags
+from tests.backends.c.toolchain import WARNINGS, needs_arm, needs_cc, run_strict, sanitizer_flags
 
 SIZE, STEPS = 8, 7
 
@@ -117,7 +118,7 @@ def test_recurrent_layers_step_by_step(tmp_path: Path) -> None:
     assert np.abs(stepped - whole.numpy()).max() < 1e-6
     header = (tmp_path / "net0.h").read_text()
     assert "void net0_run(net0_state *state, const float *input, float *output);" in header
-    assert "    float state[5]; /* 1 x 1 x 5, from output 2 */" in header
+    assert "    float state[5]; /* 1 x 1 x 5, input 2 and output 2 of the model */" in header
     assert "#define NET0_STATE_BYTES 88 " in header
 
 
@@ -154,6 +155,23 @@ def test_states_are_independent(tmp_path: Path) -> None:
         alone = run_strict(tmp_path / "model.c", x[first::2])
         assert np.array_equal(found[first::2], alone)
     assert not np.array_equal(run_strict(tmp_path / "model.c", x), found)
+
+
+@needs_arm
+def test_a_measurement_runs_steps_on_one_state(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model, steps = Recurrent().eval(), frames(4)
+    plan = tbn.export_c(model, steps[0], tmp_path / "net.c", state=NAMES, target="cortex-m4")
+    x = torch.stack([frame for frame, *_ in steps])
+    with torch.no_grad():
+        whole = model(x[:, 0], *steps[0][1:])[0].flatten(1)
+    result = measure(tmp_path / "net.c", CPUS["cortex-m4"], x, whole)
+    assert result.max_error is not None
+    assert result.max_error < 1e-5
+    every_run = tbn.export_c(model, steps[0], tmp_path / "plain.c", name="plain", target="cortex-m4")
+    plain = measure(tmp_path / "plain.c", CPUS["cortex-m4"], torch.zeros(1, SIZE + 12 + 5 + 5))
+    without = [m.static_bytes - p.scratch_bytes for m, p in ((result, plan), (plain, every_run))]
+    assert without[0] - without[1] == plan.state_bytes == 88
 
 
 class Counter(nn.Module):

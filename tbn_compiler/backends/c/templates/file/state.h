@@ -2,7 +2,7 @@
 /* What the model keeps from run to run, in your memory. Each run reads it and writes the next values. */
 typedef struct {
 {% for state in plan.states %}
-    {{ types[state.value.dtype] }} {{ state.name }}[{{ state.value.size }}]; /* {{ state.value.shape | shape }}, from output {{ state.output }}{{ "; not zeros at first" if state.initial }} */
+    {{ types[state.value.dtype] }} {{ state.name }}[{{ state.value.size }}]; /* {{ state.value.shape | shape }}, input {{ state.before }} and output {{ state.output }} of the model{{ ", first " ~ name ~ "_" ~ state.initial if state.initial }} */
 {% endfor %}
 } {{ name }}_state;
 
