@@ -110,6 +110,30 @@ def test_cells(tmp_path: Path) -> None:
     check(networks, tmp_path)
 
 
+TILINGS: list[dict[str, Any]] = [
+    *({"p": 4, "alpha": "tile"}, {"p": 6}, {"p": 2, "replicate": "roll"}, {"p": 4, "tile_dtype": "float"}),
+    *({"p": (2, 2), "alpha": "output"}, {"p": 2, "replicate": "hadamard"}),
+]
+
+
+def test_tiled_cells_run_on_the_kernels_for_tiles(tmp_path: Path) -> None:
+    """Also with a batch, whose samples follow one another in each step."""
+    torch.manual_seed(3)
+    networks = []
+    for index, config in enumerate(TILINGS):
+        tiled = tbn.transform(Cells(True), tbn.TilingConfig(min_size=0, **config))
+        sizes = (INPUTS, HIDDEN, HIDDEN, HIDDEN)
+        samples = [tuple(torch.randn(1 + index % 3, n) for n in sizes)]
+        networks.append(Network(tiled, samples, {"target": ("generic", "cortex-m0plus")[index % 2]}))
+    check(networks, tmp_path)
+    for network in networks:
+        assert network.plan is not None
+        assert not any(step.notes for step in network.plan.steps)
+        gru, *_ = network.plan.steps
+        assert gru.title.startswith("gru: tiled GRU 8 -> 6")
+        assert "linear_by" not in gru.kernel
+
+
 def test_steps_are_a_loop_and_memory_is_that_of_one_step(tmp_path: Path) -> None:
     """The code is as long for many steps as for few, and without their outputs, memory does not grow with them."""
     plans, texts = [], []
