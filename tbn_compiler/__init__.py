@@ -26,6 +26,7 @@ from tbn_compiler.errors import (
 )
 from tbn_compiler.planning import LayerPlan, Sensitivity, Sweep, plan, sensitivity, sweep
 from tbn_compiler.serialize import load, save
+from tbn_compiler.streaming import Stream, streaming
 from tbn_compiler.summary import Summary, summary
 from tbn_compiler.training import (
     convert_latent,
@@ -154,6 +155,7 @@ __all__ = [
     "LoweringError",
     "Sensitivity",
     "SerializationError",
+    "Stream",
     "Summary",
     "Sweep",
     "TBNError",
@@ -176,6 +178,7 @@ __all__ = [
     "save",
     "sensitivity",
     "set_tiling_strength",
+    "streaming",
     "summary",
     "sweep",
     "tiling_strength",
