@@ -170,6 +170,7 @@ class _Streams:
         chunk = self._graph.placeholder(str(inputs[0].target))
         self._last_input = chunk
         checked = self._graph.call_function(check_chunk, (chunk, self._axis, 1))
+        checked.meta["is_wrapped"] = True  # it stays a call where the graph is traced again, as pickle does
         self._new[inputs[0]], self._flows[inputs[0]] = checked, _Flow(self._axis)
         for node in self._gm.graph.nodes:
             if node.op in ("placeholder", "output"):

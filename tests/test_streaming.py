@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,27 @@ def test_a_stream_gives_what_the_model_gives(name: str) -> None:
         y = run(stream, x, axis, chunk)
         assert_streams(stream, y, whole, time_of(y, x, axis))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_stream_is_copied_pickled_optimised_and_takes_int8(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.ConstantPad1d((2, 0), 0.0), nn.Conv1d(4, 16, 3), nn.BatchNorm1d(16), nn.ReLU())
+    net.append(nn.Conv1d(16, 4, 3, padding=2))
+    stream = tbn.streaming(tbn.lower(tbn.transform(net, tbn.TilingConfig(p=2, min_size=0))), torch.randn(CONV))
+    runs, states = [], stream.states
+    for _ in range(8):
+        runs.append((torch.randn(1, 4, 1), *states))
+        _, *states = stream.module(*runs[-1])  # type: ignore[assignment]
+    with torch.no_grad():
+        wanted = stream.module(*runs[-1])
+        again = (copy.deepcopy(stream.module), pickle.loads(pickle.dumps(stream.module)))
+        for module in (*again, tbn.optimize(stream.module, runs[0])):
+            for have, want in zip(module(*runs[-1]), wanted, strict=True):
+                torch.testing.assert_close(have, want)
+    small = tbn.optimize(stream.module, runs[0], activation="int8", calibration=runs)
+    plan = tbn.export_c(small, runs[0], tmp_path / "net.c", state=stream.state, int8_inputs=True)
+    assert [port.value.dtype for port in plan.inputs] == ["int8"]
+    assert {state.value.dtype for state in plan.states} == {"float32"}
 
 
 @needs_cc
