@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tbn_compiler import backends, integrations
@@ -26,6 +26,7 @@ from tbn_compiler.errors import (
 )
 from tbn_compiler.planning import LayerPlan, Sensitivity, Sweep, plan, sensitivity, sweep
 from tbn_compiler.serialize import load, save
+from tbn_compiler.streaming import Stream, streaming
 from tbn_compiler.summary import Summary, summary
 from tbn_compiler.training import (
     convert_latent,
@@ -62,6 +63,8 @@ def export_c(
     layer_hook: bool = False,
     int8_inputs: bool = False,
     int8_outputs: bool = False,
+    state: Mapping[str, int] | None = None,
+    initial_state: Mapping[str, Tensor] | None = None,
     self_test: bool = False,
     package: Package | None = None,
 ) -> Plan:
@@ -80,6 +83,8 @@ def export_c(
         layer_hook=layer_hook,
         int8_inputs=int8_inputs,
         int8_outputs=int8_outputs,
+        state=state,
+        initial_state=initial_state,
         self_test=self_test,
         package=package,
     )
@@ -150,6 +155,7 @@ __all__ = [
     "LoweringError",
     "Sensitivity",
     "SerializationError",
+    "Stream",
     "Summary",
     "Sweep",
     "TBNError",
@@ -172,6 +178,7 @@ __all__ = [
     "save",
     "sensitivity",
     "set_tiling_strength",
+    "streaming",
     "summary",
     "sweep",
     "tiling_strength",

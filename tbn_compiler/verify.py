@@ -6,10 +6,10 @@ import dataclasses
 import inspect
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from tbn_compiler import html
 from tbn_compiler.errors import ExportError
 from tbn_compiler.html import Column, Section
 from tbn_compiler.torch_private import tree_leaves
+
+if TYPE_CHECKING:
+    from tbn_compiler.backends.c.interface import Interface
 
 Arrays = dict[str, np.ndarray]
 
@@ -166,6 +169,43 @@ def load_onnxruntime() -> Any:
     return onnxruntime
 
 
+def run_steps(module: nn.Module, inputs: Mapping[str, np.ndarray], interface: Interface) -> list[np.ndarray]:
+    """The outputs ``[steps, ...]`` of a PyTorch model in steps that follow one another, without those that are state.
+
+    Args:
+        module: the model.
+        inputs: for each input that is no state, of one step or of all steps.
+        interface: what the header says of the state.
+
+    Raises:
+        ExportError: the state does not begin with zeros, or the model has fewer outputs.
+    """
+    given = next((member.name for member in interface.state if not member.zeros), None)
+    if given is not None:
+        raise ExportError(f"the state {given!r} does not begin with zeros, and its header does not say with what")
+    parts = [
+        torch.from_numpy(np.ascontiguousarray(inputs[argument.name])).reshape(-1, *argument.shape)
+        for argument in interface.inputs
+    ]
+    held = {member.input: torch.zeros(member.shape, dtype=_torch_type(member.dtype)) for member in interface.state}
+    after = {member.output for member in interface.state}
+    steps: list[list[np.ndarray]] = []
+    for step in range(max((len(part) for part in parts), default=1)):
+        rest = iter(part[step if len(part) > 1 else 0] for part in parts)
+        arguments = [held[place] if place in held else next(rest) for place in range(len(held) + len(parts))]
+        with torch.no_grad():
+            result = [leaf for leaf in tree_leaves(module(*arguments)) if isinstance(leaf, Tensor)]
+        if len(result) <= max(after):
+            raise ExportError(f"the model has {len(result)} outputs, and the state of the file is output {max(after)}")
+        held = {member.input: result[member.output] for member in interface.state}
+        steps.append([leaf.numpy() for place, leaf in enumerate(result) if place not in after])
+    return [np.stack(outputs) for outputs in zip(*steps, strict=True)]
+
+
+def _torch_type(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
 class OnnxFile:
     """An ONNX file in ONNX Runtime on the CPU.
 
@@ -282,6 +322,14 @@ class CFile:
 
         return host.run_arrays(self._path, list(inputs.values()))
 
+    def run_model(self, module: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs of the model that the file was made from; step by step where the file keeps a state.
+
+        Raises:
+            ExportError: the state does not begin with zeros, or the model gives fewer outputs than the file says.
+        """
+        return run_steps(module, inputs, self._interface) if self._interface.state else run_model(module, inputs)
+
 
 def random_array(shape: Sequence[int], dtype: np.dtype[Any], generator: np.random.Generator) -> np.ndarray:
     """Normally distributed numbers, or any bytes; other integers are 0 or 1."""
@@ -300,14 +348,25 @@ def _by_name(arrays: Mapping[str, np.ndarray], names: list[str]) -> Mapping[str,
     return arrays
 
 
-def verify(actual: Mapping[str, np.ndarray], module: nn.Module, inputs: Mapping[str, np.ndarray]) -> Comparison:
+def verify(
+    actual: Mapping[str, np.ndarray],
+    module: nn.Module,
+    inputs: Mapping[str, np.ndarray],
+    run: Callable[[nn.Module, Mapping[str, np.ndarray]], list[np.ndarray]] = run_model,
+) -> Comparison:
     """Compare the outputs of a file with those of the model on the same inputs.
+
+    Args:
+        actual: the outputs of the file by name.
+        module: the model.
+        inputs: what both run on.
+        run: how the model runs on them; :meth:`CFile.run_model` for one whose file keeps a state.
 
     Raises:
         ExportError: the number or the sizes of the outputs differ, they are empty, or the model fails on the inputs.
     """
     try:
-        expected = run_model(module, inputs)
+        expected = run(module, inputs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
         raise ExportError(f"the model does not run on {shapes}: {error}") from error

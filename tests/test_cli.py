@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 import tbn_compiler as tbn
+from tbn_compiler.backends.c import host
 from tbn_compiler.cli import main
 
 FACTORY = """
@@ -39,6 +40,19 @@ def deep():
 class Cumulative(nn.Module):
     def forward(self, x):
         return x.cummax(1).values
+
+class Smoothed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.GRUCell(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x, before):
+        after = self.cell(x, before)
+        return after, self.out(after)
+
+def smoothed():
+    torch.manual_seed(0)
+    return Smoothed()
 
 def curved():
     return nn.Sequential(nn.Linear(16, 32), Cumulative())
@@ -292,6 +306,33 @@ def test_bad_options_are_usage_errors(capsys, factory, arguments):
         main(["summary", f"{factory}:mlp", *arguments])
     assert stop.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_a_model_with_a_state_is_exported_and_verified_step_by_step(capsys, factory, tmp_path):
+    model = (f"{factory}:smoothed", "--min-size", 0)
+    arguments = ("export-c", *model, "--input", "1,16", "--input", "1,8", "-o", "net.c", "--name", "net", "--self-test")
+    status, out, err = run(capsys, *arguments, "--state", "before=0")
+    assert status == 0, err
+    assert out.endswith("of scratch, 32 of state\n")
+    assert "void net_run(net_state *state, const float *input, float *output);" in Path("net.h").read_text()
+    for text in ("before", "before=x", "=0"):
+        with pytest.raises(SystemExit):
+            main([str(argument) for argument in (*arguments, "--state", text)])
+    assert "must be the name of an input, = and the index of an output" in capsys.readouterr().err
+    status, _, err = run(capsys, *arguments, "--state", "before=0", "--state", "before=1")
+    assert (status, "--state names an input twice: before=0, before=1" in err) == (1, True)
+    Path("net.toml").write_text('[export-c]\nstate = ["before=0"]\n')
+    text = Path("net.c").read_text()
+    assert run(capsys, *arguments, "--config", "net.toml")[0] == 0
+    assert len(Path("net.c").read_text()) == len(text)
+    if host.find_compiler() is None:
+        return
+    status, out, err = run(capsys, "verify", "net.c", *model, "--input", "6,1,16")
+    assert (status, "6x1x4" in out) == (0, True), err
+    changed = text.replace("state[i] - fresh", "state[i] + fresh")
+    assert changed != text
+    Path("net.c").write_text(changed)
+    assert run(capsys, "verify", "net.c", *model, "--input", "6,1,16")[0] == 1
 
 
 def test_export_of_an_unsupported_model_writes_nothing(capsys, factory, tmp_path):

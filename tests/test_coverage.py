@@ -92,6 +92,17 @@ class Recurrent(nn.Module):
         return y
 
 
+class Cell(nn.Module):
+    """Several steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x, self.cell(2 * x))
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -127,6 +138,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "`nn.MultiheadAttention`": (SelfAttention, TOKENS),
     "`nn.TransformerEncoderLayer`": (lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), TOKENS),
     "`nn.LSTM`, `nn.GRU`, `nn.RNN`": (Recurrent, TOKENS),
+    "`nn.LSTMCell`, `nn.GRUCell`, `nn.RNNCell`": (Cell, VECTOR),
     "`F.bilinear`": (lambda: Bilinear(16, 16, 16), VECTOR),
     "`nn.Bilinear`": (Twice, VECTOR),
 }

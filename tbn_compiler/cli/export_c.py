@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model
-from tbn_compiler.cli.options import add_kernel_choice
+from tbn_compiler.cli.options import Repeated, add_kernel_choice
 from tbn_compiler.cli.output import add_json, print_json, stages
+from tbn_compiler.errors import ConfigError
 from tbn_compiler.tables import console
+
+
+def parse_state(text: str) -> tuple[str, int]:
+    """The name of an input and the index of an output, for ``type=`` of an option."""
+    name, _, index = text.partition("=")
+    if not name.isidentifier() or not index.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be the name of an input, = and the index of an output, got {text!r}")
+    return name, int(index)
 
 
 def add_parser(commands: Any) -> None:
@@ -34,6 +44,14 @@ def add_parser(commands: Any) -> None:
         help="who owns the scratch memory (default: %(default)s)",
     )
     add_kernel_choice(parser)
+    parser.add_argument(
+        "--state",
+        type=parse_state,
+        action=Repeated,
+        metavar="INPUT=OUTPUT",
+        help="an input that the caller keeps from run to run, by name, and the index of the output that it becomes, "
+        "with zeros at first; may be repeated",
+    )
     for flag, text in (
         ("--skip-zeros", "run time may depend on the data"),
         ("--layer-hook", "call a macro of yours behind every step"),
@@ -49,12 +67,20 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=_run)
 
 
+def _states(given: Sequence[tuple[str, int]]) -> dict[str, int]:
+    """The pairs of ``--state``, each input once."""
+    found = dict(given)
+    if len(found) < len(given):
+        raise ConfigError(f"--state names an input twice: {', '.join(f'{name}={index}' for name, index in given)}")
+    return found
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from tbn_compiler.backends.c import export_c
 
     names = ["name", "scratch", "optimize", "target", "skip_zeros", "layer_hook", "self_test", "package"]
     names += ["int8_inputs", "int8_outputs"]
-    options = {name: getattr(arguments, name) for name in names}
+    options = {name: getattr(arguments, name) for name in names} | {"state": _states(arguments.state or ())}
     with stages(2) as begin:
         begin("model")
         model = load_model(arguments)
@@ -69,4 +95,5 @@ def _run(arguments: argparse.Namespace) -> None:
         console().print(plan.table())
     written = arguments.output if arguments.package else f"{arguments.output} and {arguments.output.with_suffix('.h')}"
     sizes = f"{plan.weight_bytes:,} bytes of constants, {plan.scratch_bytes:,} of scratch"
+    sizes += f", {plan.state_bytes:,} of state" if plan.states else ""
     print(f"wrote {written}: {sizes}")

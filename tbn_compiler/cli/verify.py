@@ -92,6 +92,8 @@ def _compare(arguments: argparse.Namespace, begin: Callable[[str], None]) -> Com
     inputs = random if stored is None else file.name_inputs(stored)
     actual = file.run(inputs)
     begin("comparison")
+    if isinstance(file, CFile):
+        return verify(actual, lower(model), inputs, file.run_model)
     return verify(actual, lower(model), inputs)
 
 

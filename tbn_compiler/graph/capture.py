@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from tbn_compiler.graph.copying import copy_with_tensors, reachable, share_tensors_copy
 from tbn_compiler.graph.layer_graph import TiledGraph, adopt
 from tbn_compiler.graph.records import attach_records, get_records
-from tbn_compiler.graph.shapes import does_not_run, split_inputs
+from tbn_compiler.graph.shapes import distinct_tensors, does_not_run, split_inputs
 from tbn_compiler.torch_private import (
     EXPORT_LOGGERS,
     make_picklable,
@@ -103,6 +103,7 @@ class _AsExported:
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
     # What forward keeps in an attribute, or in a list, is no value while it is traced.
     copied = share_tensors_copy(module)
+    args, kwargs = distinct_tensors((args, kwargs))
     with torch.no_grad(), quiet_export(), _unchanged_constants(copied):
         return torch.export.export(copied, args, kwargs, dynamic_shapes=shapes, strict=False)
 

@@ -34,8 +34,8 @@ UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {
     nn.MultiheadAttention: "attention with hooks, parametrizations or a forward of its own is not decomposed",
     nn.Embedding: "embeddings are looked up, not multiplied",
     nn.EmbeddingBag: "embeddings are looked up, not multiplied",
-    nn.RNNBase: "recurrent layers use their weights inside one fused operator",
-    nn.RNNCellBase: "recurrent cells use their weights inside one fused operator",
+    nn.RNNBase: "recurrent layers keep their weights in a list for one fused operator; cells (nn.GRUCell) are tiled",
+    nn.RNNCellBase: "recurrent cells in a graph use their weights inside one fused operator",
 }
 
 

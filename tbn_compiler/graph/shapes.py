@@ -24,6 +24,18 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,), {}
 
 
+def distinct_tensors(arguments: Any) -> Any:
+    """Nested arguments in which no tensor comes twice: torch.export takes one that does for a single input."""
+    seen: set[int] = set()
+
+    def distinct(tensor: Tensor) -> Tensor:
+        again = id(tensor) in seen
+        seen.add(id(tensor))
+        return tensor.detach().clone() if again else tensor
+
+    return tree_map_only(Tensor, distinct, arguments)
+
+
 class _Visitor(fx.Interpreter):
     """Interprets a graph and shows each node with its result."""
 

@@ -57,6 +57,9 @@ from tbn_compiler.passes.eligibility import module_kind_or_name, unsupported_rea
 from tbn_compiler.passes.expose_attention import attention_module, why_not_decomposed
 from tbn_compiler.passes.tile_weights import alpha_source
 
+# What the forward of PyTorch's recurrent cells reads.
+_CELL_WEIGHTS = ("weight_ih", "weight_hh")
+
 _WRITTEN = "the code of a module writes to it in place, which a weight that is computed cannot keep"
 _ADDED = "it is only added to activations, or multiplied with them"
 _NO_PRODUCT = "no product with it is seen in the code of {}; name it in tile_parameters to tile it"
@@ -166,6 +169,8 @@ def _plans(
             yield module, _left(module, type(module).__name__, f"attention is not decomposed: {reason}")
         elif module in attentions:
             yield module, _left(module, module_kind_or_name(module) or "parameter", attentions[module])
+        elif isinstance(module, nn.RNNCellBase):
+            yield module, _Parameters(tuple(_weights(module, uses)))
         elif unsupported_reason(module) is not None:
             yield module, _left(module, type(module).__name__, str(unsupported_reason(module)))
         # A method of the layer that something keeps goes on reading its weight, as code outside does.
@@ -221,6 +226,9 @@ def _weights(module: nn.Module, uses: ParameterUses) -> Iterator[_Weight]:
             continue
         # A matrix may be a layer's weight; vectors and single rows are not.
         if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.dim() < 2:
+            continue
+        if isinstance(module, nn.RNNCellBase) and name in _CELL_WEIGHTS:
+            yield _Weight(name, "linear", written=written)
             continue
         convolution = next((role for role in roles if role.startswith("conv")), None)
         if convolution is not None and parameter.dim() == 2 + int(convolution[-2]):

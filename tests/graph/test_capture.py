@@ -6,13 +6,16 @@ import copy
 import pickle
 from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
+from tbn_compiler.backends.c import host
 from tbn_compiler.graph.capture import capture
 from tbn_compiler.graph.records import get_records
 from tests import oracle
@@ -243,3 +246,30 @@ def test_an_optimised_model_is_copied_and_pickled(again: Callable[[Any], Any]) -
         assert not torch.equal(copied(**some)["y"], fast(**some)["y"])  # they share no tensor
         with pytest.raises(ValueError, match="input tree spec"):
             copied(some["x"], some["more"], scale=[some["scale"]])
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.a(x) - 2 * self.b(y)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_tensor_as_two_example_inputs_stands_for_two_inputs(rows: int, tmp_path: Path) -> None:
+    """torch.export takes it for a single one."""
+    model, same = packed(Two()), torch.zeros(rows, 16)
+    x, y = torch.randn(rows, 16), torch.randn(rows, 16)
+    with torch.no_grad():
+        expected = model(x, y)
+        oracle.assert_close(tbn.optimize(model, (same, same))(x, y), expected)
+    tbn.export_onnx(model, (same, same), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x.numpy(), "y": y.numpy()})
+    oracle.assert_close(torch.from_numpy(found), expected)
+    tbn.export_c(model, (same, same), tmp_path / "model.c")
+    if host.find_compiler() is not None:
+        (found,) = host.run_arrays(tmp_path / "model.c", [x.numpy(), y.numpy()]).values()
+        oracle.assert_close(torch.from_numpy(found.reshape(rows, 16).copy()), expected)

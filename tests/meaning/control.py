@@ -122,7 +122,7 @@ class StochasticDepth(nn.Module):
         return x
 
 
-@case(steps=4)
+@case(steps=4, reads=("cell.weight_ih", "cell.weight_hh"))
 class ScheduledSampling(nn.Module):
     """A decoder that feeds on its own words or on the given ones, and stops when it likes."""
 

@@ -267,7 +267,7 @@ def test_every_layer_is_listed_with_its_reason() -> None:
     expected = {
         "attention": "attention with hooks, parametrizations or a forward of its own is not decomposed",
         "attention.out_proj": "inside MultiheadAttention 'attention'",
-        "lstm": "recurrent layers use their weights inside one fused operator",
+        "lstm": "recurrent layers keep their weights in a list for one fused operator; cells (nn.GRUCell) are tiled",
         "bilinear": "bilinear layers are not supported",
         "unused": "the traced graph does not call it",
         "parametrized": "its weight is not a plain parameter",

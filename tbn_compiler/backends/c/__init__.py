@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,9 +20,11 @@ from tbn_compiler.backends.c.options import OptimizeFor, Options, ScratchOwner, 
 from tbn_compiler.backends.c.package import PACKAGES, check_source_path, compute_vectors, single_file, write_files
 from tbn_compiler.backends.c.plan import Plan
 from tbn_compiler.backends.c.planner import build_plan
+from tbn_compiler.backends.c.state import state_pairs
 from tbn_compiler.errors import ExportError
 
 Package = Literal["arduino", "cmake"]
+_SELF_TEST_STEPS = 3
 
 __all__ = ["Plan", "export_c", "supported_operators"]
 
@@ -40,6 +42,8 @@ def export_c(
     layer_hook: bool = False,
     int8_inputs: bool = False,
     int8_outputs: bool = False,
+    state: Mapping[str, int] | None = None,
+    initial_state: Mapping[str, Tensor] | None = None,
     self_test: bool = False,
     package: Package | None = None,
 ) -> Plan:
@@ -72,8 +76,13 @@ def export_c(
             rounded in C. As macros also have it for ``uint8`` and ``int8`` inputs of the model itself.
         int8_outputs: give int8 in place of floats, where :func:`tbn_compiler.optimize` was told ``outputs="int8"``;
             ``<NAME>_OUTPUT_SCALE`` and ``_ZERO_POINT`` are theirs.
+        state: names of inputs that the caller keeps from run to run, each with the index of the output that is its next
+            value: ``{"hidden": 1}``. The header has a structure ``<name>_state`` with these arrays, its size
+            ``<NAME>_STATE_BYTES``, ``void <name>_init(<name>_state *state)`` and a run function that takes the state
+            first and changes it; nothing is kept elsewhere. ``int8_inputs`` and ``int8_outputs`` leave it as it is.
+        initial_state: what the state holds before the first run, by the name of the input; the rest is zeros.
         self_test: add ``int <name>_self_test(void)``, which runs the model on the example inputs and compares with what
-            PyTorch gives.
+            PyTorch gives; with ``state`` several times, from the initial one on.
         package: ``"arduino"``, a library for the Arduino IDE with an example that runs the example inputs, or
             ``"cmake"``, a project with an interface target and a test.
 
@@ -93,12 +102,14 @@ def export_c(
         >>> plan.weight_bytes, plan.scratch_bytes                   # doctest: +SKIP
         (3316, 512)
     """
-    options = Options(name, scratch, optimize, target, skip_zeros, layer_hook, int8_inputs, int8_outputs)
+    options = Options(
+        name, scratch, optimize, target, skip_zeros, layer_hook, int8_inputs, int8_outputs, state_pairs(state)
+    )
     if package is not None and package not in PACKAGES:
         raise ExportError(f"package={package!r} is not one of {', '.join(map(repr, PACKAGES))}, or None")
     if package is None:
         check_source_path(Path(path))
-    plan = build_plan(import_graph(module, example_inputs), options)
+    plan = build_plan(import_graph(module, example_inputs), options, initial_state)
     for step in plan.steps:
         for note in step.notes:
             warnings.warn(f"{step.title}: {note}", stacklevel=3)  # the public function calls this one
@@ -106,7 +117,9 @@ def export_c(
         write_files(single_file(plan, Path(path), None))
         return plan
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    vectors = compute_vectors(module, inputs, plan)
+    # An example for Arduino shows one run.
+    steps = _SELF_TEST_STEPS if plan.states and package != "arduino" else 1
+    vectors = compute_vectors(module, inputs, plan, steps)
     if package is None:
         write_files(single_file(plan, Path(path), vectors))
     else:

@@ -142,6 +142,8 @@ def emit_source(plan: Plan, header: str, vectors: Vectors | None = None) -> str:
     """
     templates = _with_needs(plan.kernels)
     headers = {header for template in templates for header in _declared(template, "headers")}
+    if plan.states:
+        headers.add("string.h")  # for memset and memcpy
     if not all(np.isfinite(numbers).all() for numbers in _numbers(plan)):
         headers.add("math.h")  # for INFINITY and NAN
     printer = _Printer(plan)
@@ -178,7 +180,8 @@ def emit_package_file(file: str, plan: Plan, vectors: Vectors) -> str:
 
 def emit_host_main(interface: Interface, header: str) -> str:
     """A main program that runs the model on vectors from standard input."""
-    arguments = [f"input_{index}" for index in range(len(interface.inputs))]
+    arguments = ["&state"] if interface.state_bytes else []
+    arguments += [f"input_{index}" for index in range(len(interface.inputs))]
     arguments += [f"output_{index}" for index in range(len(interface.outputs))]
     arguments += ["scratch"] if interface.takes_scratch else []
     context = {"interface": interface, "header": header, "types": C_TYPES, "arguments": ", ".join(arguments)}
@@ -189,14 +192,15 @@ def _context(plan: Plan, vectors: Vectors | None) -> dict[str, object]:
     ports = [port.name for port in (*plan.inputs, *plan.outputs)]
     # An array, or a union whose address is taken.
     scratch = [] if plan.scratch == "static" else ["scratch" if plan.scratch_types in ((), ("float",)) else "&scratch"]
+    state = ["&state"] if plan.states else []
     tested = [f"{plan.name}_{TEST_PREFIX}{port.name}" for port in plan.inputs] + [port.name for port in plan.outputs]
     return {
         "plan": plan,
         "name": plan.name,
         "macro": macro_prefix(plan.name),
         "signature": c_signature(plan),
-        "arguments": ", ".join([*ports, *scratch]),
-        "test_arguments": ", ".join([*tested, *scratch]),
+        "arguments": ", ".join([*state, *ports, *scratch]),
+        "test_arguments": ", ".join([*state, *tested, *scratch]),
         "vectors": vectors,
         "types": C_TYPES,
         "members": {kind: SCRATCH_MEMBERS[kind] for kind in SCRATCH_MEMBERS if kind in plan.scratch_types},
@@ -208,6 +212,7 @@ def _context(plan: Plan, vectors: Vectors | None) -> dict[str, object]:
 def c_signature(plan: Plan) -> str:
     """The declaration of the run function."""
     parameters = [
+        *([f"{plan.name}_state *state"] if plan.states else []),
         *(f"const {C_TYPES[port.value.dtype]} *{port.name}" for port in plan.inputs),
         *(f"{C_TYPES[port.value.dtype]} *{port.name}" for port in plan.outputs),
         *(["void *scratch"] if plan.scratch == "caller" else []),
@@ -229,7 +234,7 @@ class _Printer:
                 return "NULL"
             case At(operand, offset, stride, inner_stride, inner_period):
                 text = self.value(operand, step) + (f" + {offset}" if offset else "")
-                text += f" + i * {stride}" if repeated and stride else ""
+                text += f" {'-' if stride < 0 else '+'} i * {abs(stride)}" if repeated and stride else ""
                 if not inner or not inner_stride:
                     return text
                 j = f"j % {inner_period}" if inner_period else "j"

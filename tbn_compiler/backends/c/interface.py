@@ -22,6 +22,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 # Name and scale of what is int8 in place of floats.
 _INT8_PORT = re.compile(r"^/\* (\w+): int8 in place of the model's floats.*\n#define \w+ ([-+.e\d]+)f?$", re.MULTILINE)
+# Type, name, shape, input, output and whether there is an initial value, of a member of the state.
+_STATE_MEMBER = re.compile(
+    r"^    (\w+) (\w+)\[\d+\]; /\* (\d+(?: x \d+)*), input (\d+) and output (\d+) of the model(, first \w+)? \*/$",
+    re.MULTILINE,
+)
 _WORD = 4  # bytes; every array of several in one block begins at a whole one
 
 
@@ -34,12 +39,14 @@ class Argument:
         size: number of elements.
         dtype: ``float32``, ``int32``, ``int8`` or ``uint8``, which booleans are, too.
         scale: of int8 in place of the model's floats; ``None``: it is what the model takes or gives.
+        shape: in the model.
     """
 
     name: str
     size: int
     dtype: np.dtype[Any]
     scale: float | None = None
+    shape: tuple[int, ...] = ()
 
     @property
     def words(self) -> int:
@@ -66,6 +73,26 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class StateMember:
+    """An array of the state.
+
+    Attributes:
+        name: of the member.
+        shape: of the model's input and output.
+        dtype: of the elements.
+        input, output: indices of the model's input that it is, and of the output that it becomes.
+        zeros: whether it holds zeros before the first run.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    input: int
+    output: int
+    zeros: bool
+
+
+@dataclass(frozen=True)
 class Interface:
     """What a model's header says about its run function.
 
@@ -75,6 +102,8 @@ class Interface:
         inputs, outputs: in the order of the arguments.
         scratch_bytes: memory that the caller has to provide.
         takes_scratch: whether the last argument is that memory.
+        state_bytes: size of the state that the first argument points to; 0: there is none.
+        state: members of the state.
     """
 
     name: str
@@ -83,6 +112,8 @@ class Interface:
     outputs: tuple[Argument, ...]
     scratch_bytes: int
     takes_scratch: bool
+    state_bytes: int = 0
+    state: tuple[StateMember, ...] = ()
 
     @property
     def input_size(self) -> int:
@@ -106,8 +137,12 @@ class Interface:
 
     @property
     def call(self) -> str:
-        """A call of the run function on ``input`` and ``output``, arrays of words with all inputs and outputs."""
-        arguments = [f"(const void *)((input) + {start})" for start in _starts(self.inputs)]
+        """A call of the run function on ``input`` and ``output``, arrays of words with all inputs and outputs.
+
+        With a state there is a variable ``state``.
+        """
+        arguments = ["&state"] if self.state_bytes else []
+        arguments += [f"(const void *)((input) + {start})" for start in _starts(self.inputs)]
         arguments += [f"(void *)((output) + {start})" for start in _starts(self.outputs)]
         return f"{self.name}_run({', '.join([*arguments, '(scratch)'] if self.takes_scratch else arguments)})"
 
@@ -154,10 +189,13 @@ def read_interface(header: Path) -> Interface:
         raise ExportError(f"cannot read the model's header {header}: {error.strerror}") from error
     found = re.search(r"^void (\w+)_run\(([^)]*)\);", text, re.MULTILINE)
     sizes = {key: int(value) for key, value in re.findall(r"^#define (\w+) (\d+)(?=\s)", text, re.MULTILINE)}
+    shapes = dict(re.findall(r"^#define (\w+_SIZE) \d+ /\* (\d+(?: x \d+)*) \*/$", text, re.MULTILINE))
     scales = {name: float(scale) for name, scale in _INT8_PORT.findall(text)}
     if found is None:
         raise ExportError(f"{header} declares no function <name>_run: it is not a header of this compiler")
     name, parameters = found[1], [parameter.strip() for parameter in found[2].split(",")]
+    takes_state = parameters[0] == f"{name}_state *state"
+    parameters = parameters[1:] if takes_state else parameters
     takes_scratch = parameters[-1] == "void *scratch"
     inputs: list[Argument] = []
     outputs: list[Argument] = []
@@ -166,11 +204,23 @@ def read_interface(header: Path) -> Interface:
             parts = re.fullmatch(r"(const )?(\w+) \*(\w+)", parameter)
             if parts is None or parts[2] not in _DTYPES:
                 raise ExportError(f"{header}: {name}_run takes {parameter!r}: it is not a header of this compiler")
-            size = sizes[f"{macro_prefix(name)}_{parts[3].upper()}_SIZE"]
-            argument = Argument(parts[3], size, _DTYPES[parts[2]], scales.get(parts[3]))
+            macro = f"{macro_prefix(name)}_{parts[3].upper()}_SIZE"
+            size = sizes[macro]
+            shape = _shape(shapes.get(macro, str(size)))
+            argument = Argument(parts[3], size, _DTYPES[parts[2]], scales.get(parts[3]), shape)
             (inputs if parts[1] else outputs).append(argument)
+        state_bytes = sizes[f"{macro_prefix(name)}_STATE_BYTES"] if takes_state else 0
         scratch_bytes = sizes[f"{macro_prefix(name)}_SCRATCH_BYTES"] if takes_scratch else 0
     except KeyError as error:
         raise ExportError(f"{header} does not define {error.args[0]}: it is not a header of this compiler") from error
     prototype = found[0].rstrip(";")
-    return Interface(name, prototype, tuple(inputs), tuple(outputs), scratch_bytes, takes_scratch)
+    members = tuple(
+        StateMember(member, _shape(shape), _DTYPES[kind], int(before), int(after), not given)
+        for kind, member, shape, before, after, given in _STATE_MEMBER.findall(text)
+    )
+    return Interface(name, prototype, tuple(inputs), tuple(outputs), scratch_bytes, takes_scratch, state_bytes, members)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """A shape as the header has it, ``1 x 28 x 28``."""
+    return tuple(map(int, text.split(" x ")))

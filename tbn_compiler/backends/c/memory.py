@@ -113,18 +113,25 @@ class Embedding:
 
 
 def embed_joined(
-    operations: Sequence[ir.Operation], storages: Sequence[Storage], outputs: Sequence[ir.Value]
+    operations: Sequence[ir.Operation],
+    storages: Sequence[Storage],
+    outputs: Sequence[ir.Value],
+    in_use: Sequence[ir.Value] = (),
 ) -> list[Embedding]:
     """Let values that are only joined be written where the join puts them, as far as scratch memory does not grow.
 
-    That needs parts of the result without gaps. Embedding makes the result's memory live from the first part on.
+    That needs parts of the result without gaps. Embedding makes the result's memory live from the first part on, which
+    it must not where that memory is ``in_use`` before.
     """
     home = {value: index for index, storage in enumerate(storages) for value in storage.values}
     fixed = {home[value] for value in outputs}
+    occupied = {home[value] for value in in_use}
     chosen: list[Embedding] = []
     bytes_before = _scratch_bytes(storages, chosen, fixed)
     for step, operation in enumerate(operations):
         if not isinstance(operation, ir.Concat) or operation.outer != 1:
+            continue
+        if home[operation.output] in occupied:
             continue
         candidates, offset, taken = [], 0, fixed | {embedding.inner for embedding in chosen}
         outer = home[operation.output]

@@ -11,7 +11,7 @@ with ``x'`` and ``y'`` as the ports. What stands between them is rewritten as an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -55,18 +55,18 @@ def from_int8(elements: np.ndarray, scale: float) -> np.ndarray:
     return numbers
 
 
-def take_int8(graph: ir.Graph) -> ir.Graph:
-    """A graph with int8 in place of its float inputs.
+def take_int8(graph: ir.Graph, kept: Collection[int] = ()) -> ir.Graph:
+    """A graph with int8 in place of its float inputs, but those with the indices ``kept``.
 
     Raises:
         ExportError: there is none, or the model gives one no int8 scale.
     """
-    if not any(value.dtype == "float32" for value in graph.inputs):
+    floats = [index for index, value in enumerate(graph.inputs) if value.dtype == "float32" and index not in kept]
+    if not floats:
         raise ExportError("int8_inputs=True: the model has no float inputs")
     inputs, ways = list(graph.inputs), []
-    for index, value in enumerate(graph.inputs):
-        if value.dtype != "float32":
-            continue
+    for index in floats:
+        value = graph.inputs[index]
         scale = next(_scales_ahead(graph, value), None)
         if scale is None:
             raise ExportError(
@@ -78,18 +78,18 @@ def take_int8(graph: ir.Graph) -> ir.Graph:
     return replace(graph, inputs=tuple(inputs), operations=(*ways, *graph.operations))
 
 
-def give_int8(graph: ir.Graph) -> ir.Graph:
-    """A graph with int8 in place of its float outputs.
+def give_int8(graph: ir.Graph, kept: Collection[int] = ()) -> ir.Graph:
+    """A graph with int8 in place of its float outputs, but those with the indices ``kept``.
 
     Raises:
         ExportError: there is none, or one is not rounded to int8.
     """
-    if not any(value.dtype == "float32" for value in graph.outputs):
+    floats = [index for index, value in enumerate(graph.outputs) if value.dtype == "float32" and index not in kept]
+    if not floats:
         raise ExportError("int8_outputs=True: the model has no float outputs")
     outputs, ways = list(graph.outputs), []
-    for index, value in enumerate(graph.outputs):
-        if value.dtype != "float32":
-            continue
+    for index in floats:
+        value = graph.outputs[index]
         scale = _scale_behind(graph, value)
         if scale is None:
             raise ExportError(

@@ -26,6 +26,7 @@ class Options:
         skip_zeros: let kernels skip inputs that are 0, which makes the run time depend on the data.
         layer_hook: call the macro ``<NAME>_LAYER_HOOK(index, layer)`` after every step.
         int8_inputs, int8_outputs: take and give int8 in place of floats.
+        state: names of inputs that the caller's memory keeps, each with the index of the output that it becomes.
 
     Raises:
         ExportError: a value that is not one of the choices, or a name that is no C identifier.
@@ -39,6 +40,7 @@ class Options:
     layer_hook: bool = False
     int8_inputs: bool = False
     int8_outputs: bool = False
+    state: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         """Check every value."""

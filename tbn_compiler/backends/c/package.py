@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tbn_compiler.backends.c.emit import emit_header, emit_package_file, emit_source
 from tbn_compiler.backends.c.number_formats import from_int8, to_int8
-from tbn_compiler.backends.c.plan import Plan, Port
+from tbn_compiler.backends.c.plan import Plan, PlannedState, Port
 from tbn_compiler.errors import ExportError
 from tbn_compiler.files import replacing
 from tbn_compiler.torch_private import tree_leaves
@@ -27,11 +27,13 @@ class Vectors:
     """One input of a model and what PyTorch gives for it, an array for each parameter of the run function.
 
     Attributes:
-        inputs, outputs: flat arrays, in the types of the parameters.
+        inputs, outputs: flat arrays, in the types of the parameters; outputs of all steps one behind the other.
+        steps: how often the model runs on the input, each time with the state that the run before left.
     """
 
     inputs: tuple[np.ndarray, ...]
     outputs: tuple[np.ndarray, ...]
+    steps: int = 1
 
     @property
     def tolerances(self) -> tuple[float, ...]:
@@ -42,26 +44,57 @@ class Vectors:
         )
 
 
-def compute_vectors(module: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Vectors:
+def compute_vectors(module: nn.Module, inputs: Sequence[Tensor], plan: Plan, steps: int = 1) -> Vectors:
     """Run a module in evaluation mode, for the parameters of a plan that was made from it.
+
+    Args:
+        module: the model.
+        inputs: its example inputs.
+        plan: what was made of both.
+        steps: how often it runs if it has a state.
 
     Raises:
         ExportError: an output is not finite, so that it cannot be compared.
     """
-    stored = tuple(_flat(tensor, port) for tensor, port in zip(inputs, plan.inputs, strict=True))
-    inputs = [_as_stored(*given) for given in zip(inputs, stored, plan.inputs, strict=True)]
+    before = [state.before for state in plan.states]
+    given = [index for index in range(len(inputs)) if index not in before]
+    stored = tuple(_flat(inputs[index], port) for index, port in zip(given, plan.inputs, strict=True))
+    used = list(inputs)
+    for index, array, port in zip(given, stored, plan.inputs, strict=True):
+        used[index] = _as_stored(inputs[index], array, port)
+    for state in plan.states:
+        used[state.before] = first_state(plan, state).to(inputs[state.before])
     training = {part: part.training for part in module.modules()}
     module.eval()
     try:
         with torch.no_grad():
-            outputs = tree_leaves(module(*inputs))
+            runs = []
+            for _ in range(steps):
+                runs.append(tree_leaves(module(*used)))
+                for state in plan.states:
+                    used[state.before] = runs[-1][state.output]
     finally:
         for part, mode in training.items():
             part.training = mode
-    for index, output in enumerate(outputs):
+    after = [state.output for state in plan.states]
+    outputs = [
+        (index, torch.cat([run[index].flatten() for run in runs]))
+        for index in range(len(runs[0]))
+        if index not in after
+    ]
+    for index, output in outputs:
         if output.is_floating_point() and not output.isfinite().all():
             raise ExportError(f"output {index} of the example inputs is not finite: a self-test needs other inputs")
-    return Vectors(stored, tuple(_flat(tensor, port) for tensor, port in zip(outputs, plan.outputs, strict=True)))
+    expected = tuple(_flat(output, port) for (_, output), port in zip(outputs, plan.outputs, strict=True))
+    return Vectors(stored, expected, steps)
+
+
+def first_state(plan: Plan, state: PlannedState) -> Tensor:
+    """What an array of the state holds before the first run."""
+    constants = {planned.symbol: planned.constant.array for planned in plan.constants}
+    if state.initial is None:
+        return torch.zeros(state.value.shape)
+    return torch.from_numpy(constants[state.initial].copy())
 
 
 def _flat(tensor: Tensor, port: Port) -> np.ndarray:

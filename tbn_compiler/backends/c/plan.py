@@ -221,12 +221,31 @@ class Port:
 
 
 @dataclass(frozen=True)
+class PlannedState:
+    """A member of the state structure.
+
+    Attributes:
+        name: C name of the member.
+        value: shape and element type.
+        before, output: indices of the model's input that it is, and of the output that it becomes.
+        initial: symbol of the constant that it holds before the first run; ``None``: zeros.
+    """
+
+    name: str
+    value: ir.Value
+    before: int
+    output: int
+    initial: str | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the C file will be: steps, constants and memory.
 
     Attributes:
         options: what the user chose.
         inputs, outputs: parameters of the run function.
+        states: members of the structure that the caller keeps from run to run.
         steps: operations in order.
         constants: arrays in the order in which they are stored.
         structs: descriptions of layers, with their symbols without prefix.
@@ -250,6 +269,7 @@ class Plan:
     weight_bytes: int
     live_bytes: tuple[int, ...]
     peak_step: str | None
+    states: tuple[PlannedState, ...] = ()
 
     @property
     def name(self) -> str:
@@ -269,7 +289,17 @@ class Plan:
     @property
     def uses_stdint(self) -> bool:
         """Whether an input or output holds something else than floats."""
-        return any(port.value.dtype != "float32" for port in (*self.inputs, *self.outputs))
+        values = [port.value for port in (*self.inputs, *self.outputs)] + [state.value for state in self.states]
+        return any(value.dtype != "float32" for value in values)
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the state structure, in which every member begins at a multiple of its elements' size."""
+        size, largest = 0, 1
+        for state in self.states:
+            width = np.dtype(state.value.dtype).itemsize
+            size, largest = -(-size // width) * width + state.value.nbytes, max(largest, width)
+        return -(-size // largest) * largest
 
     @property
     def scratch_types(self) -> tuple[str, ...]:

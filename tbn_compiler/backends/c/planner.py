@@ -3,17 +3,19 @@
 1. :mod:`~tbn_compiler.backends.c.fuse` rewrites the graph.
 2. Every operation gets its kernels (:mod:`~tbn_compiler.backends.c.kernels`), which name what they need: values,
    constants, structures, working memory.
-3. Every value and workspace gets memory: a parameter of the run function, or a buffer in one scratch block.
+3. Every value and workspace gets memory: a parameter of the run function, the state in the caller's memory, or a buffer
+   in one scratch block.
 4. Everything gets a name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar, get_args
 
 from tbn_compiler.backends.c import ir, kernels
+from tbn_compiler.backends.c.element_instances import typed
 from tbn_compiler.backends.c.emit import local_names, made_up_names, template_names
 from tbn_compiler.backends.c.fuse import simplify
 from tbn_compiler.backends.c.memory import (
@@ -31,10 +33,12 @@ from tbn_compiler.backends.c.number_formats import give_int8, number_formats, ta
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.plan import (
     At,
+    Call,
     Implementation,
     Plan,
     PlannedBuffer,
     PlannedConstant,
+    PlannedState,
     Port,
     Step,
     Struct,
@@ -44,18 +48,31 @@ from tbn_compiler.backends.c.plan import (
     workspaces,
 )
 from tbn_compiler.backends.c.registry import Context, implement
+from tbn_compiler.backends.c.state import find_states, write_last
 
 # Parameters and counters that the printer makes up; templates hold the other names.
 _LOCAL_NAMES = ("input", "output", "memory", "integers", "bytes", "octets", "i", "j")
 
+# Kernels that copy their first argument to the second one.
+_COPIES = frozenset(typed("copy", dtype) for dtype in get_args(ir.DType))
+
 assert kernels  # imported so that the implementations are registered
 
 
-def build_plan(graph: ir.Graph, options: Options) -> Plan:
-    """Plan the program for a graph."""
-    graph = take_int8(graph) if options.int8_inputs else graph
-    graph = give_int8(graph) if options.int8_outputs else graph
+def build_plan(graph: ir.Graph, options: Options, initial_state: Mapping[str, Any] | None = None) -> Plan:
+    """Plan the program for a graph.
+
+    Args:
+        graph: the model.
+        options: what the user chose.
+        initial_state: what the state holds before the first run, by the name of the input; the rest is zeros.
+    """
+    states = find_states(graph, options.state, initial_state or {})
+    before, after = [state.before for state in states], [state.after for state in states]
+    graph = take_int8(graph, before) if options.int8_inputs else graph
+    graph = give_int8(graph, after) if options.int8_outputs else graph
     simplified, results = simplify(graph)
+    simplified, results = write_last(simplified, results, graph.inputs, states)
     formats = number_formats(graph)
     parts = resolve_parts(simplified)
     operations = [operation for operation in simplified if not isinstance(operation, ir.Part)]
@@ -63,23 +80,38 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
     implementations = [_with_notes(operation, implement(operation, context)) for operation in operations]
     # Constants are named first, so that no buffer of the run function hides one.
     symbols = SymbolTable(template_names(), made_up_names())
-    stored = _name({c: c.name for implementation in implementations for c in constants(implementation)}, symbols)
+    arrays = [c for implementation in implementations for c in constants(implementation)]
+    arrays += [state.initial for state in states if state.initial is not None]
+    stored = _name({array: array.name for array in arrays}, symbols)
     described = _name({s: s.name for implementation in implementations for s in structs(implementation)}, symbols)
     constant_names = (f"{options.name}_{symbol}" for symbol in symbols.taken)
-    names = SymbolTable((*_LOCAL_NAMES, *local_names(), *KEYWORDS, *constant_names))
-    inputs = _ports(graph.inputs, "input", [value.name for value in graph.inputs], names)
-    outputs = _ports(results, "output", [f"out{index}" for index in range(len(results))], names)
-    memory = _Memory(operations, parts, implementations, inputs, outputs, names)
+    names = SymbolTable((*_LOCAL_NAMES, *local_names(), *KEYWORDS, *constant_names, *(["state"] if states else [])))
+    given = {value.name: value for index, value in enumerate(graph.inputs) if index not in before}
+    made = {f"out{index}": value for index, value in enumerate(results) if index not in after}
+    inputs = _ports(list(given.values()), "input", list(given), names)
+    outputs = _ports(list(made.values()), "output", list(made), names)
+    members = _name({graph.inputs[index]: graph.inputs[index].name for index in before}, SymbolTable(KEYWORDS))
+    old = tuple(Port(f"state->{name}", value) for value, name in members.items())
+    new = tuple(Port(f"state->{name}", results[index]) for name, index in zip(members.values(), after, strict=True))
+    memory = _Memory(operations, parts, implementations, (*inputs, *old), (*outputs, *new), names, new)
     buffers, offsets = memory.buffers, place_buffers(memory.buffers)
     live = live_bytes(buffers, len(operations))
     peak = max(range(len(operations)), key=live.__getitem__)
     pointers = memory.pointers | {constant: f"{options.name}_{symbol}" for constant, symbol in stored.items()}
     return Plan(
         options=options,
-        inputs=tuple(replace(port, format=form) for port, form in zip(inputs, formats[0], strict=True)),
+        inputs=tuple(
+            replace(port, format=form) for port, form in zip(inputs, _without(formats[0], before), strict=True)
+        ),
         outputs=tuple(
             Port(port.name, ir.Value(port.value.name, value.shape, port.value.dtype), form)
-            for port, value, form in zip(outputs, graph.outputs, formats[1], strict=True)
+            for port, value, form in zip(
+                outputs, _without(graph.outputs, after), _without(formats[1], after), strict=True
+            )
+        ),
+        states=tuple(
+            PlannedState(name, value, state.before, state.after, _symbol(stored, state.initial))
+            for state, (value, name) in zip(states, members.items(), strict=True)
         ),
         steps=tuple(
             Step(
@@ -90,7 +122,7 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
                 shape=operation.output.shape,
                 constant_bytes=sum(constant.array.nbytes for constant in constants(implementation)),
                 data_bytes=sum(v.nbytes for v in {*operation.inputs, operation.output} if isinstance(v, ir.Value)),
-                implementation=memory.without_joined(index, operation, implementation),
+                implementation=memory.without_copies(index, operation, implementation),
                 workspace=tuple(pointers[index, space] for space in workspaces(implementation)),
             )
             for index, (operation, implementation) in enumerate(zip(operations, implementations, strict=True))
@@ -111,7 +143,7 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
 
 def _with_notes(operation: ir.Operation, implementation: Implementation) -> Implementation:
     """The implementation with a word on weights that are stored larger than their tiles."""
-    stored = [value for value in (*operation.inputs, *vars(operation).values()) if isinstance(value, ir.Constant)]
+    stored = _stored(operation)
     notes = tuple(
         f"{value.name} is stored decoded, in {value.array.nbytes:,} bytes where its tile has {value.tile_bytes:,}: "
         "this operation has no kernel on tiles"
@@ -121,7 +153,26 @@ def _with_notes(operation: ir.Operation, implementation: Implementation) -> Impl
     return replace(implementation, notes=notes)
 
 
-_Named = TypeVar("_Named", ir.Constant, Struct)
+def _stored(operation: ir.Operation) -> Iterator[ir.Constant]:
+    """The stored arrays of an operation, and of those inside it."""
+    for value in (*operation.inputs, *vars(operation).values()):
+        if isinstance(value, ir.Operation):
+            yield from _stored(value)
+        elif isinstance(value, ir.Constant):
+            yield value
+
+
+_Named = TypeVar("_Named", ir.Constant, ir.Value, Struct)
+_Item = TypeVar("_Item")
+
+
+def _symbol(stored: Mapping[ir.Constant, str], constant: ir.Constant | None) -> str | None:
+    return None if constant is None else stored[constant]
+
+
+def _without(items: Sequence[_Item], indices: Sequence[int]) -> list[_Item]:
+    """The items with other indices."""
+    return [item for index, item in enumerate(items) if index not in indices]
 
 
 def _name(names: dict[_Named, str], symbols: SymbolTable) -> dict[_Named, str]:
@@ -162,13 +213,15 @@ class _Memory:
         inputs: Sequence[Port],
         outputs: Sequence[Port],
         names: SymbolTable,
+        states: Sequence[Port] = (),
     ) -> None:
         self.buffers: list[Buffer] = []
         self.pointers: dict[ir.Operand | tuple[int, Workspace], str] = {port.value: port.name for port in inputs}
         self._names = names
         given, made = ([port.value for port in ports] for ports in (inputs, outputs))
         storages = share_storage(operations, parts, given, made)
-        self._embeddings = embed_joined(operations, storages, made)
+        # What still holds the old state is not written early.
+        self._embeddings = embed_joined(operations, storages, made, [port.value for port in states])
         inside = {embedding.inner: embedding for embedding in self._embeddings}
         spans = lifetimes(storages, self._embeddings)
         parameters = {port.value: port.name for port in outputs}
@@ -191,7 +244,23 @@ class _Memory:
                 name = f"{operation.layer}_{space.name}"
                 self.pointers[index, space] = self._buffer(name, space.nbytes, index, index, space.dtype)
 
-    def without_joined(self, step: int, operation: ir.Operation, implementation: Implementation) -> Implementation:
+    def without_copies(self, step: int, operation: ir.Operation, implementation: Implementation) -> Implementation:
+        """An implementation without copies of what lies there already."""
+        calls = tuple(call for call in implementation.calls if not self._stays(call))
+        return self._without_joined(step, operation, replace(implementation, calls=calls))
+
+    def _stays(self, call: Call) -> bool:
+        """Whether a call copies an array to itself."""
+        if call.kernel not in _COPIES:
+            return False
+        arguments = (
+            place.operand if isinstance(place, At) and place == At(place.operand) else place
+            for place in call.arguments[:2]
+        )
+        places = [self.pointers[value] for value in arguments if isinstance(value, ir.Value)]
+        return len(places) == 2 and places[0] == places[1]
+
+    def _without_joined(self, step: int, operation: ir.Operation, implementation: Implementation) -> Implementation:
         """A join without the copies of what lies in its result already."""
         there = {embedding.offset for embedding in self._embeddings if embedding.step == step}
         if not there:

@@ -39,6 +39,7 @@ def plan_section(plan: Plan) -> Section:
     facts = (
         ("constants", f"{plan.weight_bytes:,} B"),
         ("scratch memory", f"{plan.scratch_bytes:,} B"),
+        *((("state", f"{plan.state_bytes:,} B"),) if plan.states else ()),
         ("of it needed at once", f"{max(plan.live_bytes, default=0):,} B"),
         ("estimated instructions", f"{plan.cost:,}"),
         ("on", _target(plan)),
@@ -90,10 +91,12 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "options": dataclasses.asdict(plan.options),
         "weight_bytes": plan.weight_bytes,
         "scratch_bytes": plan.scratch_bytes,
+        "state_bytes": plan.state_bytes,
         "total_bytes": plan.total_bytes,
         "largest_layer_bytes": plan.largest_layer_bytes,
         "estimated_instructions": plan.cost,
         "steps": steps,
+        "states": [{"name": state.name, "bytes": state.value.nbytes, "output": state.output} for state in plan.states],
         "buffers": [dataclasses.asdict(buffer) for buffer in plan.buffers],
     }
 

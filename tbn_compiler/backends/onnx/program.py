@@ -15,6 +15,7 @@ from tbn_compiler.backends.onnx import bits
 from tbn_compiler.backends.onnx.exact import write_exactly
 from tbn_compiler.errors import ExportError
 from tbn_compiler.graph.capture import quiet_export
+from tbn_compiler.graph.shapes import distinct_tensors
 from tbn_compiler.torch_private import positional_inputs, tree_leaves, tree_unflatten
 
 if TYPE_CHECKING:
@@ -108,8 +109,9 @@ def trace(module: nn.Module, inputs: Inputs, batched: Sequence[str]) -> Exported
         with torch.no_grad(), quiet_export():
             # A captured graph takes its arguments as it was traced: in order, or by name.
             in_order = positional_inputs(module.graph) if isinstance(module, fx.GraphModule) else 0
-            arguments = tuple(inputs.values())[:in_order]
-            named = dict(list(inputs.items())[in_order:])
+            given = distinct_tensors(dict(inputs))
+            arguments = tuple(given.values())[:in_order]
+            named = dict(list(given.items())[in_order:])
             return torch.export.export(module, arguments, named, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         listed = ", ".join(

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from tbn_compiler.backends.c import Plan, export_c, host
 from tbn_compiler.backends.c.number_formats import to_int8
+from tbn_compiler.backends.c.package import first_state
 from tbn_compiler.backends.c.plan import C_TYPES, Port
 from tests.backends.c.toolchain import WARNINGS, sanitizer_flags
 
@@ -27,7 +28,7 @@ class Network:
 
     Attributes:
         module: what is exported, in evaluation mode.
-        samples: tuples of inputs, one for each run.
+        samples: tuples of inputs, one for each run. Of inputs that are state, only the shape counts: samples are steps.
         options: of ``export_c``.
         tolerance: largest error, relative to the largest expected element.
         outputs: names of the outputs, for messages.
@@ -55,10 +56,14 @@ def check(networks: Sequence[Network], folder: Path) -> None:
     outputs = _run(networks, folder)
     for index, network in enumerate(networks):
         module = network.module.eval()
+        states = _plan(network).states
+        held = {state.before: first_state(_plan(network), state) for state in states}
         for sample, actual in zip(network.samples, outputs[index], strict=True):
             with torch.no_grad(), Magnitude() as magnitude:
-                result = module(*sample)
+                result = module(*(held.get(place, value) for place, value in enumerate(sample)))
             expected = [result] if isinstance(result, Tensor) else list(result)
+            held = {state.before: expected[state.output] for state in states}
+            expected = [value for place, value in enumerate(expected) if place not in {s.output for s in states}]
             assert len(expected) == len(actual)
             names = network.outputs or list(map(str, range(len(expected))))
             for name, have, want in zip(names, actual, expected, strict=True):
@@ -121,7 +126,7 @@ def _run(networks: Sequence[Network], folder: Path) -> list[list[list[np.ndarray
         _elements(value, port).tobytes()
         for network in networks
         for sample in network.samples
-        for value, port in zip(sample, _plan(network).inputs, strict=True)
+        for value, port in zip(_given(network, sample), _plan(network).inputs, strict=True)
     )
     ran = subprocess.run([str(executable)], input=data, capture_output=True)
     assert ran.returncode == 0, ran.stderr.decode(errors="replace")[:5000]
@@ -137,6 +142,12 @@ def _run(networks: Sequence[Network], folder: Path) -> list[list[list[np.ndarray
             results[-1].append(arrays)
     assert not rest
     return results
+
+
+def _given(network: Network, sample: tuple[Tensor, ...]) -> list[Tensor]:
+    """The inputs of a run that are no state."""
+    kept = {state.before for state in _plan(network).states}
+    return [value for place, value in enumerate(sample) if place not in kept]
 
 
 def _elements(value: Tensor, port: Port) -> np.ndarray:
@@ -164,6 +175,12 @@ def _main(networks: Sequence[Network]) -> str:
         plan = _plan(network)
         ports = (*plan.inputs, *plan.outputs)
         names = [f"p{number}" for number in range(len(ports))]
+        if plan.states:
+            lines += [
+                f"    {plan.name}_state *{plan.name}_held = ({plan.name}_state *)take({plan.state_bytes});",
+                f"    if (sizeof *{plan.name}_held != {plan.name.upper()}_STATE_BYTES) {{ exit(6); }}",
+                f"    {plan.name}_init({plan.name}_held);",
+            ]
         lines.append(f"    for (int i = 0; i < {len(network.samples)}; ++i) {{")
         for name, port in zip(names, ports, strict=True):
             kind = C_TYPES[port.value.dtype]
@@ -173,10 +190,12 @@ def _main(networks: Sequence[Network]) -> str:
         if plan.scratch == "caller":
             lines.append(f"        void *scratch = take({max(plan.scratch_bytes, 1)});")
             arguments.append("scratch")
-        lines.append(f"        {plan.name}_run({', '.join(arguments)});")
+        state = [f"{plan.name}_held"] if plan.states else []
+        lines.append(f"        {plan.name}_run({', '.join([*state, *arguments])});")
         lines += [
             f"        put({n}, {p.value.nbytes});" for n, p in zip(names[len(plan.inputs) :], plan.outputs, strict=True)
         ]
         lines += [f"        free({name});" for name in arguments]
         lines.append("    }")
+        lines += [f"    free({name});" for name in state]
     return "\n".join([*lines, "    return 0;", "}", ""])

@@ -60,6 +60,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         "signed_bytes": (Moved(), (SIGNED.reshape(1, 16, 16),)),
         "indices": (Moved(), (BYTES.reshape(1, 16, 16),)),
         "lookup": (Lookup(), (torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, 8))),
+        **{f"recurrent_{i}": (kind(8, 6), (torch.randn(3, 1, 8),)) for i, kind in enumerate((nn.GRU, nn.LSTM, nn.RNN))},
+        "recurrent_relu": (nn.RNN(8, 6, nonlinearity="relu"), (torch.randn(3, 1, 8),)),
         "copy": (nn.Identity(), (torch.zeros(1, 8),)),
     }
     networks |= {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tbn_compiler as tbn
 from tbn_compiler import ExportError
 from tbn_compiler.backends.c import export_c, host
-from tests.backends.c.toolchain import WARNINGS, needs_cc, sanitizer_flags
+from tests.backends.c.toolchain import WARNINGS, needs_cc, needs_cxx, sanitizer_flags
 
 
 class TwoWays(nn.Module):
@@ -140,6 +140,41 @@ def test_the_arduino_example_prints_what_pytorch_gives(scratch: Any, tmp_path: P
     expected = [*module.eval()(*inputs)[0].flatten().tolist(), *module(*inputs)[1].tolist()]
     assert [pair[1] for pair in pairs] == pytest.approx(expected, abs=1e-5)
     assert [pair[0] for pair in pairs] == pytest.approx(expected, abs=1e-5)
+
+
+class Running(nn.Module):
+    """A mean over time of a layer's results, which begins at 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        mean = 0.5 * mean + 0.5 * self.net(x).relu()
+        return mean.argmax(1), mean
+
+
+@needs_cxx
+@needs_cc
+def test_packages_of_a_model_with_a_state(tmp_path: Path) -> None:
+    model, x, ones = Running(), torch.randn(1, 8), torch.ones(1, 3)
+    options: dict[str, Any] = {"name": "net", "state": {"mean": 1}, "initial_state": {"mean": ones}}
+    export_c(model, (x, ones), tmp_path / "cmake", package="cmake", **options)
+    folder = tmp_path / "cmake"
+    arguments = (f"-I{folder / 'include'}", folder / "test" / "main.c", folder / "src" / "net.c")
+    assert compile_and_run(*arguments, folder=tmp_path).returncode == 0
+    text = (folder / "src" / "net.c").read_text()
+    assert text.count("net_init(&state);") == 1
+    export_c(model, (x, ones), tmp_path / "net", package="arduino", **options)
+    example = (tmp_path / "net" / "examples" / "net" / "net.ino").read_text()
+    (tmp_path / "main.cpp").write_text(_ARDUINO + example + "int main() { setup(); loop(); loop(); return 0; }\n")
+    source = tmp_path / "net" / "src"
+    command = ["g++", "-std=c++11", "-fpermissive", "-w", f"-I{source}", tmp_path / "main.cpp", source / "net.c"]
+    built = subprocess.run([*map(str, command), "-o", tmp_path / "run"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    printed = subprocess.run([tmp_path / "run"], capture_output=True, text=True).stdout
+    first = model(x, ones)[0].item()
+    assert re.findall(r"expected: (\d), (\d)", printed) == [(str(first), str(first))] * 2
 
 
 def test_a_package_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:

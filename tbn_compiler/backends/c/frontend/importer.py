@@ -33,6 +33,7 @@ from tbn_compiler.errors import ExportError
 from tbn_compiler.graph.calls import named_arguments
 from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.records import get_records
+from tbn_compiler.graph.shapes import distinct_tensors
 from tbn_compiler.ops.schemas import INT8_TINY
 
 _aten, _tbn = torch.ops.aten, torch.ops.tbn
@@ -69,7 +70,7 @@ def import_graph(module: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -
         module = share_tensors_copy(module).eval()
         with torch.no_grad(), _whole_attention(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.export warns about its own internals
-            program = torch.export.export(module, inputs).run_decompositions({})
+            program = torch.export.export(module, distinct_tensors(inputs)).run_decompositions({})
             if not _supported_targets() >= _targets(program):
                 program = program.run_decompositions(_decompositions())
     except Exception as error:

@@ -6,6 +6,16 @@ of its own name. Layers on tiles have :mod:`~tbn_compiler.backends.c.tiled_kerne
 """
 
 from tbn_compiler.backends.c import tiled_kernels, tiled_transpose
-from tbn_compiler.backends.c.kernels import attention, convs, elementwise, int8, layers, reductions
+from tbn_compiler.backends.c.kernels import attention, convs, elementwise, int8, layers, recurrent, reductions
 
-__all__ = ["attention", "convs", "elementwise", "int8", "layers", "reductions", "tiled_kernels", "tiled_transpose"]
+__all__ = [
+    "attention",
+    "convs",
+    "elementwise",
+    "int8",
+    "layers",
+    "recurrent",
+    "reductions",
+    "tiled_kernels",
+    "tiled_transpose",
+]

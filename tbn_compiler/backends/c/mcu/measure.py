@@ -44,7 +44,8 @@ class Measurement:
         cpu, machine: the core, and the emulated board that ran it.
         instructions: executed instructions for each input.
         flash_bytes: code, constants and initial values, with what they pull in from the C library.
-        static_bytes: static variables and the scratch memory that the caller provides; without input and output.
+        static_bytes: static variables, the scratch memory and the state that the caller provides; without input and
+            output.
         stack_bytes: stack below the caller of the run function.
         outputs: ``[inputs, output elements]``, ``float32`` or integers.
         max_error: largest difference from the expected outputs, ``None`` without them.
@@ -78,7 +79,8 @@ def measure(
     Args:
         source: the ``.c`` file that ``export_c`` wrote; its header lies beside it.
         cpu: one of :data:`~tbn_compiler.backends.c.mcu.boards.CPUS`.
-        inputs: tensor or array ``[count, ...]`` with all inputs of the model behind one another in each row.
+        inputs: tensor or array ``[count, ...]`` with all inputs of the model behind one another in each row. With a
+            state, runs follow one another.
         expected: ``[count, ...]``, all outputs in the same way, or ``None``.
         flags: options of the compiler beside those of the core.
 
@@ -172,12 +174,14 @@ def _build(folder: Path, source: Path, interface: Interface, cpu: Cpu, flags: Se
     else:
         raise ExportError(f"{source} does not fit into the memory of {cpu.boards[-1].machine}:\n{error}")
     empty = folder / "empty.c"
-    empty.write_text(f'#include "{source.with_suffix(".h").name}"\n{interface.prototype}\n{{\n}}\n')
+    state = f"{interface.name}_state"
+    init = f"void {interface.name}_init({state} *state)\n{{\n    (void)state;\n}}\n" if interface.state_bytes else ""
+    empty.write_text(f'#include "{source.with_suffix(".h").name}"\n{interface.prototype}\n{{\n}}\n{init}')
     error = _link(folder / "empty.elf", empty, source, interface, cpu, board, flags)
     if error:
         raise ExportError(f"{COMPILER} cannot compile the support code for {cpu.name}:\n{error}")
     (flash, static), (empty_flash, empty_static) = _sizes(folder / "model.elf"), _sizes(folder / "empty.elf")
-    return board, flash - empty_flash, static - empty_static + interface.scratch_bytes
+    return board, flash - empty_flash, static - empty_static + interface.scratch_bytes + interface.state_bytes
 
 
 def _link(
@@ -196,6 +200,8 @@ def _link(
         "MODEL_OUTPUT_WORDS": interface.output_words,
         "MODEL_SCRATCH_BYTES": interface.scratch_bytes,
     }
+    if interface.state_bytes:
+        defines |= {"MODEL_STATE": f"{interface.name}_state", "MODEL_INIT": f"{interface.name}_init"}
     command = [
         *(COMPILER, *cpu.flags, *_FLAGS, *flags, f"-I{_SUPPORT}", f"-I{source.parent}"),
         *(f"-D{name}={value}" for name, value in defines.items()),

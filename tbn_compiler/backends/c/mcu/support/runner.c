@@ -3,6 +3,7 @@
  *   MODEL_HEADER                      the model's header
  *   MODEL_RUN(input, output, scratch) a call of the model; input and output hold all its inputs and outputs, one behind
  *                                     the other, each from a whole word on
+ *   MODEL_STATE, MODEL_INIT           the type of the model's state and the function that fills it, if it has one
  *   MODEL_INPUT_WORDS, MODEL_OUTPUT_WORDS size of them; MODEL_SCRATCH_BYTES memory that the caller provides
  *
  * Reads input.bin, what input holds for each vector. Writes output.bin, their results, and measured.bin: two words for each vector,
@@ -17,6 +18,11 @@
 static uint32_t input[MODEL_INPUT_WORDS];
 static uint32_t output[MODEL_OUTPUT_WORDS];
 static double scratch[MODEL_SCRATCH_BYTES / sizeof(double) + 1]; /* of the largest alignment that a model asks for */
+
+#ifdef MODEL_STATE
+static MODEL_STATE state;
+static MODEL_STATE before; /* the run that is measured, for the second one of the same step */
+#endif
 
 extern uint32_t bss_end[];
 
@@ -102,10 +108,22 @@ int main(void)
     const uint32_t outputs = open_file("output.bin", 10, SEMIHOSTING_MODE_WB);
     const uint32_t results = open_file("measured.bin", 12, SEMIHOSTING_MODE_WB);
 
+#ifdef MODEL_STATE
+    MODEL_INIT(&state);
+#endif
     timer_start();
     while (transfer(SEMIHOSTING_READ, inputs, input, sizeof input) == 0) {
         const uint32_t overhead = timed_nothing();
-        const uint32_t measured[2] = {timed_run() - overhead, stack_bytes()};
+        uint32_t measured[2];
+
+#ifdef MODEL_STATE
+        before = state;
+#endif
+        measured[0] = timed_run() - overhead;
+#ifdef MODEL_STATE
+        state = before;
+#endif
+        measured[1] = stack_bytes();
 
         write_all(outputs, output, sizeof output);
         write_all(results, measured, sizeof measured);

@@ -11,6 +11,9 @@ static {{ types[argument.dtype.name] }} input_{{ loop.index0 }}[{{ argument.size
 {% for argument in interface.outputs %}
 static {{ types[argument.dtype.name] }} output_{{ loop.index0 }}[{{ argument.size }}];
 {% endfor %}
+{% if interface.state_bytes %}
+static {{ interface.name }}_state state;
+{% endif %}
 
 /* Fill all inputs; 0 at the end of the file. */
 static int read_inputs(void)
@@ -36,6 +39,9 @@ int main(int argc, char **argv)
         fprintf(stderr, "the model's input has {{ interface.input_size }} elements\n");
         return 2;
     }
+{% if interface.state_bytes %}
+    {{ interface.name }}_init(&state);
+{% endif %}
     while (read_inputs()) {
         {{ interface.name }}_run({{ arguments }});
 {% for argument in interface.outputs %}

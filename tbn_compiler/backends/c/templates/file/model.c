@@ -50,6 +50,9 @@ static {{ plan.scratch_types[0] }} {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES 
 {% endif %}
 
 {% endif %}
+{% if plan.states %}
+{% include "file/state.c" %}
+{% endif %}
 {{ signature }}
 {
 {% if plan.scratch == "caller" %}
@@ -76,5 +79,5 @@ static {{ plan.scratch_types[0] }} {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES 
 }
 {% if vectors %}
 
-{% include "file/self_test.c" %}
+{% include "file/state_self_test.c" if plan.states else "file/self_test.c" %}
 {% endif %}

@@ -33,9 +33,15 @@
 extern "C" {
 #endif
 
+{% if plan.states %}
+{% include "file/state.h" %}
+{% endif %}
 /*
  * Run the model. All arrays are row-major, have the sizes above and must not overlap: intermediate results may pass
  * through an output.
+{% if plan.states %}
+ * The state comes from {{ name }}_init, or from the run before.
+{% endif %}
 {% if plan.scratch == "caller" %}
  * scratch is {{ macro }}_SCRATCH_BYTES bytes, aligned for float, of any content; calls with different scratch may run
  * at the same time.
@@ -47,7 +53,7 @@ extern "C" {
 {% if vectors %}
 
 /*
- * Run the model on a stored input. Returns 0 if all outputs are as expected, else the number of the first one that is
+ * Run the model on a stored input{{ ", several times with one state" if plan.states }}. Returns 0 if all outputs are as expected, else the number of the first one that is
  * not, counted from 1. The stored vectors are not in the sizes above.
  */
 int {{ name }}_self_test(void);

@@ -13,6 +13,9 @@ static const {{ types[array.dtype.name] }} expected_{{ port.name }}[{{ macro }}_
 };
 static {{ types[array.dtype.name] }} {{ port.name }}[{{ macro }}_{{ port.name.upper() }}_SIZE];
 {% endfor %}
+{% if plan.states %}
+static {{ name }}_state state;
+{% endif %}
 {% if plan.scratch == "caller" %}
 {% if plan.scratch_types not in ((), ("float",)) %}
 {{ scratch_union("scratch", macro ~ "_SCRATCH_BYTES", members) }}
@@ -28,6 +31,9 @@ void setup()
 
 void loop()
 {
+{% if plan.states %}
+    {{ name }}_init(&state);
+{% endif %}
     const unsigned long start = micros();
     {{ name }}_run({{ arguments }});
     const unsigned long elapsed = micros() - start;
