@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tbn_compiler.backends.c import Package, Plan
-    from tbn_compiler.backends.c.options import OptimizeFor, ScratchOwner, Target
+    from tbn_compiler.backends.c.options import OptimizeFor, ScratchOwner
+    from tbn_compiler.backends.c.targets import Target
     from tbn_compiler.backends.dynamo import Explanation
     from tbn_compiler.backends.onnx import ExportedFile, WeightForm
     from tbn_compiler.reporting import Report

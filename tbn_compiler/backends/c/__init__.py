@@ -16,10 +16,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from tbn_compiler.backends.c.frontend import import_graph, supported_operators
-from tbn_compiler.backends.c.options import OptimizeFor, Options, ScratchOwner, Target
+from tbn_compiler.backends.c.options import OptimizeFor, Options, ScratchOwner
 from tbn_compiler.backends.c.package import PACKAGES, check_source_path, compute_vectors, single_file, write_files
 from tbn_compiler.backends.c.plan import Plan
 from tbn_compiler.backends.c.planner import build_plan
+from tbn_compiler.backends.c.targets import Target
 from tbn_compiler.errors import ExportError
 
 Package = Literal["arduino", "cmake"]

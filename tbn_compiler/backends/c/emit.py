@@ -171,9 +171,9 @@ def emit_header(plan: Plan, vectors: Vectors | None = None) -> str:
     return _environment().get_template("file/model.h").render(_context(plan, vectors))
 
 
-def emit_package_file(file: str, plan: Plan, vectors: Vectors) -> str:
-    """A file of a package, from the template of that name."""
-    return _environment().get_template(f"package/{file}").render(_context(plan, vectors))
+def emit_package_file(file: str, plan: Plan, vectors: Vectors, **more: object) -> str:
+    """A file of a package, from the template of that name and what else that needs."""
+    return _environment().get_template(f"package/{file}").render(_context(plan, vectors), **more)
 
 
 def emit_host_main(interface: Interface, header: str) -> str:

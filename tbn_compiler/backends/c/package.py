@@ -18,6 +18,12 @@ from tbn_compiler.errors import ExportError
 from tbn_compiler.files import replacing
 from tbn_compiler.torch_private import tree_leaves
 
+# The cores for Arduino boards whose constants stay in flash. AVR is not among them: it would copy them to RAM.
+ARDUINO_ARCHITECTURES = (
+    *("mbed", "mbed_nano", "mbed_rp2040", "mbed_portenta", "mbed_giga", "mbed_nicla", "mbed_opta"),
+    *("renesas_uno", "renesas_portenta", "sam", "samd", "rp2040", "esp32", "nrf52", "stm32"),
+)
+
 # Share of the largest expected element by which an output may differ on another machine, whose math.h rounds otherwise.
 TOLERANCE = 1e-4
 
@@ -96,7 +102,9 @@ def arduino_library(plan: Plan, folder: Path, vectors: Vectors) -> dict[Path, st
     if not name[0].isalpha():
         raise ExportError(f"name={name!r}: the name of an Arduino library begins with a letter")
     return {
-        folder / "library.properties": emit_package_file("library.properties", plan, vectors),
+        folder / "library.properties": emit_package_file(
+            "library.properties", plan, vectors, architectures=ARDUINO_ARCHITECTURES
+        ),
         folder / "src" / f"{name}.c": emit_source(plan, f"{name}.h"),
         folder / "src" / f"{name}.h": emit_header(plan),
         folder / "examples" / name / f"{name}.ino": emit_package_file("example.ino", plan, vectors),

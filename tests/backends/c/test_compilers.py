@@ -113,8 +113,9 @@ _COMPILERS: dict[str, Sequence[str]] = {
     "clang C99": ("clang", "-std=c99"),
     "clang++ C++11": ("clang++", "-x", "c++", "-std=c++11"),
     "arm cortex-m4": ("arm-none-eabi-gcc", "-std=c99", "-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard"),
+    "arm cortex-m33": ("arm-none-eabi-gcc", "-std=c99", "-mcpu=cortex-m33", "-mthumb", "-mfloat-abi=hard"),
     "arm cortex-m0+": ("arm-none-eabi-gcc", "-std=c99", "-mcpu=cortex-m0plus", "-mthumb"),
-    "rv32imac": ("riscv64-unknown-elf-gcc", "-std=c99", "-march=rv32imac", "-mabi=ilp32"),
+    "rv32imac": ("riscv64-unknown-elf-gcc", "--specs=picolibc.specs", "-std=c99", "-march=rv32imac", "-mabi=ilp32"),
 }
 
 

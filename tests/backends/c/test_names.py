@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tbn_compiler import ExportError
 from tbn_compiler.backends.c import emit, export_c, host
 from tbn_compiler.backends.c.names import SymbolTable, check_identifier, macro_prefix
+from tbn_compiler.backends.c.options import Options
 from tests.backends.c.toolchain import WARNINGS, needs_cc
 
 
@@ -64,7 +65,7 @@ def test_names_with_the_same_letters_have_macros_of_their_own() -> None:
 
 def test_every_symbol_of_the_templates_is_known() -> None:
     """The names that constants must not have follow from the templates' text; here they are printed."""
-    plan = SimpleNamespace(options=SimpleNamespace(skip_zeros=False, target="generic"))
+    plan = SimpleNamespace(options=Options())
     environment = emit._environment()
     parameters = {"kind": "bits", "element": "uint8_t", "product": "0"}  # of what others include
     for name in sorted({f"{stem}.c" for stem in emit.template_names()} & set(environment.list_templates())):

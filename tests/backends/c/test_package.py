@@ -125,6 +125,8 @@ def test_the_arduino_example_prints_what_pytorch_gives(scratch: Any, tmp_path: P
     properties = dict(line.split("=", 1) for line in (folder / "library.properties").read_text().splitlines())
     required = {"name", "version", "author", "maintainer", "sentence", "paragraph", "category", "url", "architectures"}
     assert required <= set(properties)
+    assert "esp32" in properties["architectures"].split(",")
+    assert not {"*", "avr", "megaavr", "esp8266"} & set(properties["architectures"].split(","))  # constants in RAM
     assert properties["category"] == "Data Processing"  # the IDE knows only certain ones
     example = (folder / "examples" / "net" / "net.ino").read_text()
     (tmp_path / "main.cpp").write_text(_ARDUINO + example + "int main() { setup(); loop(); return 0; }\n")
