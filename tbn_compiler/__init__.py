@@ -63,7 +63,7 @@ def export_c(
     layer_hook: bool = False,
     int8_inputs: bool = False,
     int8_outputs: bool = False,
-    self_test: bool = False,
+    self_test: bool | Sequence[Tensor | Sequence[Tensor]] = False,
     package: Package | None = None,
 ) -> Plan:
     """Write a model as one standalone C99 file and a header; see :func:`tbn_compiler.backends.c.export_c`."""

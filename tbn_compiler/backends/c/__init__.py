@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from tbn_compiler.backends.c.frontend import import_graph, supported_operators
 from tbn_compiler.backends.c.options import OptimizeFor, Options, ScratchOwner
-from tbn_compiler.backends.c.package import PACKAGES, check_source_path, compute_vectors, single_file, write_files
+from tbn_compiler.backends.c.package import (
+    PACKAGES,
+    Inputs,
+    check_source_path,
+    compute_vectors,
+    self_test_inputs,
+    single_file,
+    write_files,
+)
 from tbn_compiler.backends.c.plan import Plan
 from tbn_compiler.backends.c.planner import build_plan
 from tbn_compiler.backends.c.targets import Target
@@ -41,7 +49,7 @@ def export_c(
     layer_hook: bool = False,
     int8_inputs: bool = False,
     int8_outputs: bool = False,
-    self_test: bool = False,
+    self_test: bool | Sequence[Inputs] = False,
     package: Package | None = None,
 ) -> Plan:
     """Write a model as one C99 file and a header, without malloc or any dependency but the standard library.
@@ -73,8 +81,9 @@ def export_c(
             rounded in C. As macros also have it for ``uint8`` and ``int8`` inputs of the model itself.
         int8_outputs: give int8 in place of floats, where :func:`tbn_compiler.optimize` was told ``outputs="int8"``;
             ``<NAME>_OUTPUT_SCALE`` and ``_ZERO_POINT`` are theirs.
-        self_test: add ``int <name>_self_test(void)``, which runs the model on the example inputs and compares with what
-            PyTorch gives.
+        self_test: add ``int <name>_self_test(void)``, which runs the model on the example inputs, or on each of a list
+            of inputs like them, and compares with what PyTorch gives. It takes flash for inputs and results, where it
+            is called.
         package: ``"arduino"``, a library for the Arduino IDE with an example that runs the example inputs, or
             ``"cmake"``, a project with an interface target and a test.
 
@@ -103,11 +112,11 @@ def export_c(
     for step in plan.steps:
         for note in step.notes:
             warnings.warn(f"{step.title}: {note}", stacklevel=3)  # the public function calls this one
-    if package is None and not self_test:
+    if package is None and self_test is False:
         write_files(single_file(plan, Path(path), None))
         return plan
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    vectors = compute_vectors(module, inputs, plan)
+    vectors = compute_vectors(module, self_test_inputs(self_test, inputs), plan)
     if package is None:
         write_files(single_file(plan, Path(path), vectors))
     else:

@@ -189,7 +189,9 @@ def _context(plan: Plan, vectors: Vectors | None) -> dict[str, object]:
     ports = [port.name for port in (*plan.inputs, *plan.outputs)]
     # An array, or a union whose address is taken.
     scratch = [] if plan.scratch == "static" else ["scratch" if plan.scratch_types in ((), ("float",)) else "&scratch"]
-    tested = [f"{plan.name}_{TEST_PREFIX}{port.name}" for port in plan.inputs] + [port.name for port in plan.outputs]
+    row = "[vector]" if vectors is not None and vectors.count > 1 else ""
+    tested = [f"{plan.name}_{TEST_PREFIX}{port.name}{row}" for port in plan.inputs]
+    tested += [port.name for port in plan.outputs]
     return {
         "plan": plan,
         "name": plan.name,
@@ -296,9 +298,9 @@ def c_floats(values: Sequence[float]) -> str:
     return items[0] if len(items) == 1 else f"{{{', '.join(items)}}}"
 
 
-def c_numbers(array: np.ndarray) -> str:
-    """The elements of an array as lines of an initialiser."""
-    array = array.reshape(-1)
+def c_numbers(numbers: np.ndarray | Sequence[float]) -> str:
+    """The elements of an array, or some floats, as lines of an initialiser."""
+    array = numbers.reshape(-1) if isinstance(numbers, np.ndarray) else np.array(numbers, np.float32)
     if array.dtype == np.float32:
         items, per_line = [c_float(value) for value in array.tolist()], _NUMBERS_PER_LINE
     elif array.dtype == np.bool_:

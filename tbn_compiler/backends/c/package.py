@@ -30,44 +30,89 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Vectors:
-    """One input of a model and what PyTorch gives for it, an array for each parameter of the run function.
+    """Inputs of a model and what PyTorch gives for them, an array for each parameter of the run function.
 
     Attributes:
-        inputs, outputs: flat arrays, in the types of the parameters.
+        inputs, outputs: ``[count, size]``, in the types of the parameters.
     """
 
     inputs: tuple[np.ndarray, ...]
     outputs: tuple[np.ndarray, ...]
 
     @property
-    def tolerances(self) -> tuple[float, ...]:
-        """How much each output may differ; integers may not."""
+    def count(self) -> int:
+        """How many inputs there are."""
+        return len(self.outputs[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Flash that they take."""
+        return sum(array.nbytes for array in (*self.inputs, *self.outputs))
+
+    @property
+    def tolerances(self) -> tuple[tuple[float, ...], ...]:
+        """For each output, how much it may differ for each input; integers may not."""
         return tuple(
-            float(np.float32(TOLERANCE * np.abs(array).max())) if array.dtype == np.float32 else 0.0
+            tuple(float(np.float32(TOLERANCE * np.abs(row).max())) if row.dtype == np.float32 else 0.0 for row in array)
             for array in self.outputs
         )
 
 
-def compute_vectors(module: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Vectors:
-    """Run a module in evaluation mode, for the parameters of a plan that was made from it.
+Inputs = Tensor | Sequence[Tensor]
+"""A tensor, or one for each argument of ``forward``."""
+
+
+def self_test_inputs(self_test: bool | Sequence[Inputs], example: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """What a self-test runs: the example inputs, or those that are given instead.
+
+    Raises:
+        ExportError: there are none, or one does not have the shapes and types of the example.
+    """
+    if isinstance(self_test, bool):
+        return [tuple(example)]
+    if isinstance(self_test, Tensor) or not isinstance(self_test, Sequence) or not self_test:
+        raise ExportError(
+            f"self_test is True or a list of inputs, such as list(x.split(1)), not {type(self_test).__name__}"
+            + (" without any" if isinstance(self_test, list | tuple) else "")
+        )
+    found = [(inputs,) if isinstance(inputs, Tensor) else tuple(inputs) for inputs in self_test]
+    wanted = _kinds(example)
+    for index, inputs in enumerate(found):
+        if _kinds(inputs) != wanted:
+            raise ExportError(f"self_test[{index}] is {_kinds(inputs)}; the example inputs are {wanted}")
+    return found
+
+
+def _kinds(tensors: Sequence[Tensor]) -> str:
+    """Types and shapes, for people."""
+    return ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors)
+
+
+def compute_vectors(module: nn.Module, inputs: Sequence[Sequence[Tensor]], plan: Plan) -> Vectors:
+    """Run a module in evaluation mode on each of some inputs, for the parameters of a plan that was made from it.
 
     Raises:
         ExportError: an output is not finite, so that it cannot be compared.
     """
-    stored = tuple(_flat(tensor, port) for tensor, port in zip(inputs, plan.inputs, strict=True))
-    inputs = [_as_stored(*given) for given in zip(inputs, stored, plan.inputs, strict=True)]
+    stored = [tuple(_flat(*given) for given in zip(tensors, plan.inputs, strict=True)) for tensors in inputs]
     training = {part: part.training for part in module.modules()}
     module.eval()
     try:
         with torch.no_grad():
-            outputs = tree_leaves(module(*inputs))
+            results = [
+                tree_leaves(module(*(_as_stored(*given) for given in zip(tensors, arrays, plan.inputs, strict=True))))
+                for tensors, arrays in zip(inputs, stored, strict=True)
+            ]
     finally:
         for part, mode in training.items():
             part.training = mode
-    for index, output in enumerate(outputs):
-        if output.is_floating_point() and not output.isfinite().all():
-            raise ExportError(f"output {index} of the example inputs is not finite: a self-test needs other inputs")
-    return Vectors(stored, tuple(_flat(tensor, port) for tensor, port in zip(outputs, plan.outputs, strict=True)))
+    for number, outputs in enumerate(results):
+        for index, output in enumerate(outputs):
+            if output.is_floating_point() and not output.isfinite().all():
+                which = "the example inputs" if len(inputs) == 1 else f"self_test[{number}]"
+                raise ExportError(f"output {index} of {which} is not finite: a self-test needs other inputs")
+    expected = [tuple(_flat(*given) for given in zip(outputs, plan.outputs, strict=True)) for outputs in results]
+    return Vectors(tuple(map(np.stack, zip(*stored, strict=True))), tuple(map(np.stack, zip(*expected, strict=True))))
 
 
 def _flat(tensor: Tensor, port: Port) -> np.ndarray:

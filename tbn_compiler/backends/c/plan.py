@@ -267,6 +267,14 @@ class Plan:
         return tuple(dict.fromkeys(kernel for step in self.steps for kernel in step.implementation.kernels))
 
     @property
+    def unused_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that nothing reads."""
+        operands = (operand for step in self.steps for operand in _arguments(step.implementation))
+        pointers = (self.pointers[operand] for operand in operands if isinstance(operand, ir.Value))
+        read = {pointer.partition(" ")[0] for pointer in pointers}  # without an offset
+        return tuple(port.name for port in self.inputs if port.name not in read)
+
+    @property
     def uses_stdint(self) -> bool:
         """Whether an input or output holds something else than floats."""
         return any(port.value.dtype != "float32" for port in (*self.inputs, *self.outputs))

@@ -106,3 +106,35 @@ def test_no_name_of_a_model_breaks_the_program(tmp_path: Path) -> None:
     command = [*shlex.split(host.find_compiler() or "cc"), "-std=c99", *WARNINGS, "-Wno-unused-function", str(main)]
     subprocess.run([*command, "-lm", "-o", str(tmp_path / "main")], check=True)
     subprocess.run([tmp_path / "main"], check=True)
+
+
+class Unread(nn.Module):
+    """Reads its second input only."""
+
+    def forward(self, a_input: Tensor, b: Tensor) -> Tensor:
+        return b[:, 1:].relu()
+
+
+@needs_cc
+def test_an_input_that_is_not_read_gives_no_warning(tmp_path: Path) -> None:
+    plan = export_c(Unread(), (torch.randn(1, 4), torch.randn(1, 5)), tmp_path / "net.c", name="net")
+    assert plan.unused_inputs == ("a_input",)
+    command = [*shlex.split(host.find_compiler() or "cc"), "-std=c99", *WARNINGS, "-c", str(tmp_path / "net.c")]
+    subprocess.run([*command, "-o", str(tmp_path / "net.o")], check=True)
+
+
+@needs_cc
+@pytest.mark.parametrize("first", ["net", "net_a"])
+def test_models_whose_macros_are_the_same_are_an_error_of_the_compiler(first: str, tmp_path: Path) -> None:
+    """``NET_A_INPUT_SIZE`` is the size of ``a_input`` in ``net``, and that of ``input`` in ``net_a``."""
+    export_c(Unread(), (torch.randn(1, 4), torch.randn(1, 5)), tmp_path / "net.c", name="net")
+    export_c(nn.ReLU(), torch.randn(1, 6), tmp_path / "net_a.c", name="net_a")
+    (second,) = {"net", "net_a"} - {first}
+    (tmp_path / "main.c").write_text(f'#include "{first}.h"\n#include "{second}.h"\n')
+    command = [*shlex.split(host.find_compiler() or "cc"), "-std=c99", "-fsyntax-only", str(tmp_path / "main.c")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert f"another model has macros of these names: export {second} with another name" in result.stderr
+    # Other names do not meet.
+    export_c(nn.ReLU(), torch.randn(1, 6), tmp_path / "net_a.c", name="net_b")
+    assert subprocess.run(command, capture_output=True).returncode == 0

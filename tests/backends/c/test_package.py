@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import tbn_compiler as tbn
 from tbn_compiler import ExportError
 from tbn_compiler.backends.c import export_c, host
+from tbn_compiler.backends.c.package import Vectors
 from tests.backends.c.toolchain import WARNINGS, needs_cc, sanitizer_flags
 
 
@@ -59,6 +61,61 @@ def test_the_self_test_finds_a_changed_weight(scratch: Any, tmp_path: Path) -> N
     assert broken != text
     (tmp_path / "net.c").write_text(broken)
     assert compile_and_run(tmp_path / "main.c", tmp_path / "net.c", folder=tmp_path).returncode == 1
+
+
+@needs_cc
+@pytest.mark.parametrize("scratch", ["static", "caller"])
+def test_a_self_test_compares_each_of_several_inputs(scratch: Any, tmp_path: Path) -> None:
+    module, inputs = two_ways()
+    others = [(torch.randn(2, 8), torch.rand(2, 3)) for _ in range(3)]
+    export_c(module, inputs, tmp_path / "net.c", name="net", scratch=scratch, self_test=others)
+    header, text = (tmp_path / "net.h").read_text(), (tmp_path / "net.c").read_text()
+    # 16 + 6 floats in, 6 floats and 2 integers out.
+    assert "Run the model on 3 stored inputs" in header
+    assert f"take {3 * 30 * 4} bytes" in header
+    assert "net_test_x[3][NET_X_SIZE]" in text
+    main = tmp_path / "main.c"
+    main.write_text(
+        '#include <stdio.h>\n#include "net.h"\nint main(void) { printf("%d", net_self_test()); return 0; }\n'
+    )
+    assert compile_and_run(main, tmp_path / "net.c", folder=tmp_path).stdout == "0"
+    # What PyTorch gave for the last input in both outputs, changed one after the other: outputs 5 and 6 of all.
+    for array, changed in (("out0", "9.5f, "), ("out1", "7, ")):
+        start = text.index(f"net_test_{array}[3]")
+        place = text.index("        ", text.rindex("    {\n", start, text.index("};", start))) + len(" " * 8)
+        broken = text[:place] + changed + re.sub(r"^[^,]*, ", "", text[place:], count=1)
+        (tmp_path / "net.c").write_text(broken)
+        expected = {"out0": "5", "out1": "6"}[array]
+        assert compile_and_run(main, tmp_path / "net.c", folder=tmp_path).stdout == expected
+
+
+def test_each_input_of_a_self_test_has_its_own_tolerance() -> None:
+    outputs = np.array([[1, -2], [1000, 3]], np.float32)
+    vectors = Vectors((outputs,), (outputs, outputs.astype(np.int32)))
+    assert np.allclose(vectors.tolerances[0], (2e-4, 1e-1))
+    assert vectors.tolerances[1] == (0, 0)
+    assert vectors.nbytes == 3 * 16
+
+
+@pytest.mark.parametrize(
+    ("self_test", "message"),
+    [
+        (torch.zeros(3, 4), "True or a list of inputs, such as list(x.split(1)), not Tensor"),
+        ([], "not list without any"),
+        (3, "not int"),
+        (
+            [torch.zeros(1, 4), torch.zeros(1, 5)],
+            "self_test[1] is float32 [1, 5]; the example inputs are float32 [1, 4]",
+        ),
+        ([torch.zeros(1, 4, dtype=torch.int64)], "self_test[0] is int64 [1, 4]; the example inputs are float32"),
+        ([(torch.zeros(1, 4),) * 2], "self_test[0] is float32 [1, 4], float32 [1, 4]; the example inputs are"),
+        ([torch.ones(1, 4), torch.full((1, 4), torch.inf)], "output 0 of self_test[1] is not finite"),
+    ],
+)
+def test_inputs_that_a_self_test_cannot_take(self_test: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=re.escape(message)):
+        export_c(nn.ReLU(), torch.ones(1, 4), tmp_path / "net.c", self_test=self_test)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_self_test_needs_finite_outputs(tmp_path: Path) -> None:

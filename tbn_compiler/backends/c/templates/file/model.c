@@ -63,6 +63,9 @@ static {{ plan.scratch_types[0] }} {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES 
 {% if plan.scratch == "caller" and not plan.buffers %}
     (void)scratch;
 {% endif %}
+{% for input in plan.unused_inputs %}
+    (void){{ input }}; /* nothing depends on it */
+{% endfor %}
 
 {% for step in plan.steps %}
     /* {{ step.title | comment }}{{ ": in place" if not step.implementation.calls }} */
