@@ -65,6 +65,8 @@ def export_c(
     int8_outputs: bool = False,
     self_test: bool | Sequence[Tensor | Sequence[Tensor]] = False,
     package: Package | None = None,
+    package_version: str = "1.0.0",
+    package_vendor: str = "tbn_compiler",
 ) -> Plan:
     """Write a model as one standalone C99 file and a header; see :func:`tbn_compiler.backends.c.export_c`."""
     from tbn_compiler.backends.c import export_c as export  # backends load when used
@@ -83,6 +85,8 @@ def export_c(
         int8_outputs=int8_outputs,
         self_test=self_test,
         package=package,
+        package_version=package_version,
+        package_vendor=package_vendor,
     )
 
 

@@ -51,6 +51,10 @@ def add_parser(commands: Any) -> None:
         help="run the self-test on these instead: arrays as for --inputs, several inputs behind one another in each",
     )
     parser.add_argument("--package", choices=get_args(Package), help="write a folder for a build system")
+    parser.add_argument("--package-version", default="1.0.0", help="of the package (default: %(default)s)")
+    parser.add_argument(
+        "--package-vendor", default="tbn_compiler", metavar="NAME", help="who answers for it (default: %(default)s)"
+    )
     parser.add_argument("--draw", type=Path, metavar="FILE", help="picture of the scratch memory (needs matplotlib)")
     add_json(parser)
     parser.set_defaults(run=_run)
@@ -60,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from tbn_compiler.backends.c import export_c
 
     names = ["name", "scratch", "optimize", "target", "skip_zeros", "layer_hook", "self_test", "package"]
-    names += ["int8_inputs", "int8_outputs"]
+    names += ["int8_inputs", "int8_outputs", "package_version", "package_vendor"]
     options = {name: getattr(arguments, name) for name in names}
     with stages(2) as begin:
         begin("model")

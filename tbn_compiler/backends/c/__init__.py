@@ -20,6 +20,7 @@ from tbn_compiler.backends.c.options import OptimizeFor, Options, ScratchOwner
 from tbn_compiler.backends.c.package import (
     PACKAGES,
     Inputs,
+    PackageInfo,
     check_source_path,
     compute_vectors,
     self_test_inputs,
@@ -31,7 +32,7 @@ from tbn_compiler.backends.c.planner import build_plan
 from tbn_compiler.backends.c.targets import Target
 from tbn_compiler.errors import ExportError
 
-Package = Literal["arduino", "cmake"]
+Package = Literal["arduino", "cmake", "cmsis-pack", "zephyr"]
 
 __all__ = ["Plan", "export_c", "supported_operators"]
 
@@ -51,6 +52,8 @@ def export_c(
     int8_outputs: bool = False,
     self_test: bool | Sequence[Inputs] = False,
     package: Package | None = None,
+    package_version: str = "1.0.0",
+    package_vendor: str = "tbn_compiler",
 ) -> Plan:
     """Write a model as one C99 file and a header, without malloc or any dependency but the standard library.
 
@@ -84,8 +87,11 @@ def export_c(
         self_test: add ``int <name>_self_test(void)``, which runs the model on the example inputs, or on each of a list
             of inputs like them, and compares with what PyTorch gives. It takes flash for inputs and results, where it
             is called.
-        package: ``"arduino"``, a library for the Arduino IDE with an example that runs the example inputs, or
-            ``"cmake"``, a project with an interface target and a test.
+        package: a folder for a build system, with the self-test: ``"arduino"``, a library for the Arduino IDE with
+            examples that run the first input and the self-test; ``"cmake"``, a project with an interface target and a
+            test; ``"cmsis-pack"``, a software pack with one component; ``"zephyr"``, a module for Zephyr.
+        package_version: version that the package has. It names no license: that is yours to choose.
+        package_vendor: who answers for it.
 
     Returns:
         The plan: kernels, constants, buffers with their offsets, and sizes in bytes.
@@ -106,6 +112,7 @@ def export_c(
     options = Options(name, scratch, optimize, target, skip_zeros, layer_hook, int8_inputs, int8_outputs)
     if package is not None and package not in PACKAGES:
         raise ExportError(f"package={package!r} is not one of {', '.join(map(repr, PACKAGES))}, or None")
+    info = PackageInfo(package_version, package_vendor)
     if package is None:
         check_source_path(Path(path))
     plan = build_plan(import_graph(module, example_inputs), options)
@@ -120,5 +127,5 @@ def export_c(
     if package is None:
         write_files(single_file(plan, Path(path), vectors))
     else:
-        write_files(PACKAGES[package](plan, Path(path), vectors), folder=Path(path))
+        write_files(PACKAGES[package](plan, Path(path), vectors, info), folder=Path(path))
     return plan

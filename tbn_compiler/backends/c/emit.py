@@ -141,9 +141,6 @@ def emit_source(plan: Plan, header: str, vectors: Vectors | None = None) -> str:
         vectors: what a self-test compares; without them there is none.
     """
     templates = _with_needs(plan.kernels)
-    headers = {header for template in templates for header in _declared(template, "headers")}
-    if not all(np.isfinite(numbers).all() for numbers in _numbers(plan)):
-        headers.add("math.h")  # for INFINITY and NAN
     printer = _Printer(plan)
     return (
         _environment()
@@ -152,10 +149,19 @@ def emit_source(plan: Plan, header: str, vectors: Vectors | None = None) -> str:
             _context(plan, vectors),
             header=header,
             templates=templates,
-            headers=sorted(headers | {"stddef.h"}),
+            headers=sorted(system_headers(plan)),
             printer=printer,
         )
     )
+
+
+def system_headers(plan: Plan) -> set[str]:
+    """The headers of the C library that a plan needs."""
+    templates = _with_needs(plan.kernels)
+    headers = {header for template in templates for header in _declared(template, "headers")}
+    if not all(np.isfinite(numbers).all() for numbers in _numbers(plan)):
+        headers.add("math.h")  # for INFINITY and NAN
+    return headers | {"stddef.h"}
 
 
 def _numbers(plan: Plan) -> Iterator[np.ndarray | float]:

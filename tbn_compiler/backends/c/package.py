@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tbn_compiler.backends.c.emit import emit_header, emit_package_file, emit_source
+from tbn_compiler.backends.c.emit import emit_header, emit_package_file, emit_source, system_headers
 from tbn_compiler.backends.c.number_formats import from_int8, to_int8
 from tbn_compiler.backends.c.plan import Plan, Port
 from tbn_compiler.errors import ExportError
@@ -141,33 +143,95 @@ def single_file(plan: Plan, path: Path, vectors: Vectors | None) -> dict[Path, s
     return {path: emit_source(plan, header.name, vectors), header: emit_header(plan, vectors)}
 
 
-def arduino_library(plan: Plan, folder: Path, vectors: Vectors) -> dict[Path, str]:
-    """A library folder for the Arduino IDE, with an example that runs one stored input."""
+@dataclass(frozen=True)
+class PackageInfo:
+    """What a package says about itself beside the model. It names no license, which is the user's to choose.
+
+    Attributes:
+        version: of the package.
+        vendor: who answers for it.
+
+    Raises:
+        ExportError: one that is not valid in every kind of package.
+    """
+
+    version: str = "1.0.0"
+    vendor: str = "tbn_compiler"
+
+    def __post_init__(self) -> None:
+        """Check both."""
+        if not re.fullmatch(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}", self.version):
+            raise ExportError(f"package_version={self.version!r} is not of the form 1.2.3")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.vendor):
+            raise ExportError(f"package_vendor={self.vendor!r} must consist of letters, digits, - and _")
+
+
+def arduino_library(plan: Plan, folder: Path, vectors: Vectors, info: PackageInfo) -> dict[Path, str]:
+    """A library folder for the Arduino IDE, with examples that run one stored input, and the self-test."""
     name = plan.name
     if not name[0].isalpha():
         raise ExportError(f"name={name!r}: the name of an Arduino library begins with a letter")
+    emit = _emitter(plan, vectors, info)
+    test = f"{name}_self_test"
     return {
-        folder / "library.properties": emit_package_file(
-            "library.properties", plan, vectors, architectures=ARDUINO_ARCHITECTURES
-        ),
-        folder / "src" / f"{name}.c": emit_source(plan, f"{name}.h"),
-        folder / "src" / f"{name}.h": emit_header(plan),
-        folder / "examples" / name / f"{name}.ino": emit_package_file("example.ino", plan, vectors),
+        folder / "library.properties": emit("library.properties", architectures=ARDUINO_ARCHITECTURES),
+        folder / "src" / f"{name}.c": emit_source(plan, f"{name}.h", vectors),
+        folder / "src" / f"{name}.h": emit_header(plan, vectors),
+        folder / "examples" / name / f"{name}.ino": emit("example.ino"),
+        folder / "examples" / test / f"{test}.ino": emit("self_test.ino"),
     }
 
 
-def cmake_project(plan: Plan, folder: Path, vectors: Vectors) -> dict[Path, str]:
+def cmake_project(plan: Plan, folder: Path, vectors: Vectors, info: PackageInfo) -> dict[Path, str]:
     """A folder for ``add_subdirectory``, which also builds alone and tests itself."""
+    emit = _emitter(plan, vectors, info)
+    return {
+        folder / "CMakeLists.txt": emit("CMakeLists.txt"),
+        **_source_and_header(plan, folder, vectors),
+        folder / "test" / "main.c": emit("self_test_main.c"),
+    }
+
+
+def cmsis_pack(plan: Plan, folder: Path, vectors: Vectors, info: PackageInfo) -> dict[Path, str]:
+    """A software pack with one component, and its self-test as a file to copy into a project."""
+    name = plan.name
+    if len(name) > _LONGEST_COMPONENT:
+        raise ExportError(f"name={name!r}: the name of a CMSIS component has at most {_LONGEST_COMPONENT} letters")
+    emit = _emitter(plan, vectors, info)
+    return {
+        folder / f"{info.vendor}.{name}.pdsc": emit("model.pdsc"),
+        **_source_and_header(plan, folder, vectors),
+        folder / "template" / f"{name}_self_test.c": emit("self_test_main.c"),
+    }
+
+
+def zephyr_module(plan: Plan, folder: Path, vectors: Vectors, info: PackageInfo) -> dict[Path, str]:
+    """A module for Zephyr's build, whose self-test runs when the system starts, if it is configured to."""
+    emit = _emitter(plan, vectors, info)
+    return {
+        folder / "zephyr" / "module.yml": emit("module.yml"),
+        folder / "zephyr" / "Kconfig": emit("Kconfig", needs_math="math.h" in system_headers(plan)),
+        folder / "zephyr" / "self_test.c": emit("zephyr_self_test.c"),
+        folder / "CMakeLists.txt": emit("zephyr.cmake"),
+        **_source_and_header(plan, folder, vectors),
+    }
+
+
+def _emitter(plan: Plan, vectors: Vectors, info: PackageInfo) -> Callable[..., str]:
+    """Prints files of a package, from the template and what it needs beside the model."""
+    return functools.partial(emit_package_file, plan=plan, vectors=vectors, version=info.version, vendor=info.vendor)
+
+
+def _source_and_header(plan: Plan, folder: Path, vectors: Vectors) -> dict[Path, str]:
     name = plan.name
     return {
-        folder / "CMakeLists.txt": emit_package_file("CMakeLists.txt", plan, vectors),
         folder / "src" / f"{name}.c": emit_source(plan, f"{name}.h", vectors),
         folder / "include" / f"{name}.h": emit_header(plan, vectors),
-        folder / "test" / "main.c": emit_package_file("self_test_main.c", plan, vectors),
     }
 
 
-PACKAGES = {"arduino": arduino_library, "cmake": cmake_project}
+_LONGEST_COMPONENT = 32  # the schema of packs
+PACKAGES = {"arduino": arduino_library, "cmake": cmake_project, "cmsis-pack": cmsis_pack, "zephyr": zephyr_module}
 
 
 def write_files(files: Mapping[Path, str], folder: Path | None = None) -> None:
