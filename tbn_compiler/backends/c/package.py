@@ -36,10 +36,12 @@ class Vectors:
 
     Attributes:
         inputs, outputs: ``[count, size]``, in the types of the parameters.
+        steps: for each output, what one step of integers that PyTorch rounds otherwise makes of it.
     """
 
     inputs: tuple[np.ndarray, ...]
     outputs: tuple[np.ndarray, ...]
+    steps: tuple[float, ...]
 
     @property
     def count(self) -> int:
@@ -55,8 +57,11 @@ class Vectors:
     def tolerances(self) -> tuple[tuple[float, ...], ...]:
         """For each output, how much it may differ for each input; integers may not."""
         return tuple(
-            tuple(float(np.float32(TOLERANCE * np.abs(row).max())) if row.dtype == np.float32 else 0.0 for row in array)
-            for array in self.outputs
+            tuple(
+                float(np.float32(TOLERANCE * np.abs(row).max() + step)) if row.dtype == np.float32 else 0.0
+                for row in array
+            )
+            for array, step in zip(self.outputs, self.steps, strict=True)
         )
 
 
@@ -114,7 +119,8 @@ def compute_vectors(module: nn.Module, inputs: Sequence[Sequence[Tensor]], plan:
                 which = "the example inputs" if len(inputs) == 1 else f"self_test[{number}]"
                 raise ExportError(f"output {index} of {which} is not finite: a self-test needs other inputs")
     expected = [tuple(_flat(*given) for given in zip(outputs, plan.outputs, strict=True)) for outputs in results]
-    return Vectors(tuple(map(np.stack, zip(*stored, strict=True))), tuple(map(np.stack, zip(*expected, strict=True))))
+    inputs_by_port, outputs_by_port = (tuple(map(np.stack, zip(*rows, strict=True))) for rows in (stored, expected))
+    return Vectors(inputs_by_port, outputs_by_port, tuple(port.step for port in plan.outputs))
 
 
 def _flat(tensor: Tensor, port: Port) -> np.ndarray:

@@ -213,11 +213,13 @@ class Port:
         name: C name of the parameter.
         value: shape and element type.
         format: what its integers stand for, where that is known.
+        step: how much one step of the integers that a float output is computed from changes it.
     """
 
     name: str
     value: ir.Value
     format: NumberFormat | None = None
+    step: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from tbn_compiler.backends.c.plan import (
     workspaces,
 )
 from tbn_compiler.backends.c.registry import Context, implement
+from tbn_compiler.backends.c.rounding import output_step
 
 # Parameters and counters that the printer makes up; templates hold the other names.
 _LOCAL_NAMES = ("input", "output", "memory", "integers", "bytes", "octets", "i", "j")
@@ -78,8 +79,13 @@ def build_plan(graph: ir.Graph, options: Options) -> Plan:
         options=options,
         inputs=tuple(replace(port, format=form) for port, form in zip(inputs, formats[0], strict=True)),
         outputs=tuple(
-            Port(port.name, ir.Value(port.value.name, value.shape, port.value.dtype), form)
-            for port, value, form in zip(outputs, graph.outputs, formats[1], strict=True)
+            Port(
+                port.name,
+                ir.Value(port.value.name, value.shape, port.value.dtype),
+                form,
+                output_step(operations, result) if port.value.dtype == "float32" else 0.0,
+            )
+            for port, value, form, result in zip(outputs, graph.outputs, formats[1], results, strict=True)
         ),
         steps=tuple(
             Step(

@@ -92,8 +92,8 @@ def test_a_self_test_compares_each_of_several_inputs(scratch: Any, tmp_path: Pat
 
 def test_each_input_of_a_self_test_has_its_own_tolerance() -> None:
     outputs = np.array([[1, -2], [1000, 3]], np.float32)
-    vectors = Vectors((outputs,), (outputs, outputs.astype(np.int32)))
-    assert np.allclose(vectors.tolerances[0], (2e-4, 1e-1))
+    vectors = Vectors((outputs,), (outputs, outputs.astype(np.int32)), (0.5, 0.0))
+    assert np.allclose(vectors.tolerances[0], (0.5 + 2e-4, 0.5 + 1e-1))
     assert vectors.tolerances[1] == (0, 0)
     assert vectors.nbytes == 3 * 16
 
