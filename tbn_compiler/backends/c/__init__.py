@@ -115,6 +115,8 @@ def export_c(
     info = PackageInfo(package_version, package_vendor)
     if package is None:
         check_source_path(Path(path))
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    tested = self_test_inputs(self_test, inputs)
     plan = build_plan(import_graph(module, example_inputs), options)
     for step in plan.steps:
         for note in step.notes:
@@ -122,8 +124,7 @@ def export_c(
     if package is None and self_test is False:
         write_files(single_file(plan, Path(path), None))
         return plan
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    vectors = compute_vectors(module, self_test_inputs(self_test, inputs), plan)
+    vectors = compute_vectors(module, tested, plan)
     if package is None:
         write_files(single_file(plan, Path(path), vectors))
     else:

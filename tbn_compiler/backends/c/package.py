@@ -36,12 +36,12 @@ class Vectors:
 
     Attributes:
         inputs, outputs: ``[count, size]``, in the types of the parameters.
-        steps: for each output, what one step of integers that PyTorch rounds otherwise makes of it.
+        margins: for each output, what one step of integers that PyTorch rounds otherwise makes of it.
     """
 
     inputs: tuple[np.ndarray, ...]
     outputs: tuple[np.ndarray, ...]
-    steps: tuple[float, ...]
+    margins: tuple[float, ...]
 
     @property
     def count(self) -> int:
@@ -58,10 +58,10 @@ class Vectors:
         """For each output, how much it may differ for each input; integers may not."""
         return tuple(
             tuple(
-                float(np.float32(TOLERANCE * np.abs(row).max() + step)) if row.dtype == np.float32 else 0.0
+                float(np.float32(TOLERANCE * np.abs(row).max() + margin)) if row.dtype == np.float32 else 0.0
                 for row in array
             )
-            for array, step in zip(self.outputs, self.steps, strict=True)
+            for array, margin in zip(self.outputs, self.margins, strict=True)
         )
 
 
