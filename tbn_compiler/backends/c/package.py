@@ -90,9 +90,14 @@ def self_test_inputs(self_test: bool | Sequence[Inputs], example: Sequence[Tenso
     return found
 
 
-def _kinds(tensors: Sequence[Tensor]) -> str:
+def _kinds(inputs: Sequence[object]) -> str:
     """Types and shapes, for people."""
-    return ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors)
+    return ", ".join(
+        f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"no tensor but {type(value).__name__}"
+        for value in inputs
+    )
 
 
 def compute_vectors(module: nn.Module, inputs: Sequence[Sequence[Tensor]], plan: Plan) -> Vectors:

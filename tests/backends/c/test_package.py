@@ -110,6 +110,7 @@ def test_each_input_of_a_self_test_has_its_own_tolerance() -> None:
         ),
         ([torch.zeros(1, 4, dtype=torch.int64)], "self_test[0] is int64 [1, 4]; the example inputs are float32"),
         ([(torch.zeros(1, 4),) * 2], "self_test[0] is float32 [1, 4], float32 [1, 4]; the example inputs are"),
+        ([[np.zeros((1, 4), np.float32)]], "self_test[0] is no tensor but ndarray; the example inputs are float32"),
         ([torch.ones(1, 4), torch.full((1, 4), torch.inf)], "output 0 of self_test[1] is not finite"),
     ],
 )
