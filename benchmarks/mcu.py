@@ -32,6 +32,7 @@ DENSE_CONV = Path(__file__).parent / "dense_conv.c"
 VECTORS = 4
 PEERS = ("dense", "float")
 CHOICES = ("speed", "balanced", "size")
+CORES = ("cortex-m4", "cortex-m7", "cortex-m3", "cortex-m0plus")
 # int8 activations; with inputs and outputs in float, or with integers there too.
 INTEGERS = ("int8", "integers")
 CHANNELS = (16, 32, 64)
@@ -139,7 +140,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]
 
 def cases() -> Iterator[tuple[str, str, str]]:
     """Model, choice of kernels and core of each measurement; ``float`` and ``dense`` are the peers."""
-    for cpu in CPUS:
+    for cpu in CORES:
         yield from (("784-128-10", choice, cpu) for choice in ("float", *CHOICES))
     for channels in CHANNELS:
         yield from ((f"conv {channels}", choice, "cortex-m4") for choice in ("dense", "float", *CHOICES))

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tbn_compiler.backends.c import Package, Plan
-    from tbn_compiler.backends.c.options import OptimizeFor, ScratchOwner, Target
+    from tbn_compiler.backends.c.options import OptimizeFor, ScratchOwner
+    from tbn_compiler.backends.c.targets import Target
     from tbn_compiler.backends.dynamo import Explanation
     from tbn_compiler.backends.onnx import ExportedFile, WeightForm
     from tbn_compiler.reporting import Report
@@ -65,8 +66,10 @@ def export_c(
     int8_outputs: bool = False,
     state: Mapping[str, int] | None = None,
     initial_state: Mapping[str, Tensor] | None = None,
-    self_test: bool = False,
+    self_test: bool | Sequence[Tensor | Sequence[Tensor]] = False,
     package: Package | None = None,
+    package_version: str = "1.0.0",
+    package_vendor: str = "tbn_compiler",
 ) -> Plan:
     """Write a model as one standalone C99 file and a header; see :func:`tbn_compiler.backends.c.export_c`."""
     from tbn_compiler.backends.c import export_c as export  # backends load when used
@@ -87,6 +90,8 @@ def export_c(
         initial_state=initial_state,
         self_test=self_test,
         package=package,
+        package_version=package_version,
+        package_vendor=package_vendor,
     )
 
 

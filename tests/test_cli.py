@@ -152,6 +152,27 @@ def test_export_c_packages_and_reports(capsys, factory, tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
 
+def test_export_c_says_what_a_package_is(capsys, factory, tmp_path):
+    arguments = (
+        "export-c",
+        f"{factory}:plain",
+        "--min-size",
+        0,
+        "--input",
+        "1,16",
+        "--package",
+        "cmsis-pack",
+        "-o",
+        "p",
+    )
+    status, _, err = run(capsys, *arguments, "--package-version", "3.1.4", "--package-vendor", "Works")
+    assert status == 0, err
+    assert 'release version="3.1.4"' in (tmp_path / "p" / "Works.model.pdsc").read_text()
+    status, _, err = run(capsys, *arguments, "--package-version", "three")
+    assert status == 1
+    assert "package_version='three' is not of the form 1.2.3" in err
+
+
 def test_exports_as_json(capsys, factory):
     arguments = (f"{factory}:plain", "--min-size", 0, "--input", "1,16", "--json")
     status, out, _ = run(capsys, "export-c", *arguments, "-o", "net.c", "--plan")

@@ -111,6 +111,22 @@ def test_stored_inputs_are_what_the_self_test_runs(capsys: pytest.CaptureFixture
         with torch.no_grad():
             wanted = model(torch.from_numpy(ids).long(), torch.from_numpy(scale).float())
         assert actual.reshape(2, 8) == pytest.approx(wanted.numpy(), rel=1e-4, abs=1e-5)
+    # Several inputs of these sizes, behind one another.
+    np.savez("more.npz", ids=np.array([3, 1, 0, 2, 1, 1], np.int32), scale=np.ones((6, 1)))
+    status, _, err = run(capsys, "export-c", *arguments, "--self-test-inputs", "more.npz")
+    assert status == 0, err
+    assert "on 3 stored inputs" in Path("net.h").read_text()
+    assert re.search(r"3, 1\s+},\s+{\s+0, 2\s+},\s+{\s+1, 1\s+}", Path("net.c").read_text())
+    for wrong, message in (
+        ({"ids": np.ones(4, np.int32), "scale": np.ones((6, 1))}, "not the same number of inputs [2], [2, 1]"),
+        ({"ids": np.ones(3, np.int32), "scale": np.ones((3, 1))}, "not the same number of inputs"),
+        ({"ids": np.ones(4, np.int32), "scale": np.ones((4, 2))}, "not inputs [2], [2, 1] one behind the other"),
+        ({"scale": np.ones((4, 1))}, "not inputs [2], [2, 1] one behind the other"),
+    ):
+        np.savez("wrong.npz", **wrong)
+        status, _, err = run(capsys, "export-c", *arguments, "--self-test-inputs", "wrong.npz")
+        assert status == 1
+        assert message in err
     assert run(capsys, "export-c", *arguments, "--no-self-test")[0] == 0
     assert "self_test" not in Path("net.c").read_text()
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,6 @@ from tbn_compiler.verify import random_array
 if TYPE_CHECKING:
     from tbn_compiler.backends.c.mcu import Measurement
 
-# The names are those of tbn_compiler.backends.c.mcu.CPUS, which loads with the command only.
-_CPUS = ("cortex-m4", "cortex-m7", "cortex-m3", "cortex-m0plus")
-
 # The microcontroller of the paper runs at this rate. Instructions are counted, cycles are not: loads, branches and wait
 # states of the flash make the average instruction longer than a cycle. This factor is assumed, not measured.
 _PAPER_CPU, _PAPER_HZ, _ASSUMED_CYCLES_PER_INSTRUCTION = "cortex-m4", 64e6, 1.5
@@ -30,15 +28,18 @@ _PAPER_CPU, _PAPER_HZ, _ASSUMED_CYCLES_PER_INSTRUCTION = "cortex-m4", 64e6, 1.5
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of the command line."""
+    from tbn_compiler.backends.c.targets import CPUS  # backends load when used
+
     parser = commands.add_parser(
         "bench-mcu",
-        help="run an exported C file on an emulated Cortex-M and measure it",
-        description="Build an exported C file for Cortex-M cores, run it under qemu-system-arm and report executed "
-        "instructions (exact and repeatable), flash, RAM beside input and output, stack and the largest error.",
+        help="run an exported C file on an emulated microcontroller and measure it",
+        description="Build an exported C file for Cortex-M or RISC-V cores, run it under qemu and report executed "
+        "instructions (exact and repeatable), flash, RAM beside input and output, stack and the largest error. A "
+        "program that does not fit the smallest board of a core runs on the next one.",
     )
     parser.add_argument("source", type=Path, help="C file of export-c; its header lies beside it")
     parser.add_argument(
-        "--cpu", choices=_CPUS, action=Repeated, help=f"core to run on; may be repeated (default: {_PAPER_CPU})"
+        "--cpu", choices=tuple(CPUS), action=Repeated, help=f"core to run on; may be repeated (default: {_PAPER_CPU})"
     )
     parser.add_argument(
         "--vectors",
@@ -69,6 +70,9 @@ def _run(arguments: argparse.Namespace) -> None:
         for name in names:
             begin(name)
             results.append(measure(arguments.source, CPUS[name], inputs, outputs))
+    for result in results:
+        for reason in result.passed_over:
+            print(f"note: {result.cpu} ran on {result.machine}: {reason}", file=sys.stderr)
     if arguments.json:
         print_json([_row(result) for result in results])
     else:
@@ -103,7 +107,8 @@ def _table(source: Path, results: list[Measurement]) -> Table:
         caption=f"RAM is beside input and output, stack included. FPS is an estimate at 64 MHz: it assumes "
         f"{_ASSUMED_CYCLES_PER_INSTRUCTION} cycles an instruction.",
     )
-    table.add_column("core", overflow="fold")
+    for column in ("core", "board"):
+        table.add_column(column, overflow="fold")
     for column in ("instructions", "flash B", "RAM B", "of it stack", "max error", "est. FPS"):
         table.add_column(column, justify="right", overflow="fold")
     for result in results:
@@ -111,6 +116,7 @@ def _table(source: Path, results: list[Measurement]) -> Table:
         rate = _frames_per_second(result)
         table.add_row(
             result.cpu,
+            result.machine,
             f"{high:,}" if low == high else f"{low:,} to {high:,}",
             f"{result.flash_bytes:,}",
             f"{result.ram_bytes:,}",

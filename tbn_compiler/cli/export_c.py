@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model
+from tbn_compiler.cli.models import add_inputs, add_model, example_inputs, load_model, self_test_inputs
 from tbn_compiler.cli.options import Repeated, add_kernel_choice
 from tbn_compiler.cli.output import add_json, print_json, stages
 from tbn_compiler.errors import ConfigError
@@ -24,6 +24,7 @@ def parse_state(text: str) -> tuple[str, int]:
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of the command line."""
+    from tbn_compiler.backends.c import Package
     from tbn_compiler.backends.c.options import ScratchOwner
 
     parser = commands.add_parser("export-c", help="write a model as one standalone C99 file and a header")
@@ -61,7 +62,17 @@ def add_parser(commands: Any) -> None:
         ("--plan", "print steps, kernels, costs and memory"),
     ):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=text)
-    parser.add_argument("--package", choices=("arduino", "cmake"), help="write a folder for a build system")
+    parser.add_argument(
+        "--self-test-inputs",
+        type=Path,
+        metavar="FILE",
+        help="run the self-test on these instead: arrays as for --inputs, several inputs behind one another in each",
+    )
+    parser.add_argument("--package", choices=get_args(Package), help="write a folder for a build system")
+    parser.add_argument("--package-version", default="1.0.0", help="of the package (default: %(default)s)")
+    parser.add_argument(
+        "--package-vendor", default="tbn_compiler", metavar="NAME", help="who answers for it (default: %(default)s)"
+    )
     parser.add_argument("--draw", type=Path, metavar="FILE", help="picture of the scratch memory (needs matplotlib)")
     add_json(parser)
     parser.set_defaults(run=_run)
@@ -79,13 +90,16 @@ def _run(arguments: argparse.Namespace) -> None:
     from tbn_compiler.backends.c import export_c
 
     names = ["name", "scratch", "optimize", "target", "skip_zeros", "layer_hook", "self_test", "package"]
-    names += ["int8_inputs", "int8_outputs"]
+    names += ["int8_inputs", "int8_outputs", "package_version", "package_vendor"]
     options = {name: getattr(arguments, name) for name in names} | {"state": _states(arguments.state or ())}
     with stages(2) as begin:
         begin("model")
         model = load_model(arguments)
+        inputs = example_inputs(arguments, model)
+        if arguments.self_test_inputs is not None:
+            options["self_test"] = self_test_inputs(arguments.self_test_inputs, model, inputs)
         begin("C file")
-        plan = export_c(model, example_inputs(arguments, model), arguments.output, **options)
+        plan = export_c(model, inputs, arguments.output, **options)
     if arguments.draw is not None:
         plan.draw(arguments.draw)
     if arguments.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
@@ -99,17 +100,42 @@ def example_inputs(arguments: argparse.Namespace, model: nn.Module) -> tuple[Ten
         ConfigError: there are none, or they cannot be read, or their names are not those of ``forward``.
     """
     if arguments.inputs is not None:
-        arrays = _in_order(load_arrays(arguments.inputs), model, arguments.inputs)
-        return tuple(torch.from_numpy(array.astype(_dtype(array.dtype))) for array in arrays)
+        return tuple(_stored(arguments.inputs, model))
     if not arguments.input:
         raise ConfigError("give the shape of each input with --input, or stored inputs with --inputs")
     generator = torch.Generator().manual_seed(0)  # a test on zeros would see little
     return tuple(torch.randn(shape, generator=generator) for shape in arguments.input)
 
 
+def self_test_inputs(path: Path, model: nn.Module, example: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Several inputs like an example: arrays as for :func:`example_inputs`, longer along their first axis.
+
+    Raises:
+        ConfigError: the file cannot be read, or an array is not a multiple of the example, or longer than another one.
+    """
+    stored = [
+        torch.from_numpy(array.astype(_dtype(array.dtype))) for array in _in_order(load_arrays(path), model, path)
+    ]
+    shapes = [list(tensor.shape) for tensor in stored]
+    said = f"{path} holds {', '.join(map(str, shapes))}"
+    wanted = [list(tensor.shape) for tensor in example]
+    if [shape[1:] for shape in shapes] != [shape[1:] for shape in wanted] or not all(shapes) or not all(wanted):
+        raise ConfigError(f"{said}, which are not inputs {', '.join(map(str, wanted))} one behind the other")
+    counts = {divmod(len(tensor), len(like)) for tensor, like in zip(stored, example, strict=True)}
+    if len(counts) > 1 or counts.pop()[1]:
+        raise ConfigError(f"{said}, which is not the same number of inputs {', '.join(map(str, wanted))}")
+    parts = [tensor.split(len(like)) for tensor, like in zip(stored, example, strict=True)]
+    return list(zip(*parts, strict=True))
+
+
 def optional_inputs(arguments: argparse.Namespace, model: nn.Module) -> tuple[Tensor, ...] | None:
     """:func:`example_inputs`, or ``None`` where the arguments name none."""
     return example_inputs(arguments, model) if arguments.input or arguments.inputs else None
+
+
+def _stored(path: Path, model: nn.Module) -> list[Tensor]:
+    """The arrays of a file as inputs, in the order of ``forward``."""
+    return [torch.from_numpy(array.astype(_dtype(array.dtype))) for array in _in_order(load_arrays(path), model, path)]
 
 
 def _dtype(stored: np.dtype[Any]) -> np.dtype[Any]:

@@ -35,7 +35,8 @@ class Repeated(argparse.Action):
 
 def add_kernel_choice(parser: argparse.ArgumentParser) -> None:
     """The options ``--optimize`` and ``--target`` of what is planned in C."""
-    from tbn_compiler.backends.c.options import OptimizeFor, Target  # backends load when used
+    from tbn_compiler.backends.c.options import OptimizeFor  # backends load when used
+    from tbn_compiler.backends.c.targets import Target
 
     parser.add_argument(
         "--optimize",
@@ -47,7 +48,7 @@ def add_kernel_choice(parser: argparse.ArgumentParser) -> None:
         "--target",
         choices=get_args(Target),
         default="generic",
-        help="processor whose costs decide (default: %(default)s)",
+        help="processor whose costs decide (default: %(default)s); docs/mcu.md says what they are",
     )
 
 

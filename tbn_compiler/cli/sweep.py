@@ -24,7 +24,7 @@ from tbn_compiler.planning.sweep import Point, point_name
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of the command line."""
-    from tbn_compiler.backends.c.options import Target
+    from tbn_compiler.backends.c.targets import Target
 
     parser = commands.add_parser(
         "sweep",

@@ -24,7 +24,8 @@ from tbn_compiler.summary import LayerSummary, summary
 
 if TYPE_CHECKING:
     from tbn_compiler.backends.c import Plan
-    from tbn_compiler.backends.c.options import OptimizeFor, Target
+    from tbn_compiler.backends.c.options import OptimizeFor
+    from tbn_compiler.backends.c.targets import Target
 
 _ALPHA_BYTES = 4  # float32, as they are stored
 COSTS = {
@@ -65,7 +66,8 @@ class Costs:
                 raise ConfigError(f"the cost {name!r} ({COSTS[name]}) is that of an input: give example_inputs")
         if not self._in_c and (self.target, self.optimize) == ("generic", "balanced"):
             return
-        from tbn_compiler.backends.c.options import OptimizeFor, Target  # it loads the C backend
+        from tbn_compiler.backends.c.options import OptimizeFor  # it loads the C backend
+        from tbn_compiler.backends.c.targets import Target
 
         for option, choices in (("target", Target), ("optimize", OptimizeFor)):
             if getattr(self, option) not in get_args(choices):

@@ -34,7 +34,8 @@ from tbn_compiler.planning.sensitivity import Sensitivity, sensitivity
 from tbn_compiler.planning.solve import Choice, Term
 
 if TYPE_CHECKING:
-    from tbn_compiler.backends.c.options import OptimizeFor, Target
+    from tbn_compiler.backends.c.options import OptimizeFor
+    from tbn_compiler.backends.c.targets import Target
 
 
 def plan(

@@ -31,7 +31,7 @@ from tbn_compiler.summary import summary
 from tbn_compiler.tables import PlainTable, Tabular
 
 if TYPE_CHECKING:
-    from tbn_compiler.backends.c.options import Target
+    from tbn_compiler.backends.c.targets import Target
 
 _VERSION = 1
 Point = TilingConfig | LayerPlan | Mapping[str, float] | str

@@ -24,7 +24,8 @@ from tbn_compiler.summary import Summary, summary
 
 if TYPE_CHECKING:
     from tbn_compiler.backends.c import Plan
-    from tbn_compiler.backends.c.options import OptimizeFor, Target
+    from tbn_compiler.backends.c.options import OptimizeFor
+    from tbn_compiler.backends.c.targets import Target
 
 __all__ = ["NetworkErrors", "Report", "report", "report_file", "summarize_file"]
 

@@ -16,15 +16,26 @@ from typing import Literal
 from torch import Tensor, nn
 
 from tbn_compiler.backends.c.frontend import import_graph, supported_operators
-from tbn_compiler.backends.c.options import OptimizeFor, Options, ScratchOwner, Target
-from tbn_compiler.backends.c.package import PACKAGES, check_source_path, compute_vectors, single_file, write_files
+from tbn_compiler.backends.c.options import OptimizeFor, Options, ScratchOwner
+from tbn_compiler.backends.c.package import (
+    PACKAGES,
+    Inputs,
+    PackageInfo,
+    check_source_path,
+    compute_vectors,
+    self_test_inputs,
+    single_file,
+    write_files,
+)
 from tbn_compiler.backends.c.plan import Plan
 from tbn_compiler.backends.c.planner import build_plan
 from tbn_compiler.backends.c.state import state_pairs
+from tbn_compiler.backends.c.targets import Target
 from tbn_compiler.errors import ExportError
 
-Package = Literal["arduino", "cmake"]
-_SELF_TEST_STEPS = 3
+Package = Literal["arduino", "cmake", "cmsis-pack", "zephyr"]
+
+_SELF_TEST_RUNS = 3  # of a model with a state
 
 __all__ = ["Plan", "export_c", "supported_operators"]
 
@@ -44,8 +55,10 @@ def export_c(
     int8_outputs: bool = False,
     state: Mapping[str, int] | None = None,
     initial_state: Mapping[str, Tensor] | None = None,
-    self_test: bool = False,
+    self_test: bool | Sequence[Inputs] = False,
     package: Package | None = None,
+    package_version: str = "1.0.0",
+    package_vendor: str = "tbn_compiler",
 ) -> Plan:
     """Write a model as one C99 file and a header, without malloc or any dependency but the standard library.
 
@@ -81,10 +94,15 @@ def export_c(
             ``<NAME>_STATE_BYTES``, ``void <name>_init(<name>_state *state)`` and a run function that takes the state
             first and changes it; nothing is kept elsewhere. ``int8_inputs`` and ``int8_outputs`` leave it as it is.
         initial_state: what the state holds before the first run, by the name of the input; the rest is zeros.
-        self_test: add ``int <name>_self_test(void)``, which runs the model on the example inputs and compares with what
-            PyTorch gives; with ``state`` several times, from the initial one on.
-        package: ``"arduino"``, a library for the Arduino IDE with an example that runs the example inputs, or
-            ``"cmake"``, a project with an interface target and a test.
+        self_test: add ``int <name>_self_test(void)``, which runs the model on the example inputs, or on each of a list
+            of inputs like them, and compares with what PyTorch gives. It takes flash for inputs and results, where it
+            is called. With ``state`` the runs follow one another from the initial state on: those of the list, or
+            several on the example inputs; what these hold of the state is not used.
+        package: a folder for a build system, with the self-test: ``"arduino"``, a library for the Arduino IDE with
+            examples that run the first input and the self-test; ``"cmake"``, a project with an interface target and a
+            test; ``"cmsis-pack"``, a software pack with one component; ``"zephyr"``, a module for Zephyr.
+        package_version: version that the package has. It names no license: that is yours to choose.
+        package_vendor: who answers for it.
 
     Returns:
         The plan: kernels, constants, buffers with their offsets, and sizes in bytes.
@@ -107,21 +125,23 @@ def export_c(
     )
     if package is not None and package not in PACKAGES:
         raise ExportError(f"package={package!r} is not one of {', '.join(map(repr, PACKAGES))}, or None")
+    info = PackageInfo(package_version, package_vendor)
     if package is None:
         check_source_path(Path(path))
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    tested = self_test_inputs(self_test, inputs)
     plan = build_plan(import_graph(module, example_inputs), options, initial_state)
     for step in plan.steps:
         for note in step.notes:
             warnings.warn(f"{step.title}: {note}", stacklevel=3)  # the public function calls this one
-    if package is None and not self_test:
+    if package is None and self_test is False:
         write_files(single_file(plan, Path(path), None))
         return plan
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    # An example for Arduino shows one run.
-    steps = _SELF_TEST_STEPS if plan.states and package != "arduino" else 1
-    vectors = compute_vectors(module, inputs, plan, steps)
+    if plan.states and len(tested) == 1:
+        tested *= _SELF_TEST_RUNS
+    vectors = compute_vectors(module, tested, plan)
     if package is None:
         write_files(single_file(plan, Path(path), vectors))
     else:
-        write_files(PACKAGES[package](plan, Path(path), vectors), folder=Path(path))
+        write_files(PACKAGES[package](plan, Path(path), vectors, info), folder=Path(path))
     return plan

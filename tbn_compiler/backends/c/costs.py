@@ -12,13 +12,15 @@ normally distributed ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
+
+from tbn_compiler.backends.c.targets import CountedCore
 
 Work = Mapping[str, float]
 """Number of units of each kind."""
 
-# Columns of the table. A generic target is taken for a Cortex-M4; an M7 executes the same instructions.
-CORES = ("cortex-m4", "cortex-m3", "cortex-m0plus")
-_COLUMN = {"generic": 0, "cortex-m4": 0, "cortex-m7": 0, "cortex-m3": 1, "cortex-m0plus": 2}
+# Columns of the table; targets say which one is theirs.
+CORES: tuple[CountedCore, ...] = get_args(CountedCore)
 
 # fmt: off
 INSTRUCTIONS: dict[str, tuple[float, float, float]] = {
@@ -292,9 +294,9 @@ INSTRUCTIONS: dict[str, tuple[float, float, float]] = {
 # fmt: on
 
 
-def instructions(work: Work, target: str) -> int:
+def instructions(work: Work, core: CountedCore) -> int:
     """Estimated number of executed instructions."""
-    column = _COLUMN[target]
+    column = CORES.index(core)
     return round(sum(count * INSTRUCTIONS[unit][column] for unit, count in work.items()))
 
 

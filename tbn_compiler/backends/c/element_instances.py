@@ -92,7 +92,7 @@ UNARY: dict[str, Function] = {
     "silu": Function("x[i] / (1.0f + expf(-x[i]))"),
     "sigmoid": Function("1.0f / (1.0f + expf(-x[i]))"),
     "log_sigmoid": Function("(x[i] < 0.0f ? x[i] : 0.0f) - log1pf(expf(-fabsf(x[i])))"),
-    "hardswish": Function("x[i] <= -3.0f ? 0.0f : x[i] >= 3.0f ? x[i] : x[i] * (x[i] + 3.0f) / 6.0f"),
+    "hardswish": Function("x[i] * (x[i] <= -3.0f ? 0.0f : x[i] >= 3.0f ? 6.0f : x[i] + 3.0f) / 6.0f"),
     "hardsigmoid": Function("x[i] <= -3.0f ? 0.0f : x[i] >= 3.0f ? 1.0f : (x[i] + 3.0f) / 6.0f"),
     "elu": Function(
         "x[i] > 0.0f ? positive * x[i] : negative * expm1f(slope * x[i])", ("negative", "positive", "slope")

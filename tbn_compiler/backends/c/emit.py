@@ -141,11 +141,6 @@ def emit_source(plan: Plan, header: str, vectors: Vectors | None = None) -> str:
         vectors: what a self-test compares; without them there is none.
     """
     templates = _with_needs(plan.kernels)
-    headers = {header for template in templates for header in _declared(template, "headers")}
-    if plan.states:
-        headers.add("string.h")  # for memset and memcpy
-    if not all(np.isfinite(numbers).all() for numbers in _numbers(plan)):
-        headers.add("math.h")  # for INFINITY and NAN
     printer = _Printer(plan)
     return (
         _environment()
@@ -154,10 +149,21 @@ def emit_source(plan: Plan, header: str, vectors: Vectors | None = None) -> str:
             _context(plan, vectors),
             header=header,
             templates=templates,
-            headers=sorted(headers | {"stddef.h"}),
+            headers=sorted(system_headers(plan)),
             printer=printer,
         )
     )
+
+
+def system_headers(plan: Plan) -> set[str]:
+    """The headers of the C library that a plan needs."""
+    templates = _with_needs(plan.kernels)
+    headers = {header for template in templates for header in _declared(template, "headers")}
+    if plan.states:
+        headers.add("string.h")  # for memset and memcpy
+    if not all(np.isfinite(numbers).all() for numbers in _numbers(plan)):
+        headers.add("math.h")  # for INFINITY and NAN
+    return headers | {"stddef.h"}
 
 
 def _numbers(plan: Plan) -> Iterator[np.ndarray | float]:
@@ -173,9 +179,9 @@ def emit_header(plan: Plan, vectors: Vectors | None = None) -> str:
     return _environment().get_template("file/model.h").render(_context(plan, vectors))
 
 
-def emit_package_file(file: str, plan: Plan, vectors: Vectors) -> str:
-    """A file of a package, from the template of that name."""
-    return _environment().get_template(f"package/{file}").render(_context(plan, vectors))
+def emit_package_file(file: str, plan: Plan, vectors: Vectors, **more: object) -> str:
+    """A file of a package, from the template of that name and what else that needs."""
+    return _environment().get_template(f"package/{file}").render(_context(plan, vectors), **more)
 
 
 def emit_host_main(interface: Interface, header: str) -> str:
@@ -193,7 +199,9 @@ def _context(plan: Plan, vectors: Vectors | None) -> dict[str, object]:
     # An array, or a union whose address is taken.
     scratch = [] if plan.scratch == "static" else ["scratch" if plan.scratch_types in ((), ("float",)) else "&scratch"]
     state = ["&state"] if plan.states else []
-    tested = [f"{plan.name}_{TEST_PREFIX}{port.name}" for port in plan.inputs] + [port.name for port in plan.outputs]
+    row = "[vector]" if vectors is not None and vectors.count > 1 else ""
+    tested = [f"{plan.name}_{TEST_PREFIX}{port.name}{row}" for port in plan.inputs]
+    tested += [port.name for port in plan.outputs]
     return {
         "plan": plan,
         "name": plan.name,
@@ -301,9 +309,9 @@ def c_floats(values: Sequence[float]) -> str:
     return items[0] if len(items) == 1 else f"{{{', '.join(items)}}}"
 
 
-def c_numbers(array: np.ndarray) -> str:
-    """The elements of an array as lines of an initialiser."""
-    array = array.reshape(-1)
+def c_numbers(numbers: np.ndarray | Sequence[float]) -> str:
+    """The elements of an array, or some floats, as lines of an initialiser."""
+    array = numbers.reshape(-1) if isinstance(numbers, np.ndarray) else np.array(numbers, np.float32)
     if array.dtype == np.float32:
         items, per_line = [c_float(value) for value in array.tolist()], _NUMBERS_PER_LINE
     elif array.dtype == np.bool_:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tbn_compiler.backends.c.names import check_identifier
+from tbn_compiler.backends.c.targets import TARGETS, Processor, Target
 from tbn_compiler.errors import ExportError
 
 ScratchOwner = Literal["static", "caller"]
 OptimizeFor = Literal["balanced", "speed", "size"]
-Target = Literal["generic", "cortex-m0plus", "cortex-m3", "cortex-m4", "cortex-m7"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Options:
         scratch: ``"static"``, one block in the file, or ``"caller"``, handed to the run function.
         optimize: what the choice of kernels favours: few instructions, small code, constants and scratch memory, or
             speed as long as memory stays small.
-        target: the processor that costs are estimated for; the C stays portable.
+        target: the processor that costs are estimated for, one of :data:`~tbn_compiler.backends.c.targets.TARGETS`;
+            the C stays portable.
         skip_zeros: let kernels skip inputs that are 0, which makes the run time depend on the data.
         layer_hook: call the macro ``<NAME>_LAYER_HOOK(index, layer)`` after every step.
         int8_inputs, int8_outputs: take and give int8 in place of floats.
@@ -51,6 +52,6 @@ class Options:
                 raise ExportError(f"{option}={value!r} is not one of {', '.join(map(repr, get_args(choices)))}")
 
     @property
-    def has_fpu(self) -> bool:
-        """Whether the target computes float32 in hardware; a generic target is taken to."""
-        return self.target not in ("cortex-m0plus", "cortex-m3")
+    def processor(self) -> Processor:
+        """What the kernels need to know of the target."""
+        return TARGETS[self.target]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tbn_compiler.backends.c.emit import emit_header, emit_package_file, emit_source
+from tbn_compiler.backends.c.emit import emit_header, emit_package_file, emit_source, system_headers
 from tbn_compiler.backends.c.number_formats import from_int8, to_int8
 from tbn_compiler.backends.c.plan import Plan, PlannedState, Port
 from tbn_compiler.errors import ExportError
 from tbn_compiler.files import replacing
 from tbn_compiler.torch_private import tree_leaves
+
+# The cores for Arduino boards whose constants stay in flash. AVR is not among them: it would copy them to RAM.
+ARDUINO_ARCHITECTURES = (
+    *("mbed", "mbed_nano", "mbed_rp2040", "mbed_portenta", "mbed_giga", "mbed_nicla", "mbed_opta"),
+    *("renesas_uno", "renesas_portenta", "sam", "samd", "rp2040", "esp32", "nrf52", "stm32"),
+)
 
 # Share of the largest expected element by which an output may differ on another machine, whose math.h rounds otherwise.
 TOLERANCE = 1e-4
@@ -24,69 +32,122 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Vectors:
-    """One input of a model and what PyTorch gives for it, an array for each parameter of the run function.
+    """Inputs of a model and what PyTorch gives for them, an array for each parameter of the run function.
 
     Attributes:
-        inputs, outputs: flat arrays, in the types of the parameters; outputs of all steps one behind the other.
-        steps: how often the model runs on the input, each time with the state that the run before left.
+        inputs, outputs: ``[count, size]``, in the types of the parameters.
+        margins: for each output, what one step of integers that PyTorch rounds otherwise makes of it.
     """
 
     inputs: tuple[np.ndarray, ...]
     outputs: tuple[np.ndarray, ...]
-    steps: int = 1
+    margins: tuple[float, ...]
 
     @property
-    def tolerances(self) -> tuple[float, ...]:
-        """How much each output may differ; integers may not."""
+    def count(self) -> int:
+        """How many inputs there are."""
+        return len(self.outputs[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Flash that they take."""
+        return sum(array.nbytes for array in (*self.inputs, *self.outputs))
+
+    @property
+    def tolerances(self) -> tuple[tuple[float, ...], ...]:
+        """For each output, how much it may differ for each input; integers may not."""
         return tuple(
-            float(np.float32(TOLERANCE * np.abs(array).max())) if array.dtype == np.float32 else 0.0
-            for array in self.outputs
+            tuple(
+                float(np.float32(TOLERANCE * np.abs(row).max() + margin)) if row.dtype == np.float32 else 0.0
+                for row in array
+            )
+            for array, margin in zip(self.outputs, self.margins, strict=True)
         )
 
 
-def compute_vectors(module: nn.Module, inputs: Sequence[Tensor], plan: Plan, steps: int = 1) -> Vectors:
-    """Run a module in evaluation mode, for the parameters of a plan that was made from it.
+Inputs = Tensor | Sequence[Tensor]
+"""A tensor, or one for each argument of ``forward``."""
+
+
+def self_test_inputs(self_test: bool | Sequence[Inputs], example: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """What a self-test runs: the example inputs, or those that are given instead.
+
+    Raises:
+        ExportError: there are none, or one does not have the shapes and types of the example.
+    """
+    if isinstance(self_test, bool):
+        return [tuple(example)]
+    if isinstance(self_test, Tensor) or not isinstance(self_test, Sequence) or not self_test:
+        raise ExportError(
+            f"self_test is True or a list of inputs, such as list(x.split(1)), not {type(self_test).__name__}"
+            + (" without any" if isinstance(self_test, list | tuple) else "")
+        )
+    found = [(inputs,) if isinstance(inputs, Tensor) else tuple(inputs) for inputs in self_test]
+    wanted = _kinds(example)
+    for index, inputs in enumerate(found):
+        if _kinds(inputs) != wanted:
+            raise ExportError(f"self_test[{index}] is {_kinds(inputs)}; the example inputs are {wanted}")
+    return found
+
+
+def _kinds(inputs: Sequence[object]) -> str:
+    """Types and shapes, for people."""
+    return ", ".join(
+        f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"no tensor but {type(value).__name__}"
+        for value in inputs
+    )
+
+
+def compute_vectors(module: nn.Module, inputs: Sequence[Sequence[Tensor]], plan: Plan) -> Vectors:
+    """Run a module in evaluation mode on each of some inputs, for the parameters of a plan that was made from it.
 
     Args:
         module: the model.
-        inputs: its example inputs.
-        plan: what was made of both.
-        steps: how often it runs if it has a state.
+        inputs: of each run, like the example inputs. With a state, each run has that of the one before.
+        plan: what was made of the model.
 
     Raises:
         ExportError: an output is not finite, so that it cannot be compared.
     """
     before = [state.before for state in plan.states]
-    given = [index for index in range(len(inputs)) if index not in before]
-    stored = tuple(_flat(inputs[index], port) for index, port in zip(given, plan.inputs, strict=True))
-    used = list(inputs)
-    for index, array, port in zip(given, stored, plan.inputs, strict=True):
-        used[index] = _as_stored(inputs[index], array, port)
-    for state in plan.states:
-        used[state.before] = first_state(plan, state).to(inputs[state.before])
+    given = [index for index in range(len(inputs[0])) if index not in before]
+    stored = [
+        tuple(_flat(tensors[index], port) for index, port in zip(given, plan.inputs, strict=True)) for tensors in inputs
+    ]
+    kept: dict[int, Tensor] = {
+        state.before: first_state(plan, state).to(inputs[0][state.before]) for state in plan.states
+    }
     training = {part: part.training for part in module.modules()}
     module.eval()
+    results = []
     try:
         with torch.no_grad():
-            runs = []
-            for _ in range(steps):
-                runs.append(tree_leaves(module(*used)))
-                for state in plan.states:
-                    used[state.before] = runs[-1][state.output]
+            for tensors, arrays in zip(inputs, stored, strict=True):
+                used = dict(enumerate(tensors)) | kept
+                for index, array, port in zip(given, arrays, plan.inputs, strict=True):
+                    used[index] = _as_stored(tensors[index], array, port)
+                outputs = tree_leaves(module(*used.values()))
+                kept = {state.before: outputs[state.output] for state in plan.states}
+                results.append(outputs)
     finally:
         for part, mode in training.items():
             part.training = mode
     after = [state.output for state in plan.states]
-    outputs = [
-        (index, torch.cat([run[index].flatten() for run in runs]))
-        for index in range(len(runs[0]))
-        if index not in after
+    compared = [index for index in range(len(results[0])) if index not in after]
+    for number, outputs in enumerate(results):
+        for index in compared:
+            if outputs[index].is_floating_point() and not outputs[index].isfinite().all():
+                which = "the example inputs" if len(inputs) == 1 or plan.states else f"self_test[{number}]"
+                raise ExportError(f"output {index} of {which} is not finite: a self-test needs other inputs")
+    expected = [
+        tuple(_flat(outputs[index], port) for index, port in zip(compared, plan.outputs, strict=True))
+        for outputs in results
     ]
-    for index, output in outputs:
-        if output.is_floating_point() and not output.isfinite().all():
-            raise ExportError(f"output {index} of the example inputs is not finite: a self-test needs other inputs")
-    expected = tuple(_flat(output, port) for (_, output), port in zip(outputs, plan.outputs, strict=True))
-    return Vectors(stored, expected, steps)
+    inputs_by_port = tuple(np.stack(rows) for rows in zip(*stored, strict=True))
+    outputs_by_port = tuple(np.stack(rows) for rows in zip(*expected, strict=True))
+    return Vectors(inputs_by_port, outputs_by_port, tuple(port.step for port in plan.outputs))
 
 
 def first_state(plan: Plan, state: PlannedState) -> Tensor:
@@ -123,31 +184,95 @@ def single_file(plan: Plan, path: Path, vectors: Vectors | None) -> dict[Path, s
     return {path: emit_source(plan, header.name, vectors), header: emit_header(plan, vectors)}
 
 
-def arduino_library(plan: Plan, folder: Path, vectors: Vectors) -> dict[Path, str]:
-    """A library folder for the Arduino IDE, with an example that runs one stored input."""
+@dataclass(frozen=True)
+class PackageInfo:
+    """What a package says about itself beside the model. It names no license, which is the user's to choose.
+
+    Attributes:
+        version: of the package.
+        vendor: who answers for it.
+
+    Raises:
+        ExportError: one that is not valid in every kind of package.
+    """
+
+    version: str = "1.0.0"
+    vendor: str = "tbn_compiler"
+
+    def __post_init__(self) -> None:
+        """Check both."""
+        if not re.fullmatch(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}", self.version):
+            raise ExportError(f"package_version={self.version!r} is not of the form 1.2.3")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.vendor):
+            raise ExportError(f"package_vendor={self.vendor!r} must consist of letters, digits, - and _")
+
+
+def arduino_library(plan: Plan, folder: Path, vectors: Vectors, info: PackageInfo) -> dict[Path, str]:
+    """A library folder for the Arduino IDE, with examples that run one stored input, and the self-test."""
     name = plan.name
     if not name[0].isalpha():
         raise ExportError(f"name={name!r}: the name of an Arduino library begins with a letter")
+    emit = _emitter(plan, vectors, info)
+    test = f"{name}_self_test"
     return {
-        folder / "library.properties": emit_package_file("library.properties", plan, vectors),
-        folder / "src" / f"{name}.c": emit_source(plan, f"{name}.h"),
-        folder / "src" / f"{name}.h": emit_header(plan),
-        folder / "examples" / name / f"{name}.ino": emit_package_file("example.ino", plan, vectors),
+        folder / "library.properties": emit("library.properties", architectures=ARDUINO_ARCHITECTURES),
+        folder / "src" / f"{name}.c": emit_source(plan, f"{name}.h", vectors),
+        folder / "src" / f"{name}.h": emit_header(plan, vectors),
+        folder / "examples" / name / f"{name}.ino": emit("example.ino"),
+        folder / "examples" / test / f"{test}.ino": emit("self_test.ino"),
     }
 
 
-def cmake_project(plan: Plan, folder: Path, vectors: Vectors) -> dict[Path, str]:
+def cmake_project(plan: Plan, folder: Path, vectors: Vectors, info: PackageInfo) -> dict[Path, str]:
     """A folder for ``add_subdirectory``, which also builds alone and tests itself."""
+    emit = _emitter(plan, vectors, info)
+    return {
+        folder / "CMakeLists.txt": emit("CMakeLists.txt"),
+        **_source_and_header(plan, folder, vectors),
+        folder / "test" / "main.c": emit("self_test_main.c"),
+    }
+
+
+def cmsis_pack(plan: Plan, folder: Path, vectors: Vectors, info: PackageInfo) -> dict[Path, str]:
+    """A software pack with one component, and its self-test as a file to copy into a project."""
+    name = plan.name
+    if len(name) > _LONGEST_COMPONENT:
+        raise ExportError(f"name={name!r}: the name of a CMSIS component has at most {_LONGEST_COMPONENT} letters")
+    emit = _emitter(plan, vectors, info)
+    return {
+        folder / f"{info.vendor}.{name}.pdsc": emit("model.pdsc"),
+        **_source_and_header(plan, folder, vectors),
+        folder / "template" / f"{name}_self_test.c": emit("self_test_main.c"),
+    }
+
+
+def zephyr_module(plan: Plan, folder: Path, vectors: Vectors, info: PackageInfo) -> dict[Path, str]:
+    """A module for Zephyr's build, whose self-test runs when the system starts, if it is configured to."""
+    emit = _emitter(plan, vectors, info)
+    return {
+        folder / "zephyr" / "module.yml": emit("module.yml"),
+        folder / "zephyr" / "Kconfig": emit("Kconfig", needs_math="math.h" in system_headers(plan)),
+        folder / "zephyr" / "self_test.c": emit("zephyr_self_test.c"),
+        folder / "CMakeLists.txt": emit("zephyr.cmake"),
+        **_source_and_header(plan, folder, vectors),
+    }
+
+
+def _emitter(plan: Plan, vectors: Vectors, info: PackageInfo) -> Callable[..., str]:
+    """Prints files of a package, from the template and what it needs beside the model."""
+    return functools.partial(emit_package_file, plan=plan, vectors=vectors, version=info.version, vendor=info.vendor)
+
+
+def _source_and_header(plan: Plan, folder: Path, vectors: Vectors) -> dict[Path, str]:
     name = plan.name
     return {
-        folder / "CMakeLists.txt": emit_package_file("CMakeLists.txt", plan, vectors),
         folder / "src" / f"{name}.c": emit_source(plan, f"{name}.h", vectors),
         folder / "include" / f"{name}.h": emit_header(plan, vectors),
-        folder / "test" / "main.c": emit_package_file("self_test_main.c", plan, vectors),
     }
 
 
-PACKAGES = {"arduino": arduino_library, "cmake": cmake_project}
+_LONGEST_COMPONENT = 32  # the schema of packs
+PACKAGES = {"arduino": arduino_library, "cmake": cmake_project, "cmsis-pack": cmsis_pack, "zephyr": zephyr_module}
 
 
 def write_files(files: Mapping[Path, str], folder: Path | None = None) -> None:

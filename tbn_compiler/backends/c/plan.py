@@ -213,11 +213,13 @@ class Port:
         name: C name of the parameter.
         value: shape and element type.
         format: what its integers stand for, where that is known.
+        step: how much one step of the integers that a float output is computed from changes it.
     """
 
     name: str
     value: ir.Value
     format: NumberFormat | None = None
+    step: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,14 @@ class Plan:
     def kernels(self) -> tuple[str, ...]:
         """The kernels in use, in order of first use."""
         return tuple(dict.fromkeys(kernel for step in self.steps for kernel in step.implementation.kernels))
+
+    @property
+    def unused_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that nothing reads."""
+        operands = (operand for step in self.steps for operand in _arguments(step.implementation))
+        pointers = (self.pointers[operand] for operand in operands if isinstance(operand, ir.Value))
+        read = {pointer.partition(" ")[0] for pointer in pointers}  # without an offset
+        return tuple(port.name for port in self.inputs if port.name not in read)
 
     @property
     def uses_stdint(self) -> bool:

@@ -48,6 +48,7 @@ from tbn_compiler.backends.c.plan import (
     workspaces,
 )
 from tbn_compiler.backends.c.registry import Context, implement
+from tbn_compiler.backends.c.rounding import output_step
 from tbn_compiler.backends.c.state import find_states, write_last
 
 # Parameters and counters that the printer makes up; templates hold the other names.
@@ -104,9 +105,18 @@ def build_plan(graph: ir.Graph, options: Options, initial_state: Mapping[str, An
             replace(port, format=form) for port, form in zip(inputs, _without(formats[0], before), strict=True)
         ),
         outputs=tuple(
-            Port(port.name, ir.Value(port.value.name, value.shape, port.value.dtype), form)
-            for port, value, form in zip(
-                outputs, _without(graph.outputs, after), _without(formats[1], after), strict=True
+            Port(
+                port.name,
+                ir.Value(port.value.name, value.shape, port.value.dtype),
+                form,
+                output_step(operations, result) if port.value.dtype == "float32" else 0.0,
+            )
+            for port, value, form, result in zip(
+                outputs,
+                _without(graph.outputs, after),
+                _without(formats[1], after),
+                _without(results, after),
+                strict=True,
             )
         ),
         states=tuple(

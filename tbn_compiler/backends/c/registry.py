@@ -54,7 +54,7 @@ class Context:
     def implementation(self, title: str, calls: tuple[Call, ...], work: Work, choice: str = "") -> Implementation:
         """An implementation whose cost is that of its work and calls on the target."""
         work = {**work, "call": sum(call.repeat * call.inner for call in calls)}
-        return Implementation(title, calls, instructions(work, self.options.target), choice, work=work)
+        return Implementation(title, calls, instructions(work, self.options.processor.costs), choice, work=work)
 
     def fastest(self, small: Implementation, *others: Implementation) -> Implementation:
         """The implementation with the fewest estimated instructions, and why.

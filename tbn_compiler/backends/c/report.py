@@ -167,5 +167,6 @@ def _sizes(plan: Plan) -> str:
 
 
 def _target(plan: Plan) -> str:
-    """The processor that instructions are estimated for."""
-    return "cortex-m4" if plan.options.target == "generic" else plan.options.target
+    """The processor that instructions are estimated for: the target, or the one whose counts stand for it."""
+    processor = plan.options.processor
+    return processor.name if processor.same_instructions else processor.costs

@@ -40,9 +40,9 @@ def filters(operation: ir.TiledConv, context: Context, title: str) -> Implementa
     if not (operation.tile.packed and whole and product.groups > 1):
         return None
     channels, size = layout.shape[1], _plane(window)
-    planes = Workspace("planes", channels * math.prod(size), "float32" if context.options.has_fpu else "int32")
+    planes = Workspace("planes", channels * math.prod(size), "float32" if context.options.processor.fpu else "int32")
     input_bytes = 4 * operation.input_channels * window.input_size
-    fixed = not context.options.has_fpu
+    fixed = not context.options.processor.fpu
     copied = fixed or size != window.input
     if copied and channels > 1 and planes.nbytes > max(memory_limit(context.options), input_bytes // 4):
         return None
@@ -88,7 +88,7 @@ def _plane(window: ir.Window) -> tuple[int, int]:
 def _kernel(operation: ir.TiledConv, options: Options) -> str:
     """The fastest kernel that can compute the layer, or the one of least code."""
     window = operation.window
-    if not options.has_fpu:
+    if not options.processor.fpu:
         return "tiled_fixed_filter"
     neighbours = window.dilation[1] == 1 or window.kernel[1] == 1
     if options.optimize == "size" or window.stride[1] not in FILTER_STRIDES or not neighbours:
@@ -117,14 +117,17 @@ class _Costs:
     output: float
 
 
-_FPU = _Costs(3, 12, (40, 12), 6.5)
-_COSTS = {"cortex-m3": _Costs(42, 14, (40, 12), 180), "cortex-m0plus": _Costs(52, 16, (50, 15), 310)}
+_COSTS = {
+    "cortex-m4": _Costs(3, 12, (40, 12), 6.5),
+    "cortex-m3": _Costs(42, 14, (40, 12), 180),
+    "cortex-m0plus": _Costs(52, 16, (50, 15), 310),
+}
 
 
 def _instructions(operation: ir.TiledConv, kernel: str, copied: bool, options: Options) -> int:
     """Estimated number for the outputs of one group of one sample."""
     window, layout = operation.window, operation.layout
-    costs = _COSTS.get(options.target, _FPU)
+    costs = _COSTS[options.processor.costs]
     channels, (height, width) = layout.shape[1], window.output
     outputs, lines = layout.rows // operation.groups, channels * window.kernel[0]
     copies = channels * (costs.copy * window.input_size + costs.line * window.input[0]) if copied else 0
@@ -141,7 +144,7 @@ def _instructions(operation: ir.TiledConv, kernel: str, copied: bool, options: O
         return rows * (columns * size + loads) + 6
 
     line = 0.0
-    if kernel == filter_name() or not options.has_fpu:
+    if kernel == filter_name() or not options.processor.fpu:
         # Four positions, or one, take as long.
         line += (width // 4 + width % 4) * (17 * taps + 10 * lines + 20)
     else:

@@ -153,8 +153,8 @@ def _depthwise(operation: ir.TiledConv, context: Context, title: str) -> Impleme
     struct = _finish_struct(operation, context, title, geometry, rows, slice(0, layout.rows), (1, rows))
     kind = (window.kernel[1], window.dilation[1], window.stride[1], _result(operation))
     padded, few = _padded_bytes(window), window.output[1] < 3
-    # The smallest core loads no words that begin anywhere.
-    limit = 0 if context.options.target == "cortex-m0plus" else memory_limit(context.options)
+    # The kernel loads words that begin anywhere.
+    limit = memory_limit(context.options) if context.options.processor.unaligned_loads else 0
     by4 = (window.kernel, window.dilation) == ((3, 3), (1, 1)) and window.stride[1] in PAIR_STRIDES
     by4 = by4 and not few and padded <= limit
     kernel = depthwise_name(*kind, by4=by4)

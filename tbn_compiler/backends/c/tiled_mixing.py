@@ -121,7 +121,7 @@ def _products(operation: ir.TiledLinear | ir.TiledConv, context: Context) -> _Pr
             behind=(),
             block=None,
             stride=rows,
-            instructions=instructions(work, context.options.target),
+            instructions=instructions(work, context.options.processor.costs),
             choice=f"full-precision tile in {groups} column groups",
         )
     strided = _strided(operation)

@@ -80,9 +80,7 @@ _FPU = _Costs(
     combine=(22, 8),
 )
 _COSTS = {
-    "generic": _FPU,
     "cortex-m4": _FPU,
-    "cortex-m7": _FPU,
     "cortex-m3": _Costs(
         bucket={4: (6.2, 17.4, 457), 8: (5.7, 19.6, 1868)},
         lookup=(43, 36, 72),
@@ -182,7 +180,7 @@ def mixed_candidates(rows: int, inputs: int, groups: int, options: Options, stri
 
 
 def _mixed_arithmetic(options: Options) -> Arithmetic:
-    return "float" if options.has_fpu else "block"
+    return "float" if options.processor.fpu else "block"
 
 
 def memory_limit(options: Options) -> int:
@@ -192,22 +190,22 @@ def memory_limit(options: Options) -> int:
 
 def patch_instructions(inputs: int, options: Options) -> int:
     """Estimated instructions for gathering the inputs of one output position."""
-    return round(_COSTS[options.target].patch * inputs)
+    return round(_COSTS[options.processor.costs].patch * inputs)
 
 
 def finish_instructions(outputs: int, options: Options) -> int:
     """Estimated instructions for scaling and storing the results of one vector."""
-    return round(_COSTS[options.target].finish * outputs)
+    return round(_COSTS[options.processor.costs].finish * outputs)
 
 
 def finish_rows_instructions(outputs: int, options: Options) -> int:
     """Estimated instructions for scaling and storing the results of one vector, if groups have rows of their own."""
-    return round(_COSTS[options.target].finish_rows * outputs)
+    return round(_COSTS[options.processor.costs].finish_rows * outputs)
 
 
 def combine_instructions(outputs: int, products: int, options: Options) -> int:
     """Estimated instructions for results of one vector that are sums of so many products in all."""
-    per_output, per_product = _COSTS[options.target].combine
+    per_output, per_product = _COSTS[options.processor.costs].combine
     return round(per_output * outputs + per_product * products)
 
 
@@ -231,17 +229,17 @@ def multiply_arguments(kernel: RowsKernel, rows: int, inputs: int) -> tuple[Argu
 
 def regroup_instructions(inputs: int, options: Options) -> int:
     """Estimated instructions for putting the inputs of one vector in the order of column groups."""
-    return round(_COSTS[options.target].regroup * inputs)
+    return round(_COSTS[options.processor.costs].regroup * inputs)
 
 
 def scan_instructions(inputs: int, options: Options) -> int:
     """Estimated instructions for finding the largest input of one vector."""
-    return round(_COSTS[options.target].scan * inputs)
+    return round(_COSTS[options.processor.costs].scan * inputs)
 
 
 def mix_instructions(outputs: int, groups: int, options: Options) -> int:
     """Estimated instructions for mixing, scaling and storing the results of one vector."""
-    costs = _COSTS[options.target]
+    costs = _COSTS[options.processor.costs]
     return round((costs.mix * (groups.bit_length() - 1) + costs.finish) * outputs)
 
 
@@ -260,7 +258,7 @@ def candidates(rows: int, inputs: int, options: Options) -> Iterator[RowsKernel]
 
 
 def _arithmetic(options: Options) -> Arithmetic:
-    return "float" if options.has_fpu else "fixed"
+    return "float" if options.processor.fpu else "fixed"
 
 
 def _candidates(
@@ -289,12 +287,14 @@ def integer_candidates(rows: int, inputs: int, arithmetic: Arithmetic, options: 
 
 def integer_instructions(what: str, count: int, options: Options) -> int:
     """Estimated instructions on int8: to gather inputs of two vectors, finish an output, or for a sign of a filter."""
-    return round(_INTEGER_PARTS["cortex-m0plus" if options.target == "cortex-m0plus" else "others"][what] * count)
+    return round(_INTEGER_PARTS[options.processor.costs][what] * count)
 
 
 # From differences of networks with one layer more. A product of 64 bits is a call on the smallest core.
+_LONG_PRODUCTS = {"patch": 9.0, "finish": 13.0, "depthwise": 5.1, "depthwise by 4": 1.5}
 _INTEGER_PARTS = {
-    "others": {"patch": 9.0, "finish": 13.0, "depthwise": 5.1, "depthwise by 4": 1.5},
+    "cortex-m4": _LONG_PRODUCTS,
+    "cortex-m3": _LONG_PRODUCTS,
     "cortex-m0plus": {"patch": 12.0, "finish": 55.0, "depthwise": 4.0, "depthwise by 4": 4.0},
 }
 # Without conversions, integers take what floats take where there are instructions for them.
@@ -383,8 +383,8 @@ def _bucket(
 def _costs(options: Options, arithmetic: Arithmetic) -> _Costs:
     """The figures for an arithmetic on the target."""
     if arithmetic in ("int8", "pair"):
-        return _M0_INTEGER_COSTS if options.target == "cortex-m0plus" else _INTEGER_COSTS
-    return _COSTS[options.target]
+        return _M0_INTEGER_COSTS if options.processor.costs == "cortex-m0plus" else _INTEGER_COSTS
+    return _COSTS[options.processor.costs]
 
 
 def _scan(costs: _Costs, arithmetic: Arithmetic) -> float:

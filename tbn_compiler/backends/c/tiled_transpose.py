@@ -58,7 +58,7 @@ def sum_copies(operation: ir.SumCopies, context: Context) -> Implementation:
     pointers = (At(source, stride=size), At(operation.output, stride=operation.output.size // samples))
     call = Call("tiled_sum_copies", (alpha, *numbers, *pointers, groups // samples), repeat=samples)
     title = f"sum channels with equal signs, {channels} -> {groups // samples * operation.different}"
-    per_element = _SUM.get(context.options.target, 5)
+    per_element = _SUM[context.options.processor.costs]
     return Implementation(title, (call,), cost=samples * per_element * size)
 
 
@@ -131,15 +131,14 @@ def _by_rows(operation: ir.TiledConvTranspose, context: Context, title: str) -> 
 
 
 # Executed instructions for each element that is scaled and summed.
-_SUM = {"cortex-m3": 100, "cortex-m0plus": 150}
+_SUM = {"cortex-m4": 5, "cortex-m3": 100, "cortex-m0plus": 150}
 # Executed instructions for each input channel and each product of a pixel, fitted to counts.
-_FPU = (8, 12)
-_COSTS = {"cortex-m3": (110, 45), "cortex-m0plus": (170, 60)}
+_COSTS = {"cortex-m4": (8, 12), "cortex-m3": (110, 45), "cortex-m0plus": (170, 60)}
 
 
 def _instructions(channels: int, products: int, options: Options) -> int:
     """Estimated number for summing the channels of a pixel, and for adding its products to the image."""
-    channel, spread = _COSTS.get(options.target, _FPU)
+    channel, spread = _COSTS[options.processor.costs]
     return channel * channels + spread * products
 
 

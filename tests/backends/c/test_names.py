@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tbn_compiler import ExportError
 from tbn_compiler.backends.c import emit, export_c, host
 from tbn_compiler.backends.c.names import SymbolTable, check_identifier, macro_prefix
+from tbn_compiler.backends.c.options import Options
 from tests.backends.c.toolchain import WARNINGS, needs_cc
 
 
@@ -64,7 +65,7 @@ def test_names_with_the_same_letters_have_macros_of_their_own() -> None:
 
 def test_every_symbol_of_the_templates_is_known() -> None:
     """The names that constants must not have follow from the templates' text; here they are printed."""
-    plan = SimpleNamespace(options=SimpleNamespace(skip_zeros=False, target="generic"))
+    plan = SimpleNamespace(options=Options())
     environment = emit._environment()
     parameters = {"kind": "bits", "element": "uint8_t", "product": "0"}  # of what others include
     for name in sorted({f"{stem}.c" for stem in emit.template_names()} & set(environment.list_templates())):
@@ -105,3 +106,35 @@ def test_no_name_of_a_model_breaks_the_program(tmp_path: Path) -> None:
     command = [*shlex.split(host.find_compiler() or "cc"), "-std=c99", *WARNINGS, "-Wno-unused-function", str(main)]
     subprocess.run([*command, "-lm", "-o", str(tmp_path / "main")], check=True)
     subprocess.run([tmp_path / "main"], check=True)
+
+
+class Unread(nn.Module):
+    """Reads its second input only."""
+
+    def forward(self, a_input: Tensor, b: Tensor) -> Tensor:
+        return b[:, 1:].relu()
+
+
+@needs_cc
+def test_an_input_that_is_not_read_gives_no_warning(tmp_path: Path) -> None:
+    plan = export_c(Unread(), (torch.randn(1, 4), torch.randn(1, 5)), tmp_path / "net.c", name="net")
+    assert plan.unused_inputs == ("a_input",)
+    command = [*shlex.split(host.find_compiler() or "cc"), "-std=c99", *WARNINGS, "-c", str(tmp_path / "net.c")]
+    subprocess.run([*command, "-o", str(tmp_path / "net.o")], check=True)
+
+
+@needs_cc
+@pytest.mark.parametrize("first", ["net", "net_a"])
+def test_models_whose_macros_are_the_same_are_an_error_of_the_compiler(first: str, tmp_path: Path) -> None:
+    """``NET_A_INPUT_SIZE`` is the size of ``a_input`` in ``net``, and that of ``input`` in ``net_a``."""
+    export_c(Unread(), (torch.randn(1, 4), torch.randn(1, 5)), tmp_path / "net.c", name="net")
+    export_c(nn.ReLU(), torch.randn(1, 6), tmp_path / "net_a.c", name="net_a")
+    (second,) = {"net", "net_a"} - {first}
+    (tmp_path / "main.c").write_text(f'#include "{first}.h"\n#include "{second}.h"\n')
+    command = [*shlex.split(host.find_compiler() or "cc"), "-std=c99", "-fsyntax-only", str(tmp_path / "main.c")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert f"another model has macros of these names: export {second} with another name" in result.stderr
+    # Other names do not meet.
+    export_c(nn.ReLU(), torch.randn(1, 6), tmp_path / "net_a.c", name="net_b")
+    assert subprocess.run(command, capture_output=True).returncode == 0

@@ -20,7 +20,6 @@ from tbn_compiler.backends.c.frontend.importer import import_graph
 from tbn_compiler.backends.c.fuse import simplify
 from tbn_compiler.backends.c.interface import read_interface
 from tbn_compiler.backends.c.mcu import CPUS, measure
-from tbn_compiler.backends.c.mcu.measure import COMPILER
 from tbn_compiler.backends.c.number_formats import give_int8, take_int8
 from tbn_compiler.backends.c.plan import Port
 from tbn_compiler.verify import CFile, verify
@@ -29,6 +28,7 @@ from tests.backends.c.test_bytes import DEVIATION, MEAN, READINGS, Reading, prep
 from tests.backends.c.test_int8 import CASES, Case, Joined
 from tests.backends.c.toolchain import WARNINGS, needs_arm, needs_cc
 
+_ARM = "arm-none-eabi-gcc"
 NETWORKS: dict[str, Case] = {
     "linear": CASES["linear"],
     "tokens": CASES["tokens"],
@@ -196,7 +196,7 @@ def test_what_is_no_integer_kernel_still_takes_and_gives_int8(tmp_path: Path) ->
 def _float_calls(source: Path, core: str) -> set[str]:
     """What a compiled file calls of the library for floats."""
     flags = (*CPUS[core].flags, "-mthumb", "-std=c99", "-O2")
-    subprocess.run([COMPILER, *flags, "-c", source, "-o", source.with_suffix(".o")], check=True)
+    subprocess.run([_ARM, *flags, "-c", source, "-o", source.with_suffix(".o")], check=True)
     found = subprocess.run(
         ["arm-none-eabi-nm", "-u", source.with_suffix(".o")], capture_output=True, text=True, check=True
     )
@@ -204,7 +204,7 @@ def _float_calls(source: Path, core: str) -> set[str]:
     return {name for name in names if re.match(r"__aeabi_([fd]|c[fd]|u?[il]2[fd])|.*f$", name)}
 
 
-@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
+@pytest.mark.skipif(shutil.which(_ARM) is None, reason=f"no {_ARM}")
 @pytest.mark.parametrize("core", ["cortex-m0plus", "cortex-m3"])
 def test_a_whole_network_of_integers_has_no_float(core: Any, tmp_path: Path) -> None:
     """Not even one that rounds: the compiled file calls nothing of the library for floats."""

@@ -331,7 +331,7 @@ class Extreme(nn.Module):
             *(x.amax(3), x.amin(3), x.max(2).values, x.min()),
             *(x.argmax(3), x.argmin(3), x.argmax(2), x.max(1).indices, x.argmin()),
             *(F.max_pool2d(x, 3, 2, 1), F.max_pool1d(x[0], 2), F.adaptive_max_pool2d(x, (3, 4))),
-            *(x.clamp(0, 1), x.clamp(0.5, -0.5), x.clamp(min=0), x.clamp(max=0), x.relu(), F.relu6(x)),
+            *(x.clamp(0, 1), x.clamp(0.5, -0.5), x.clamp(min=0), x.clamp(max=0), x.relu(), F.relu6(x), F.hardswish(x)),
             *(x.softmax(3), x.log_softmax(2)),
             F.scaled_dot_product_attention(x, x, x, self.shown),
         )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tbn_compiler.backends.c import Plan, export_c, host
-from tbn_compiler.backends.c.mcu import missing_tool
+from tbn_compiler.backends.c.mcu import CPUS, missing_tool
 from tbn_compiler.backends.c.options import OptimizeFor
 
 WARNINGS = (
@@ -30,6 +30,11 @@ _SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 needs_cc = pytest.mark.skipif(host.find_compiler() is None, reason="no C compiler ($CC, cc, gcc, clang)")
 needs_arm = pytest.mark.skipif(missing_tool() is not None, reason=f"no {missing_tool()}: cannot emulate a Cortex-M")
+needs_riscv = pytest.mark.skipif(
+    missing_tool(CPUS["rv32imac"]) is not None, reason=f"no {missing_tool(CPUS['rv32imac'])}: cannot emulate RISC-V"
+)
+# Every emulated processor whose tools are there.
+EMULATED = [pytest.param(name, marks=needs_riscv if name.startswith("rv32") else needs_arm) for name in CPUS]
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 

@@ -76,7 +76,11 @@ static uint32_t *stack_pointer(void)
 {
     uint32_t *pointer;
 
+#ifdef __riscv
+    __asm__ volatile("mv %0, sp" : "=r"(pointer));
+#else
     __asm__ volatile("mov %0, sp" : "=r"(pointer));
+#endif
     return pointer;
 }
 

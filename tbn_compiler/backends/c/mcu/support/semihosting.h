@@ -1,4 +1,4 @@
-/* The calls that a program under a debugger or an emulator makes to its host (Arm semihosting, version 2). */
+/* The calls that a program under a debugger or an emulator makes to its host (semihosting of Arm and RISC-V). */
 #ifndef TBN_SEMIHOSTING_H
 #define TBN_SEMIHOSTING_H
 
@@ -20,6 +20,25 @@ enum {
 #define SEMIHOSTING_MODE_RB 1u
 #define SEMIHOSTING_MODE_WB 5u
 
+#ifdef __riscv
+
+/* A breakpoint between two instructions that do nothing; all three are 4 bytes long and lie in one page. */
+__attribute__((noinline, aligned(16))) static int32_t semihosting_call(uint32_t operation, uintptr_t argument)
+{
+    register uintptr_t a0 __asm__("a0") = operation;
+    register uintptr_t a1 __asm__("a1") = argument;
+
+    __asm__ volatile(
+        ".balign 16\n\t.option push\n\t.option norvc\n\t"
+        "slli x0, x0, 0x1f\n\tebreak\n\tsrai x0, x0, 7\n\t.option pop"
+        : "+r"(a0)
+        : "r"(a1)
+        : "memory");
+    return (int32_t)a0;
+}
+
+#else
+
 static inline int32_t semihosting_call(uint32_t operation, uintptr_t argument)
 {
     register uint32_t r0 __asm__("r0") = operation;
@@ -28,6 +47,8 @@ static inline int32_t semihosting_call(uint32_t operation, uintptr_t argument)
     __asm__ volatile("bkpt 0xab" : "+r"(r0) : "r"(r1) : "memory");
     return (int32_t)r0;
 }
+
+#endif
 
 /* Print a message and end the emulation; the host's exit status is 1. */
 static inline void semihosting_fail(const char *message)

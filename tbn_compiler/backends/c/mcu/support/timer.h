@@ -25,19 +25,53 @@ static inline uint32_t timer_now(void)
     return TIMER_REGISTER(0x40008540u);
 }
 
-#else
+#elif defined BOARD_MPS3
 
-/* CMSDK timer 0 of the MPS2 boards: 25 MHz, counting down. */
+/* The system counter of the SSE-300: 32 MHz. */
 static inline void timer_start(void)
 {
-    TIMER_REGISTER(0x40000008u) = 0xffffffffu; /* RELOAD */
-    TIMER_REGISTER(0x40000004u) = 0xffffffffu; /* VALUE */
-    TIMER_REGISTER(0x40000000u) = 1;           /* CTRL: run, no interrupt */
+    TIMER_REGISTER(0x58100000u) = 1; /* CNTCR: count */
 }
 
 static inline uint32_t timer_now(void)
 {
-    return 0u - TIMER_REGISTER(0x40000004u);
+    return TIMER_REGISTER(0x58100008u); /* CNTCV, the lower half */
+}
+
+#elif defined BOARD_VIRT
+
+/* The processor's own count of instructions, which qemu gives in nanoseconds. */
+static inline void timer_start(void)
+{
+}
+
+static inline uint32_t timer_now(void)
+{
+    uint32_t count;
+
+    __asm__ volatile(".option arch, +zicsr\n\tcsrr %0, minstret" : "=r"(count) : : "memory");
+    return count;
+}
+
+#else
+
+/* CMSDK timer 0 of the MPS2 boards, 25 MHz, or 20 MHz where addresses are secure ones; counting down. */
+#ifdef BOARD_MPS2_SECURE
+#define TIMER_BASE 0x50000000u
+#else
+#define TIMER_BASE 0x40000000u
+#endif
+
+static inline void timer_start(void)
+{
+    TIMER_REGISTER(TIMER_BASE + 8) = 0xffffffffu; /* RELOAD */
+    TIMER_REGISTER(TIMER_BASE + 4) = 0xffffffffu; /* VALUE */
+    TIMER_REGISTER(TIMER_BASE) = 1;               /* CTRL: run, no interrupt */
+}
+
+static inline uint32_t timer_now(void)
+{
+    return 0u - TIMER_REGISTER(TIMER_BASE + 4);
 }
 
 #endif

@@ -66,6 +66,9 @@ static {{ plan.scratch_types[0] }} {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES 
 {% if plan.scratch == "caller" and not plan.buffers %}
     (void)scratch;
 {% endif %}
+{% for input in plan.unused_inputs %}
+    (void){{ input }}; /* nothing depends on it */
+{% endfor %}
 
 {% for step in plan.steps %}
     /* {{ step.title | comment }}{{ ": in place" if not step.implementation.calls }} */
@@ -79,5 +82,5 @@ static {{ plan.scratch_types[0] }} {{ name }}_scratch[{{ macro }}_SCRATCH_BYTES 
 }
 {% if vectors %}
 
-{% include "file/state_self_test.c" if plan.states else "file/self_test.c" %}
+{% include "file/self_test.c" %}
 {% endif %}

@@ -4,6 +4,14 @@
 #ifndef TBN_{{ macro }}_H
 #define TBN_{{ macro }}_H
 
+{% set ports = plan.inputs + plan.outputs %}
+{% if "_" in name ~ (ports | map(attribute="name") | join) %}
+#if {% for port in ports %}defined({{ macro }}_{{ port.name.upper() }}_SIZE){{ " || \\\n    " if not loop.last }}{% endfor %}
+
+#error "another model has macros of these names: export {{ name }} with another name"
+#endif
+
+{% endif %}
 /* Numbers of elements. */
 {% for port in plan.inputs + plan.outputs %}
 #define {{ macro }}_{{ port.name.upper() }}_SIZE {{ port.value.size }} /* {{ port.value.shape | shape }} */
@@ -53,8 +61,14 @@ extern "C" {
 {% if vectors %}
 
 /*
- * Run the model on a stored input{{ ", several times with one state" if plan.states }}. Returns 0 if all outputs are as expected, else the number of the first one that is
- * not, counted from 1. The stored vectors are not in the sizes above.
+{% if vectors.count == 1 %}
+ * Run the model on a stored input. Returns 0 if all outputs are as expected, else the number of the first one that is
+ * not, counted from 1. Input and results take {{ vectors.nbytes }} bytes, which are not in the sizes above.
+{% else %}
+ * Run the model on {{ vectors.count }} stored inputs{{ ", one after the other with one state" if plan.states }}. Returns 0 if all outputs are as expected, else the number of the first one that
+ * is not, counted from 1 through the outputs of each input in turn. Inputs and results take {{ vectors.nbytes }} bytes, which are
+ * not in the sizes above.
+{% endif %}
  */
 int {{ name }}_self_test(void);
 {% endif %}

@@ -4,12 +4,12 @@
 
 {% for port, array in zip(plan.inputs, vectors.inputs) %}
 static const {{ types[array.dtype.name] }} {{ port.name }}[{{ macro }}_{{ port.name.upper() }}_SIZE] = {
-{{ array | numbers }}
+{{ array[0] | numbers }}
 };
 {% endfor %}
 {% for port, array in zip(plan.outputs, vectors.outputs) %}
 static const {{ types[array.dtype.name] }} expected_{{ port.name }}[{{ macro }}_{{ port.name.upper() }}_SIZE] = {
-{{ array | numbers }}
+{{ array[0] | numbers }}
 };
 static {{ types[array.dtype.name] }} {{ port.name }}[{{ macro }}_{{ port.name.upper() }}_SIZE];
 {% endfor %}

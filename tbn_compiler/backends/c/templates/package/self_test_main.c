@@ -4,10 +4,10 @@
 
 int main(void)
 {
-    const int output = {{ name }}_self_test();
+    const int failed = {{ name }}_self_test();
 
-    if (output != 0) {
-        fprintf(stderr, "{{ name }}: output %d differs from the stored one\n", output);
+    if (failed != 0) {
+        fprintf(stderr, "{{ name }}: output %d differs from the stored one\n", failed);
     }
-    return output;
+    return failed != 0;
 }

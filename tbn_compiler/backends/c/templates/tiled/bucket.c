@@ -48,7 +48,7 @@ static void {{ name }}_{{ kernel }}_fold(const {{ number }} *bucket, {{ number }
     const {{ number }} *opposite = bucket + {{ 255 * lanes }};
     {{ number }} rows[8];
     {{ number }} columns[8];
-{% if floats or plan.options.target == "cortex-m0plus" %}
+{% if floats or plan.options.processor.few_registers %}
 {% for column in range(16) %}
     {{ number }} column{{ column }} = 0;
 {% endfor %}
