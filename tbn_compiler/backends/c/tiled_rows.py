@@ -137,7 +137,7 @@ def choose(rows: int, inputs: int, options: Options) -> tuple[RowsKernel, str]:
     """The kernel for ``rows`` rows of ``inputs`` signs that serves the user's choice best, and why."""
     if options.optimize == "size":
         return _table(rows, inputs, options, _arithmetic(options)), "least code"
-    return _fastest(candidates(rows, inputs, options), rows * inputs, 1, options)
+    return _fastest(candidates(rows, inputs, options), _most_bytes(rows, inputs), 1, options)
 
 
 def choose_mixed(rows: int, inputs: int, groups: int, options: Options, strided: bool) -> tuple[RowsKernel, str]:
@@ -149,10 +149,10 @@ def choose_mixed(rows: int, inputs: int, groups: int, options: Options, strided:
     if options.optimize == "size":
         return _table(rows, inputs, options, _mixed_arithmetic(options), strided), "least code"
     found = mixed_candidates(rows, inputs, groups, options, strided)
-    return _fastest(found, rows * inputs * groups, groups, options)
+    return _fastest(found, _most_bytes(rows, inputs * groups), groups, options)
 
 
-def _fastest(found: Iterable[RowsKernel], tile_size: int, groups: int, options: Options) -> tuple[RowsKernel, str]:
+def _fastest(found: Iterable[RowsKernel], most_bytes: int, groups: int, options: Options) -> tuple[RowsKernel, str]:
     """The kernel with the fewest instructions for all column groups, of those that take little memory, and why."""
     limit = _MEMORY[options.optimize]
     # Instructions and bytes for all groups, and the kernel.
@@ -162,13 +162,17 @@ def _fastest(found: Iterable[RowsKernel], tile_size: int, groups: int, options: 
         for calls in [groups // kernel.groups]
         if 4 * kernel.memory <= limit
     ]
-    # Signs that only fill up a group take no more than an eighth of the tile, or as little as they can.
-    most = max((tile_size + 7) // 8 * 9 // 8 + 4, min(size for _, size, _ in costs))
+    most = max(most_bytes, min(size for _, size, _ in costs))
     allowed = sorted((cost for cost in costs if cost[1] <= most), key=lambda cost: cost[0])
     (instructions, _, best), *others = allowed
     vector = "a vector" if groups == 1 else f"a vector in {groups} column groups"
     reason = f"about {instructions:,} instructions for {vector}, with at most {limit:,} bytes of memory"
     return best, reason + (f"; {others[0][2].kernel} takes {others[0][0]:,}" if others else "")
+
+
+def _most_bytes(rows: int, inputs: int) -> int:
+    """What a table may take: signs that only fill it up no more than an eighth of the tile, or make it four rows."""
+    return max((rows * inputs + 7) // 8 * 9 // 8 + 4, (4 * inputs + 7) // 8)
 
 
 def mixed_candidates(rows: int, inputs: int, groups: int, options: Options, strided: bool) -> Iterator[RowsKernel]:
@@ -280,7 +284,7 @@ def integer_candidates(rows: int, inputs: int, arithmetic: Arithmetic, options: 
         yield _table(rows, inputs, options, arithmetic)
         return
     found = list(_candidates(rows, inputs, options, arithmetic))
-    most = max((rows * inputs + 7) // 8 * 9 // 8 + 4, min(kernel.table_bytes for kernel in found))
+    most = max(_most_bytes(rows, inputs), min(kernel.table_bytes for kernel in found))
     limit = _MEMORY[options.optimize]
     yield from (kernel for kernel in found if kernel.table_bytes <= most and 4 * kernel.memory <= limit)
 
