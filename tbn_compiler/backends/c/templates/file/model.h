@@ -53,8 +53,13 @@ extern "C" {
 {% if vectors %}
 
 /*
- * Run the model on a stored input{{ ", several times with one state" if plan.states }}. Returns 0 if all outputs are as expected, else the number of the first one that is
- * not, counted from 1. The stored vectors are not in the sizes above.
+{% if plan.states %}
+ * Run the model several times with one state, on a stored input.
+{% else %}
+ * Run the model on a stored input.
+{% endif %}
+ * Returns 0 if all outputs are as expected, else the number of the first one that is not, counted from 1. The stored
+ * vectors are not in the sizes above.
  */
 int {{ name }}_self_test(void);
 {% endif %}
