@@ -8,6 +8,7 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,22 @@ def signs_net() -> nn.Module:
     return fixed_weights(net, tbn.TilingConfig(p=4, alpha="tile", min_size=0, replicate="hadamard"))
 
 
+class Smoothed(nn.Module):
+    """A recurrent cell, and a layer on its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        after = self.cell(x, before)
+        return self.head(after), after
+
+
+def cell_net() -> nn.Module:
+    return fixed_weights(Smoothed(), tbn.TilingConfig(p=4, alpha="tile", min_size=0, float_layers=("head",)))
+
+
 def fixed_weights(net: nn.Module, config: tbn.TilingConfig) -> nn.Module:
     """A network with fixed weights, all multiples of 1/8, so that every platform computes the same alphas."""
     qat = tbn.transform(net, config)
@@ -65,18 +82,19 @@ def fixed_weights(net: nn.Module, config: tbn.TilingConfig) -> nn.Module:
     return qat
 
 
-GOLDEN_MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "small": (small_net, (1, 4, 4)),
-    "layouts": (layouts_net, (1, 12)),
-    "signs": (signs_net, (1, 4, 3, 4)),
+GOLDEN_MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...], dict[str, Any]]] = {
+    "small": (small_net, ((1, 4, 4),), {}),
+    "layouts": (layouts_net, ((1, 12),), {}),
+    "signs": (signs_net, ((1, 4, 3, 4),), {}),
+    "cell": (cell_net, ((1, 8), (1, 8)), {"state": {"before": 1}}),
 }
 
 
 @pytest.mark.parametrize("name", GOLDEN_MODELS)
 def test_golden_files(name: str, tmp_path: Path) -> None:
     """TBN_UPDATE_GOLDENS=1 accepts a change; read the difference before committing it."""
-    make, shape = GOLDEN_MODELS[name]
-    export_c(make(), torch.zeros(shape), tmp_path / f"{name}.c", name=name)
+    make, shapes, options = GOLDEN_MODELS[name]
+    export_c(make(), tuple(torch.zeros(shape) for shape in shapes), tmp_path / f"{name}.c", name=name, **options)
     for file in (f"{name}.c", f"{name}.h"):
         text = (tmp_path / file).read_text()
         if os.environ.get("TBN_UPDATE_GOLDENS") == "1":

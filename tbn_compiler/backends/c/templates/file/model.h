@@ -64,8 +64,12 @@ extern "C" {
 {% if vectors.count == 1 %}
  * Run the model on a stored input. Returns 0 if all outputs are as expected, else the number of the first one that is
  * not, counted from 1. Input and results take {{ vectors.nbytes }} bytes, which are not in the sizes above.
+{% elif plan.states %}
+ * Run the model on {{ vectors.count }} stored inputs, one after the other with one state. Returns 0 if all outputs are as expected,
+ * else the number of the first one that is not, counted from 1 through the outputs of each input in turn. Inputs and
+ * results take {{ vectors.nbytes }} bytes, which are not in the sizes above.
 {% else %}
- * Run the model on {{ vectors.count }} stored inputs{{ ", one after the other with one state" if plan.states }}. Returns 0 if all outputs are as expected, else the number of the first one that
+ * Run the model on {{ vectors.count }} stored inputs. Returns 0 if all outputs are as expected, else the number of the first one that
  * is not, counted from 1 through the outputs of each input in turn. Inputs and results take {{ vectors.nbytes }} bytes, which are
  * not in the sizes above.
 {% endif %}
