@@ -118,6 +118,26 @@ def test_networks_that_were_not_trained_are_named(tmp_path, capsys):
     assert "mlp-float.safetensors or its result is missing: train first" in capsys.readouterr().err
 
 
+def test_networks_of_mlperf_tiny_have_the_sizes_of_its_reference_models():
+    from mcu.tiny import NETWORKS, multiply_adds
+
+    # Parameters of the Keras models, which count running statistics and have a bias in every layer; multiply-adds.
+    reference = {
+        "keywords, DS-CNN": (24_908, 2_656_768),
+        "images, ResNet8": (78_666, 12_501_632),
+        "wake words, MobileNetV1 0.25": (221_794, 7_489_664),
+        "anomalies, autoencoder": (269_992, 264_192),
+    }
+    assert set(reference) == set(NETWORKS)
+    for name, (make, shape) in NETWORKS.items():
+        model = make().eval()
+        tensors = [*model.parameters(), *(value for value in model.buffers() if value.is_floating_point())]
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+        biases = sum(len(layer.weight) for layer in layers if layer.bias is None)
+        found = sum(value.numel() for value in tensors) + biases, sum(multiply_adds(model, shape).values())
+        assert found == reference[name], name
+
+
 def test_parts_share_no_example_and_choices_leave_the_test_alone():
     from mcu.task import Dataset, Examples
 
