@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
-from benchmarks.tiny import NETWORKS, int8_instructions, with_statistics
 from examples.documents import fill, markdown
+from examples.mcu.tiny import NETWORKS, int8_instructions, with_statistics
 from tbn_compiler.backends.c import export_c
 from tbn_compiler.backends.c.mcu import CPUS, measure
 

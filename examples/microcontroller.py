@@ -1,12 +1,12 @@
-"""Four small networks with real data, from PyTorch to C on an emulated microcontroller.
+"""Small networks with real data, from PyTorch to C on an emulated microcontroller.
 
     python examples/microcontroller.py train --data DIR      # float, binary and tiled networks; keeps those of seed 0
     python examples/microcontroller.py measure --data DIR    # exports them and runs the C on the host and emulated
     python examples/microcontroller.py page                  # writes docs/microcontroller_examples.md
 
 DIR has a folder for each data set: ``mnist`` (the four idx files), ``fsdd`` (the ``recordings`` of the Free Spoken
-Digit Dataset) and ``ett`` (ETTh1.csv). Every step does only what the result file lacks. Without data, ``--made-up``
-tries everything on small made-up data instead.
+Digit Dataset), ``ett`` (ETTh1.csv) and ``cifar10`` (its Python batches). Every step does only what the result file
+lacks, which is written after each network. Without data, ``--made-up`` tries everything on small made-up data instead.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any
 import safetensors.torch
 import torch
 from example_data import DataError
-from mcu import forecast, images, keywords, report
-from mcu.target import run_as_c
+from mcu import cifar, dscnn, forecast, images, keywords, report
+from mcu.target import deploy, run_as_c
 from mcu.task import Dataset, Network, Task
-from mcu.training import train_networks
+from mcu.training import predict, train_networks
 from torch import nn
 
 import tbn_compiler as tbn
@@ -35,11 +35,11 @@ import tbn_compiler as tbn
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "mcu_examples.json"
 DOCUMENT = ROOT / "docs" / "microcontroller_examples.md"
-TASKS = {task.name: task for task in (images.MLP, images.CNN, keywords.TASK, forecast.TASK)}
+TASKS = {task.name: task for task in (images.MLP, images.CNN, keywords.TASK, forecast.TASK, dscnn.TASK, cifar.TASK)}
 
 
 def train(tasks: Sequence[Task], options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Train the networks of each task and seed that ``results`` lacks; the file is written after each seed."""
+    """Train the networks of each task and seed that ``results`` lacks; the file is written after each network."""
     for task in tasks:
         seeds = [seed for seed in range(options.seeds) if not is_trained(task, seed, results)]
         if not seeds:
@@ -49,7 +49,8 @@ def train(tasks: Sequence[Task], options: argparse.Namespace, results: dict[str,
         for seed in seeds:
             entry = results["tasks"].setdefault(task.name, {"networks": {}})
             entry |= {"data": data.name, "split": data.split, "examples": [len(part) for part in examples]}
-            for name, trained in train_networks(task, *examples, seed):
+            finished, teacher = begun(task, seed, results, options.models)
+            for name, trained in train_networks(task, *examples, seed, finished, teacher):
                 recipe = _recipe(task.networks[name])
                 known = entry["networks"].get(name)
                 if known is None or known["recipe"] != recipe:
@@ -58,10 +59,20 @@ def train(tasks: Sequence[Task], options: argparse.Namespace, results: dict[str,
                 known["seconds"][str(seed)] = round(trained.seconds, 1)
                 if seed == 0:
                     known.pop("target", None)
+                    known.pop("int8", None)
                     keep(task.networks[name], trained.model, options.models / f"{task.name}-{name}.safetensors")
                 figures = ", ".join(f"{key} {value:.4g}" for key, value in trained.scores.items())
-                print(f"{task.name:9} {name:7} seed {seed}  {figures}  ({trained.seconds:.0f} s)", flush=True)
-            save(results, options.results)
+                print(f"{task.name:9} {name:9} seed {seed}  {figures}  ({trained.seconds:.0f} s)", flush=True)
+                save(results, options.results)
+
+
+def begun(task: Task, seed: int, results: dict[str, Any], models: Path) -> tuple[set[str], nn.Module | None]:
+    """Networks of a seed that need no training, and the float one, from which the others learn, if it is stored."""
+    finished = {name for name in task.networks if has_result(task, name, seed, results)}
+    path = models / f"{task.name}-float.safetensors"
+    if seed == 0 and "float" in finished and path.is_file():
+        return finished, restore(task, task.networks["float"], path)
+    return finished - {"float"}, None
 
 
 def measure(tasks: Sequence[Task], options: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -74,25 +85,43 @@ def measure(tasks: Sequence[Task], options: argparse.Namespace, results: dict[st
     for task in tasks:
         networks = results["tasks"].get(task.name, {"networks": {}})["networks"]
         data = load(task, options.data)
+        known, test = data.for_results()
+        calibration = known.spread(task.calibration).x
         for name, network in task.networks.items():
             path = options.models / f"{task.name}-{name}.safetensors"
             if name not in networks or not path.is_file():
                 raise DataError(f"{path} or its result is missing: train first")
-            if "target" in networks[name] and not options.again:
-                continue
+            entry, symbols = networks[name], f"{task.name}_{name}"
             model = restore(task, network, path)
-            _, test = data.for_results()
-            networks[name]["target"] = run_as_c(
-                network, model, test.head(task.run_as_c), options.emulate or task.emulated, f"{task.name}_{name}"
-            )
-            results["tools"] = {tool: _version(tool) for tool in ("arm-none-eabi-gcc", "qemu-system-arm")}
-            save(results, options.results)
-            emulated = networks[name]["target"]["emulated"]
-            print(
-                f"{task.name:9} {name:7} {emulated['instructions']:12,} instructions, "
-                f"{emulated['flash_bytes']:7,} B flash, error at most {emulated['max_error']:.1e}",
-                flush=True,
-            )
+            if "target" not in entry or options.again:
+                deployed = deploy(network, model, test.x[:1])
+                # What is optimised of some networks takes one example at a time.
+                outputs = predict(model, test.x)
+                entry["target"] = run_as_c(deployed, outputs, test, task, options.emulate, symbols)
+                _report(results, options.results, task, name, entry["target"])
+            if task.calibration and ("int8" not in entry or options.again):
+                if network.config is None:
+                    from mcu import int8  # nothing else needs ONNX Runtime
+
+                    entry["int8"] = int8.peer(model, calibration, test)
+                    save(results, options.results)
+                    continue
+                deployed = deploy(network, model, test.x[:1], calibration)
+                outputs = predict(deployed, test.x)
+                entry["int8"] = run_as_c(deployed, outputs, test, task, options.emulate, f"{symbols}_int8")
+                _report(results, options.results, task, f"{name}, int8", entry["int8"])
+
+
+def _report(results: dict[str, Any], path: Path, task: Task, name: str, target: dict[str, Any]) -> None:
+    """Write a measurement into the result file, and what it found to standard output."""
+    results["tools"] = {tool: _version(tool) for tool in ("arm-none-eabi-gcc", "qemu-system-arm")}
+    save(results, path)
+    emulated = target["emulated"]
+    print(
+        f"{task.name:9} {name:15} {emulated['instructions']:12,} instructions, "
+        f"{emulated['flash_bytes']:7,} B flash, error at most {emulated['max_error']:.1e}",
+        flush=True,
+    )
 
 
 def load(task: Task, folder: Path | None) -> Dataset:
@@ -130,13 +159,15 @@ def _recipe(network: Network) -> dict[str, Any]:
     return recipe
 
 
+def has_result(task: Task, name: str, seed: int, results: dict[str, Any]) -> bool:
+    """Whether a network was trained with this seed and its present recipe."""
+    known = results["tasks"].get(task.name, {"networks": {}})["networks"].get(name)
+    return known is not None and known["recipe"] == _recipe(task.networks[name]) and str(seed) in known["scores"]
+
+
 def is_trained(task: Task, seed: int, results: dict[str, Any]) -> bool:
     """Whether every network of the task was trained with this seed and its present recipe."""
-    known = results["tasks"].get(task.name, {"networks": {}})["networks"]
-    return all(
-        name in known and known[name]["recipe"] == _recipe(network) and str(seed) in known[name]["scores"]
-        for name, network in task.networks.items()
-    )
+    return all(has_result(task, name, seed, results) for name in task.networks)
 
 
 def _version(tool: str) -> str:

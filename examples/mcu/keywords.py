@@ -6,7 +6,7 @@ The features are computed outside the network, on the host; the C program starts
 from __future__ import annotations
 
 import wave
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,16 @@ from mcu.task import Dataset, Examples, Network, Recipe, Task
 RATE = 8_000  # samples a second
 _WINDOW, _HOP = 256, 160  # 32 ms every 20 ms
 FRAMES, BANDS = 50, 24
-SAMPLES = (FRAMES - 1) * _HOP + _WINDOW
 _LOWEST_HZ = 60.0
 _FLOOR = 1e-6  # power that the logarithm cannot tell from silence
 
 # Of the 50 recordings of each speaker and digit. The first five are the official test set.
 _TEST, _VALIDATION = range(5), range(5, 10)
+
+
+def duration(frames: int) -> int:
+    """Samples that so many frames cover."""
+    return (frames - 1) * _HOP + _WINDOW
 
 
 def mel_filters() -> np.ndarray:
@@ -40,31 +44,47 @@ def _to_mel(hertz: float) -> float:
     return float(2595 * np.log10(1 + hertz / 700))
 
 
-def log_mel(samples: np.ndarray) -> np.ndarray:
+def log_mel(samples: np.ndarray, frames: int = FRAMES) -> np.ndarray:
     """Spectra of one recording.
 
     Args:
-        samples: ``int16 [length]``; it is centred in :data:`SAMPLES`, padded with silence or cut at both ends.
+        samples: ``int16 [length]``; it is centred in the frames, padded with silence or cut at both ends.
+        frames: their number.
 
     Returns:
-        ``float32 [BANDS, FRAMES]``: logarithms of the power in each band.
+        ``float32 [BANDS, frames]``: logarithms of the power in each band.
     """
-    surplus = len(samples) - SAMPLES
+    covered = duration(frames)
+    surplus = len(samples) - covered
     if surplus > 0:
-        samples = samples[surplus // 2 :][:SAMPLES]
-    before = (SAMPLES - len(samples)) // 2
-    signal = np.pad(samples / 32768, (before, SAMPLES - len(samples) - before))
-    frames = np.lib.stride_tricks.sliding_window_view(signal, _WINDOW)[::_HOP] * np.hanning(_WINDOW)
-    power = np.abs(np.fft.rfft(frames)) ** 2 / _WINDOW
+        samples = samples[surplus // 2 :][:covered]
+    before = (covered - len(samples)) // 2
+    signal = np.pad(samples / 32768, (before, covered - len(samples) - before))
+    windows = np.lib.stride_tricks.sliding_window_view(signal, _WINDOW)[::_HOP] * np.hanning(_WINDOW)
+    power = np.abs(np.fft.rfft(windows)) ** 2 / _WINDOW
     return np.log(mel_filters() @ power.T + _FLOOR).astype(np.float32)
 
 
 def read(folder: Path) -> Dataset:
-    """The recordings in ``folder/fsdd``.
+    """Spectra of the recordings in ``folder/fsdd``; each band is standardised over the training part.
+
+    Raises:
+        DataError: as :func:`read_features`.
+    """
+    return read_features(folder, log_mel, over=(0, 2))
+
+
+def read_features(folder: Path, features: Callable[[np.ndarray], np.ndarray], over: tuple[int, ...]) -> Dataset:
+    """Features of the recordings in ``folder/fsdd``.
 
     Read are ``recordings/{digit}_{speaker}_{index}.wav``, as the data set's repository (Jakobovski,
     free-spoken-digit-dataset) holds them, or all of them in one ``fsdd.npz`` with the arrays ``audio`` (``int16``, one
     recording behind the other), ``length``, ``label`` and ``index``.
+
+    Args:
+        folder: where they are.
+        features: makes them from the ``int16 [length]`` of one recording.
+        over: dimensions of ``[count, *features]`` over which mean and deviation are taken to standardise them.
 
     Raises:
         DataError: there are neither, or a file is not what its name says.
@@ -80,7 +100,7 @@ def read(folder: Path) -> Dataset:
         )
     if not recordings:
         raise DataError(f"no recordings in {folder}")
-    x = torch.from_numpy(np.stack([log_mel(samples) for samples, _, _ in recordings]))
+    x = torch.from_numpy(np.stack([features(samples) for samples, _, _ in recordings]))
     y = torch.tensor([label for _, label, _ in recordings])
     index = np.array([index for _, _, index in recordings])
     return _dataset(
@@ -91,6 +111,7 @@ def read(folder: Path) -> Dataset:
         y,
         torch.from_numpy(np.isin(index, _TEST)),
         torch.from_numpy(np.isin(index, _VALIDATION)),
+        over,
     )
 
 
@@ -124,10 +145,12 @@ def _read_npz(path: Path) -> Iterable[tuple[np.ndarray, int, int]]:
     return zip(parts, label.astype(int).tolist(), index.astype(int).tolist(), strict=True)
 
 
-def _dataset(name: str, split: str, x: Tensor, y: Tensor, test: Tensor, validation: Tensor) -> Dataset:
-    """Each band is standardised with its mean and deviation over the training part."""
+def _dataset(
+    name: str, split: str, x: Tensor, y: Tensor, test: Tensor, validation: Tensor, over: tuple[int, ...]
+) -> Dataset:
+    """Standardised with mean and deviation of the training part ``over`` some dimensions."""
     train = ~(test | validation)
-    mean, std = (f(x[train], dim=(0, 2), keepdim=True) for f in (torch.mean, torch.std))
+    mean, std = (f(x[train], dim=over, keepdim=True) for f in (torch.mean, torch.std))
     standardised = (x - mean) / std
     parts = [Examples(standardised[part], y[part]) for part in (train, validation, test)]
     return Dataset(name, split, parts[0], parts[1], parts[2], retrain=True)
@@ -137,8 +160,14 @@ def made_up() -> Dataset:
     """Noise in front of ten random spectra."""
     labels = torch.arange(320) % 10
     x = torch.randn(10, BANDS, 1)[labels] + 0.5 * torch.randn(320, BANDS, FRAMES)
-    part = torch.arange(320) // 64
-    return _dataset("made-up spectra", "192 + 64 + 64 spectra", x, labels, part == 4, part == 3)
+    return made_up_dataset("made-up spectra", x, labels, over=(0, 2))
+
+
+def made_up_dataset(name: str, x: Tensor, labels: Tensor, over: tuple[int, ...]) -> Dataset:
+    """Three fifths of made-up features for training, one for choices, one for testing."""
+    fifth = len(x) // 5
+    part = torch.arange(len(x)) // fifth
+    return _dataset(name, f"{3 * fifth} + {fifth} + {fifth} recordings", x, labels, part == 4, part == 3, over)
 
 
 def model() -> nn.Module:

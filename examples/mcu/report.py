@@ -19,16 +19,25 @@ def fill(document: str, results: Results, tasks: Mapping[str, Task]) -> str:
 
 
 def tables(results: Results, tasks: Mapping[str, Task]) -> dict[str, str]:
-    """The tables by name: ``target``, ``seeds`` and ``tasks``."""
+    """The tables by name: ``target``, ``int8``, ``seeds`` and ``tasks``."""
     found = list(_networks(results, tasks))
+    with_int8 = [row for row in found if "int8" in row[2]]
     return {
         "target": documents.markdown(
             [
                 *("example", "network", "PyTorch", "C on the host", "of the first", "C on the core", "of the first"),
                 *("difference", "flash B", "of it weights B", "RAM B", "in + out B", "instructions"),
             ],
-            [_target_row(*row) for row in found],
+            [cells for row in found for cells in _target_rows(*row)],
             left=("example", "network"),
+        ),
+        "int8": documents.markdown(
+            [
+                *("example", "network", "activations", "accuracy", "instructions", "of int8 kernels"),
+                *("flash B", "of it weights B", "RAM B"),
+            ],
+            [cells for row in with_int8 for cells in _int8_rows(*row, results)],
+            left=("example", "network", "activations"),
         ),
         "seeds": documents.markdown(
             ["example", "network", "mean", "range", "seeds", "training s"],
@@ -36,12 +45,8 @@ def tables(results: Results, tasks: Mapping[str, Task]) -> dict[str, str]:
             left=("example", "network"),
         ),
         "tasks": documents.markdown(
-            ["example", "model", "TBN", "data", "division"],
-            [
-                [task.title, task.model, task.networks["tbn4"].layout, entry["data"], entry["split"]]
-                for task, entry in ((task, results["tasks"].get(name)) for name, task in tasks.items())
-                if entry
-            ],
+            ["example", "model", "TBN", "data", "division", "epochs"],
+            [_task_row(task, results["tasks"][name]) for name, task in tasks.items() if name in results["tasks"]],
             left=("example", "model", "TBN", "data", "division"),
         ),
     }
@@ -56,14 +61,22 @@ def _networks(results: Results, tasks: Mapping[str, Task]) -> Iterator[tuple[Tas
                 yield task, network, entries[key]
 
 
-def _target_row(task: Task, network: Network, entry: Results) -> list[str]:
+def _target_rows(task: Task, network: Network, entry: Results) -> Iterator[list[str]]:
     """Seed 0: scores in PyTorch with all test examples and in C with the first ones, and what the C program costs."""
-    cells = [task.title, network.title, score(entry["scores"]["0"])]
     if "target" not in entry:
-        return [*cells, *["not measured"] * 10]
-    target, emulated = entry["target"], entry["target"]["emulated"]
+        yield [task.title, network.title, score(entry["scores"]["0"]), *["not measured"] * 10]
+        return
+    yield _target_row(task, network.title, entry["target"])
+    if network.config is not None and "int8" in entry:
+        yield _target_row(task, f"{network.title}, int8 activations", entry["int8"])
+
+
+def _target_row(task: Task, title: str, target: Results) -> list[str]:
+    emulated = target["emulated"]
     return [
-        *cells,
+        task.title,
+        title,
+        score(target["scores"]),
         score(target["host"]["scores"]),
         f"{target['host']['examples']:,}",
         score(emulated["scores"]),
@@ -71,10 +84,47 @@ def _target_row(task: Task, network: Network, entry: Results) -> list[str]:
         _difference(target["host"], emulated),
         f"{emulated['flash_bytes']:,}",
         f"{target['weight_bytes']:,}",
-        f"{emulated['static_bytes'] + emulated['stack_bytes']:,}",
+        f"{_memory(emulated):,}",
         f"{target['input_output_bytes']:,}",
         f"{emulated['instructions']:,}",
     ]
+
+
+def _int8_rows(task: Task, network: Network, entry: Results, results: Results) -> Iterator[list[str]]:
+    """The network with float and with int8 activations; behind the float network, int8 kernels."""
+    peer = results["tasks"][task.name]["networks"]["float"]["int8"]
+    yield _int8_row(task, network, "float", entry["target"], peer)
+    if network.config is not None:
+        yield _int8_row(task, network, "int8", entry["int8"], peer)
+    else:
+        size = f"{peer['weight_bytes']:,}"
+        cells = [score(peer["scores"]), f"{peer['instructions']:,}", "1.00", size, size, ""]
+        yield [task.title, "int8 kernels", "int8", *cells]
+
+
+def _int8_row(task: Task, network: Network, activations: str, target: Results, peer: Results) -> list[str]:
+    emulated = target["emulated"]
+    return [
+        task.title,
+        network.title,
+        activations,
+        score(target["scores"]),
+        f"{emulated['instructions']:,}",
+        f"{emulated['instructions'] / peer['instructions']:.2f}",
+        f"{emulated['flash_bytes']:,}",
+        f"{target['weight_bytes']:,}",
+        f"{_memory(emulated):,}",
+    ]
+
+
+def _memory(emulated: Results) -> int:
+    memory: int = emulated["static_bytes"] + emulated["stack_bytes"]
+    return memory
+
+
+def _task_row(task: Task, entry: Results) -> list[str]:
+    tiled = task.networks["tbn4"]
+    return [task.title, task.model, tiled.layout, entry["data"], entry["split"], str(tiled.recipe.epochs)]
 
 
 def _difference(*places: Results) -> str:

@@ -12,46 +12,67 @@ import torch
 from torch import Tensor, nn
 
 import tbn_compiler as tbn
-from mcu.task import Examples, Network, is_classes, scores
-from mcu.training import predict
+from mcu.task import Examples, Network, Task, is_classes, scores
 from tbn_compiler.backends.c import host, mcu
 
 _CPU = mcu.CPUS["cortex-m4"]
 _FLAGS = ("-O2",)
 _EXAMPLES_A_RUN = 50  # the emulator has a time limit
+_CALIBRATION_BATCH = 128
 
 
-def run_as_c(network: Network, model: nn.Module, test: Examples, emulated: int, name: str) -> dict[str, Any]:
-    """Export a network as C, with the kernels for speed on a Cortex-M4, and run it.
+def deploy(network: Network, model: nn.Module, x: Tensor, calibration: Tensor | None = None) -> nn.Module:
+    """What is exported of a trained network.
 
     Args:
         network: what it is.
         model: as it was trained and lowered.
-        test: the examples to run it on.
-        emulated: how many of them, from the first on, also run on the emulated core.
+        x: an example.
+        calibration: inputs that give scales to int8 activations; without them, activations are in float.
+    """
+    if network.config is None:
+        return model
+    if calibration is None:
+        return tbn.optimize(model, x)
+    batches = calibration.split(_CALIBRATION_BATCH)
+    return tbn.optimize(model, x, activation="int8", calibration=batches, intermediates="int8")
+
+
+def run_as_c(
+    deployed: nn.Module, outputs: Tensor, test: Examples, task: Task, emulated: int | None, name: str
+) -> dict[str, Any]:
+    """Export a network as C, with the kernels for speed on a Cortex-M4, and run it.
+
+    Args:
+        deployed: what :func:`deploy` returned.
+        outputs: what the network gives in PyTorch.
+        test: all test examples.
+        task: how many of them run as C.
+        emulated: how many of these, from the first on, also run on the emulated core; ``None``: as ``task`` says.
         name: prefix of the C symbols.
 
     Returns:
-        Sizes, instructions of an inference, scores, and how far the outputs are from PyTorch's, as plain data.
+        Scores in PyTorch with all examples; sizes, instructions of an inference, scores, and how far the outputs are
+        from PyTorch's, as plain data.
 
     Raises:
         ExportError: the model has an operator that C lacks, or a tool is missing.
     """
-    expected = predict(model, test.x)
-    deployed = model if network.config is None else tbn.optimize(model, test.x[:1])
+    some, few = test.head(task.run_as_c), test.head(emulated or task.emulated)
+    expected = outputs[: len(some)]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, f"{name}.c")
         plan = tbn.export_c(deployed, test.x[:1], source, name=name, optimize="speed", target="cortex-m4")
-        on_host = host.run(source, test.x, name=name)
-        few = test.head(emulated)
+        on_host = host.run(source, some.x, name=name)
         runs = [mcu.measure(source, _CPU, x, flags=_FLAGS) for x in few.x.split(_EXAMPLES_A_RUN)]
     on_core = np.concatenate([run.outputs for run in runs])
     instructions = [count for run in runs for count in run.instructions]
     return {
+        "scores": scores(outputs, test.y),
         "weight_bytes": plan.weight_bytes,
         "scratch_bytes": plan.scratch_bytes,
         "input_output_bytes": 4 * (test.x[0].numel() + expected[0].numel()),
-        "host": _compare(on_host, test, expected),
+        "host": _compare(on_host, some, expected),
         "emulated": {
             "cpu": _CPU.name,
             "machine": runs[0].machine,

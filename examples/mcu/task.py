@@ -33,6 +33,11 @@ class Examples:
         """The first ``count`` examples."""
         return Examples(self.x[:count], self.y[:count])
 
+    def spread(self, count: int) -> Examples:
+        """``count`` examples, evenly spaced, or all if there are fewer: files may be sorted by class."""
+        places = torch.arange(min(count, len(self))) * len(self) // max(1, min(count, len(self)))
+        return Examples(self.x[places], self.y[places])
+
     def __add__(self, other: Examples) -> Examples:
         return Examples(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]))
 
@@ -123,6 +128,8 @@ class Task:
         run_as_c: how many test examples, from the first on, the C program runs on this computer.
         emulated: how many of these it also runs on the emulated core.
         augment: changes a batch of training inputs.
+        calibration: number of training examples, evenly spaced, that scales of int8 activations are taken from where
+            the networks are measured with them, too; 0: they are not.
     """
 
     name: str
@@ -135,6 +142,7 @@ class Task:
     run_as_c: int
     emulated: int
     augment: Callable[[Tensor], Tensor] | None = None
+    calibration: int = 0
 
     def trial(self, epochs: int) -> Task:
         """The same task with few epochs and small batches, so that little data still makes some steps."""

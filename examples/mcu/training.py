@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,14 @@ class Trained:
     seconds: float
 
 
-def train_networks(task: Task, train: Examples, measure: Examples, seed: int) -> Iterator[tuple[str, Trained]]:
+def train_networks(
+    task: Task,
+    train: Examples,
+    measure: Examples,
+    seed: int,
+    finished: Container[str] = (),
+    teacher: nn.Module | None = None,
+) -> Iterator[tuple[str, Trained]]:
     """Train the task's networks one by one.
 
     Args:
@@ -37,9 +44,12 @@ def train_networks(task: Task, train: Examples, measure: Examples, seed: int) ->
         train: examples to train on.
         measure: examples to measure the deployed networks on, after the last epoch.
         seed: of the initial weights, the batches and the augmentation; the same for every network.
+        finished: names of networks to leave out.
+        teacher: the float network, if that is one of them.
     """
-    teacher: nn.Module | None = None
     for name, network in task.networks.items():
+        if name in finished:
+            continue
         torch.manual_seed(seed)
         start = time.perf_counter()
         model = task.build()

@@ -36,17 +36,34 @@ class Trial:
         return json.loads(self.results.read_text())["tasks"][self.name]["networks"]
 
 
-@pytest.fixture(scope="module", params=["mlp", "cnn", "keywords", "forecast"])
-def trial(request, tmp_path_factory):
+def few_networks(patch, name):
+    """Where each network is exported twice, two of them are enough."""
+    from microcontroller import TASKS
+
+    task = TASKS[name]
+    if task.calibration:
+        few = {key: task.networks[key] for key in ("float", "tbn4")}
+        patch.setitem(TASKS, name, dataclasses.replace(task, networks=few))
+
+
+@pytest.fixture(scope="module", params=["mlp", "cnn", "keywords", "forecast", "dscnn", "resnet8"])
+def trained(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "examples")
         from microcontroller import main
 
+        few_networks(patch, request.param)
         folder = tmp_path_factory.mktemp(request.param)
         results, models = folder / "results.json", folder / "models"
         arguments = ["--made-up", "--results", str(results), "--models", str(models), "--task", request.param]
         assert main(["train", *arguments, "--epochs", "6", "--seeds", "1"]) == 0
     return Trial(request.param, arguments, results, models)
+
+
+@pytest.fixture
+def trial(trained, monkeypatch):
+    few_networks(monkeypatch, trained.name)
+    return trained
 
 
 def test_networks_train_and_are_stored(trial, capsys):
@@ -83,13 +100,14 @@ def test_networks_run_as_c_on_the_host_and_on_the_core(trial, capsys):
     networks = trial.networks()
     for key, entry in networks.items():
         target, emulated = entry["target"], entry["target"]["emulated"]
+        assert target["scores"] == pytest.approx(entry["scores"]["0"], rel=1e-5), key
         assert target["host"]["scores"] == pytest.approx(entry["scores"]["0"], rel=1e-5), key
         assert emulated["examples"] == 2
         for place in (target["host"], emulated):
             assert place["max_error"] < 1e-4 * place["max_output"], key
             assert place.get("other_classes", 0) == 0
         assert emulated["flash_bytes"] > target["weight_bytes"]
-        assert 65_536 > emulated["static_bytes"] >= target["scratch_bytes"]
+        assert 262_144 > emulated["static_bytes"] >= target["scratch_bytes"]
         assert 0 < emulated["stack_bytes"] < 2048
         row = next(
             line
@@ -99,15 +117,44 @@ def test_networks_run_as_c_on_the_host_and_on_the_core(trial, capsys):
         ram = emulated["static_bytes"] + emulated["stack_bytes"]
         assert f"| {emulated['flash_bytes']:,} | {target['weight_bytes']:,} | {ram:,} |" in row
         assert row.endswith(f"| {emulated['instructions']:,} |")
-    tiled, binary, full = (networks[key]["target"] for key in ("tbn4", "binary", "float"))
-    assert tiled["weight_bytes"] < binary["weight_bytes"] < full["weight_bytes"]
-    tiled, binary, full = tiled["emulated"], binary["emulated"], full["emulated"]
-    assert tiled["flash_bytes"] < binary["flash_bytes"] < full["flash_bytes"]
+    tiled, *others = (networks[key]["target"] for key in ("tbn4", "binary", "float") if key in networks)
+    assert tiled["weight_bytes"] < others[0]["weight_bytes"] <= others[-1]["weight_bytes"]
+    tiled, *others = (target["emulated"] for target in (tiled, *others))
+    assert tiled["flash_bytes"] < others[0]["flash_bytes"] <= others[-1]["flash_bytes"]
     # Signs alone may take longer than floats in so small a network: the scales of many short rows are applied apart.
-    assert tiled["instructions"] < min(binary["instructions"], full["instructions"])
+    assert tiled["instructions"] < min(other["instructions"] for other in others)
+    if TASKS[trial.name].calibration:
+        check_int8(trial, networks)
+    else:
+        assert all("int8" not in entry for entry in networks.values())
     capsys.readouterr()
     assert main(["measure", *trial.arguments]) == 0  # everything is there
     assert capsys.readouterr().out == ""
+
+
+def check_int8(trial, networks):
+    from mcu import report, tiny
+    from microcontroller import TASKS
+
+    task, peer = TASKS[trial.name], networks["float"]["int8"]
+    model, shape = task.build().eval(), task.made_up().test.x.shape[1:]
+    assert peer["instructions"] == tiny.int8_instructions(model, shape)
+    assert peer["weight_bytes"] == sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
+    assert peer["scores"]["accuracy"] > networks["float"]["scores"]["0"]["accuracy"] - 10
+    table = report.tables(json.loads(trial.results.read_text()), TASKS)["int8"].splitlines()
+    assert f"| {peer['instructions']:,} | 1.00 | {peer['weight_bytes']:,} | {peer['weight_bytes']:,} |" in table[3]
+    for key, entry in networks.items():
+        if key == "float":
+            continue
+        in_float, target = entry["target"]["emulated"], entry["int8"]["emulated"]
+        assert entry["int8"]["scores"]["accuracy"] > entry["scores"]["0"]["accuracy"] - 10, key
+        # A sum at the middle of two steps may be rounded to the other one than in PyTorch.
+        assert entry["int8"]["host"]["max_error"] < 0.05 * entry["int8"]["host"]["max_output"], key
+        assert target["max_error"] <= entry["int8"]["host"]["max_error"] + 1e-6, key  # the same integers on every core
+        assert target["static_bytes"] < 0.4 * in_float["static_bytes"], key
+        share = f"| {target['instructions']:,} | {target['instructions'] / peer['instructions']:.2f} |"
+        assert [line for line in table if f"| {task.networks[key].title} | int8 |" in line and share in line], key
+    assert networks["tbn4"]["int8"]["emulated"]["instructions"] < peer["instructions"]
 
 
 def test_networks_that_were_not_trained_are_named(tmp_path, capsys):
@@ -116,6 +163,57 @@ def test_networks_that_were_not_trained_are_named(tmp_path, capsys):
     folder = ["--results", str(tmp_path / "results.json"), "--models", str(tmp_path)]
     assert main(["measure", "--made-up", "--task", "mlp", *folder]) == 1
     assert "mlp-float.safetensors or its result is missing: train first" in capsys.readouterr().err
+
+
+def test_training_goes_on_where_it_stopped(tmp_path, capsys):
+    """A network that has a result is not trained again, and the stored float network teaches the others."""
+    from microcontroller import main
+
+    results, models = tmp_path / "results.json", tmp_path / "models"
+    command = ["train", "--made-up", "--results", str(results), "--models", str(models), "--task", "mlp"]
+    command += ["--epochs", "2", "--seeds", "1"]
+
+    def train():
+        capsys.readouterr()
+        assert main(command) == 0
+        networks = json.loads(results.read_text())["tasks"]["mlp"]["networks"]
+        assert list(networks) == ["float", "binary", "tbn4"]
+        trained = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+        return trained, {name: network["scores"] for name, network in networks.items()}, stored("tbn4").read_bytes()
+
+    def stored(name):
+        return models / f"mlp-{name}.safetensors"
+
+    trained, *whole = train()
+    assert trained == ["float", "binary", "tbn4"]
+    stopped = json.loads(results.read_text())
+    del stopped["tasks"]["mlp"]["networks"]["tbn4"]
+    for teacher_is_stored in (True, False):
+        results.write_text(json.dumps(stopped))
+        stored("tbn4").unlink()
+        if not teacher_is_stored:
+            stored("float").unlink()
+        assert train() == (["tbn4"] if teacher_is_stored else ["float", "tbn4"], *whole)
+
+
+def test_networks_of_mlperf_tiny_have_the_sizes_of_its_reference_models():
+    from mcu.tiny import NETWORKS, multiply_adds
+
+    # Parameters of the Keras models, which count running statistics and have a bias in every layer; multiply-adds.
+    reference = {
+        "keywords, DS-CNN": (24_908, 2_656_768),
+        "images, ResNet8": (78_666, 12_501_632),
+        "wake words, MobileNetV1 0.25": (221_794, 7_489_664),
+        "anomalies, autoencoder": (269_992, 264_192),
+    }
+    assert set(reference) == set(NETWORKS)
+    for name, (make, shape) in NETWORKS.items():
+        model = make().eval()
+        tensors = [*model.parameters(), *(value for value in model.buffers() if value.is_floating_point())]
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+        biases = sum(len(layer.weight) for layer in layers if layer.bias is None)
+        found = sum(value.numel() for value in tensors) + biases, sum(multiply_adds(model, shape).values())
+        assert found == reference[name], name
 
 
 def test_parts_share_no_example_and_choices_leave_the_test_alone():
@@ -127,6 +225,15 @@ def test_parts_share_no_example_and_choices_leave_the_test_alone():
     assert [part.y.unique().tolist() for part in data.for_results()] == [[3, 4], [5]]
     kept = dataclasses.replace(data, retrain=False)
     assert [part.y.unique().tolist() for part in kept.for_results()] == [[3], [5]]
+
+
+def test_examples_for_scales_are_evenly_spaced():
+    from mcu.task import Examples
+
+    examples = Examples(torch.arange(10.0)[:, None], torch.arange(10))
+    assert examples.spread(4).y.tolist() == examples.spread(4).x.flatten().tolist() == [0, 2, 5, 7]
+    assert examples.spread(20).y.tolist() == list(range(10))
+    assert len(examples.spread(0)) == 0
 
 
 def test_starting_alphas_are_spread():
@@ -163,11 +270,55 @@ def test_a_tone_fills_its_mel_band():
     assert covered[[0, 128]].max() < 1e-9  # 0 and 4,000 Hz
     assert covered[[2, 127]].min() > 0
     for hertz in (300, 1000, 3000):
-        tone = 8000 * np.sin(2 * np.pi * hertz * np.arange(keywords.SAMPLES) / keywords.RATE)
+        tone = 8000 * np.sin(2 * np.pi * hertz * np.arange(keywords.duration(50)) / keywords.RATE)
         spectrum = keywords.log_mel(tone.astype(np.int16))
         assert spectrum.shape == (keywords.BANDS, keywords.FRAMES)
         band = spectrum.mean(axis=1).argmax()
         assert filters[band, round(hertz / keywords.RATE * 256)] == filters[:, round(hertz / keywords.RATE * 256)].max()
+
+
+def test_loudness_is_the_first_coefficient():
+    from mcu import dscnn, keywords
+
+    noise = np.random.default_rng(0).integers(-9000, 9000, keywords.duration(dscnn.FRAMES)).astype(np.int16)
+    loud, quiet = dscnn.cepstrum(noise), dscnn.cepstrum((noise / 2).astype(np.int16))
+    assert loud.shape == (1, 49, 10)
+    np.testing.assert_allclose((loud - quiet)[..., 0], np.log(4) * np.sqrt(keywords.BANDS), rtol=0.02)
+    np.testing.assert_allclose((loud - quiet)[..., 1:], 0, atol=0.1)
+    # Parseval: with as many coefficients as bands, nothing would be lost.
+    spectra = keywords.log_mel(noise, dscnn.FRAMES)
+    assert (np.square(loud[0]).sum(1) < np.square(spectra).sum(0)).all()
+
+
+def test_augmented_recordings_move_as_a_whole():
+    from mcu import dscnn
+
+    x = torch.arange(49.0)[:, None].expand(3, 1, 49, 10).clone()
+    moved = dscnn.augment(x.clone())
+    assert (moved[..., 1:] == moved[..., 1:2]).all()  # all coefficients of a frame stay together
+    steps = (moved[:, 0, :, 1] - x[:, 0, :, 1]) % 49
+    assert (steps == steps[:, :1]).all()
+    louder = moved[..., 0] - moved[..., 1]
+    torch.testing.assert_close(louder, louder[..., :1].expand_as(louder))
+    assert louder.unique().numel() > 1
+
+
+def test_images_are_standardised_and_divided(monkeypatch):
+    from mcu import cifar
+    from paper.data import Images
+
+    x = torch.randint(0, 256, (5_010, 3, 32, 32), dtype=torch.uint8)
+    y = torch.arange(5_010) % 10
+    monkeypatch.setattr(cifar, "read_images", lambda folder, name: Images("CIFAR-10", x, y, x[:7], y[:7], "a note"))
+    data = cifar.read(Path("nowhere"))
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [10, 5_000, 7]
+    assert data.split.endswith("7 test (a note)")
+    pixel = (x[4, 1, 2, 3].item() / 255 - 0.4822) / 0.2435
+    assert data.train.x[4, 1, 2, 3].item() == pytest.approx(pixel, abs=1e-5)
+    torch.testing.assert_close(data.test.x, data.train.x[:7])
+    changed = cifar.augment(data.test.x)
+    assert changed.shape == data.test.x.shape
+    assert not torch.equal(changed, data.test.x)
 
 
 def test_recordings_are_centred():
@@ -178,7 +329,7 @@ def test_recordings_are_centred():
     assert short[:, 0].max() == pytest.approx(silence)
     assert short[:, -1].max() == pytest.approx(silence)
     assert short[0, keywords.FRAMES // 2] > silence + 0.1
-    noise = np.random.default_rng(0).integers(-9000, 9000, keywords.SAMPLES + 20).astype(np.int16)
+    noise = np.random.default_rng(0).integers(-9000, 9000, keywords.duration(50) + 20).astype(np.int16)
     assert (keywords.log_mel(noise) == keywords.log_mel(noise[10:-10])).all()
 
 
@@ -267,7 +418,9 @@ def test_missing_and_damaged_data_is_named(recordings, tmp_path, capsys):
     cases = [
         ("mlp", None, b"", "train-images-idx3-ubyte.gz"),
         ("keywords", None, b"", "no recordings/*.wav and no fsdd.npz"),
+        ("dscnn", None, b"", "no recordings/*.wav and no fsdd.npz"),
         ("keywords", "fsdd/fsdd.npz", b"no archive", "cannot read"),
+        ("resnet8", None, b"", "no cifar-10-python.tar.gz"),
         ("forecast", None, b"", "no ETTh1.csv"),
         ("forecast", "ett/ETTh1.csv", b"date,a\n2016,1\n", "2 columns and 1 rows"),
         ("forecast", "ett/ETTh1.csv", b"date,a\n2016,x\n", "cannot read"),

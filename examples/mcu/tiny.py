@@ -1,11 +1,13 @@
 """The networks of MLPerf Tiny (Banbury et al., arXiv 2106.07597), and what int8 kernels for them take.
 
 Sizes are those of its reference models: keyword spotting, image classification, visual wake words, anomaly detection.
+Biases that a batch-norm follows, which the reference models have, are left out, and so is dropout.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +21,13 @@ def _normed(layer: nn.Module, channels: int, norm: type[nn.Module] = nn.BatchNor
     return [layer, norm(channels), nn.ReLU()]
 
 
-def keywords() -> nn.Module:
-    """DS-CNN: 49 x 10 coefficients of a second of speech to 12 words."""
+def keywords(classes: int = 12) -> nn.Module:
+    """DS-CNN: 49 x 10 coefficients of a second of speech, ``[N, 1, 49, 10]``, to 12 words."""
     layers = _normed(nn.Conv2d(1, 64, (10, 4), (2, 2), (5, 1), bias=False), 64)
     for _ in range(4):
         layers += _normed(nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False), 64)
         layers += _normed(nn.Conv2d(64, 64, 1, bias=False), 64)
-    return nn.Sequential(*layers, nn.AvgPool2d((25, 5)), nn.Flatten(), nn.Linear(64, 12))
+    return nn.Sequential(*layers, nn.AvgPool2d((25, 5)), nn.Flatten(), nn.Linear(64, classes))
 
 
 class _Block(nn.Module):
@@ -91,14 +93,13 @@ def with_statistics(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def int8_instructions(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """What int8 kernels would take for the layers of a network, at :data:`INT8_RATES`; computed, not measured."""
-    total = 0.0
+def multiply_adds(model: nn.Module, shape: tuple[int, ...]) -> Counter[str]:
+    """Multiply-adds of the layers of a network for one input of ``shape``, by kind of kernel in :data:`INT8_RATES`."""
+    found: Counter[str] = Counter()
 
     def count(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
         if isinstance(layer, nn.Linear):
-            total += layer.weight.numel() * (output.numel() // layer.out_features) * INT8_RATES["pointwise"]
+            found["pointwise"] += layer.weight.numel() * (output.numel() // layer.out_features)
         elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d):
             transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d)
             positions = output[0, 0].numel()
@@ -106,11 +107,16 @@ def int8_instructions(model: nn.Module, shape: tuple[int, ...]) -> int:
                 positions //= int(torch.tensor(layer.stride).prod())
             small = all(size == 1 for size in layer.kernel_size)
             kind = "depthwise" if 1 < layer.groups == layer.in_channels else "pointwise" if small else "dense"
-            total += layer.weight.numel() * positions * INT8_RATES[kind]
+            found[kind] += layer.weight.numel() * positions
 
     handles = [module.register_forward_hook(count) for module in model.modules()]
     with torch.no_grad():
         model(torch.zeros(1, *shape))
     for handle in handles:
         handle.remove()
-    return round(total)
+    return found
+
+
+def int8_instructions(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """What int8 kernels would take for the layers of a network, at :data:`INT8_RATES`; computed, not measured."""
+    return round(sum(INT8_RATES[kind] * count for kind, count in multiply_adds(model, shape).items()))
