@@ -2,7 +2,7 @@
 
     python -m benchmarks.report            # after any benchmark has written its result
 
-``docs/gpu.md`` and the pages of the examples are filled by their own scripts.
+``docs/gpu.md``, the pages of the examples and the other tables of ``docs/mcu.md`` are filled by their own scripts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import end_to_end, onnx
+from benchmarks import end_to_end, onnx, tflm
 from examples.documents import fill, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -176,6 +176,10 @@ def documents() -> dict[Path, dict[str, Callable[[], str]]]:
         ROOT / "docs" / "compile.md": {
             "machine": lambda: machine(read("end_to_end")),
             "end to end": lambda: end_to_end.table(read("end_to_end")["rows"]),
+        },
+        ROOT / "docs" / "mcu.md": {
+            "tflm": lambda: tflm.table(read("tflm")["rows"], read("mcu")["cases"]),
+            "tflm versions": lambda: tflm.versions(read("tflm")),
         },
         ROOT / "docs" / "onnx.md": {
             "machine": lambda: machine(read("onnx")),
