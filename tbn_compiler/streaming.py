@@ -74,16 +74,20 @@ def streaming(model: nn.Module, example: Tensor, *, axis: int = -1) -> Stream:
         axis: of ``example`` that is time.
 
     Raises:
-        TransformError: a layer needs more than the frames so far (global pooling), or is not known; the message names
-            it.
+        TransformError: a layer needs more than the frames so far (global pooling, a convolution whose int8 or binary
+            input has a scale for each sample), or is not known; the message names it.
 
     Example:
         >>> stream = tbn.streaming(packed, torch.randn(1, 40, 100))        # doctest: +SKIP
         >>> y, *states = stream.module(torch.randn(1, 40, stream.hop), *stream.states)        # doctest: +SKIP
         >>> tbn.export_c(stream.module, (chunk, *stream.states), "net.c", state=stream.state)        # doctest: +SKIP
     """
-    if not isinstance(example, Tensor) or not -example.dim() <= axis < example.dim():
-        raise TransformError(f"axis={axis} is no axis of the example, which is {_describe(example)}")
+    if not isinstance(model, nn.Module):
+        raise TransformError(f"expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(example, Tensor):
+        raise TransformError(f"the example has to be a tensor, not {type(example).__name__}")
+    if not isinstance(axis, int) or isinstance(axis, bool) or not -example.dim() <= axis < example.dim():
+        raise TransformError(f"axis={axis!r} is no axis of the example, which is {list(example.shape)}")
     if isinstance(model, fx.GraphModule):
         raise TransformError("the model is a graph already, for whole sequences: give the module that lower returned")
     module = model if get_records(model) is None else lower(model)
@@ -91,10 +95,6 @@ def streaming(model: nn.Module, example: Tensor, *, axis: int = -1) -> Stream:
     if isinstance(captured, str):
         raise TransformError(captured)
     return _Streams(captured, axis % example.dim()).stream()
-
-
-def _describe(value: Any) -> str:
-    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_chunk(chunk: Tensor, axis: int, hop: int) -> Tensor:
@@ -117,12 +117,14 @@ class _Flow:
         hop: frames of the input for each of its elements.
         delay: place in the stream of the model's element 0; negative where padding stands for elements before it.
         exact: place from which all elements are the model's.
+        zeros: whether elements before place 0, if there are any, are zeros; else a layer computed them from padding.
     """
 
     axis: int
     hop: int = 1
     delay: int = 0
     exact: int = 0
+    zeros: bool = True
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class _Window:
 _ELEMENTWISE = ("identity", "dropout", "clone", "contiguous", "hardswish")
 # Of these, and of the tagged ones, what leaves zeros zeros.
 _KEEPS_ZEROS = ("identity", "dropout", "clone", "contiguous", "relu", "relu6", "leaky_relu", "gelu", "silu", "tanh")
+
+_TOO_EARLY = "outputs come before the first frame: there is more padding in front than the windows reach back"
 
 
 class _Streams:
@@ -185,7 +189,9 @@ class _Streams:
             raise TransformError("the output does not depend on the input")
         flow = self._flows[leaf]
         if flow.delay < 0:
-            raise self._error(leaf, "what is padded in front is not read by a convolution or pooling")
+            raise self._error(
+                leaf, "what is padded in front is not read by a convolution or pooling" if flow.zeros else _TOO_EARLY
+            )
         checked.update_arg(2, flow.hop)
         self._graph.output((self._new[leaf], *(after for _, after, _ in self._states)))
         self._graph.lint()
@@ -294,6 +300,7 @@ class _Streams:
         dim = flow.axis - (self._rank(source) - dims)
         if dim < 0:
             raise self._error(node, "time is no axis that its window slides over")
+        self._check_scale(node)
         window, changes = self._window(node, dims, dim)
         end = window.reach - window.padding + flow.delay
         phase = end % window.stride
@@ -308,9 +315,20 @@ class _Streams:
         new = self._copy(node, {**changes, first: value})
         delay = (end - phase) // window.stride
         exact = max(delay, 0)
-        if flow.exact or flow.delay > 0 or not window.zeros:
+        if flow.exact or flow.delay > 0 or not (window.zeros and flow.zeros):
             exact = max(exact, -((phase - window.reach - flow.exact) // window.stride))
-        return _Flow(flow.axis, flow.hop * window.stride, delay, exact), new
+        # Windows that end before the first frame see padding alone, but give a bias: the stream has no such outputs.
+        return _Flow(flow.axis, flow.hop * window.stride, delay, exact, zeros=delay >= 0), new
+
+    def _check_scale(self, node: fx.Node) -> None:
+        """Refuse a number format whose scale is found in all frames: those of a chunk have another one."""
+        tiled = tiled_call(node)
+        if tiled is not None and tiled.activation != "float" and tiled.arguments["input_scale"] is None:
+            raise self._error(
+                node,
+                f"the scale of its {tiled.activation} input is found in the whole sequence; make it one number with "
+                "TilingConfig(input_scale='layer') and calibrate_inputs",
+            )
 
     def _window(self, node: fx.Node, dims: int, dim: int) -> tuple[_Window, dict[str, Any]]:
         """How a layer slides over time, and its arguments without padding there."""
@@ -336,7 +354,9 @@ class _Streams:
             return _Window(reach, stride[dim], front), {"padding": "valid"}
         padding = sizes("padding", 0)
         rest = [0 if index == dim else size for index, size in enumerate(padding)]
-        zeros = not padding[dim] or not pooling or bool(arguments.get("count_include_pad"))
+        # A binary input has no zeros: those of a state would be -1, where the layer's padding adds nothing.
+        kept = bool(arguments.get("count_include_pad")) if pooling else arguments.get("activation") != "binary"
+        zeros = not padding[dim] or kept
         return _Window(reach, stride[dim], padding[dim], zeros), {"padding": rest}
 
     def _pad(self, node: fx.Node, arguments: dict[str, Any]) -> tuple[_Flow, fx.Node]:
@@ -364,7 +384,8 @@ class _Streams:
         if arguments["step"] != 1 or start < 0 or (end is not None and 0 <= end < size):
             raise self._error(node, "it takes a part of the sequence")
         delay = flow.delay + start
-        return replace(flow, delay=delay, exact=max(flow.exact, delay)), self._new[source]
+        kept = replace(flow, delay=delay, exact=max(flow.exact, delay), zeros=flow.zeros or delay >= 0)
+        return kept, self._new[source]
 
     def _mean(self, node: fx.Node) -> tuple[_Flow, fx.Node]:
         """A mean over other axes than time."""
@@ -386,6 +407,8 @@ class _Streams:
     def _after(self, node: fx.Node, flow: _Flow, source: fx.Node) -> _Flow:
         """The flow of a value that no padding may have preceded: what stands for it would change."""
         if flow.delay < 0:
+            if not flow.zeros:
+                raise self._error(source, _TOO_EARLY)
             raise self._error(
                 node, f"it reads the padding of {source.name}, which a convolution or pooling has to read"
             )
@@ -418,7 +441,7 @@ class _Streams:
         new = self._copy(node)
         self._new = kept
         hop = next(iter(flows.values())).hop
-        return _Flow(place + rank, hop, delay, exact), new
+        return _Flow(place + rank, hop, delay, exact, all(flow.zeros for flow in flows.values())), new
 
     def _turn(self, node: fx.Node) -> tuple[_Flow, fx.Node]:
         """An exchange of axes, or one more or less."""

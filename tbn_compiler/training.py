@@ -171,7 +171,7 @@ def distillation_loss(
             f"logits are {tuple(logits.shape)}, those of the teacher {tuple(teacher_logits.shape)}: both must be "
             "[N, C, ...]"
         )
-    if not -logits.dim() <= dim < logits.dim() or dim % logits.dim() == 0:
+    if type(dim) is not int or not -logits.dim() <= dim < logits.dim() or dim % logits.dim() == 0:
         raise ConfigError(f"dim must be an axis of the logits {tuple(logits.shape)} other than the first, got {dim!r}")
     if labels is not None and labels.shape == logits.shape:
         labels = labels.movedim(dim, 1)

@@ -285,13 +285,16 @@ class CFile:
         if scratch not in (None, owner):
             raise ExportError(f"{path} was exported with scratch={owner!r}, not {scratch!r}")
 
-    def random_inputs(self, shapes: Sequence[Sequence[int]], generator: np.random.Generator) -> Arrays:
+    def random_inputs(self, shapes: Sequence[Sequence[int]] | None, generator: np.random.Generator) -> Arrays:
         """Random inputs of these shapes in the model's dtypes, and of numbers that the file's can hold.
 
         Raises:
-            ExportError: another number of shapes.
+            ExportError: another number of shapes, or none for a file that has inputs.
         """
         arguments = self._interface.inputs
+        if not shapes and arguments:
+            raise ExportError("a C file does not say the shape of its input: give --input or --inputs")
+        shapes = shapes or ()
         if len(shapes) != len(arguments):
             raise ExportError(f"the file has {len(arguments)} inputs, got {len(shapes)} shapes")
         found: Arrays = {}

@@ -89,6 +89,19 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, tuple[int
         2,
         (2, 2, 5),
     ),
+    # The first outputs of "a" are its bias: the stream has none of them, so the next windows have to do without.
+    "padded further than a window": (
+        lambda: Function(lambda m, x: m.b(past(m.a(past(x, 4)).relu(), 2))[:, :, 2:]),
+        CONV,
+        2,
+        (1, 2, 4),
+    ),
+    "padded further than one frame": (
+        lambda: nn.Sequential(nn.Conv1d(4, 4, 1, padding=2), nn.ReLU(), nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 4)),
+        CONV,
+        2,
+        (1, 1, 3),
+    ),
     "one in two": (lambda: nn.Conv1d(4, 4, 1, stride=2), CONV, 2, (2, 0, 0)),
     "skips the first": (lambda: nn.Sequential(nn.Conv1d(4, 4, 2), nn.Conv1d(4, 4, 1, stride=2)), CONV, 2, (2, 0, 0)),
     "frames": (Frames, CONV, 2, (2, 1, 1)),
@@ -210,6 +223,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "reflected": (lambda: nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect"), "something else than zeros"),
     "padding that is scaled": (lambda: Function(lambda m, x: m.b(past(x, 4) + 1)), "it reads the padding of"),
     "padding that is given": (lambda: nn.ConstantPad1d((2, 0), 0.0), "what is padded in front is not read"),
+    "outputs of padding": (lambda: nn.Conv1d(4, 4, 3, padding=3), r"'conv1d' .*: outputs come before the first frame"),
+    "outputs of padding that are changed": (
+        lambda: Function(lambda m, x: m.b(m.a(past(x, 4)).exp())),
+        "'a' .*there is more padding in front than the windows reach back",
+    ),
     "a part": (lambda: Function(lambda m, x: m.a(x)[:, :, 5:20]), "it takes a part of the sequence"),
     "rates": (lambda: Function(lambda m, x: m.a(x)[:, :, :5] + m.b(x)[:, :, :5].exp()), "a part of the sequence"),
     "backwards": (lambda: Function(lambda m, x: m.a(x.flip(-1))), "flip.*how it treats time is not known"),
@@ -227,10 +245,52 @@ def test_what_cannot_stream_is_refused_by_name(name: str) -> None:
         tbn.streaming(make(), torch.randn(CONV))
 
 
+def tiled(net: nn.Module, activation: Any, input_scale: Any) -> nn.Module:
+    config = tbn.TilingConfig(p=2, min_size=0, activation=activation, input_scale=input_scale)
+    module = tbn.transform(net, config)
+    if input_scale == "layer":
+        tbn.calibrate_inputs(module, [torch.randn(CONV)])
+    return tbn.lower(module).eval()
+
+
+@pytest.mark.parametrize("activation", ["int8", "binary"])
+def test_a_scale_of_the_whole_sequence_is_refused(activation: str) -> None:
+    """Chunks would have scales of their own; one number for the layer is the same for them."""
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Conv1d(4, 4, 3, padding=2), nn.ReLU(), nn.Conv1d(4, 4, 3))
+    message = (
+        f"cannot stream '0' .*: the scale of its {activation} input is found .*input_scale='layer'.*calibrate_inputs"
+    )
+    with pytest.raises(tbn.TransformError, match=message):
+        tbn.streaming(tiled(net, activation, "token"), torch.randn(CONV))
+    packed, x = tiled(net, activation, "layer"), torch.randn(CONV)
+    stream = tbn.streaming(packed, x)
+    # The zeros of a state are -1 as binary numbers, those of the layer's padding are 0.
+    assert (stream.delay, stream.warm_up) == ((2, 4) if activation == "binary" else (2, 2))
+    with torch.no_grad():
+        assert_streams(stream, run(stream, x, 2, 4), packed(x), 2)
+
+
+@pytest.mark.parametrize("activation", ["int8", "binary"])
+def test_the_scale_of_a_frame_streams(activation: str) -> None:
+    packed, x = tiled(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), activation, "token"), torch.randn(1, TIME, 4)
+    stream = tbn.streaming(packed, x, axis=1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(stream, x, 1, 1), packed(x))
+
+
+@pytest.mark.parametrize("axis", [3, -4, "time", None, True, 1.0])
+def test_the_axis_is_checked(axis: Any) -> None:
+    with pytest.raises(tbn.TransformError, match=rf"axis={axis!r} is no axis of the example, which is \[1, 4, 61\]"):
+        tbn.streaming(nn.Conv1d(4, 4, 3), torch.randn(CONV), axis=axis)
+
+
 def test_arguments_are_checked() -> None:
     model = nn.Conv1d(4, 4, 3, stride=2)
-    with pytest.raises(tbn.TransformError, match=r"axis=3 is no axis of the example, which is \[1, 4, 61\]"):
-        tbn.streaming(model, torch.randn(CONV), axis=3)
+    with pytest.raises(tbn.TransformError, match=r"expected an nn.Module, got int"):
+        tbn.streaming(3, torch.randn(CONV))  # type: ignore[arg-type]
+    with pytest.raises(tbn.TransformError, match="the example has to be a tensor, not list"):
+        tbn.streaming(model, [1.0])  # type: ignore[arg-type]
     with pytest.raises(tbn.TransformError, match="the model is a graph already"):
         tbn.streaming(torch.fx.symbolic_trace(model), torch.randn(CONV))
     stream = tbn.streaming(model, torch.randn(CONV))

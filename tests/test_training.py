@@ -411,6 +411,7 @@ def test_distillation_counts_in_float32() -> None:
         ({"temperature": 0}, "temperature must be above 0, got 0"),
         ({"dim": 0}, r"dim must be an axis of the logits \(4, 3\) other than the first, got 0"),
         ({"dim": 2}, "dim must be an axis"),
+        ({"dim": "1"}, "dim must be an axis .* got '1'"),
         ({"teacher_logits": torch.zeros(4, 2)}, r"logits are \(4, 3\), those of the teacher \(4, 2\)"),
     ],
 )

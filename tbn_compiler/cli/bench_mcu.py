@@ -58,8 +58,11 @@ def _run(arguments: argparse.Namespace) -> None:
     from tbn_compiler.backends.c.interface import read_interface
     from tbn_compiler.backends.c.mcu import CPUS, measure
 
+    ports = read_interface(arguments.source.with_suffix(".h")).inputs
+    if not ports:
+        raise ConfigError(f"{arguments.source} has no inputs, they are all state: bench-mcu needs vectors to run on")
     if arguments.vectors is None:
-        ports, generator = read_interface(arguments.source.with_suffix(".h")).inputs, np.random.default_rng(0)
+        generator = np.random.default_rng(0)
         parts = [random_array((arguments.count, port.size), port.dtype, generator) for port in ports]
         inputs, outputs = np.concatenate(parts, 1), None
     else:

@@ -86,8 +86,6 @@ def _compare(arguments: argparse.Namespace, begin: Callable[[str], None]) -> Com
         random = file.random_inputs(arguments.batch, generator, arguments.input) if stored is None else {}
     else:
         file = CFile(arguments.file, arguments.name, arguments.scratch)
-        if stored is None and not arguments.input:
-            raise ExportError("a C file does not say the shape of its input: give --input or --inputs")
         random = file.random_inputs(arguments.input, generator) if stored is None else {}
     inputs = random if stored is None else file.name_inputs(stored)
     actual = file.run(inputs)

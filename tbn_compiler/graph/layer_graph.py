@@ -31,7 +31,9 @@ from tbn_compiler.torch_private import OpOverload, has_usual_code, input_structu
 TRAINING_FLAG = "tbn_training_flag"
 
 # What a graph module keeps of its graph.
-_GRAPH_STATE = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "graph"})
+_GRAPH_STATE = frozenset(
+    {"_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls", "graph"}
+)
 # The classes of living graph modules, by the class below them, their code and what it calls.
 _classes: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 # The same by the class below them and their nodes, which are told in less time than their code is written.
@@ -136,18 +138,21 @@ def _has_its_own_forward(gm: TiledGraph) -> bool:
     return vars(gm).get("forward") == types.MethodType(type(gm).forward, gm)
 
 
+class BufferTracer(fx.Tracer):
+    """Traces the code of an unpickled graph; what it computes from buffers alone stays computed."""
+
+    proxy_buffer_attributes = True
+
+
 def _flat_twin(gm: TiledGraph) -> tuple[fx.GraphModule, Any]:
     """A graph module whose code takes and gives tensors alone, as a pickle can hold it, and what the code is without.
 
     That of torch.export takes nested inputs apart, which cannot be traced again.
     """
     structure = input_structure(gm.graph)
-    redundant = _has_its_own_forward(gm)
-    if structure is None and not redundant:
-        return gm, None
     twin, graph = object.__new__(type(gm)), copy.deepcopy(gm.graph)
-    twin.__dict__.update(gm.__dict__, _graph=graph)
-    if redundant:
+    twin.__dict__.update(gm.__dict__, _graph=graph, _tracer_cls=BufferTracer)
+    if _has_its_own_forward(gm):
         del twin.__dict__["forward"]
     if structure is not None:
         graph.set_codegen(fx.graph.CodeGen())

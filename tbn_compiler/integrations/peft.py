@@ -16,7 +16,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from tbn_compiler.graph.records import get_records
+from tbn_compiler.graph.records import get_records, own_records
 
 _usual_check: Any = BaseTuner._check_merge_allowed
 
@@ -40,28 +40,32 @@ def _check_merge_allowed(self: BaseTuner) -> None:
 BaseTuner._check_merge_allowed = _check_merge_allowed  # type: ignore[method-assign]
 
 
-# Packages of adapters that multiply by the weight of their layer, in place of calling it.
-_MULTIPLY_BY_THE_WEIGHT = frozenset({"deft", "frod", "hra", "shira", "supertuning"})
-_usual_replacement: Any = BaseTuner._replace_module
+# Methods whose adapters multiply by the weight of their layer, beside calling it or in place of that.
+_MULTIPLY_BY_THE_WEIGHT = frozenset({"DEFT", "FROD", "HIRA", "HRA", "PEANUT", "SHIRA", "SUPERTUNING"})
+_usual_injection: Any = BaseTuner.inject_adapter
 
 
-def _replace_module(self: BaseTuner, parent: nn.Module, child_name: str, adapter: nn.Module, layer: nn.Module) -> None:
+def _inject_adapter(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """PEFT's own step, for layers whose weight is what the adapter takes it for.
 
     Raises:
-        ValueError: the adapter would multiply by a weight that only a tile is taken from.
+        ValueError: the adapter would multiply by a weight that only a tile is taken from; nothing was changed.
     """
-    package = type(adapter).__module__.removeprefix("peft.tuners.").partition(".")[0]
-    records = get_records(layer) or () if package in _MULTIPLY_BY_THE_WEIGHT else ()
-    if any(record.spec and record.parameter in layer._parameters for record in records):
-        raise ValueError(
-            f"the adapter {type(adapter).__name__} of {child_name!r} multiplies by the weight of its layer itself, "
-            "which in training is not the one that the tile gives: lower the model first, or take LoRA"
-        )
-    _usual_replacement(self, parent, child_name, adapter, layer)
+    config: Any = self.peft_config[adapter_name]
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    reads = method in _MULTIPLY_BY_THE_WEIGHT or getattr(config, "use_dora", False)
+    for name, layer in model.named_modules() if reads else ():
+        trained = any(record.spec and record.parameter in layer._parameters for record in own_records(layer) or ())
+        every = getattr(config, "target_modules", None) == "all-linear"
+        if trained and (every or self._check_target_module_exists(config, name)):
+            raise ValueError(
+                f"{'DoRA' if method == 'LORA' else method} multiplies by the weight of {name!r}, which in training is "
+                "not the one that the tile gives: lower the model first, or take plain LoRA"
+            )
+    _usual_injection(self, model, adapter_name, *args, **kwargs)
 
 
-BaseTuner._replace_module = _replace_module  # type: ignore[assignment, method-assign]
+BaseTuner.inject_adapter = _inject_adapter  # type: ignore[method-assign]
 
 
 def _refused(method: Callable[..., Any], what: str) -> Callable[..., Any]:

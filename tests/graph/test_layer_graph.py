@@ -384,6 +384,17 @@ def test_adopt_takes_over_and_makes_no_keys() -> None:
     pickle.dumps(gm)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch's own copy
+def test_what_is_decoded_from_a_tile_is_not_stored_in_a_pickle() -> None:
+    """Unpickling traces the code again: what it computes from buffers alone is no constant."""
+    packed = tbn.lower(tbn.transform(nn.GRUCell(16, 32), ALL))
+    inputs = torch.randn(2, 16), torch.randn(2, 32)
+    optimized = tbn.optimize(packed, inputs)
+    again = by_pickle(by_pickle(optimized))
+    assert torch.equal(again(*inputs), optimized(*inputs))
+    assert sorted(again.state_dict()) == sorted(optimized.state_dict())
+
+
 def test_a_module_that_hooks_have_wrapped_says_why_it_is_not_pickled() -> None:
     hooks = pytest.importorskip("accelerate.hooks")
     gm = tbn.transform(nn.Sequential(nn.Linear(16, 16)), ALL)

@@ -117,10 +117,15 @@ def test_adapters_that_multiply_by_the_weight_take_lowered_layers() -> None:
     peft = pytest.importorskip("peft")
     qat = tbn.transform(nn.Sequential(nn.Linear(16, 16)), CONFIG)
     x = torch.randn(2, 16)
-    for config in (peft.ShiraConfig(r=2, target_modules=["0"]), peft.HRAConfig(r=2, target_modules=["0"])):
+    target: dict[str, Any] = {"target_modules": ["0"]}
+    for config in (
+        peft.ShiraConfig(r=2, **target),
+        peft.HRAConfig(r=2, **target),
+        peft.LoraConfig(r=2, use_dora=True, **target),
+    ):
         adapted = peft.get_peft_model(tbn.lower(qat), config)
         torch.testing.assert_close(adapted(x), qat(x))
-        with pytest.raises(ValueError, match=r"of '0' multiplies by the weight .* lower the model"):
+        with pytest.raises(ValueError, match=r"multiplies by the weight of '0', .* lower the model"):
             peft.get_peft_model(copy.deepcopy(qat), config)
     assert torch.equal(peft.get_peft_model(copy.deepcopy(qat), peft.LoraConfig(r=2, target_modules=["0"]))(x), qat(x))
 

@@ -97,7 +97,8 @@ def export_c(
         self_test: add ``int <name>_self_test(void)``, which runs the model on the example inputs, or on each of a list
             of inputs like them, and compares with what PyTorch gives. It takes flash for inputs and results, where it
             is called. With ``state`` the runs follow one another from the initial state on: those of the list, or
-            several on the example inputs; what these hold of the state is not used.
+            three on the example inputs; what these hold of the state is not used. Give a list where the state reaches
+            further back.
         package: a folder for a build system, with the self-test: ``"arduino"``, a library for the Arduino IDE with
             examples that run the first input and the self-test; ``"cmake"``, a project with an interface target and a
             test; ``"cmsis-pack"``, a software pack with one component; ``"zephyr"``, a module for Zephyr.
@@ -137,7 +138,7 @@ def export_c(
     if package is None and self_test is False:
         write_files(single_file(plan, Path(path), None))
         return plan
-    if plan.states and len(tested) == 1:
+    if plan.states and isinstance(self_test, bool):
         tested *= _SELF_TEST_RUNS
     vectors = compute_vectors(module, tested, plan)
     if package is None:

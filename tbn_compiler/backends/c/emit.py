@@ -149,19 +149,20 @@ def emit_source(plan: Plan, header: str, vectors: Vectors | None = None) -> str:
             _context(plan, vectors),
             header=header,
             templates=templates,
-            headers=sorted(system_headers(plan)),
+            headers=sorted(system_headers(plan, vectors)),
             printer=printer,
         )
     )
 
 
-def system_headers(plan: Plan) -> set[str]:
-    """The headers of the C library that a plan needs."""
+def system_headers(plan: Plan, vectors: Vectors | None = None) -> set[str]:
+    """The headers of the C library that a plan needs, and the arrays of a self-test."""
     templates = _with_needs(plan.kernels)
     headers = {header for template in templates for header in _declared(template, "headers")}
     if plan.states:
         headers.add("string.h")  # for memset and memcpy
-    if not all(np.isfinite(numbers).all() for numbers in _numbers(plan)):
+    tested = () if vectors is None else (*vectors.inputs, *vectors.outputs)
+    if not all(np.isfinite(numbers).all() for numbers in (*_numbers(plan), *tested)):
         headers.add("math.h")  # for INFINITY and NAN
     return headers | {"stddef.h"}
 

@@ -103,6 +103,8 @@ def _start(executable: str | os.PathLike[str], size: int, data: bytes, what: str
 def run_arrays(source: str | os.PathLike[str], inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Compile an exported model and run it on all its inputs, once or as often as they are long.
 
+    A model whose inputs are all state takes none, and runs once.
+
     Args:
         source: the ``.c`` file; its header lies beside it.
         inputs: for each input an array of its size, for every run the same, or of a multiple of it, for a run each.
@@ -129,10 +131,11 @@ def run_arrays(source: str | os.PathLike[str], inputs: Sequence[np.ndarray]) -> 
         elements = np.ascontiguousarray(argument.elements(array))
         rows.append(elements.reshape(-1, argument.size).view(np.uint8))
     counts = {len(row) for row in rows}
-    runs = max(counts)
+    runs = max(counts, default=1)
     if counts - {1, runs}:
         raise ExportError(f"the inputs of {source} are enough for {', '.join(map(str, sorted(counts)))} runs")
-    data = np.concatenate([np.broadcast_to(row, (runs, row.shape[1])) for row in rows], 1).tobytes()
+    repeated = [np.broadcast_to(row, (runs, row.shape[1])) for row in rows]
+    data = np.concatenate(repeated, 1).tobytes() if repeated else b""
     with tempfile.TemporaryDirectory() as folder:
         executable = Path(folder, "model")
         build(source, executable)

@@ -290,11 +290,12 @@ class Plan:
 
     @property
     def unused_inputs(self) -> tuple[str, ...]:
-        """Names of the inputs that nothing reads."""
+        """Names of the parameters that no step names: inputs, and the state where it stays what it is."""
         operands = (operand for step in self.steps for operand in _arguments(step.implementation))
         pointers = (self.pointers[operand] for operand in operands if isinstance(operand, ir.Value))
         read = {pointer.partition(" ")[0] for pointer in pointers}  # without an offset
-        return tuple(port.name for port in self.inputs if port.name not in read)
+        state = ["state"] if self.states and not any(pointer.startswith("state->") for pointer in read) else []
+        return (*state, *(port.name for port in self.inputs if port.name not in read))
 
     @property
     def uses_stdint(self) -> bool:

@@ -68,7 +68,7 @@ def build_plan(graph: ir.Graph, options: Options, initial_state: Mapping[str, An
         options: what the user chose.
         initial_state: what the state holds before the first run, by the name of the input; the rest is zeros.
     """
-    states = find_states(graph, options.state, initial_state or {})
+    states = find_states(graph, options.state, initial_state)
     before, after = [state.before for state in states], [state.after for state in states]
     graph = take_int8(graph, before) if options.int8_inputs else graph
     graph = give_int8(graph, after) if options.int8_outputs else graph

@@ -1,7 +1,8 @@
-"""What it makes of a float output that integers behind it may be one step off.
+"""What it makes of a float output that integers behind it may be a step off.
 
 In C an integer is rounded from the exact number, in PyTorch from a float: where that is next to the middle of two
-steps, they may differ by one. What is rounded from an input itself is the same in both.
+steps, they may differ by one, and so may what is rounded from it later, once for each time. What is rounded from an
+input itself is the same in both.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ _Makers = Mapping[ir.Operand, ir.Operation]
 
 
 def output_step(operations: Sequence[ir.Operation], output: ir.Value) -> float:
-    """How much one step in one of the integers that a float is computed from changes it; 0 if none is rounded.
+    """How much a float changes with the integers that it is computed from; 0 if none of them is rounded.
 
-    Functions and layers in float between them count as if they kept the size of a change.
+    It is a step of the last integers for each time that something was rounded on the way to them. Functions and layers
+    in float behind them count as if they kept the size of a change.
 
     Args:
         operations: the program.
@@ -38,7 +40,8 @@ def output_step(operations: Sequence[ir.Operation], output: ir.Value) -> float:
             pending += sources
         elif any(_is_rounded(source, makers) for source in sources):
             steps.append(step)
-    return max(steps)
+    roundings = sum(getattr(operation, "output_scale", None) is not None for operation in operations)
+    return max(steps) * max(roundings, 1)
 
 
 def _step(operation: ir.Operation) -> float | None:

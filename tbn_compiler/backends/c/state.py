@@ -55,19 +55,22 @@ def state_pairs(state: Any) -> StatePairs:
     return tuple(state.items())
 
 
-def find_states(graph: ir.Graph, pairs: StatePairs, initial: Mapping[str, Any]) -> list[State]:
+def find_states(graph: ir.Graph, pairs: StatePairs, initial: Mapping[str, Any] | None) -> list[State]:
     """The inputs and outputs that pairs name.
 
     Args:
         graph: the model.
         pairs: what :func:`state_pairs` gives.
-        initial: tensors or arrays of initial values by the name of the input.
+        initial: tensors or arrays of initial values by the name of the input; ``None``: all begin with zeros.
 
     Raises:
         ExportError: there is no such input or output, they differ in shape or type, an initial value does not fit, or
             nothing but state would be left of the outputs.
     """
     names = [value.name for value in graph.inputs]
+    initial = {} if initial is None else initial
+    if not isinstance(initial, Mapping):
+        raise ExportError(f"initial_state={initial!r} must be a dictionary from names of inputs to tensors")
     unknown = next((name for name in initial if name not in dict(pairs)), None)
     if unknown is not None:
         raise ExportError(f"initial_state has {unknown!r}, which state does not name")
@@ -93,16 +96,33 @@ def _initial(value: ir.Value, given: Any) -> ir.Constant | None:
     """The stored array for an initial value; ``None`` for zeros."""
     if given is None:
         return None
-    array = torch.as_tensor(given).detach().cpu().numpy()
+    array = _array(value.name, given)
     if array.shape != value.shape:
         raise ExportError(
             f"initial_state[{value.name!r}] has the shape {list(array.shape)}, the input {list(value.shape)}"
         )
-    stored = array.astype(value.dtype)
-    if not np.array_equal(stored, array):
-        raise ExportError(f"initial_state[{value.name!r}] is {array.dtype}, with elements that {value.dtype} has not")
+    with np.errstate(invalid="ignore", over="ignore"):
+        stored = array.astype(value.dtype)
+    if not np.array_equal(stored, array, equal_nan=True):
+        raise ExportError(
+            f"initial_state[{value.name!r}] is {array.dtype}, with elements that {value.dtype} has not: convert it to "
+            f"{value.dtype}"
+        )
     stored.flags.writeable = False
-    return ir.Constant(f"initial {value.name}", stored) if stored.any() else None
+    return ir.Constant(f"initial {value.name}", stored) if any(stored.tobytes()) else None  # -0.0 is not zero
+
+
+def _array(name: str, given: Any) -> np.ndarray:
+    """An initial value as an array; of floats that NumPy has not, as float32, which holds them all."""
+    try:
+        tensor = torch.as_tensor(given).detach().cpu()
+        narrow = tensor.is_floating_point() and tensor.dtype != torch.float64
+        array: np.ndarray = (tensor.float() if narrow else tensor).numpy()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ExportError(f"initial_state[{name!r}] is no tensor: {error}") from error
+    if array.dtype.kind == "c":
+        raise ExportError(f"initial_state[{name!r}] is {array.dtype}: state holds real numbers")
+    return array
 
 
 def write_last(

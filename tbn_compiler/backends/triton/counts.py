@@ -16,6 +16,7 @@ _RESERVE = 2**18
 _MEASURED = 2**14
 _lock = threading.Lock()
 _counts: dict[tuple[int, int], Tensor] = {}
+_outgrown: list[Tensor | None] = []
 _reserves: dict[int, Tensor] = {}
 _reserved: dict[int, int] = {}
 _measuring = threading.local()
@@ -55,6 +56,7 @@ def arrival_counts(device: torch.device, blocks: int) -> Tensor:
                 _reserves[index], _reserved[index] = _lasting_zeros(index, _RESERVE), 0
             counts = _counts.get((index, stream))
             if counts is None or counts.numel() < blocks:
+                _outgrown.append(counts)  # a kernel may still count there
                 counts = _counts[index, stream] = _lasting_zeros(index, max(blocks, 1024))
             return counts
     return torch.zeros(blocks, dtype=torch.int32, device=device)  # by each replay of the graph

@@ -122,7 +122,7 @@ class Repeats:
 
     def begin(self, tensors: Sequence[Tensor | None], result: Tensor) -> Kept:
         """A call begins, with these tensors and an empty result."""
-        if self._tries == 0:
+        if self._tries <= 0:
             return Kept(self.kernels)
         self._tries -= 1
         return Kept(self.kernels, Notes(tensors, result))

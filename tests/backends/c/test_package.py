@@ -93,7 +93,7 @@ def test_a_self_test_compares_each_of_several_inputs(scratch: Any, tmp_path: Pat
 def test_each_input_of_a_self_test_has_its_own_tolerance() -> None:
     outputs = np.array([[1, -2], [1000, 3]], np.float32)
     vectors = Vectors((outputs,), (outputs, outputs.astype(np.int32)), (0.5, 0.0))
-    assert np.allclose(vectors.tolerances[0], (0.5 + 2e-4, 0.5 + 1e-1))
+    assert np.allclose(vectors.tolerances[0], (0.2 + 2e-4, 0.5 + 1e-1))  # a tenth of the largest at most
     assert vectors.tolerances[1] == (0, 0)
     assert vectors.nbytes == 3 * 16
 
@@ -111,12 +111,46 @@ def test_each_input_of_a_self_test_has_its_own_tolerance() -> None:
         ([torch.zeros(1, 4, dtype=torch.int64)], "self_test[0] is int64 [1, 4]; the example inputs are float32"),
         ([(torch.zeros(1, 4),) * 2], "self_test[0] is float32 [1, 4], float32 [1, 4]; the example inputs are"),
         ([[np.zeros((1, 4), np.float32)]], "self_test[0] is no tensor but ndarray; the example inputs are float32"),
+        ([None], "self_test[0] is no tensor but NoneType; the example inputs are float32"),
         ([torch.ones(1, 4), torch.full((1, 4), torch.inf)], "output 0 of self_test[1] is not finite"),
     ],
 )
 def test_inputs_that_a_self_test_cannot_take(self_test: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=re.escape(message)):
         export_c(nn.ReLU(), torch.ones(1, 4), tmp_path / "net.c", self_test=self_test)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_cc
+def test_infinite_inputs_of_a_self_test_compile(tmp_path: Path) -> None:
+    export_c(nn.ReLU6(), torch.tensor([[1.0, torch.inf, -torch.inf]]), tmp_path / "net.c", name="net", self_test=True)
+    main = tmp_path / "main.c"
+    main.write_text('#include "net.h"\nint main(void)\n{\n    return net_self_test();\n}\n')
+    assert compile_and_run(main, tmp_path / "net.c", folder=tmp_path).returncode == 0
+
+
+def test_numbers_that_c_cannot_hold_are_no_test(tmp_path: Path) -> None:
+    class Same(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.clamp(0, 5)
+
+    with pytest.raises(ExportError, match="input of a self-test has numbers that int32 cannot hold"):
+        export_c(Same(), torch.tensor([1, 2**33]), tmp_path / "net.c", self_test=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "m", "package": "cmake"}, "name='m' means something else to CMake"),
+        ({"name": "test", "package": "cmake"}, "name='test' means something else to CMake"),
+        ({"package": "cmsis-pack", "package_vendor": "a--b"}, "with single - between them"),
+        ({"package": "cmsis-pack", "package_vendor": []}, "package_vendor"),
+        ({"package": "cmake", "package_version": "1\u0661.0.0"}, "is not of the form 1.2.3"),
+    ],
+)
+def test_names_that_packages_cannot_have(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=re.escape(message)):
+        export_c(nn.ReLU(), torch.ones(1, 4), tmp_path / "net", **options)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import tbn_compiler as tbn
 from tbn_compiler.backends.c import export_c, ir
 from tbn_compiler.backends.c.frontend import import_graph
+from tbn_compiler.backends.c.fuse import simplify
 from tbn_compiler.backends.c.options import Options
 from tbn_compiler.backends.c.planner import build_plan
 from tests.backends.c.test_package import compile_and_run
@@ -31,18 +32,25 @@ def step(graph: ir.Graph) -> float:
     return build_plan(graph, Options()).outputs[0].step
 
 
+def rounded(graph: ir.Graph) -> int:
+    """How often integers are rounded from others."""
+    return sum(getattr(operation, "output_scale", None) is not None for operation in simplify(graph)[0])
+
+
 def test_a_float_may_be_off_by_a_step_of_the_last_integers() -> None:
     graph = import_graph(*on_integers(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)))
     last = [operation for operation in graph.operations if isinstance(operation, ir.Tiled)][-1]
     # The scale of its input stands in the operation that made integers of it.
     scales = [operation.scale for operation in graph.operations if isinstance(operation, ir.Quantize)]
-    assert step(graph) == pytest.approx(scales[-1] * last.alpha.array.max())
+    assert step(graph) == pytest.approx(rounded(graph) * scales[-1] * last.alpha.array.max())
+    deeper = import_graph(*on_integers(*(layer for _ in range(3) for layer in (nn.Linear(16, 16), nn.ReLU()))))
+    assert rounded(deeper) > rounded(graph)  # each may be off, and move those behind it
     # Functions behind are passed over.
     graph = import_graph(*on_integers(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8), nn.Sigmoid()))
     assert step(graph) > 0
     graph = import_graph(*on_integers(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8), outputs="int8"))
     scales = [operation.scale for operation in graph.operations if isinstance(operation, ir.Quantize)]
-    assert step(graph) == pytest.approx(scales[-1])
+    assert step(graph) == pytest.approx(rounded(graph) * scales[-1])
 
 
 def test_what_is_rounded_as_in_pytorch_may_not_be_off() -> None:

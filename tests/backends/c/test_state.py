@@ -16,6 +16,8 @@ import tbn_compiler as tbn
 from tbn_compiler.backends.c import host
 from tbn_compiler.backends.c.interface import read_interface
 from tbn_compiler.backends.c.mcu import CPUS, measure
+from tbn_compiler.cli import main
+from tbn_compiler.verify import CFile, verify
 from tests.backends.c.programs import Network, check
 from tests.backends.c.toolchain import WARNINGS, needs_arm, needs_cc, run_strict, sanitizer_flags
 
@@ -211,6 +213,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"state": {"s": 1}, "initial_state": {"s": torch.zeros(SIZE)}},
         r"initial_state\['s'\] has the shape \[8\], the input \[1, 8\]",
     ),
+    "a list": ({"state": {"s": 1}, "initial_state": [1]}, r"initial_state=\[1\] must be a dictionary from names"),
+    "a tensor": (
+        {"state": {"s": 1}, "initial_state": torch.zeros(1, SIZE)},
+        "must be a dictionary from names of inputs",
+    ),
+    **{
+        name: ({"state": {"s": 1}, "initial_state": {"s": given}}, rf"initial_state\['s'\] {message}")
+        for name, given, message in (
+            ("a string", "zeros", "is no tensor: "),
+            ("ragged", [[0.0], [0.0, 1.0]], "is no tensor: "),
+            ("complex", torch.ones(1, SIZE, dtype=torch.complex64), "is complex64: state holds real numbers"),
+            (
+                "double precision",
+                np.full((1, SIZE), 0.1),
+                "is float64, with elements that float32 has not: convert it to float32",
+            ),
+        )
+    },
 }
 
 
@@ -226,3 +246,66 @@ def test_what_cannot_be_state_is_refused(name: str, tmp_path: Path) -> None:
 def test_a_model_of_nothing_but_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(tbn.ExportError, match="state names all outputs: the run function would give nothing"):
         tbn.export_c(nn.ReLU(), torch.zeros(1, SIZE), tmp_path / "net.c", state={"input": 0})
+
+
+FIRST: dict[str, Any] = {
+    "negative zeros": torch.full((1, SIZE), -0.0),
+    "NaN": torch.full((1, SIZE), float("nan")),
+    "bfloat16": torch.linspace(-1, 1, SIZE, dtype=torch.bfloat16)[None],
+    "a list": [[0.5 * place for place in range(SIZE)]],
+}
+
+
+class Delay(nn.Module):
+    """Gives what came before."""
+
+    def forward(self, x: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        return s.clone(), x
+
+
+@needs_cc
+@pytest.mark.parametrize("name", FIRST)
+def test_a_state_begins_with_the_bytes_of_its_initial_value(name: str, tmp_path: Path) -> None:
+    x = torch.zeros(1, SIZE)
+    tbn.export_c(Delay(), (x, x), tmp_path / "net.c", state={"s": 1}, initial_state={"s": FIRST[name]})
+    found = run_strict(tmp_path / "net.c", torch.ones(2, SIZE))
+    first = torch.as_tensor(FIRST[name]).float().numpy()
+    assert np.array_equal(found, np.concatenate([first, np.ones((1, SIZE))]), equal_nan=True)
+    assert np.array_equal(np.signbit(found[0]), np.signbit(first[0])) or name == "NaN"
+
+
+class Generator(nn.Module):
+    """All that it takes is state."""
+
+    def forward(self, s: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        return s.cos() + t, 0.5 * s, t + 1
+
+
+@needs_cc
+def test_a_program_without_inputs_runs_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, zeros, source = Generator(), torch.zeros(1, SIZE), tmp_path / "net.c"
+    tbn.export_c(model, (zeros, zeros), source, state={"s": 1, "t": 2})
+    program = CFile(source)
+    inputs = program.random_inputs(None, np.random.default_rng(0))
+    found = program.run(inputs)
+    assert found["output"].shape == (1, SIZE)
+    assert verify(found, model, inputs, program.run_model).within(1e-6)
+    assert main(["bench-mcu", str(source)]) == 1
+    assert "has no inputs, they are all state" in capsys.readouterr().err
+
+
+@needs_cc
+def test_a_state_that_nothing_touches_is_no_warning(tmp_path: Path) -> None:
+    x = torch.zeros(1, SIZE)
+    model = Step(lambda m, x, s, t: (x + 1, s, t))
+    tbn.export_c(model, (x, x, x), tmp_path / "net.c", state={"s": 1, "t": 2})
+    assert np.array_equal(run_strict(tmp_path / "net.c", x), np.ones((1, SIZE)))
+    assert "(void)state;" in (tmp_path / "net.c").read_text()
+
+
+def test_a_change_in_place_points_to_state(tmp_path: Path) -> None:
+    x = torch.zeros(1, SIZE)
+    with pytest.raises(
+        tbn.ExportError, match=r"'s' while it runs: state has to be an input whose new value is returned"
+    ):
+        tbn.export_c(Step(lambda m, x, s, t: x + s.add_(x)), (x, x, x), tmp_path / "net.c")

@@ -127,7 +127,10 @@ class Importer:
         """Convert the whole program."""
         for spec in self._program.graph_signature.output_specs:
             if spec.kind != OutputKind.USER_OUTPUT:
-                raise ExportError(f"the model changes {spec.target!r} while it runs: the C backend keeps no state")
+                raise ExportError(
+                    f"the model changes {spec.target!r} while it runs: state has to be an input whose new value is "
+                    "returned, see export_c(state=...)"
+                )
         graph = self._program.graph
         inputs = self._inputs(graph)
         operations: list[ir.Operation] = []

@@ -118,7 +118,7 @@ def measure(
         stack_bytes=stack,
         outputs=outputs,
         # A NaN in either counts: it makes the maximum NaN.
-        max_error=None if wanted is None else float(np.abs(outputs - wanted).max()),
+        max_error=None if wanted is None else float(np.abs(outputs.astype(np.float64) - wanted).max()),
         passed_over=passed_over,
     )
 

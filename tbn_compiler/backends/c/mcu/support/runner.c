@@ -59,9 +59,14 @@ static void write_all(uint32_t file, const void *data, uint32_t bytes)
 __attribute__((noinline)) static uint32_t timed_run(void)
 {
     const uint32_t start = timer_now();
+    uint32_t passed;
 
     MODEL_RUN(input, output, scratch);
-    return timer_now() - start;
+    passed = timer_now() - start;
+    if (timer_overrun()) {
+        semihosting_fail("a run takes more instructions than the board's timer can count\n");
+    }
+    return passed;
 }
 
 __attribute__((noinline)) static uint32_t timed_nothing(void)
@@ -123,6 +128,7 @@ int main(void)
 #ifdef MODEL_STATE
         before = state;
 #endif
+        timer_start();
         measured[0] = timed_run() - overhead;
 #ifdef MODEL_STATE
         state = before;

@@ -1,6 +1,6 @@
 /*
- * The 32-bit timer of an emulated board, counting up at a known rate for each instruction: under qemu -icount every
- * instruction takes the same time.
+ * The timer of an emulated board, counting up at a known rate for each instruction: under qemu -icount every instruction
+ * takes the same time. timer_start begins anew; timer_overrun says whether more has passed since then than it can hold.
  */
 #ifndef TBN_TIMER_H
 #define TBN_TIMER_H
@@ -16,6 +16,9 @@ static inline void timer_start(void)
 {
     TIMER_REGISTER(0x40008508u) = 3; /* BITMODE: 32 bits */
     TIMER_REGISTER(0x40008510u) = 0; /* PRESCALER: none */
+    TIMER_REGISTER(0x40008544u) = 0xffffffffu; /* CC[1] */
+    TIMER_REGISTER(0x4000800cu) = 1; /* CLEAR */
+    TIMER_REGISTER(0x40008144u) = 0; /* EVENTS_COMPARE[1] */
     TIMER_REGISTER(0x40008000u) = 1; /* START */
 }
 
@@ -25,11 +28,19 @@ static inline uint32_t timer_now(void)
     return TIMER_REGISTER(0x40008540u);
 }
 
+static inline int timer_overrun(void)
+{
+    return TIMER_REGISTER(0x40008144u) != 0;
+}
+
 #elif defined BOARD_MPS3
 
 /* The system counter of the SSE-300: 32 MHz. */
 static inline void timer_start(void)
 {
+    TIMER_REGISTER(0x58100000u) = 0; /* CNTCR: stop */
+    TIMER_REGISTER(0x58100008u) = 0; /* CNTCV */
+    TIMER_REGISTER(0x5810000cu) = 0;
     TIMER_REGISTER(0x58100000u) = 1; /* CNTCR: count */
 }
 
@@ -38,11 +49,33 @@ static inline uint32_t timer_now(void)
     return TIMER_REGISTER(0x58100008u); /* CNTCV, the lower half */
 }
 
+static inline int timer_overrun(void)
+{
+    return TIMER_REGISTER(0x5810000cu) != 0;
+}
+
 #elif defined BOARD_VIRT
 
 /* The processor's own count of instructions, which qemu gives in nanoseconds. */
+static uint32_t timer_turns;
+
+static inline uint32_t timer_upper(void)
+{
+    uint32_t count;
+
+    __asm__ volatile(".option arch, +zicsr\n\tcsrr %0, minstreth" : "=r"(count) : : "memory");
+    return count;
+}
+
 static inline void timer_start(void)
 {
+    __asm__ volatile(".option arch, +zicsr\n\tcsrw minstret, zero" : : : "memory");
+    timer_turns = timer_upper();
+}
+
+static inline int timer_overrun(void)
+{
+    return timer_upper() != timer_turns;
 }
 
 static inline uint32_t timer_now(void)
@@ -66,7 +99,13 @@ static inline void timer_start(void)
 {
     TIMER_REGISTER(TIMER_BASE + 8) = 0xffffffffu; /* RELOAD */
     TIMER_REGISTER(TIMER_BASE + 4) = 0xffffffffu; /* VALUE */
-    TIMER_REGISTER(TIMER_BASE) = 1;               /* CTRL: run, no interrupt */
+    TIMER_REGISTER(TIMER_BASE + 12) = 1;          /* INTCLEAR */
+    TIMER_REGISTER(TIMER_BASE) = 9;               /* CTRL: run, and note in INTSTATUS that 0 was reached */
+}
+
+static inline int timer_overrun(void)
+{
+    return TIMER_REGISTER(TIMER_BASE + 12) != 0;
 }
 
 static inline uint32_t timer_now(void)

@@ -1,4 +1,8 @@
+{% if interface.inputs %}
 /* Runs the model on all inputs from standard input, one run after the other. The argument checks their size. */
+{% else %}
+/* Runs the model once: its inputs are all state. The argument is 0, their size. */
+{% endif %}
 #include "{{ header }}"
 
 #include <stdint.h>
@@ -15,6 +19,7 @@ static {{ types[argument.dtype.name] }} output_{{ loop.index0 }}[{{ argument.siz
 static {{ interface.name }}_state state;
 {% endif %}
 
+{% if interface.inputs %}
 /* Fill all inputs; 0 at the end of the file. */
 static int read_inputs(void)
 {
@@ -26,6 +31,7 @@ static int read_inputs(void)
     return 1;
 }
 
+{% endif %}
 int main(int argc, char **argv)
 {
 {% if interface.takes_scratch %}
@@ -42,7 +48,7 @@ int main(int argc, char **argv)
 {% if interface.state_bytes %}
     {{ interface.name }}_init(&state);
 {% endif %}
-    while (read_inputs()) {
+    {{ "while (read_inputs()) " if interface.inputs }}{
         {{ interface.name }}_run({{ arguments }});
 {% for argument in interface.outputs %}
         if (fwrite(output_{{ loop.index0 }}, sizeof output_{{ loop.index0 }}, 1, stdout) != 1) {
