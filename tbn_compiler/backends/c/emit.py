@@ -108,7 +108,7 @@ def local_names() -> tuple[str, ...]:
     """Words of the code that surrounds parameters and buffers, which these must not be called."""
     words: set[str] = set()
     for name in ("file/model.c", "file/self_test.c", "package/example.ino"):
-        code = re.sub(r"\{%.*?%\}|\w*\{\{.*?\}\}\w*", "", _source(name))
+        code = re.sub(r"\{%.*?%\}|\{#.*?#\}|\w*\{\{.*?\}\}\w*", "", _source(name))
         code = re.sub(r"/\*.*?\*/", "", code, flags=re.DOTALL)
         code = re.sub(r"//.*|^ *#.*|\"[^\"\n]*\"", "", code, flags=re.MULTILINE)
         words.update(re.findall(r"[A-Za-z_]\w*", code))

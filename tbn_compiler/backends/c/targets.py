@@ -150,8 +150,8 @@ _MPS3_M55 = Board(
     "BOARD_MPS3",
     vectors=0x1000_0000,
 )
-# No real board: all of its memory is RAM. It counts instructions itself.
-_VIRT = Board("virt", Memory(0x8000_0000, 4 * _MB), Memory(0x8040_0000, 4 * _MB), 10**9, "BOARD_VIRT")
+# No real board: all of its memory is RAM. It counts instructions itself, a "timer" of one tick for each.
+_VIRT = Board("virt", Memory(0x8000_0000, 4 * _MB), Memory(0x8040_0000, 4 * _MB), 15_625_000, "BOARD_VIRT")
 
 TARGETS: Mapping[Target, Processor] = {
     processor.name: processor

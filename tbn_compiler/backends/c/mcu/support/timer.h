@@ -56,34 +56,34 @@ static inline int timer_overrun(void)
 
 #elif defined BOARD_VIRT
 
-/* The processor's own count of instructions, which qemu gives in nanoseconds. */
-static uint32_t timer_turns;
+/* The processor's own count of instructions, which qemu gives in nanoseconds, 64 for each. */
+static uint64_t timer_first;
 
-static inline uint32_t timer_upper(void)
+static inline uint64_t timer_count(void)
 {
-    uint32_t count;
+    uint32_t upper, lower, again;
 
-    __asm__ volatile(".option arch, +zicsr\n\tcsrr %0, minstreth" : "=r"(count) : : "memory");
-    return count;
+    do {
+        __asm__ volatile(".option arch, +zicsr\n\tcsrr %0, minstreth" : "=r"(upper) : : "memory");
+        __asm__ volatile(".option arch, +zicsr\n\tcsrr %0, minstret" : "=r"(lower) : : "memory");
+        __asm__ volatile(".option arch, +zicsr\n\tcsrr %0, minstreth" : "=r"(again) : : "memory");
+    } while (upper != again);
+    return (uint64_t)upper << 32 | lower;
 }
 
 static inline void timer_start(void)
 {
-    __asm__ volatile(".option arch, +zicsr\n\tcsrw minstret, zero" : : : "memory");
-    timer_turns = timer_upper();
-}
-
-static inline int timer_overrun(void)
-{
-    return timer_upper() != timer_turns;
+    timer_first = timer_count();
 }
 
 static inline uint32_t timer_now(void)
 {
-    uint32_t count;
+    return (uint32_t)((timer_count() - timer_first) >> 6);
+}
 
-    __asm__ volatile(".option arch, +zicsr\n\tcsrr %0, minstret" : "=r"(count) : : "memory");
-    return count;
+static inline int timer_overrun(void)
+{
+    return (timer_count() - timer_first) >> 38 != 0;
 }
 
 #else
