@@ -366,6 +366,16 @@ def has_usual_code(graph: fx.Graph) -> bool:
 _USUAL_CODE = vars(fx.graph.CodeGen())
 
 
+# Of a graph module, the class that traces its code when it is unpickled.
+TRACER = "_tracer_cls"
+
+
+class BufferTracer(fx.Tracer):
+    """Traces the code of an unpickled graph; what it computes from buffers alone stays computed."""
+
+    proxy_buffer_attributes = True
+
+
 class _SizeGuards(nn.Module):
     """The checks of sizes, pickled as what Python has compiled; their source is not kept."""
 

@@ -366,7 +366,9 @@ def test_export_of_an_unsupported_model_writes_nothing(capsys, factory, tmp_path
 
 def test_an_interrupt_and_a_closed_pipe(factory, tmp_path):
     """Through the shell, as users see it: no traceback, and the status of each."""
-    Path("slow.py").write_text("import os, signal\ndef mlp():\n    os.kill(os.getpid(), signal.SIGINT)\n")
+    # Where the tests run in the background of a shell, interrupts are ignored.
+    stop = "    signal.signal(signal.SIGINT, signal.default_int_handler)\n    os.kill(os.getpid(), signal.SIGINT)\n"
+    Path("slow.py").write_text(f"import os, signal\ndef mlp():\n{stop}")
     command = [sys.executable, "-m", "tbn_compiler.cli", "summary"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), "."])}
     stopped = subprocess.run([*command, "slow:mlp"], env=environment, capture_output=True, text=True)

@@ -26,13 +26,13 @@ from torch.fx.graph import PythonCode
 from tbn_compiler.graph.copying import GENERATED, copy_graph_module, graph_class
 from tbn_compiler.graph.records import TRANSPOSED, CarriesTilings, own_records
 from tbn_compiler.graph.tiled_parameters import decoded_weight
-from tbn_compiler.torch_private import OpOverload, has_usual_code, input_structure
+from tbn_compiler.torch_private import TRACER, BufferTracer, OpOverload, has_usual_code, input_structure
 
 TRAINING_FLAG = "tbn_training_flag"
 
 # What a graph module keeps of its graph.
 _GRAPH_STATE = frozenset(
-    {"_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls", "graph"}
+    {"_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", TRACER, "graph"}
 )
 # The classes of living graph modules, by the class below them, their code and what it calls.
 _classes: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
@@ -138,12 +138,6 @@ def _has_its_own_forward(gm: TiledGraph) -> bool:
     return vars(gm).get("forward") == types.MethodType(type(gm).forward, gm)
 
 
-class BufferTracer(fx.Tracer):
-    """Traces the code of an unpickled graph; what it computes from buffers alone stays computed."""
-
-    proxy_buffer_attributes = True
-
-
 def _flat_twin(gm: TiledGraph) -> tuple[fx.GraphModule, Any]:
     """A graph module whose code takes and gives tensors alone, as a pickle can hold it, and what the code is without.
 
@@ -151,7 +145,7 @@ def _flat_twin(gm: TiledGraph) -> tuple[fx.GraphModule, Any]:
     """
     structure = input_structure(gm.graph)
     twin, graph = object.__new__(type(gm)), copy.deepcopy(gm.graph)
-    twin.__dict__.update(gm.__dict__, _graph=graph, _tracer_cls=BufferTracer)
+    twin.__dict__.update(gm.__dict__, _graph=graph, **{TRACER: BufferTracer})
     if _has_its_own_forward(gm):
         del twin.__dict__["forward"]
     if structure is not None:
