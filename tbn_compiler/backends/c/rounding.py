@@ -19,8 +19,9 @@ _Makers = Mapping[ir.Operand, ir.Operation]
 def output_step(operations: Sequence[ir.Operation], output: ir.Value) -> float:
     """How much a float changes with the integers that it is computed from; 0 if none of them is rounded.
 
-    It is a step of the last integers for each time that something was rounded on the way to them. Functions and layers
-    in float behind them count as if they kept the size of a change.
+    Where a layer sums integers, that is a step of them for each time that something was rounded on the way; of integers
+    that are the output itself, one step, as if they were compared. Functions and layers in float behind count as if
+    they kept the size of a change.
 
     Args:
         operations: the program.
@@ -28,6 +29,7 @@ def output_step(operations: Sequence[ir.Operation], output: ir.Value) -> float:
     """
     makers: _Makers = {operation.output: operation for operation in operations}
     steps = [0.0]
+    roundings = max(sum(getattr(operation, "output_scale", None) is not None for operation in operations), 1)
     pending, seen = [output], {output}
     while pending:
         operation = makers.get(pending.pop())
@@ -39,9 +41,8 @@ def output_step(operations: Sequence[ir.Operation], output: ir.Value) -> float:
             seen.update(sources)
             pending += sources
         elif any(_is_rounded(source, makers) for source in sources):
-            steps.append(step)
-    roundings = sum(getattr(operation, "output_scale", None) is not None for operation in operations)
-    return max(steps) * max(roundings, 1)
+            steps.append(step if isinstance(operation, ir.Dequantize) else step * roundings)
+    return max(steps)
 
 
 def _step(operation: ir.Operation) -> float | None:
