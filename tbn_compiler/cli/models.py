@@ -113,9 +113,7 @@ def self_test_inputs(path: Path, model: nn.Module, example: Sequence[Tensor]) ->
     Raises:
         ConfigError: the file cannot be read, or an array is not a multiple of the example, or longer than another one.
     """
-    stored = [
-        torch.from_numpy(array.astype(_dtype(array.dtype))) for array in _in_order(load_arrays(path), model, path)
-    ]
+    stored = _stored(path, model)
     shapes = [list(tensor.shape) for tensor in stored]
     said = f"{path} holds {', '.join(map(str, shapes))}"
     wanted = [list(tensor.shape) for tensor in example]
