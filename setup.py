@@ -48,7 +48,7 @@ class BuildLibrary(build_ext):
         """Compiles and links with the options of the compiler that was found."""
         msvc = self.compiler.compiler_type == "msvc"
         ext.extra_compile_args = list(MSVC_OPTIONS if msvc else OPTIONS)
-        ext.extra_link_args = [] if msvc else ["-pthread"]
+        ext.extra_link_args = [] if msvc else ["-pthread", "-lm"]
         super().build_extension(ext)
 
     def get_export_symbols(self, ext: Extension) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -84,6 +85,12 @@ def training_call(node: fx.Node) -> TiledCall | None:
     """The call of an operator that trains a layer that ``node`` is, with nodes in place of tensors, or ``None``."""
     operator = _TRAINING_OPERATORS.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
     return None if operator is None else TiledCall(operator, named_arguments(node))
+
+
+def all_among(graph: fx.Graph, layers: Container[fx.Node]) -> bool:
+    """Whether a graph has layers on tiles, all of them among ``layers``."""
+    found = [node for node in graph.nodes if tiled_call(node) is not None]
+    return bool(found) and all(node in layers for node in found)
 
 
 def attribute(gm: fx.GraphModule, node: Any) -> Tensor | None:

@@ -154,6 +154,12 @@ def operation_of(node: fx.Node) -> Operation | None:
     return _FUNCTIONS.get(node.target) if node.op == "call_function" else None
 
 
+def node_name(node: fx.Node) -> str:
+    """The name of the operation that a node calls, or else of its function or method."""
+    found = operation_of(node)
+    return found.name if found is not None else str(getattr(node.target, "__name__", node.target))
+
+
 def module_operation(module: nn.Module) -> Operation | None:
     """The operation that a module computes. A subclass that overrides ``forward`` is not what it derives from."""
     for cls in type(module).__mro__:
@@ -276,6 +282,14 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     *_convolutions(),
     Operation("attention", inspect.signature(attention_layer), functions=(attention_layer,)),
+    Operation(
+        "scaled_dot_product_attention",
+        _signature(
+            "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False",
+        ),
+        functions=(F.scaled_dot_product_attention,),
+        overloads=(_aten.scaled_dot_product_attention.default,),
+    ),
     Operation("bilinear", _signature("input1, input2, weight, bias=None"), functions=(F.bilinear,)),
     # Products
     Operation("mm", _signature("input, mat2"), (), (torch.mm,), ("mm",), (_aten.mm.default,)),
@@ -305,6 +319,14 @@ OPERATIONS: tuple[Operation, ...] = (
         (F.batch_norm,),
         overloads=(_aten.batch_norm.default,),
         ignored=frozenset({"cudnn_enabled"}),
+    ),
+    Operation(
+        "layer_norm",
+        _signature("input, normalized_shape, weight=None, bias=None, eps=1e-5"),
+        (nn.LayerNorm,),
+        (F.layer_norm,),
+        overloads=(_aten.layer_norm.default,),
+        ignored=frozenset({"cudnn_enable"}),
     ),
     # Functions of each element
     _activation("relu", nn.ReLU, _IN_PLACE, torch.relu, torch.relu_, "relu", "relu_"),

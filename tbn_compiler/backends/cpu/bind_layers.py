@@ -25,12 +25,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tbn_compiler.backends.cpu import bound
+from tbn_compiler.backends.cpu.attention import bind_attention
 from tbn_compiler.backends.cpu.networks import bind_networks, find_networks
 from tbn_compiler.backends.cpu.stored import store
 from tbn_compiler.compiler import unwrap
 from tbn_compiler.errors import LoweringError
-from tbn_compiler.graph.calls import InferenceCall, tiled_call
+from tbn_compiler.graph.calls import InferenceCall, attribute, tiled_call
 from tbn_compiler.graph.copying import share_tensors_copy
+from tbn_compiler.graph.layers import apply_view, parameter_view
 from tbn_compiler.graph.records import graph_parts
 from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.passes.base import copy_meta, remove_dead_nodes
@@ -74,7 +76,7 @@ def find_bindings(gm: fx.GraphModule) -> dict[fx.Node, TensorCall | str]:
 
 def _binding(gm: fx.GraphModule, call: InferenceCall) -> TensorCall | str:
     nodes = {name: call.arguments.get(name) for name in _OPERANDS}
-    operands = {name: None if node is None else call.tensor(gm, name) for name, node in nodes.items()}
+    operands = {name: _operand(gm, node) for name, node in nodes.items()}
     if any(operands[name] is None for name, node in nodes.items() if node is not None):
         return "its operands are inputs of the graph"
     x = call.arguments["input"]
@@ -84,6 +86,13 @@ def _binding(gm: fx.GraphModule, call: InferenceCall) -> TensorCall | str:
     values = {**call.arguments, **{name: value for name, value in operands.items() if name in call.arguments}}
     layer = TensorCall(call.operator, {**values, "input": torch.empty(0, dtype=found, device="meta")})
     return bound.why_not(layer, _image(layer, x)) or layer
+
+
+def _operand(gm: fx.GraphModule, node: fx.Node | None) -> torch.Tensor | None:
+    """The value of an operand that is a parameter or buffer, or a view of one, as the biases of attention are."""
+    found = parameter_view(node)
+    value = None if found is None else attribute(gm, found[0])
+    return None if found is None or value is None else apply_view(value, found[1])
 
 
 def _image(layer: TensorCall, x: fx.Node) -> Sequence[int | None]:
@@ -102,6 +111,7 @@ def bind_found(
     """Bind networks of what :func:`find_bindings` found, and its other layers one by one; arguments as there."""
     networks, _ = find_networks(gm, found, sizes_vary=sizes_vary)
     inside = {node for network in networks for node in network.nodes}
+    bind_attention(gm, found)
     bind_networks(gm, networks, form)
     left = {node: layer for node, layer in found.items() if node not in inside}
     return bind_layers(gm, left, sizes_vary=sizes_vary, form=form) or bool(networks)

@@ -34,6 +34,9 @@ _LIBRARY = torch.library.Library("tbn_cpu", "DEF")
 _LIBRARY.define("linear(Tensor input, Tensor plan, int out_features) -> Tensor")
 _LIBRARY.define(f"conv(Tensor input, Tensor plan, int out_channels, int dims, {_ARGUMENTS}) -> Tensor")
 
+# A copy in memory of its own, which Inductor does not make part of another loop (backends/dynamo/dense_norms.py).
+_LIBRARY.define("dense(Tensor input) -> Tensor")
+
 
 def define(schema: str) -> None:
     """Define another operator whose kernel is in the library."""
@@ -209,5 +212,10 @@ def _conv(input: Tensor, plan: Tensor, out_channels: int, dims: int, *values: in
     return input.new_empty(shape)
 
 
+def _dense(input: Tensor) -> Tensor:
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
+
+
+define_fake("dense", _dense)
 define_fake("linear", _linear)
 define_fake("conv", _conv)

@@ -18,7 +18,7 @@ products of bytes for integer activations and for float convolutions, by AMX til
 LEVEL_VARIABLE = "TBN_CPU_LEVEL"
 """Environment variable that names the level to use instead of the best; ``none`` turns the native kernels off."""
 
-INTERFACE = 9
+INTERFACE = 10
 """Version of the interface in ``src/tbn_cpu.h`` (``TBN_INTERFACE``)."""
 
 # One file for every Python: it is no extension module (setup.py).
@@ -155,6 +155,7 @@ _FUNCTIONS = {
     "tbn_conv_dots": (ctypes.c_int, _CONV),
     "tbn_dots_of": (_pointer, [_pointer]),
     "tbn_has_dots": (ctypes.c_int, [_pointer]),
+    "tbn_has_attention": (ctypes.c_int, [_pointer]),
     "tbn_group": (_size, [_pointer, ctypes.c_int]),
     "tbn_pool_threads": (_size, []),
     "tbn_register": (ctypes.c_int, [_pointer]),
@@ -235,6 +236,14 @@ def has_dots(name: str | None) -> bool:
     """Whether a level multiplies bytes (``struct tbn_dots``)."""
     library, _ = load()
     return library is not None and name is not None and bool(library.tbn_has_dots(library.tbn_level(name.encode())))
+
+
+def has_attention(name: str | None) -> bool:
+    """Whether a level computes attention (``src/attention.h``)."""
+    library, _ = load()
+    return (
+        library is not None and name is not None and bool(library.tbn_has_attention(library.tbn_level(name.encode())))
+    )
 
 
 def unused() -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from tbn_compiler.backends.cpu import library
 from tbn_compiler.graph.calls import attribute, tiled_call
-from tbn_compiler.graph.operations import VIEWS, bind, operation_of
+from tbn_compiler.graph.operations import VIEWS, bind, node_name
 from tbn_compiler.passes.base import copy_meta
 from tbn_compiler.torch_private import OpOverload, operator_schema
 
@@ -107,17 +107,12 @@ def _changes_apart(gm: fx.GraphModule, images: dict[fx.Node, None]) -> bool:
                 return True
             if source is node.args[0]:
                 first[node] = base
-        if _name(node) in _ALIASES and node.args and isinstance(node.args[0], fx.Node):
+        if node_name(node) in _ALIASES and node.args and isinstance(node.args[0], fx.Node):
             base = first[node] = first.get(node.args[0], node.args[0])
             if node.args[0] in shared and node not in images:
                 shared.add(node)
                 viewed.add(base)
     return False
-
-
-def _name(node: fx.Node) -> str:
-    found = operation_of(node)
-    return found.name if found is not None else str(getattr(node.target, "__name__", node.target))
 
 
 def _changed(node: fx.Node) -> Iterator[fx.Node]:

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Set
 
 from torch import fx
 
+from tbn_compiler.backends.cpu.attention import bind_attention
 from tbn_compiler.backends.cpu.bind_layers import bind_layers, find_bindings
 from tbn_compiler.backends.cpu.networks import bind_networks, find_networks
+from tbn_compiler.backends.dynamo.dense_norms import densify_norms
 from tbn_compiler.backends.dynamo.image_formats import keep_channels_last
 from tbn_compiler.backends.dynamo.records import make_records
 from tbn_compiler.backends.dynamo.report import LayerReport
@@ -43,6 +45,8 @@ def prepare(gm: fx.GraphModule, activation: str) -> tuple[LayerReport, ...]:
     networks, _ = find_networks(gm, bindings)
     inside = {node for network in networks for node in network.nodes}
     reports = (*_reports(gm, trained, refusals, bindings, inside), *_nested_reports(gm))
+    bind_attention(gm, bindings)
+    densify_norms(gm, bindings)
     bind_networks(gm, networks)
     if keep_channels_last(gm):
         gm.graph.lint()

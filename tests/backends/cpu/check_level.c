@@ -301,6 +301,50 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
     return wrong;
 }
 
+/* Attention differs in its order of sums and its exponentials from machine to machine: it is no part of the checksum. */
+static int check_attention(const struct tbn_kernels *kernels) {
+    const size_t samples = between(1, 2), heads = between(1, 3), queries = between(1, 20), keys = between(1, 40);
+    const size_t width = between(1, 36), value_width = between(1, 70);
+    const struct tbn_attention job = {samples, heads, queries, keys, width, value_width, 0.25f, (int)random_below(2)};
+    const size_t apart = width + random_below(3), values_apart = value_width + random_below(3);
+    float *query = random_floats(samples * heads * queries * apart), *key = random_floats(samples * heads * keys * apart);
+    float *value = random_floats(samples * heads * keys * values_apart);
+    float *out = memory(samples * heads * queries * value_width * sizeof *out);
+    double weights[40];
+    int wrong = 0;
+    /* [samples][heads], and the operands of all heads side by side */
+    const struct tbn_vectors of_query = {query, heads * queries * apart, apart, heads * apart};
+    const struct tbn_vectors of_key = {key, heads * keys * apart, apart, heads * apart};
+    const struct tbn_vectors of_value = {value, heads * keys * values_apart, values_apart, heads * values_apart};
+    if (tbn_attention(kernels, &job, &of_query, &of_key, &of_value, out, 2) != TBN_OK)
+        abort();
+    for (size_t unit = 0; unit < samples * heads * queries; unit++) {
+        const size_t i = unit % queries, head = unit / queries % heads, sample = unit / queries / heads;
+        const size_t met = job.causal && i + 1 < keys ? i + 1 : keys;
+        const float *one = query + ((sample * queries + i) * heads + head) * apart;
+        double sum = 0.0;
+        for (size_t j = 0; j < met; j++) {
+            const float *other = key + ((sample * keys + j) * heads + head) * apart;
+            double product = 0.0;
+            for (size_t k = 0; k < width; k++)
+                product += (double)one[k] * (double)other[k];
+            weights[j] = exp(product * (double)job.scale);
+            sum += weights[j];
+        }
+        for (size_t k = 0; k < value_width; k++) {
+            double expected = 0.0;
+            for (size_t j = 0; j < met; j++)
+                expected += weights[j] / sum * (double)value[((sample * keys + j) * heads + head) * values_apart + k];
+            const float found = out[((sample * queries + i) * heads + head) * value_width + k];
+            wrong += !(fabs((double)found - expected) < 1e-6);
+        }
+    }
+    if (wrong)
+        printf("attention: %d wrong of %zu queries, %zu keys, width %zu, %zu\n", wrong, queries, keys, width, value_width);
+    tbn_free(query), tbn_free(key), tbn_free(value), tbn_free(out);
+    return wrong;
+}
+
 int main(int count, char **arguments) {
     const struct tbn_kernels *kernels = count == 2 ? tbn_level(arguments[1]) : NULL;
     if (!kernels) {
@@ -311,6 +355,8 @@ int main(int count, char **arguments) {
     for (int i = 0; i < 20; i++)
         for (int activation = TBN_FLOAT; activation <= TBN_BINARY; activation++)
             wrong += check_linear(kernels, activation) + check_conv(kernels, activation);
+    for (int i = 0; i < 40 && tbn_has_attention(kernels); i++)
+        wrong += check_attention(kernels);
     printf("checksum %016llx\n", (unsigned long long)checksum);
     return wrong != 0;
 }

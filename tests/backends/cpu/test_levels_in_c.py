@@ -30,7 +30,7 @@ LIBRARY = sorted(SOURCES.glob("*.c"))
 def build(compiler: str, program: Path, *options: str, sources: Sequence[Path] = (*LIBRARY, CHECK)) -> None:
     standard = [] if any(option.startswith("-std=") for option in options) else ["-std=gnu11"]
     command = [compiler, *standard, *FLAGS, *options, *map(str, sources), "-o", str(program)]
-    result = subprocess.run([*command, "-pthread"], capture_output=True, text=True)
+    result = subprocess.run([*command, "-pthread", "-lm"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 

@@ -214,3 +214,43 @@ def test_what_is_bound_is_said(eager_graphs: list[fx.GraphModule], monkeypatch: 
     reason = "it is called through Python: torch 1.0 does not export it"
     assert len(graph.reasons[reason]) == 3
     assert str(graph).count(reason) == 1
+
+
+class SelfAttention(nn.Module):
+    """Four heads of eight, by PyTorch's function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (4, 8)).transpose(-2, -3) for part in self.project(x).chunk(3, -1))
+        result: Tensor = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
+        return result
+
+
+@pytest.mark.skipif(not cpu.library.has_attention(cpu.library.level()), reason="no level here computes attention")
+def test_attention_between_layers(eager_graphs: list[fx.GraphModule]) -> None:
+    module, x = packed(SelfAttention()), torch.randn(2, 10, 32)
+    with torch.no_grad():
+        oracle.assert_close(compiled(module)(x), module(x), rtol=1e-5)
+        assert calls(eager_graphs[0]) == ["tbn_cpu::linear", "tbn_cpu::attention", "tbn_cpu::linear"]
+        with torch.autocast("cpu", torch.bfloat16):  # it is PyTorch's there, in bfloat16
+            found = compiled(module)(x)
+            assert found.dtype == module(x).dtype
+        assert "tbn_cpu::attention" not in calls(eager_graphs[1])
+        with cpu.library.use_level("portable"):
+            oracle.assert_close(compiled(module)(x), module(x), rtol=1e-5)
+        assert "tbn_cpu::attention" not in calls(eager_graphs[2])
+
+
+@pytest.mark.skipif(not cpu.library.has_attention(cpu.library.level()), reason="no level here computes attention")
+def test_attention_compiled_by_inductor(graphs: list[fx.GraphModule]) -> None:
+    """Sizes that vary, and strides that the next operation relies on."""
+    module = packed(SelfAttention())
+    fast = compiled(module, dynamic=True)
+    with torch.no_grad():
+        for size in (2, 3, 5):
+            x = torch.randn(size, 7 + size, 32)
+            oracle.assert_close(fast(x), module(x), rtol=1e-5)
+    assert "tbn_cpu::attention" in calls(graphs[0])

@@ -257,6 +257,7 @@ TARGET static float quantize(const float *x, size_t count, int binary, const flo
 
 /* The levels differ in what multiplies bytes. */
 #define KERNELS \
+    .attention = &tbn_attention_avx512, \
     .f32 = {.rows = F32_ROWS, .word_bytes = 4, .groups = F32_GROUPS, .group = GROUP, .table_bytes = TABLE_F32}, \
     .i16 = {.rows = I16_ROWS, .word_bytes = 2, .groups = I16_GROUPS, .group = GROUP, .table_bytes = TABLE_I16}, \
     .tables_f32 = tables_f32, \

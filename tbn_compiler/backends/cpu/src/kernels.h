@@ -180,9 +180,12 @@ struct tbn_dots {
     void (*max_floats)(const float *const *from, size_t taps, size_t count, float *out);
 };
 
+struct tbn_attention_kernels; /* attention.h */
+
 struct tbn_kernels {
     const char *name;
     const struct tbn_dots *dots; /* NULL: integers are looked up */
+    const struct tbn_attention_kernels *attention; /* NULL: there is none */
     struct tbn_format f32, i16;
     /* Tables of `count` groups, the inputs of successive groups `stride` elements apart. */
     void (*tables_f32)(const float *x, size_t stride, size_t count, void *tables, size_t table_stride);
@@ -211,6 +214,7 @@ extern const struct tbn_kernels tbn_portable;
 extern const struct tbn_kernels tbn_avx2;
 extern const struct tbn_kernels tbn_avx512, tbn_avx512vnni;
 extern const struct tbn_dots tbn_dots_vnni;
+extern const struct tbn_attention_kernels tbn_attention_avx512;
 #if defined(TBN_AMX)
 extern const struct tbn_kernels tbn_avx512amx;
 extern const struct tbn_dots tbn_dots_amx;

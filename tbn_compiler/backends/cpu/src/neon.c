@@ -96,6 +96,7 @@ static void lookup_i16(const struct tbn_lookup *job) {
 const struct tbn_kernels tbn_neon = {
     .name = "neon",
     .dots = NULL,
+    .attention = NULL,
     .f32 = {.rows = ROWS, .word_bytes = 4, .groups = 8, .group = GROUP, .table_bytes = ENTRIES * sizeof(float)},
     .i16 = {.rows = ROWS, .word_bytes = 1, .groups = I16_GROUPS, .group = GROUP, .table_bytes = TABLE},
     .tables_f32 = tables_f32,

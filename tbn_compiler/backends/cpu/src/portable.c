@@ -36,6 +36,7 @@ static void lookup_i16(const struct tbn_lookup *job) {
 const struct tbn_kernels tbn_portable = {
     .name = "portable",
     .dots = NULL,
+    .attention = NULL,
     .f32 = {.rows = ROWS, .word_bytes = 4, .groups = 8, .group = GROUP, .table_bytes = ENTRIES * sizeof(float)},
     .i16 = {.rows = ROWS, .word_bytes = 2, .groups = 4, .group = GROUP, .table_bytes = ENTRIES * sizeof(int16_t)},
     .tables_f32 = tables_f32,

@@ -184,6 +184,9 @@ const char *const *tbn_schemas(void) {
         "int stride_height, int stride_width, int padding_height, int padding_width, int dilation_height, "
         "int dilation_width) -> Tensor",
         "network(Tensor input, Tensor plan, int number) -> Tensor",
+        "attention(Tensor query, Tensor key, Tensor value, float scale, bool by_width, "
+        "bool causal) -> Tensor",
+        "dense(Tensor input) -> Tensor",
         NULL,
     };
     return schemas;

@@ -4,10 +4,11 @@
 
 #include <stdbool.h>
 
+#include "attention.h"
 #include "kernels.h"
 
 /* Changes with anything below: a library left over from another version is not used. */
-enum { TBN_INTERFACE = 9 };
+enum { TBN_INTERFACE = 10 };
 
 TBN_EXPORT int tbn_interface(void);
 
@@ -174,6 +175,17 @@ TBN_EXPORT int tbn_network_sizes(const struct tbn_network *network, size_t heigh
 TBN_EXPORT int tbn_network(const struct tbn_network *network, const float *x, int last, float *out, size_t samples,
                            size_t height, size_t width, size_t threads);
 
+/*
+ * Attention of floats, by kernels that have it: query, key, value -> out [samples][queries][heads][value_width]; returns
+ * TBN_OK or TBN_OUT_OF_MEMORY.
+ */
+TBN_EXPORT int tbn_attention(const struct tbn_kernels *kernels, const struct tbn_attention *job,
+                             const struct tbn_vectors *query, const struct tbn_vectors *key,
+                             const struct tbn_vectors *value, float *out, size_t threads);
+
+/* Whether kernels have it. */
+TBN_EXPORT int tbn_has_attention(const struct tbn_kernels *kernels);
+
 /* The `dots` of kernels. */
 TBN_EXPORT const struct tbn_dots *tbn_dots_of(const struct tbn_kernels *kernels);
 
@@ -225,6 +237,8 @@ TBN_EXPORT int tbn_register(const struct tbn_torch *functions);
 
 TBN_EXPORT void tbn_call_linear(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 TBN_EXPORT void tbn_call_conv(uint64_t *stack, uint64_t inputs, uint64_t outputs);
+TBN_EXPORT void tbn_call_dense(uint64_t *stack, uint64_t inputs, uint64_t outputs);
+TBN_EXPORT void tbn_call_attention(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 TBN_EXPORT void tbn_call_network(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 
 /* Threads that wait for work, for tests. */

@@ -6,6 +6,7 @@
  * versions. Operands arrive as 64-bit values, tensors as handles that a kernel has to delete; the result takes the
  * first place.
  */
+#include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,12 +24,16 @@ int tbn_register(const struct tbn_torch *functions) {
     /* The library is never deleted: its kernels stay until the process ends. */
     return torch.library_impl(library, "linear", tbn_call_linear) ||
            torch.library_impl(library, "conv", tbn_call_conv) ||
-           torch.library_impl(library, "network", tbn_call_network);
+           torch.library_impl(library, "network", tbn_call_network) ||
+           torch.library_impl(library, "attention", tbn_call_attention) ||
+           torch.library_impl(library, "dense", tbn_call_dense);
 }
 
-/* One call: what it has to delete, and what it knows of its input. */
+/* One input of a call: what there is to delete, and what is known of it. */
 struct call {
-    void *input, *plan;
+    struct call *all; /* the inputs of the call */
+    size_t count;     /* of inputs */
+    void *input, *plan; /* `plan` may be NULL */
     const void *bytes; /* of the plan */
     const struct tbn_bound *bound; /* the same, of a layer */
     int64_t dims, numel;
@@ -38,21 +43,38 @@ struct call {
 
 /* Raises RuntimeError: throws an exception of C++ through the caller, which owns nothing else. */
 static _Noreturn void fail(const struct call *call, const char *message) {
-    torch.delete_tensor(call->input);
-    torch.delete_tensor(call->plan);
+    for (size_t i = 0; i < call->count; i++) {
+        torch.delete_tensor(call->all[i].input);
+        if (call->all[i].plan) torch.delete_tensor(call->all[i].plan);
+    }
     torch.check(false, "tbn_cpu", __FILE__, __LINE__, message);
     abort();
+}
+
+/* Reads what there is to know of an input of floats; what is returned is not 0 if it is none. */
+static int32_t read_input(struct call *call) {
+    int64_t *sizes = NULL, *strides = NULL;
+    int32_t dtype = 0;
+    if (torch.get_dim(call->input, &call->dims) || torch.get_sizes(call->input, &sizes) ||
+        torch.get_strides(call->input, &strides) || torch.get_numel(call->input, &call->numel) ||
+        torch.get_dtype(call->input, &dtype) || torch.is_contiguous(call->input, &call->contiguous) ||
+        dtype != FLOAT32 || call->dims < 1 || call->dims > MAX_DIMS)
+        return 1;
+    memcpy(call->sizes, sizes, (size_t)call->dims * sizeof *sizes);
+    memcpy(call->strides, strides, (size_t)call->dims * sizeof *strides);
+    return 0;
 }
 
 /* Takes the operands of a call whose plan has `size` bytes and begins with its own address. */
 static void begin(struct call *call, const uint64_t *stack, size_t size, enum tbn_plan_kind kind) {
     void *bytes = NULL;
-    int64_t numel = 0, *sizes = NULL, *strides = NULL;
-    int32_t dtype = 0, failed;
+    int64_t numel = 0;
+    call->all = call;
+    call->count = 1;
     call->input = (void *)(uintptr_t)stack[0];
     call->plan = (void *)(uintptr_t)stack[1];
-    failed = torch.get_numel(call->plan, &numel) || torch.get_data_ptr(call->plan, &bytes);
-    if (failed) fail(call, "tbn_cpu: the plan has no memory");
+    if (torch.get_numel(call->plan, &numel) || torch.get_data_ptr(call->plan, &bytes))
+        fail(call, "tbn_cpu: the plan has no memory");
     /* A plan is good at its own place only: bytes that were copied, or come from another process, are stored ones. */
     if (numel == (int64_t)size && *(const void *const *)bytes == bytes) {
         call->bytes = bytes;
@@ -62,13 +84,7 @@ static void begin(struct call *call, const uint64_t *stack, size_t size, enum tb
         if (!call->bytes) fail(call, why);
     }
     call->bound = call->bytes;
-    failed = torch.get_dim(call->input, &call->dims) || torch.get_sizes(call->input, &sizes) ||
-             torch.get_strides(call->input, &strides) || torch.get_numel(call->input, &call->numel) ||
-             torch.get_dtype(call->input, &dtype) || torch.is_contiguous(call->input, &call->contiguous);
-    if (failed || dtype != FLOAT32 || call->dims < 1 || call->dims > MAX_DIMS)
-        fail(call, "tbn_cpu: the input must be float32 with at least one dimension");
-    memcpy(call->sizes, sizes, (size_t)call->dims * sizeof *sizes);
-    memcpy(call->strides, strides, (size_t)call->dims * sizeof *strides);
+    if (read_input(call)) fail(call, "tbn_cpu: the input must be float32 with at least one dimension");
 }
 
 /* A new tensor, with the channels of images innermost if `last`. */
@@ -193,6 +209,95 @@ void tbn_call_conv(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
                             bound->alpha, bound->bias, bound->scale, threads());
     if (status == TBN_OK && last && !direct) out = interleave(&call, out, sizes);
     end(&call, stack, out, status);
+}
+
+/* Takes inputs that come without a plan. */
+static void begin_plain(struct call *inputs, size_t count, const uint64_t *stack) {
+    for (size_t i = 0; i < count; i++)
+        inputs[i] = (struct call){.all = inputs, .count = count, .input = (void *)(uintptr_t)stack[i]};
+    for (size_t i = 0; i < count; i++)
+        if (read_input(&inputs[i])) fail(inputs, "tbn_cpu: inputs must be float32 with at least one dimension");
+}
+
+void tbn_call_dense(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
+    struct call call;
+    (void)inputs, (void)outputs;
+    begin_plain(&call, 1, stack);
+    densify(&call);
+    stack[0] = (uint64_t)(uintptr_t)call.input;
+}
+
+/* The size of an axis, counted from the end; 1 for one that the input does not have. */
+static int64_t axis_size(const struct call *call, int64_t from_end) {
+    return call->dims >= from_end ? call->sizes[call->dims - from_end] : 1;
+}
+
+/* How far elements of an axis are apart: 0 where one stands for all. */
+static size_t axis_stride(const struct call *call, int64_t from_end) {
+    return axis_size(call, from_end) > 1 ? (size_t)call->strides[call->dims - from_end] : 0;
+}
+
+/* The query, key or value of attention, of neighbouring floats. */
+static struct tbn_vectors vectors(struct call *call) {
+    if (axis_stride(call, 1) > 1) {
+        densify(call);
+        if (read_input(call)) fail(call, "tbn_cpu::attention: an input has no memory");
+    }
+    return (struct tbn_vectors){data(call, call->input), axis_stride(call, 4), axis_stride(call, 3),
+                                axis_stride(call, 2)};
+}
+
+/* The size of an axis of samples or heads; one of an input stands for all. */
+static size_t shared_size(const struct call *calls, int64_t from_end) {
+    int64_t found = 1;
+    for (int i = 0; i < 3; i++) {
+        const int64_t size = axis_size(&calls[i], from_end);
+        if (size == 1) continue;
+        if (found != 1 && size != found) fail(calls, "tbn_cpu::attention: samples or heads differ");
+        found = size;
+    }
+    return (size_t)found;
+}
+
+void tbn_call_attention(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
+    struct call calls[3];
+    const struct call *query = &calls[0], *key = &calls[1], *value = &calls[2];
+    const struct tbn_kernels *kernels = tbn_level("avx512");
+    const bool by_width = stack[4] & 1, causal = stack[5] & 1;
+    double scale;
+    (void)inputs, (void)outputs;
+    memcpy(&scale, &stack[3], sizeof scale);
+    begin_plain(calls, 3, stack);
+    if (!kernels) fail(calls, "tbn_cpu::attention: this processor has no kernel for it");
+    if (query->dims < 3 || query->dims > 4 || query->dims != key->dims || query->dims != value->dims ||
+        axis_size(query, 1) != axis_size(key, 1) || axis_size(key, 2) != axis_size(value, 2))
+        fail(calls, "tbn_cpu::attention: the shapes of the inputs do not fit");
+    const struct tbn_vectors found[3] = {vectors(&calls[0]), vectors(&calls[1]), vectors(&calls[2])};
+    const struct tbn_attention job = {
+        .samples = shared_size(calls, 4),
+        .heads = shared_size(calls, 3),
+        .queries = (size_t)axis_size(query, 2),
+        .keys = (size_t)axis_size(key, 2),
+        .width = (size_t)axis_size(query, 1),
+        .value_width = (size_t)axis_size(value, 1),
+        .scale = (float)(by_width ? scale / sqrt((double)axis_size(query, 1)) : scale),
+        .causal = causal,
+    };
+    /* The heads of a query are neighbours, as PyTorch has it. */
+    const int64_t width = axis_size(value, 1), heads = (int64_t)job.heads, queries = axis_size(query, 2);
+    const int64_t sizes[4] = {(int64_t)job.samples, heads, queries, width};
+    const int64_t step = width > 1 ? width : 1, row = step * (heads > 1 ? heads : 1);
+    const int64_t strides[4] = {row * (queries > 1 ? queries : 1), step, row, 1};
+    const int64_t skipped = 4 - query->dims;
+    void *out = NULL;
+    if (torch.empty_strided(query->dims, sizes + skipped, strides + skipped, FLOAT32, CPU, 0, &out))
+        fail(calls, "tbn_cpu::attention: no memory for the result");
+    if (tbn_attention(kernels, &job, &found[0], &found[1], &found[2], data(calls, out), threads()) != TBN_OK) {
+        torch.delete_tensor(out);
+        fail(calls, "tbn_cpu::attention: no memory to work in");
+    }
+    for (int i = 0; i < 3; i++) torch.delete_tensor(calls[i].input);
+    stack[0] = (uint64_t)(uintptr_t)out;
 }
 
 void tbn_call_network(uint64_t *stack, uint64_t inputs, uint64_t outputs) {

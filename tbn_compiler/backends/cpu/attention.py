@@ -1,0 +1,86 @@
+"""Attention between bound layers, by a kernel of the native library.
+
+Before::
+
+    y = F.scaled_dot_product_attention(q, k, v)
+
+After::
+
+    y = tbn_cpu.attention(q, k, v, 1.0, True, False)
+
+It has no tiles, but stands between tiled layers, and takes most of the time that they leave: PyTorch's own attention on
+a CPU multiplies at less than half the rate. Levels without such a kernel, masks, dropout and other dtypes stay with
+PyTorch.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Container
+
+import torch
+from torch import Tensor, fx
+
+from tbn_compiler.backends.cpu import bound, library
+from tbn_compiler.graph.calls import all_among
+from tbn_compiler.graph.operations import BoundCall, bind
+from tbn_compiler.passes.base import copy_meta
+from tbn_compiler.passes.deployment import dtype, rank
+from tbn_compiler.torch_private import differentiated, mapped
+
+# by_width: the products are divided by the root of the width, beside `scale`.
+bound.define("attention(Tensor query, Tensor key, Tensor value, float scale, bool by_width, bool causal) -> Tensor")
+
+_OPERANDS = ("query", "key", "value")
+
+
+def bind_attention(gm: fx.GraphModule, layers: Container[fx.Node]) -> None:
+    """Let the kernel compute attention where it can, in place.
+
+    Args:
+        gm: a graph whose values' ranks and dtypes were noted.
+        layers: the tiled layers on the CPU. Where there is none, or one elsewhere, nothing is known of the devices of
+            other values, and they stay.
+    """
+    if not library.has_attention(library.level()) or bound.unavailable() or not all_among(gm.graph, layers):
+        return
+    inside = mapped(gm.graph) | differentiated(gm.graph)
+    calls = [call for node in gm.graph.nodes if node not in inside and (call := bind(node)) is not None]
+    found = [call for call in calls if call.name == "scaled_dot_product_attention" and _fits(call)]
+    for call in found:
+        scale = call.arguments["scale"]
+        options = (1.0, True) if scale is None else (float(scale), False)
+        operands = tuple(call.arguments[name] for name in _OPERANDS)
+        with gm.graph.inserting_before(call.node):
+            result = gm.graph.call_function(
+                torch.ops.tbn_cpu.attention.default, (*operands, *options, bool(call.arguments["is_causal"]))
+            )
+        copy_meta(call.node, result)
+        call.node.replace_all_uses_with(result)
+        gm.graph.erase_node(call.node)
+
+
+def _fits(call: BoundCall) -> bool:
+    """Whether the kernel computes a call."""
+    arguments = call.arguments
+    operands = [arguments[name] for name in _OPERANDS]
+    if not all(isinstance(node, fx.Node) and dtype(node) == torch.float32 for node in (*operands, call.node)):
+        return False
+    return (
+        len(ranks := {rank(node) for node in operands}) == 1
+        and ranks <= {3, 4}
+        and arguments["attn_mask"] is None
+        and arguments["dropout_p"] == 0
+        and arguments["enable_gqa"] is False
+        and isinstance(arguments["is_causal"], bool)
+        and isinstance(arguments["scale"], int | float | types.NoneType)
+    )
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, by_width: bool, causal: bool) -> Tensor:
+    shape = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    # The heads of a query are neighbours, as PyTorch has it.
+    return query.new_empty((*shape[:-1], query.shape[-2], shape[-1], value.shape[-1])).transpose(-2, -3)
+
+
+bound.define_fake("attention", _attention)

@@ -1,0 +1,31 @@
+/* Scaled dot-product attention: what a call is, and what a vector level computes of it. */
+#ifndef TBN_ATTENTION_H
+#define TBN_ATTENTION_H
+
+#include <stddef.h>
+
+/* out[i] = sum over j of (softmax over j of scale * query[i] . key[j]) * value[j], for each head of each sample. */
+struct tbn_attention {
+    size_t samples, heads;
+    size_t queries, keys;
+    size_t width, value_width; /* of queries and keys; of values and results */
+    float scale;
+    int causal; /* query i meets keys 0 to i only */
+};
+
+/* Vectors of neighbouring floats: where they begin, and how far it is to the next sample, head and vector. */
+struct tbn_vectors {
+    const float *begin;
+    size_t sample, head, next;
+};
+
+/* What a level provides. Levels without it leave attention to PyTorch. */
+struct tbn_attention_kernels {
+    /* Bytes of room that a head takes. */
+    size_t (*room)(const struct tbn_attention *job);
+    /* One head, whose vectors begin at `query`, `key`, `value` and `out`, and are as far apart as the first one's. */
+    void (*head)(const struct tbn_attention *job, struct tbn_vectors query, struct tbn_vectors key,
+                 struct tbn_vectors value, float *out, size_t out_next, void *room);
+};
+
+#endif
