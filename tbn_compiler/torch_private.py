@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import marshal
 import math
+import operator
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,11 +35,10 @@ __all__ = [
     # The classes of torch.ops.tbn.linear.default and torch.ops.tbn.linear, which have no public name.
     "OpOverload",
     "OpOverloadPacket",
-    # Tells a freed storage from a new one at the same address. A weak reference of Python's does not: the storage
-    # outlives the torch.UntypedStorage that stands for it.
-    "StorageWeakRef",
+    "Storages",
     "autocast_keys",
     "below_autograd",
+    "call_directly",
     "capture_meta",
     "compile_by_inductor",
     "compiling_fake_mode",
@@ -73,6 +73,7 @@ __all__ = [
     "tree_unflatten",
     "untraced",
     "version",
+    "versions",
     "without_dispatch",
 ]
 
@@ -93,6 +94,31 @@ def version(tensor: Tensor) -> int:
     Public are only the errors that autograd raises from it. Tensors of ``torch.inference_mode`` have none.
     """
     return tensor._version
+
+
+def versions(tensors: Iterable[Tensor]) -> Iterable[int]:
+    """:func:`version` of several tensors, without a step of Python for each."""
+    return map(_VERSION, tensors)
+
+
+_VERSION = operator.attrgetter("_version")
+
+
+class Storages:
+    """The memory of some tensors, without keeping it: tells freed memory from another tensor's at the same address.
+
+    A weak reference of Python's does not: the storage outlives the torch.UntypedStorage that stands for it.
+    """
+
+    __slots__ = ("_addresses", "_references")
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._references = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        self._addresses = [reference.cdata for reference in self._references]
+
+    def any_freed(self) -> bool:
+        """Whether one of them was freed."""
+        return any(map(torch.UntypedStorage._expired, self._addresses))
 
 
 def autocast_keys(device: str) -> Any:
@@ -296,6 +322,36 @@ def shorten_size_guards(gm: fx.GraphModule) -> None:
         plain = nn.Module()
         plain.forward = _innermost(guards.check)
         gm._modules["_guards_fn"] = plain
+
+
+def call_directly(gm: fx.GraphModule, check: Callable[..., None]) -> None:
+    """Let calls reach the code of a module that takes tensors without what PyTorch puts in between, in place.
+
+    It is not to be copied or saved afterwards.
+
+    Args:
+        gm: a module whose code takes its inputs as they are; checks of sizes were shortened.
+        check: is called with the inputs, and raises on those that it refuses. It stands in the code: a hook of the
+            module takes longer than a small network.
+    """
+    inputs = tuple(gm.graph.find_nodes(op="placeholder"))
+    sizes = [node for node in gm.graph.find_nodes(op="call_module", target="_guards_fn") if node.args == inputs]
+    guards = size_guards(gm)
+    check_sizes = guards.forward if sizes and guards is not None else None
+
+    def checks(*values: Any) -> None:
+        check(*values)
+        if check_sizes is not None:
+            check_sizes(*values)
+
+    if inputs:
+        with gm.graph.inserting_after(inputs[-1]):
+            gm.graph.call_function(checks, inputs)
+    for node in sizes:
+        gm.graph.erase_node(node)
+    gm.recompile()
+    # Of this module alone: each graph module has a class of its own.
+    type(gm).__call__ = nn.Module.__call__  # type: ignore[method-assign]
 
 
 def make_picklable(gm: fx.GraphModule) -> None:

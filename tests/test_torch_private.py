@@ -92,16 +92,18 @@ def test_fake_tensors() -> None:
 
 
 def test_storage_references() -> None:
-    """One expires with the last tensor on the storage, and not with the object for the storage."""
+    """Memory is freed with the last tensor on it, and not with the object for the storage."""
     name = changed("torch.multiprocessing.reductions.StorageWeakRef")
     tensor = torch.ones(3)
-    reference = torch_private.StorageWeakRef(tensor.untyped_storage())
+    storages = torch_private.Storages([torch.ones(2), tensor])
+    assert storages.any_freed(), name
+    storages = torch_private.Storages([tensor])
     view = tensor[1:]
     del tensor
     gc.collect()
-    assert not reference.expired(), name
+    assert not storages.any_freed(), name
     del view
-    assert reference.expired(), name
+    assert storages.any_freed(), name
 
 
 def test_versions() -> None:
@@ -110,6 +112,7 @@ def test_versions() -> None:
     before = torch_private.version(tensor)
     _ = tensor + 1
     assert torch_private.version(tensor) == before, name
+    assert list(torch_private.versions([tensor, torch.ones(2)])) == [before, 0], name
     tensor[1:].mul_(2)
     assert torch_private.version(tensor) == before + 1, name
     with torch.inference_mode():
@@ -463,6 +466,27 @@ def test_drop_input_checks() -> None:
     assert len(module._forward_pre_hooks) == before - 1, changed("the hook of modules of torch.export")
     with pytest.raises((AssertionError, RuntimeError)):  # the code checks what it relies on
         module(torch.ones(5, 3))
+
+
+def test_call_directly() -> None:
+    batch = torch.export.Dim("batch", max=6)
+    exported = torch.export.export(nn.Linear(3, 2), (torch.ones(4, 3),), dynamic_shapes=({0: batch},))
+    module, other = exported.module(), exported.module()
+    torch_private.make_picklable(module)
+    (output,) = module.graph.find_nodes(op="output")
+    output.args = (output.args[0][0],)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    torch_private.drop_input_checks(module)
+    torch_private.shorten_size_guards(module)
+    seen: list[Tensor] = []
+    torch_private.call_directly(module, seen.append)
+    x, name = torch.ones(5, 3), changed("what stands between the call of a graph module and its code")
+    assert torch.equal(module(x), other(x))
+    assert seen == [x], name
+    with pytest.raises((AssertionError, RuntimeError)):
+        module(torch.ones(7, 3))
+    assert type(module).__call__ is nn.Module.__call__
+    assert type(other).__call__ is not nn.Module.__call__, name
 
 
 class Nested(nn.Module):

@@ -324,7 +324,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "layer_norm",
         _signature("input, normalized_shape, weight=None, bias=None, eps=1e-5"),
         (nn.LayerNorm,),
-        (F.layer_norm,),
+        (F.layer_norm, torch.layer_norm),
         overloads=(_aten.layer_norm.default,),
         ignored=frozenset({"cudnn_enable"}),
     ),

@@ -38,6 +38,7 @@ from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.passes.base import copy_meta, remove_dead_nodes
 from tbn_compiler.passes.deployment import dtype, note_values, sizes
 from tbn_compiler.torch_private import (
+    call_directly,
     differentiated,
     drop_input_checks,
     mapped,
@@ -176,7 +177,7 @@ def bind(module: nn.Module, example_inputs: Any = None, *, stored: bool = False)
     if not any(tiled_call(node) for part in parts for node in part.graph.nodes):
         raise LoweringError(f"{type(module).__name__} has no lowered layer: pass the result of lower or optimize")
     reasons: list[str] = []
-    bound_any = False
+    bound_any, direct = False, False
     for part in parts:
         found = find_bindings(part)
         reasons += [layer for layer in found.values() if isinstance(layer, str)]
@@ -188,20 +189,29 @@ def bind(module: nn.Module, example_inputs: Any = None, *, stored: bool = False)
             drop_input_checks(part)
             if not stored:  # what is short cannot be pickled
                 shorten_size_guards(part)
+                direct |= part is copied
             part.recompile()
     if not bound_any:
         hint = "" if example_inputs is not None else "; pass example_inputs"
         raise LoweringError(
             f"no layer of {type(module).__name__} can be bound: {', '.join(dict.fromkeys(reasons))}{hint}"
         )
-    copied.register_forward_pre_hook(_refuse_gradients, with_kwargs=True)
+    if direct and isinstance(copied, fx.GraphModule):
+        call_directly(copied, _refuse_gradients)
+    else:
+        copied.register_forward_pre_hook(_refuse_gradients_of_call, with_kwargs=True)
     return copied.eval()
 
 
-def _refuse_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    inputs = (*args, *kwargs.values())
-    if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
-        raise RuntimeError("a module that was bound has no gradients: differentiate the lowered one")
+def _refuse_gradients_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _refuse_gradients(*args, *kwargs.values())
+
+
+def _refuse_gradients(*inputs: Any) -> None:
+    if torch.is_grad_enabled():
+        for value in inputs:
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                raise RuntimeError("a module that was bound has no gradients: differentiate the lowered one")
 
 
 def _tokens(layer: TensorCall, node: fx.Node) -> int | None:

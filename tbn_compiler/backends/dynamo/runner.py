@@ -13,37 +13,43 @@ from torch import Tensor
 
 from tbn_compiler.backends.cpu.library import level
 from tbn_compiler.backends.dynamo.constants import LoweredGraph
-from tbn_compiler.torch_private import StorageWeakRef, version
+from tbn_compiler.torch_private import Storages, versions
 
 _logger = logging.getLogger("tbn_compiler.backends.dynamo")
 Compiled = Callable[..., Any]
 
 
-class _Mark:
-    """The state of a tensor's values. Writing through ``tensor.data`` escapes it, as it escapes autograd."""
+class _Marks:
+    """The state of some tensors' values. Writing through ``tensor.data`` escapes it, as it escapes autograd.
 
-    __slots__ = ("pointer", "storage", "version")
+    A call of a small network takes as long as looking at its weights one by one in Python, hence all at once.
+    """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.version = _version(tensor)
-        self.pointer = tensor.data_ptr()
+    __slots__ = ("pointers", "storages", "versions")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        # Those of torch.inference_mode have no versions: never equal.
+        known = not any(map(Tensor.is_inference, tensors))
+        self.versions = list(versions(tensors)) if known else None
+        self.pointers = list(map(Tensor.data_ptr, tensors))
         # A freed storage may be followed by another one at the same place, as in module.half().float().
-        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.storages = Storages(tensors)
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether the tensor, the same object as before, still has the same values."""
-        return self.version == _version(tensor) and self.pointer == tensor.data_ptr() and not self.storage.expired()
-
-
-def _version(tensor: Tensor) -> Any:
-    return object() if tensor.is_inference() else version(tensor)  # no versions: never equal
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the tensors, the same objects as before, still have the same values."""
+        return (
+            self.versions is not None
+            and self.versions == list(versions(tensors))
+            and self.pointers == list(map(Tensor.data_ptr, tensors))
+            and not self.storages.any_freed()
+        )
 
 
 @dataclass(frozen=True)
 class _State:
     """What is computed for one set of weights, with the CPU kernels of one level."""
 
-    marks: tuple[_Mark, ...]
+    marks: _Marks
     level: str | None
     computed: tuple[Tensor, ...]
     kept: tuple[int, ...]
@@ -103,7 +109,7 @@ class Runner:
         """What was computed for these weights, unless they have changed since."""
         weights = [inputs[index] for index in self._weights]
         found = self._states.get(tuple(map(id, weights)))
-        if found is None or found[0].level != level() or not all(map(_Mark.holds, found[0].marks, weights)):
+        if found is None or found[0].level != level() or not found[0].marks.hold(weights if self._tracked else ()):
             return None
         return found[0]
 
@@ -115,8 +121,7 @@ class Runner:
             compiled = self._compiled[graph.signature] = self._compile_again(graph, [*kept, *graph.computed])
         weights = [inputs[index] for index in self._weights]
         key, states = tuple(map(id, weights)), self._states
-        marks = tuple(map(_Mark, weights)) if self._tracked else ()
-        state = _State(marks, used, graph.computed, graph.kept, compiled)
+        state = _State(_Marks(weights if self._tracked else ()), used, graph.computed, graph.kept, compiled)
         # An id may be given to another tensor once its own is gone, so the entry goes with it.
         refs = tuple(weakref.ref(weight, lambda _: states.pop(key, None)) for weight in weights)
         states[key] = (state, refs)
