@@ -113,12 +113,14 @@ def summary(cpu: Result, compiled: Result) -> str:
         "float": "`torch.compile` of the float model",
         "ONNX Runtime float": "ONNX Runtime float32",
         "ONNX Runtime int8": "ONNX Runtime int8",
+        "OpenVINO float": "OpenVINO float32",
+        "OpenVINO int8": "OpenVINO int8",
     }
     for row in compiled["rows"]:
         peer = end_to_end.fastest(row)
         ratios = [
             f"{row[peer]['median_ms'] / row[name]['median_ms']:.1f}x"
-            for name in ("tiled", end_to_end.fastest_int8(row))
+            for name in (end_to_end.fastest(row, end_to_end.FLOATS), end_to_end.fastest_int8(row))
         ]
         rows.append([f"whole network: {row['title']}", f"{peers[peer]}, its fastest peer", *ratios])
     header = ["p = 4, one thread", "against", "float32 activations", "int8 activations"]

@@ -147,13 +147,14 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The attention without the residual."""
-        count = x.shape[1] // self.window
+        samples, count = x.shape[0], x.shape[1] // self.window
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
-        q, k, v = _heads(self.qkv(self._windows(self.norm(x))), self.heads)  # [N, windows, heads, window**2, -1]
+        # Windows are samples of their own: compilers and exporters know attention of four dimensions.
+        q, k, v = _heads(self.qkv(self._windows(self.norm(x)).flatten(0, 1)), self.heads)
         bias = self.position.flatten()[self.relative].masked_fill(~self.mask, -math.inf)
-        y = F.scaled_dot_product_attention(q, k, v, bias[:, None])
-        y = self.out(y.transpose(2, 3).flatten(3))  # [N, windows, window**2, dim]
+        y = F.scaled_dot_product_attention(q, k, v, bias[:, None].repeat(samples, 1, 1, 1))
+        y = self.out(y.transpose(1, 2).flatten(2)).unflatten(0, (samples, -1))  # [N, windows, window**2, dim]
         y = y.unflatten(2, (self.window, -1)).unflatten(1, (count, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         result: Tensor = y.roll((self.shift, self.shift), (1, 2)) if self.shift else y
         return result
