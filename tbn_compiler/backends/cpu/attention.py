@@ -9,14 +9,16 @@ After::
     y = tbn_cpu.attention(q, k, v, 1.0, True, False)
 
 It has no tiles, but stands between tiled layers, and takes most of the time that they leave: PyTorch's own attention on
-a CPU multiplies at less than half the rate. Levels without such a kernel, masks, dropout and other dtypes stay with
-PyTorch.
+a CPU multiplies at less than half the rate. Levels without such a kernel, dropout and other dtypes stay with PyTorch.
+What is added to scores, and masks of what is left out, go to ``tbn_cpu::masked_attention``.
 """
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -30,6 +32,9 @@ from tbn_compiler.torch_private import differentiated, mapped
 
 # by_width: the products are divided by the root of the width, beside `scale`.
 bound.define("attention(Tensor query, Tensor key, Tensor value, float scale, bool by_width, bool causal) -> Tensor")
+bound.define(
+    "masked_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale, bool by_width) -> Tensor"
+)
 
 _OPERANDS = ("query", "key", "value")
 
@@ -50,11 +55,17 @@ def bind_attention(gm: fx.GraphModule, layers: Container[fx.Node]) -> None:
     for call in found:
         scale = call.arguments["scale"]
         options = (1.0, True) if scale is None else (float(scale), False)
-        operands = tuple(call.arguments[name] for name in _OPERANDS)
+        operands, mask = tuple(call.arguments[name] for name in _OPERANDS), call.arguments["attn_mask"]
         with gm.graph.inserting_before(call.node):
-            result = gm.graph.call_function(
-                torch.ops.tbn_cpu.attention.default, (*operands, *options, bool(call.arguments["is_causal"]))
-            )
+            if mask is None:
+                arguments = (*operands, *options, call.arguments["is_causal"])
+                result = gm.graph.call_function(torch.ops.tbn_cpu.attention.default, arguments)
+            else:
+                if dtype(mask) == torch.bool:
+                    mask = gm.graph.call_function(torch.where, (mask, 0.0, -math.inf))
+                    mask = gm.graph.call_method("to", (mask, torch.float32))
+                arguments = (*operands, mask, *options)
+                result = gm.graph.call_function(torch.ops.tbn_cpu.masked_attention.default, arguments)
         copy_meta(call.node, result)
         call.node.replace_all_uses_with(result)
         gm.graph.erase_node(call.node)
@@ -69,12 +80,20 @@ def _fits(call: BoundCall) -> bool:
     return (
         len(ranks := {rank(node) for node in operands}) == 1
         and ranks <= {3, 4}
-        and arguments["attn_mask"] is None
+        and _is_mask(arguments["attn_mask"], arguments["is_causal"])
         and arguments["dropout_p"] == 0
         and arguments["enable_gqa"] is False
         and isinstance(arguments["is_causal"], bool)
         and isinstance(arguments["scale"], int | float | types.NoneType)
     )
+
+
+def _is_mask(mask: Any, causal: Any) -> bool:
+    """Whether it is none, or one that the kernel takes."""
+    if mask is None:
+        return True
+    known = isinstance(mask, fx.Node) and dtype(mask) in (torch.float32, torch.bool) and rank(mask) in (2, 3, 4)
+    return known and causal is False
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, by_width: bool, causal: bool) -> Tensor:
@@ -83,4 +102,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, by_width
     return query.new_empty((*shape[:-1], query.shape[-2], shape[-1], value.shape[-1])).transpose(-2, -3)
 
 
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, by_width: bool) -> Tensor:
+    return _attention(query, key, value, scale, by_width, False)
+
+
 bound.define_fake("attention", _attention)
+bound.define_fake("masked_attention", _masked_attention)

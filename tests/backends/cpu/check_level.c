@@ -305,7 +305,8 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
 static int check_attention(const struct tbn_kernels *kernels) {
     const size_t samples = between(1, 2), heads = between(1, 3), queries = between(1, 20), keys = between(1, 40);
     const size_t width = between(1, 36), value_width = between(1, 70);
-    const struct tbn_attention job = {samples, heads, queries, keys, width, value_width, 0.25f, (int)random_below(2)};
+    struct tbn_attention job = {samples, heads, queries, keys, width, value_width, 0.25f, (int)random_below(2), {NULL}};
+    float *mask = random_floats(queries * keys);
     const size_t apart = width + random_below(3), values_apart = value_width + random_below(3);
     float *query = random_floats(samples * heads * queries * apart), *key = random_floats(samples * heads * keys * apart);
     float *value = random_floats(samples * heads * keys * values_apart);
@@ -316,6 +317,8 @@ static int check_attention(const struct tbn_kernels *kernels) {
     const struct tbn_vectors of_query = {query, heads * queries * apart, apart, heads * apart};
     const struct tbn_vectors of_key = {key, heads * keys * apart, apart, heads * apart};
     const struct tbn_vectors of_value = {value, heads * keys * values_apart, values_apart, heads * values_apart};
+    if (!job.causal && random_below(2))
+        job.mask = (struct tbn_mask){mask, 0, 0, keys, 1}; /* the same for all heads */
     if (tbn_attention(kernels, &job, &of_query, &of_key, &of_value, out, 2) != TBN_OK)
         abort();
     for (size_t unit = 0; unit < samples * heads * queries; unit++) {
@@ -328,7 +331,7 @@ static int check_attention(const struct tbn_kernels *kernels) {
             double product = 0.0;
             for (size_t k = 0; k < width; k++)
                 product += (double)one[k] * (double)other[k];
-            weights[j] = exp(product * (double)job.scale);
+            weights[j] = exp(product * (double)job.scale + (job.mask.begin ? (double)mask[i * keys + j] : 0.0));
             sum += weights[j];
         }
         for (size_t k = 0; k < value_width; k++) {
@@ -341,7 +344,7 @@ static int check_attention(const struct tbn_kernels *kernels) {
     }
     if (wrong)
         printf("attention: %d wrong of %zu queries, %zu keys, width %zu, %zu\n", wrong, queries, keys, width, value_width);
-    tbn_free(query), tbn_free(key), tbn_free(value), tbn_free(out);
+    tbn_free(query), tbn_free(key), tbn_free(value), tbn_free(mask), tbn_free(out);
     return wrong;
 }
 

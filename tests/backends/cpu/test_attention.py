@@ -40,6 +40,12 @@ def expected(query: Tensor, key: Tensor, value: Tensor, scale: float | None = No
     return scores.softmax(-1) @ value
 
 
+def masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    options = (1.0, True) if scale is None else (scale, False)
+    result: Tensor = torch.ops.tbn_cpu.masked_attention(query, key, value, mask, *options)
+    return result
+
+
 def heads(samples: int, count: int, length: int, width: int, seed: int) -> Tensor:
     """As layers have them: those of a token side by side."""
     generator = torch.Generator().manual_seed(seed)
@@ -92,6 +98,49 @@ def test_one_stands_for_all() -> None:
     wide = [key.expand(2, 3, 9, 16), value.expand(2, 3, 9, 16)]
     assert torch.equal(attention(query, key, value), attention(query, *wide))
     assert torch.equal(attention(query[0], key[0], value[0]), attention(query, *wide)[0])  # without samples
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 9, 20), (1, 3, 9, 20), (2, 1, 1, 20), (3, 9, 20), (9, 20), (9, 1), (1, 1, 1, 1)]
+)
+def test_masks(shape: tuple[int, ...]) -> None:
+    query, key, value = heads(2, 3, 9, 16, 0), heads(2, 3, 20, 16, 1), heads(2, 3, 20, 24, 2)
+    mask = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    left_out = mask.clone()
+    left_out[..., 1::3] = -math.inf
+    for added in (
+        mask,
+        left_out,
+        mask.mT.contiguous().mT,
+        torch.stack([mask] * 2, -1)[..., 0],
+    ):
+        for scale in (None, 0.7):
+            theirs = F.scaled_dot_product_attention(query, key, value, added, scale=scale)
+            oracle.assert_close(masked(query, key, value, added, scale), theirs, rtol=5e-6)
+    assert torch.equal(masked(query[0], key[0], value[0], mask[:1] if mask.dim() > 3 else mask),
+                       masked(query[:1], key[:1], value[:1], mask[:1] if mask.dim() > 3 else mask)[0])  # fmt: skip
+
+
+def test_queries_that_meet_nothing() -> None:
+    """They give zeros where a mask says so, as in PyTorch, and NaN where a NaN is among their scores."""
+    query, key, value = (heads(1, 2, 20, 16, seed) for seed in range(3))
+    mask = torch.zeros(20, 20)
+    mask[3] = -math.inf
+    mask[7:9, 5:] = -math.inf
+    found = masked(query, key, value, mask)
+    assert torch.equal(found[:, :, 3], torch.zeros(1, 2, 16))
+    oracle.assert_close(found, F.scaled_dot_product_attention(query, key, value, mask), rtol=5e-6)
+    mask[3, 4] = math.nan
+    assert masked(query, key, value, mask)[:, :, 3].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(9, 19), (8, 20), (2, 9, 20), (3, 1, 9, 20), (1, 1, 3, 9, 20)])
+def test_masks_that_do_not_fit(shape: tuple[int, ...]) -> None:
+    query, key = heads(2, 3, 9, 16, 0), heads(2, 3, 20, 16, 1)
+    with pytest.raises(RuntimeError, match="the mask does not fit"):
+        masked(query, key, key, torch.zeros(shape))
+    with pytest.raises(RuntimeError, match="must be float32"):
+        masked(query, key, key, torch.zeros(9, 20, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4)])
@@ -187,7 +236,26 @@ class Attention(nn.Module):
 def kernels(module: nn.Module) -> int:
     """Calls of the kernel."""
     nodes = [node for _, part in graph_parts(module) for node in part.graph.nodes]
-    return sum(node.target is torch.ops.tbn_cpu.attention.default for node in nodes)
+    kernels = (torch.ops.tbn_cpu.attention.default, torch.ops.tbn_cpu.masked_attention.default)
+    return sum(node.target in kernels for node in nodes)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(10, 10).tril().bool(), torch.ones(10, 10).tril(1).log(), torch.rand(2, 1, 1, 10) > 0.3],
+)
+def test_masks_in_a_module(mask: Tensor) -> None:
+    packed = tbn.lower(tbn.transform(Attention(attn_mask=mask, scale=0.4).eval(), CONFIG))
+    x = torch.randn(2, 10, 32)
+    fast = cpu.bind(tbn.optimize(packed, x))
+    assert kernels(fast) == 1
+    with torch.no_grad():
+        oracle.assert_close(fast(x), packed(x), rtol=1e-5)
+        with torch.autocast("cpu"):
+            assert fast(x).dtype == torch.float32  # as everything that is bound
+    program = torch.export.export(cpu.bind(tbn.optimize(packed, x), stored=True), (x,))
+    with torch.no_grad():
+        oracle.assert_close(program.module()(x), packed(x), rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.5}, {"dropout_p": 0.0}], ids=str)
@@ -203,11 +271,7 @@ def test_in_a_module(options: dict[str, Any], shape: tuple[int, ...]) -> None:
         oracle.assert_close(fast(more), packed(more), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"attn_mask": torch.ones(10, 10).tril().bool()}, {"dropout_p": 0.5}, {"enable_gqa": True}],
-    ids=lambda o: next(iter(o)),
-)
+@pytest.mark.parametrize("options", [{"dropout_p": 0.5}, {"enable_gqa": True}], ids=str)
 def test_what_stays_with_pytorch(options: dict[str, Any]) -> None:
     packed = tbn.lower(tbn.transform(Attention(**options).eval(), CONFIG))
     assert kernels(cpu.bind(tbn.optimize(packed, torch.randn(2, 10, 32)))) == 0

@@ -133,7 +133,14 @@ def test_the_library_defines_the_same_operators() -> None:
     for schema in found:
         name = schema.partition("(")[0]
         assert str(getattr(torch.ops.tbn_cpu, name).default._schema) == f"tbn_cpu::{schema}"
-    assert {schema.partition("(")[0] for schema in found} == {"linear", "conv", "network", "attention", "dense"}
+    assert {schema.partition("(")[0] for schema in found} == {
+        "linear",
+        "conv",
+        "network",
+        "attention",
+        "masked_attention",
+        "dense",
+    }
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -33,8 +33,10 @@ static void run(void *argument) {
         if (unit >= job->samples * job->heads)
             break;
         const size_t sample = unit / job->heads, head = unit % job->heads, next = job->heads * job->value_width;
+        const struct tbn_mask *mask = &job->mask;
         call->kernels->head(job, of(call->query, sample, head), of(call->key, sample, head),
                             of(call->value, sample, head),
+                            mask->begin ? mask->begin + sample * mask->sample + head * mask->head : NULL,
                             call->out + sample * job->queries * next + head * job->value_width, next, room);
     }
     tbn_free(room);

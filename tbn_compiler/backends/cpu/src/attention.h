@@ -4,13 +4,23 @@
 
 #include <stddef.h>
 
-/* out[i] = sum over j of (softmax over j of scale * query[i] . key[j]) * value[j], for each head of each sample. */
+/* What is added to scores: where it begins, and how far it is to the next sample, head, query and key (0 or 1). */
+struct tbn_mask {
+    const float *begin; /* NULL: nothing */
+    size_t sample, head, query, key;
+};
+
+/*
+ * out[i] = sum over j of (softmax over j of scale * query[i] . key[j] + mask[i][j]) * value[j], for each head of each
+ * sample. With a mask a query whose scores are all -infinity gives zeros, as in PyTorch.
+ */
 struct tbn_attention {
     size_t samples, heads;
     size_t queries, keys;
     size_t width, value_width; /* of queries and keys; of values and results */
     float scale;
     int causal; /* query i meets keys 0 to i only */
+    struct tbn_mask mask;
 };
 
 /* Vectors of neighbouring floats: where they begin, and how far it is to the next sample, head and vector. */
@@ -23,9 +33,9 @@ struct tbn_vectors {
 struct tbn_attention_kernels {
     /* Bytes of room that a head takes. */
     size_t (*room)(const struct tbn_attention *job);
-    /* One head, whose vectors begin at `query`, `key`, `value` and `out`, and are as far apart as the first one's. */
+    /* One head, whose vectors begin at `query`, `key`, `value` and `out`, and whose mask begins at `mask` (or NULL). */
     void (*head)(const struct tbn_attention *job, struct tbn_vectors query, struct tbn_vectors key,
-                 struct tbn_vectors value, float *out, size_t out_next, void *room);
+                 struct tbn_vectors value, const float *mask, float *out, size_t out_next, void *room);
 };
 
 #endif

@@ -130,16 +130,21 @@ INLINE __m512 exponential(__m512 x) {
 }
 
 /* Scores become exponentials of what they are less than the largest, in place, and zeros from `count` on; their sum. */
-TARGET static float weigh(float *scores, size_t count, size_t padded, float scale) {
+TARGET static float weigh(float *scores, size_t count, size_t padded, float scale, const float *added, size_t step) {
     const __m512 factor = _mm512_set1_ps(scale);
     __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
     for (size_t i = 0; i < count; i += LANES) {
         const __mmask16 mask = first_lanes(count - i);
-        const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(scores + i), factor);
+        __m512 scaled = _mm512_mul_ps(_mm512_load_ps(scores + i), factor);
+        if (added)
+            scaled = _mm512_add_ps(scaled, step ? _mm512_maskz_loadu_ps(mask, added + i) : _mm512_set1_ps(*added));
         _mm512_store_ps(scores + i, scaled);
         most = _mm512_mask_max_ps(most, mask, scaled, most);
     }
-    const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    float first = _mm512_reduce_max_ps(most);
+    if (added && first == -INFINITY)
+        first = 0.0f; /* all weights are 0 then, and their sum */
+    const __m512 largest = _mm512_set1_ps(first);
     for (size_t i = 0; i < padded; i += LANES) {
         const __mmask16 mask = i < count ? first_lanes(count - i) : 0;
         const __m512 value = exponential(_mm512_sub_ps(_mm512_load_ps(scores + i), largest));
@@ -150,7 +155,7 @@ TARGET static float weigh(float *scores, size_t count, size_t padded, float scal
 }
 
 TARGET static void head(const struct tbn_attention *job, struct tbn_vectors query, struct tbn_vectors key,
-                        struct tbn_vectors value, float *out, size_t out_next, void *memory) {
+                        struct tbn_vectors value, const float *mask, float *out, size_t out_next, void *memory) {
     struct room room;
     cut(job, memory, &room);
     pack_keys(job, key, &room);
@@ -168,11 +173,12 @@ TARGET static void head(const struct tbn_attention *job, struct tbn_vectors quer
         multiply(queries, room.keys, room.padded_keys, job->width, padded, room.scores, room.padded_keys);
         for (size_t row = 0; row < QUERIES; row++) {
             const size_t met = job->causal ? tbn_min(first + row + 1, seen) : seen;
-            sums[row] = weigh(room.scores + row * room.padded_keys, met, padded, job->scale);
+            const float *added = mask ? mask + (first + tbn_min(row, count - 1)) * job->mask.query : NULL;
+            sums[row] = weigh(room.scores + row * room.padded_keys, met, padded, job->scale, added, job->mask.key);
         }
         multiply(weights, room.values, room.padded_values, seen, room.padded_values, room.sums, room.padded_values);
         for (size_t row = 0; row < count; row++) {
-            const __m512 factor = _mm512_set1_ps(1.0f / sums[row]);
+            const __m512 factor = _mm512_set1_ps(mask && sums[row] == 0.0f ? 0.0f : 1.0f / sums[row]);
             float *result = out + (first + row) * out_next;
             for (size_t i = 0; i < job->value_width; i += LANES)
                 _mm512_mask_storeu_ps(

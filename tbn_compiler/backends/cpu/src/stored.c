@@ -186,6 +186,7 @@ const char *const *tbn_schemas(void) {
         "network(Tensor input, Tensor plan, int number) -> Tensor",
         "attention(Tensor query, Tensor key, Tensor value, float scale, bool by_width, "
         "bool causal) -> Tensor",
+        "masked_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale, bool by_width) -> Tensor",
         "dense(Tensor input) -> Tensor",
         NULL,
     };

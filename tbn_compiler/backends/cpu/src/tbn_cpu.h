@@ -239,6 +239,7 @@ TBN_EXPORT void tbn_call_linear(uint64_t *stack, uint64_t inputs, uint64_t outpu
 TBN_EXPORT void tbn_call_conv(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 TBN_EXPORT void tbn_call_dense(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 TBN_EXPORT void tbn_call_attention(uint64_t *stack, uint64_t inputs, uint64_t outputs);
+TBN_EXPORT void tbn_call_masked_attention(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 TBN_EXPORT void tbn_call_network(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 
 /* Threads that wait for work, for tests. */

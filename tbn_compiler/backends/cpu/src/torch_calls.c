@@ -26,6 +26,7 @@ int tbn_register(const struct tbn_torch *functions) {
            torch.library_impl(library, "conv", tbn_call_conv) ||
            torch.library_impl(library, "network", tbn_call_network) ||
            torch.library_impl(library, "attention", tbn_call_attention) ||
+           torch.library_impl(library, "masked_attention", tbn_call_masked_attention) ||
            torch.library_impl(library, "dense", tbn_call_dense);
 }
 
@@ -259,21 +260,38 @@ static size_t shared_size(const struct call *calls, int64_t from_end) {
     return (size_t)found;
 }
 
-void tbn_call_attention(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
-    struct call calls[3];
+/* What is added to scores of this many queries and keys. */
+static struct tbn_mask mask_of(struct call *call, const struct tbn_attention *job) {
+    if (axis_stride(call, 1) > 1) {
+        densify(call);
+        if (read_input(call)) fail(call, "tbn_cpu::attention: the mask has no memory");
+    }
+    const size_t wanted[4] = {job->keys, job->queries, job->heads, job->samples};
+    bool fits = call->dims <= 4;
+    for (int axis = 0; fits && axis < 4; axis++) {
+        const size_t size = (size_t)axis_size(call, axis + 1);
+        fits = size == 1 || size == wanted[axis];
+    }
+    if (!fits) fail(call, "tbn_cpu::attention: the mask does not fit");
+    return (struct tbn_mask){data(call, call->input), axis_stride(call, 4), axis_stride(call, 3), axis_stride(call, 2),
+                             axis_stride(call, 1)};
+}
+
+/* Inputs query, key and value, and a mask if there are four; then the scale, and whether the width divides it. */
+static void attend(uint64_t *stack, size_t count, bool causal) {
+    struct call calls[4];
     const struct call *query = &calls[0], *key = &calls[1], *value = &calls[2];
     const struct tbn_kernels *kernels = tbn_level("avx512");
-    const bool by_width = stack[4] & 1, causal = stack[5] & 1;
+    const bool by_width = stack[count + 1] & 1;
     double scale;
-    (void)inputs, (void)outputs;
-    memcpy(&scale, &stack[3], sizeof scale);
-    begin_plain(calls, 3, stack);
+    memcpy(&scale, &stack[count], sizeof scale);
+    begin_plain(calls, count, stack);
     if (!kernels) fail(calls, "tbn_cpu::attention: this processor has no kernel for it");
     if (query->dims < 3 || query->dims > 4 || query->dims != key->dims || query->dims != value->dims ||
         axis_size(query, 1) != axis_size(key, 1) || axis_size(key, 2) != axis_size(value, 2))
         fail(calls, "tbn_cpu::attention: the shapes of the inputs do not fit");
     const struct tbn_vectors found[3] = {vectors(&calls[0]), vectors(&calls[1]), vectors(&calls[2])};
-    const struct tbn_attention job = {
+    struct tbn_attention job = {
         .samples = shared_size(calls, 4),
         .heads = shared_size(calls, 3),
         .queries = (size_t)axis_size(query, 2),
@@ -283,6 +301,7 @@ void tbn_call_attention(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
         .scale = (float)(by_width ? scale / sqrt((double)axis_size(query, 1)) : scale),
         .causal = causal,
     };
+    if (count == 4) job.mask = mask_of(&calls[3], &job);
     /* The heads of a query are neighbours, as PyTorch has it. */
     const int64_t width = axis_size(value, 1), heads = (int64_t)job.heads, queries = axis_size(query, 2);
     const int64_t sizes[4] = {(int64_t)job.samples, heads, queries, width};
@@ -296,8 +315,18 @@ void tbn_call_attention(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
         torch.delete_tensor(out);
         fail(calls, "tbn_cpu::attention: no memory to work in");
     }
-    for (int i = 0; i < 3; i++) torch.delete_tensor(calls[i].input);
+    for (size_t i = 0; i < count; i++) torch.delete_tensor(calls[i].input);
     stack[0] = (uint64_t)(uintptr_t)out;
+}
+
+void tbn_call_attention(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    attend(stack, 3, stack[5] & 1);
+}
+
+void tbn_call_masked_attention(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    attend(stack, 4, false);
 }
 
 void tbn_call_network(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
