@@ -303,7 +303,7 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
 
 /* Attention differs in its order of sums and its exponentials from machine to machine: it is no part of the checksum. */
 static int check_attention(const struct tbn_kernels *kernels) {
-    const size_t samples = between(1, 2), heads = between(1, 3), queries = between(1, 20), keys = between(1, 40);
+    const size_t samples = between(1, 2), heads = between(1, 3), queries = between(1, 60), keys = between(1, 40);
     const size_t width = between(1, 36), value_width = between(1, 70);
     struct tbn_attention job = {samples, heads, queries, keys, width, value_width, 0.25f, (int)random_below(2), {NULL}};
     float *mask = random_floats(queries * keys);

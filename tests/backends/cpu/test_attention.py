@@ -182,16 +182,20 @@ def test_large_scores() -> None:
 
 
 def test_threads() -> None:
-    query, key, value = (heads(3, 5, 33, 24, seed) for seed in range(3))
+    """Threads share heads, or where there are few of them their queries; the results are the same."""
     before = torch.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(attention(query, key, value))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, found[0]) for result in found)
+    for count, length in ((5, 33), (1, 200), (1, 25), (2, 5)):
+        query, key, value = (heads(1, count, length, 24, seed) for seed in range(3))
+        for causal in (False, True):
+            found = []
+            try:
+                for threads in (1, 2, 3, 8):
+                    torch.set_num_threads(threads)
+                    found.append(attention(query, key, value, causal=causal))
+            finally:
+                torch.set_num_threads(before)
+            assert all(torch.equal(result, found[0]) for result in found)
+            oracle.assert_close(found[0], expected(query, key, value, causal=causal).float(), rtol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -173,3 +174,28 @@ def test_structure_has_the_fields_of_the_header() -> None:
     assert {name: library.ctypes.sizeof(getattr(library, name)) for name in sizes} == sizes
     names = list(torch_private.exported_functions(bound._FUNCTIONS.values()))
     assert names == list(bound._FUNCTIONS.values())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.permute(3, 1, 0, 2),
+        lambda x: x.permute(0, 2, 3, 1)[:, ::2, 1:],
+        lambda x: x[:, :, None, 0].expand(-1, -1, 7, -1).transpose(1, 3),
+        lambda x: x[1, 2, 3],
+        lambda x: x[:0],
+        lambda x: x.unflatten(3, (1, -1)).transpose(0, 4),
+        lambda x: x,
+    ],
+)
+def test_a_dense_copy(make: Callable[[Tensor], Tensor]) -> None:
+    values = torch.randn(2, 3, 4, 6)
+    x = make(values)
+    copy = torch.ops.tbn_cpu.dense(x)
+    assert torch.equal(copy, x)
+    assert copy.is_contiguous()
+    assert x.numel() == 0 or copy.data_ptr() != x.data_ptr()
+    meta = torch.ops.tbn_cpu.dense(make(values.to("meta")))
+    assert (meta.shape, meta.stride()) == (copy.shape, copy.stride())
+    with pytest.raises(RuntimeError, match="must be float32"):
+        torch.ops.tbn_cpu.dense(x.double())

@@ -1,10 +1,12 @@
-/* Attention: heads are dealt out to threads. */
+/* Attention: heads are dealt out to threads, and parts of their queries where there are fewer heads than threads. */
 #include "attention.h"
 #include "pool.h"
 #include "scratch.h"
 #include "tbn_cpu.h"
 
 #include <string.h>
+
+enum { MIN_BLOCKS = 4 }; /* of queries, that a part has at least if there are so many */
 
 /* One call: what its threads share. */
 struct call {
@@ -13,7 +15,8 @@ struct call {
     const struct tbn_vectors *query, *key, *value;
     float *out;       /* [samples][queries][heads][value_width] */
     size_t room;      /* bytes for one thread */
-    tbn_counter next; /* the next head to compute */
+    size_t parts, part; /* of a head; the queries of a part */
+    tbn_counter next; /* the next part to compute */
 };
 
 static struct tbn_vectors of(const struct tbn_vectors *all, size_t sample, size_t head) {
@@ -27,16 +30,17 @@ static void run(void *argument) {
     const struct tbn_attention *job = call->job;
     void *room = tbn_allocate(call->room);
     if (!room)
-        return; /* the heads are left to the other threads, or remain */
+        return; /* the parts are left to the other threads, or remain */
     for (;;) {
-        const size_t unit = tbn_take_number(&call->next);
-        if (unit >= job->samples * job->heads)
+        const size_t unit = tbn_take_number(&call->next), one = unit / call->parts;
+        if (one >= job->samples * job->heads)
             break;
-        const size_t sample = unit / job->heads, head = unit % job->heads, next = job->heads * job->value_width;
+        const size_t first = unit % call->parts * call->part, last = tbn_min(first + call->part, job->queries);
+        const size_t sample = one / job->heads, head = one % job->heads, next = job->heads * job->value_width;
         const struct tbn_mask *mask = &job->mask;
         call->kernels->head(job, of(call->query, sample, head), of(call->key, sample, head),
                             of(call->value, sample, head),
-                            mask->begin ? mask->begin + sample * mask->sample + head * mask->head : NULL,
+                            mask->begin ? mask->begin + sample * mask->sample + head * mask->head : NULL, first, last,
                             call->out + sample * job->queries * next + head * job->value_width, next, room);
     }
     tbn_free(room);
@@ -44,8 +48,8 @@ static void run(void *argument) {
 
 int tbn_attention(const struct tbn_kernels *kernels, const struct tbn_attention *job, const struct tbn_vectors *query,
                   const struct tbn_vectors *key, const struct tbn_vectors *value, float *out, size_t threads) {
-    struct call call = {kernels->attention, job, query, key, value, out, 0, {0}};
-    const size_t units = job->samples * job->heads;
+    struct call call = {kernels->attention, job, query, key, value, out, 0, 0, 0, {0}};
+    size_t units = job->samples * job->heads;
     if (units == 0 || job->queries == 0 || job->value_width == 0)
         return TBN_OK;
     if (job->keys == 0) {
@@ -53,6 +57,12 @@ int tbn_attention(const struct tbn_kernels *kernels, const struct tbn_attention 
         return TBN_OK;
     }
     call.room = tbn_max(call.kernels->room(job), TBN_ALIGN);
+    /* Each part brings the keys into order for itself: it has some blocks of queries. */
+    const size_t blocks = tbn_ceil_divide(job->queries, call.kernels->queries);
+    const size_t wanted = tbn_min(tbn_ceil_divide(threads, units), tbn_ceil_divide(blocks, MIN_BLOCKS));
+    call.part = tbn_ceil_divide(blocks, wanted) * call.kernels->queries;
+    call.parts = tbn_ceil_divide(job->queries, call.part);
+    units *= call.parts;
     tbn_parallel(tbn_min(threads, units), run, &call);
     return tbn_taken(&call.next) < units ? TBN_OUT_OF_MEMORY : TBN_OK;
 }

@@ -31,11 +31,14 @@ struct tbn_vectors {
 
 /* What a level provides. Levels without it leave attention to PyTorch. */
 struct tbn_attention_kernels {
+    size_t queries; /* that are computed at once */
     /* Bytes of room that a head takes. */
     size_t (*room)(const struct tbn_attention *job);
-    /* One head, whose vectors begin at `query`, `key`, `value` and `out`, and whose mask begins at `mask` (or NULL). */
+    /* Queries [first, last) of one head, whose vectors begin at `query`, `key`, `value` and `out`, and whose mask begins
+       at `mask` (or NULL); `first` is a multiple of `queries`. */
     void (*head)(const struct tbn_attention *job, struct tbn_vectors query, struct tbn_vectors key,
-                 struct tbn_vectors value, const float *mask, float *out, size_t out_next, void *room);
+                 struct tbn_vectors value, const float *mask, size_t first, size_t last, float *out, size_t out_next,
+                 void *room);
 };
 
 #endif

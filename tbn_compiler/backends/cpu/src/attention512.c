@@ -155,13 +155,14 @@ TARGET static float weigh(float *scores, size_t count, size_t padded, float scal
 }
 
 TARGET static void head(const struct tbn_attention *job, struct tbn_vectors query, struct tbn_vectors key,
-                        struct tbn_vectors value, const float *mask, float *out, size_t out_next, void *memory) {
+                        struct tbn_vectors value, const float *mask, size_t begin, size_t end, float *out,
+                        size_t out_next, void *memory) {
     struct room room;
     cut(job, memory, &room);
     pack_keys(job, key, &room);
     pack_values(job, value, &room);
-    for (size_t first = 0; first < job->queries; first += QUERIES) {
-        const size_t count = tbn_min(job->queries - first, QUERIES);
+    for (size_t first = begin; first < end; first += QUERIES) {
+        const size_t count = tbn_min(end - first, QUERIES);
         const size_t seen = job->causal ? tbn_min(first + count, job->keys) : job->keys;
         const float *queries[QUERIES], *weights[QUERIES];
         float sums[QUERIES];
@@ -188,6 +189,6 @@ TARGET static void head(const struct tbn_attention *job, struct tbn_vectors quer
     }
 }
 
-const struct tbn_attention_kernels tbn_attention_avx512 = {room_of, head};
+const struct tbn_attention_kernels tbn_attention_avx512 = {QUERIES, room_of, head};
 
 #endif

@@ -220,12 +220,44 @@ static void begin_plain(struct call *inputs, size_t count, const uint64_t *stack
         if (read_input(&inputs[i])) fail(inputs, "tbn_cpu: inputs must be float32 with at least one dimension");
 }
 
+/* Copies an input to dense memory, reading it in the order in which it lies: it may come from far, as an image does. */
+static void copy_in_order(const struct call *call, const float *from, float *to) {
+    int64_t sizes[MAX_DIMS], steps[MAX_DIMS], strides[MAX_DIMS], place[MAX_DIMS] = {0}, step = call->numel;
+    for (int64_t axis = 0; axis < call->dims; axis++) {
+        int64_t at = axis;
+        step /= call->sizes[axis];
+        for (; at > 0 && strides[at - 1] < call->strides[axis]; at--) {
+            sizes[at] = sizes[at - 1];
+            steps[at] = steps[at - 1];
+            strides[at] = strides[at - 1];
+        }
+        sizes[at] = call->sizes[axis];
+        steps[at] = step;
+        strides[at] = call->strides[axis];
+    }
+    const int64_t last = call->dims - 1, count = sizes[last], apart = strides[last], ahead = steps[last];
+    for (int64_t done = 0; done < call->numel; done += count) {
+        for (int64_t i = 0; i < count; i++)
+            to[i * ahead] = from[i * apart];
+        for (int64_t axis = last - 1; axis >= 0; axis--) { /* on to the next row */
+            from += strides[axis];
+            to += steps[axis];
+            if (++place[axis] < sizes[axis]) break;
+            from -= sizes[axis] * strides[axis];
+            to -= sizes[axis] * steps[axis];
+            place[axis] = 0;
+        }
+    }
+}
+
 void tbn_call_dense(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
     struct call call;
     (void)inputs, (void)outputs;
     begin_plain(&call, 1, stack);
-    densify(&call);
-    stack[0] = (uint64_t)(uintptr_t)call.input;
+    void *out = make(&call, call.sizes, false);
+    if (call.numel) copy_in_order(&call, data(&call, call.input), data(&call, out));
+    torch.delete_tensor(call.input);
+    stack[0] = (uint64_t)(uintptr_t)out;
 }
 
 /* The size of an axis, counted from the end; 1 for one that the input does not have. */
