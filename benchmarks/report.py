@@ -111,6 +111,7 @@ def summary(cpu: Result, compiled: Result) -> str:
         )
     peers = {
         "float": "`torch.compile` of the float model",
+        "float, ahead of time": "AOTInductor of the float model",
         "ONNX Runtime float": "ONNX Runtime float32",
         "ONNX Runtime int8": "ONNX Runtime int8",
         "OpenVINO float": "OpenVINO float32",

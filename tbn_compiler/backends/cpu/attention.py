@@ -77,10 +77,11 @@ def _fits(call: BoundCall) -> bool:
     operands = [arguments[name] for name in _OPERANDS]
     if not all(isinstance(node, fx.Node) and dtype(node) == torch.float32 for node in (*operands, call.node)):
         return False
+    axes = rank(operands[0])
     return (
-        len(ranks := {rank(node) for node in operands}) == 1
-        and ranks <= {3, 4}
-        and _is_mask(arguments["attn_mask"], arguments["is_causal"])
+        axes in (3, 4)
+        and all(rank(node) == axes for node in operands)
+        and _is_mask(arguments["attn_mask"], arguments["is_causal"], axes)
         and arguments["dropout_p"] == 0
         and arguments["enable_gqa"] is False
         and isinstance(arguments["is_causal"], bool)
@@ -88,18 +89,25 @@ def _fits(call: BoundCall) -> bool:
     )
 
 
-def _is_mask(mask: Any, causal: Any) -> bool:
+def _is_mask(mask: Any, causal: Any, most: int | None) -> bool:
     """Whether it is none, or one that the kernel takes."""
     if mask is None:
         return True
-    known = isinstance(mask, fx.Node) and dtype(mask) in (torch.float32, torch.bool) and rank(mask) in (2, 3, 4)
-    return known and causal is False
+    if not isinstance(mask, fx.Node) or dtype(mask) not in (torch.float32, torch.bool) or causal is not False:
+        return False
+    axes = rank(mask)
+    return axes is not None and most is not None and 2 <= axes <= most
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, by_width: bool, causal: bool) -> Tensor:
-    shape = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    # The heads of a query are neighbours, as PyTorch has it.
-    return query.new_empty((*shape[:-1], query.shape[-2], shape[-1], value.shape[-1])).transpose(-2, -3)
+    samples = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    length, width = query.shape[-2], value.shape[-1]
+    # It lies as PyTorch's own does: like queries, where these, keys and values have the same samples, heads and width.
+    alike = query.dim() == 4 and query.shape[-1] == width
+    alike = alike and all(x.shape[:-2] == query.shape[:-2] for x in (key, value))
+    if alike and query.stride(1) < query.stride(2):
+        return query.new_empty((*samples[:-1], length, samples[-1], width)).transpose(-2, -3)
+    return torch.empty((*samples, length, width), dtype=query.dtype, device=query.device)
 
 
 def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, by_width: bool) -> Tensor:

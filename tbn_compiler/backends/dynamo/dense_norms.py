@@ -44,13 +44,23 @@ def densify_norms(gm: fx.GraphModule, layers: Container[fx.Node]) -> None:
     for node in gm.graph.nodes:
         call = bind(node)
         changed = _changed(call.input) if call is not None and call.name == "layer_norm" else None
-        if changed is None or dtype(changed) != torch.float32:
+        if changed is None or dtype(changed) != torch.float32 or not _undisturbed(changed, node):
             continue
         with gm.graph.inserting_after(changed):
             dense = gm.graph.call_function(torch.ops.tbn_cpu.dense.default, (changed,))
         copy_meta(changed, dense)
         (reader,) = [user for user in changed.users if user is not dense]
         reader.replace_input_with(changed, dense)
+
+
+def _undisturbed(changed: fx.Node, norm: fx.Node) -> bool:
+    """Whether nothing computes between the two, and so could change in place what is copied."""
+    node = changed.next
+    while node is not norm:
+        if node.op not in ("get_attr", "placeholder") and node_name(node) not in _KEEPING:
+            return False
+        node = node.next
+    return True
 
 
 def _changed(value: Any) -> fx.Node | None:

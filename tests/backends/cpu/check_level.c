@@ -305,7 +305,8 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
 static int check_attention(const struct tbn_kernels *kernels) {
     const size_t samples = between(1, 2), heads = between(1, 3), queries = between(1, 60), keys = between(1, 40);
     const size_t width = between(1, 36), value_width = between(1, 70);
-    struct tbn_attention job = {samples, heads, queries, keys, width, value_width, 0.25f, (int)random_below(2), {NULL}};
+    struct tbn_attention job = {samples, heads, queries, keys, width, value_width, 0.25f, (int)random_below(2), {NULL},
+                                queries * heads * value_width, value_width, heads * value_width};
     float *mask = random_floats(queries * keys);
     const size_t apart = width + random_below(3), values_apart = value_width + random_below(3);
     float *query = random_floats(samples * heads * queries * apart), *key = random_floats(samples * heads * keys * apart);

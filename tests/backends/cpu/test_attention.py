@@ -71,7 +71,6 @@ def test_results(queries: int, keys: int, width: int, value_width: int, causal: 
     for scale, rtol in ((None, 2e-6), (0.7, 2e-5), (-1.5, 2e-5), (0.0, 2e-6)):  # large scores are rounded more
         found = attention(query, key, value, scale, causal)
         oracle.assert_close(found, expected(query, key, value, scale, causal).float(), rtol)
-        assert found.transpose(1, 2).is_contiguous()
     with torch.no_grad():
         theirs = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
     oracle.assert_close(attention(query, key, value, causal=causal), theirs, rtol=2e-6)
@@ -83,6 +82,30 @@ def forms(x: Tensor) -> list[Tensor]:
     return [x, x.contiguous(), x.transpose(-1, -2).contiguous().transpose(-1, -2), spread, F.pad(x, (3, 2))[..., 3:-2]]
 
 
+def strides(x: Tensor) -> list[int]:
+    """Of the axes that have more than one element: those that views of a tensor depend on."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+def test_results_lie_as_those_of_pytorch() -> None:
+    """A view that works on the one works on the other."""
+    beside, apart = heads(2, 3, 9, 16, 0), heads(2, 3, 9, 16, 0).contiguous()
+    narrow, mask = heads(2, 3, 9, 8, 1), torch.zeros(9, 9)
+    for query, value in (
+        *((query, value) for query in (beside, apart) for value in (beside, apart, narrow, beside[:, :1], beside[:1])),
+        *((query[0], query[0]) for query in (beside, apart)),
+        *((query[..., 1:], query[..., 1:]) for query in (beside, apart)),
+        (beside[:, :1], beside[:, :1]),
+        (beside[:, :, :1], beside),
+    ):
+        key = value if value.shape[-1] == query.shape[-1] else query
+        theirs = F.scaled_dot_product_attention(query, key, value)
+        meta = attention(query.to("meta"), key.to("meta"), value.to("meta"))
+        for found in (attention(query, key, value), masked(query, key, value, mask[: query.shape[-2]])):
+            assert strides(found) == strides(theirs) == strides(meta), (query.shape, query.stride(), value.shape)
+            oracle.assert_close(found, theirs, rtol=2e-6)
+
+
 def test_strides() -> None:
     query, key, value = (heads(2, 3, 9, 16, seed) for seed in range(3))
     right = attention(query, key, value)
@@ -91,6 +114,10 @@ def test_strides() -> None:
             assert torch.equal(attention(one, other, value), right)
     for one in forms(value):
         assert torch.equal(attention(query, key, one), right)
+    for place in range(3):  # one float stands for all of a vector
+        operands = [query, key, value]
+        operands[place] = operands[place][..., :1].expand(2, 3, 9, 16)
+        oracle.assert_close(attention(*operands), expected(*operands).float(), rtol=2e-6)
 
 
 def test_one_stands_for_all() -> None:
@@ -117,8 +144,8 @@ def test_masks(shape: tuple[int, ...]) -> None:
         for scale in (None, 0.7):
             theirs = F.scaled_dot_product_attention(query, key, value, added, scale=scale)
             oracle.assert_close(masked(query, key, value, added, scale), theirs, rtol=5e-6)
-    assert torch.equal(masked(query[0], key[0], value[0], mask[:1] if mask.dim() > 3 else mask),
-                       masked(query[:1], key[:1], value[:1], mask[:1] if mask.dim() > 3 else mask)[0])  # fmt: skip
+    one = masked(query[:1], key[:1], value[:1], mask[:1] if mask.dim() > 3 else mask)
+    assert torch.equal(masked(query[0], key[0], value[0], mask[0] if mask.dim() > 3 else mask), one[0])
 
 
 def test_queries_that_meet_nothing() -> None:

@@ -69,5 +69,34 @@ def test_what_stays(module: nn.Module, eager_graphs: list[fx.GraphModule]) -> No
     assert run(module, torch.randn(2, 3, 8, 8), eager_graphs) == 0
 
 
+class Written(nn.Module):
+    """A value is written in place between the change of its order and the norm."""
+
+    def __init__(self, rearrange: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.norm, self.layer = nn.Linear(48, 48), nn.LayerNorm(48), nn.Linear(48, 32)
+        self.rearrange = rearrange
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        order = self.rearrange(y)
+        y[:, 0] = 3.0
+        result: Tensor = self.layer(self.norm(order))
+        return result
+
+
+@pytest.mark.parametrize(
+    "rearrange",
+    [
+        lambda y: y.transpose(0, 1).unflatten(-1, (1, 48)),  # a view, which sees what is written
+        lambda y: y.transpose(0, 1).flatten(0, 1),  # a copy, which does not
+    ],
+)
+def test_values_that_are_written_meanwhile(
+    rearrange: Callable[[Tensor], Tensor], eager_graphs: list[fx.GraphModule]
+) -> None:
+    assert run(Written(rearrange), torch.randn(4, 6, 48), eager_graphs) == 0
+
+
 def test_compiled_by_inductor(graphs: list[fx.GraphModule]) -> None:
     assert run(Embedding(patches), torch.randn(2, 3, 8, 8), graphs) == 1

@@ -13,7 +13,7 @@ struct call {
     const struct tbn_attention_kernels *kernels;
     const struct tbn_attention *job;
     const struct tbn_vectors *query, *key, *value;
-    float *out;       /* [samples][queries][heads][value_width] */
+    float *out;
     size_t room;      /* bytes for one thread */
     size_t parts, part; /* of a head; the queries of a part */
     tbn_counter next; /* the next part to compute */
@@ -36,12 +36,12 @@ static void run(void *argument) {
         if (one >= job->samples * job->heads)
             break;
         const size_t first = unit % call->parts * call->part, last = tbn_min(first + call->part, job->queries);
-        const size_t sample = one / job->heads, head = one % job->heads, next = job->heads * job->value_width;
+        const size_t sample = one / job->heads, head = one % job->heads;
         const struct tbn_mask *mask = &job->mask;
         call->kernels->head(job, of(call->query, sample, head), of(call->key, sample, head),
                             of(call->value, sample, head),
                             mask->begin ? mask->begin + sample * mask->sample + head * mask->head : NULL, first, last,
-                            call->out + sample * job->queries * next + head * job->value_width, next, room);
+                            call->out + sample * job->out_sample + head * job->out_head, job->out_next, room);
     }
     tbn_free(room);
 }

@@ -21,6 +21,7 @@ struct tbn_attention {
     float scale;
     int causal; /* query i meets keys 0 to i only */
     struct tbn_mask mask;
+    size_t out_sample, out_head, out_next; /* how far it is in the result to the next sample, head and query */
 };
 
 /* Vectors of neighbouring floats: where they begin, and how far it is to the next sample, head and vector. */

@@ -176,8 +176,7 @@ TBN_EXPORT int tbn_network(const struct tbn_network *network, const float *x, in
                            size_t height, size_t width, size_t threads);
 
 /*
- * Attention of floats, by kernels that have it: query, key, value -> out [samples][queries][heads][value_width]; returns
- * TBN_OK or TBN_OUT_OF_MEMORY.
+ * Attention of floats, by kernels that have it: query, key, value -> out, dense; returns TBN_OK or TBN_OUT_OF_MEMORY.
  */
 TBN_EXPORT int tbn_attention(const struct tbn_kernels *kernels, const struct tbn_attention *job,
                              const struct tbn_vectors *query, const struct tbn_vectors *key,

@@ -85,7 +85,7 @@ static void begin(struct call *call, const uint64_t *stack, size_t size, enum tb
         if (!call->bytes) fail(call, why);
     }
     call->bound = call->bytes;
-    if (read_input(call)) fail(call, "tbn_cpu: the input must be float32 with at least one dimension");
+    if (read_input(call)) fail(call, "tbn_cpu: the input must be float32 with at least one dimension: bound layers compute in float32");
 }
 
 /* A new tensor, with the channels of images innermost if `last`. */
@@ -272,7 +272,7 @@ static size_t axis_stride(const struct call *call, int64_t from_end) {
 
 /* The query, key or value of attention, of neighbouring floats. */
 static struct tbn_vectors vectors(struct call *call) {
-    if (axis_stride(call, 1) > 1) {
+    if (axis_size(call, 1) > 1 && call->strides[call->dims - 1] != 1) { /* 0: one float stands for all of a vector */
         densify(call);
         if (read_input(call)) fail(call, "tbn_cpu::attention: an input has no memory");
     }
@@ -299,7 +299,7 @@ static struct tbn_mask mask_of(struct call *call, const struct tbn_attention *jo
         if (read_input(call)) fail(call, "tbn_cpu::attention: the mask has no memory");
     }
     const size_t wanted[4] = {job->keys, job->queries, job->heads, job->samples};
-    bool fits = call->dims <= 4;
+    bool fits = call->dims <= call->all->dims;
     for (int axis = 0; fits && axis < 4; axis++) {
         const size_t size = (size_t)axis_size(call, axis + 1);
         fits = size == 1 || size == wanted[axis];
@@ -307,6 +307,19 @@ static struct tbn_mask mask_of(struct call *call, const struct tbn_attention *jo
     if (!fits) fail(call, "tbn_cpu::attention: the mask does not fit");
     return (struct tbn_mask){data(call, call->input), axis_stride(call, 4), axis_stride(call, 3), axis_stride(call, 2),
                              axis_stride(call, 1)};
+}
+
+/*
+ * Whether the heads of one query lie beside each other in the result, or the queries of one head do. Like PyTorch's own, it lies
+ * as queries do where these, keys and values have the same samples, heads and width; backends/cpu/attention.py knows too.
+ */
+static bool heads_lie_beside(const struct call *calls) {
+    const struct call *query = &calls[0], *value = &calls[2];
+    if (query->dims != 4 || axis_size(query, 1) != axis_size(value, 1)) return false;
+    for (int i = 1; i < 3; i++)
+        for (int64_t axis = 3; axis <= 4; axis++)
+            if (axis_size(&calls[i], axis) != axis_size(query, axis)) return false;
+    return query->strides[1] < query->strides[2];
 }
 
 /* Inputs query, key and value, and a mask if there are four; then the scale, and whether the width divides it. */
@@ -334,11 +347,15 @@ static void attend(uint64_t *stack, size_t count, bool causal) {
         .causal = causal,
     };
     if (count == 4) job.mask = mask_of(&calls[3], &job);
-    /* The heads of a query are neighbours, as PyTorch has it. */
     const int64_t width = axis_size(value, 1), heads = (int64_t)job.heads, queries = axis_size(query, 2);
     const int64_t sizes[4] = {(int64_t)job.samples, heads, queries, width};
-    const int64_t step = width > 1 ? width : 1, row = step * (heads > 1 ? heads : 1);
-    const int64_t strides[4] = {row * (queries > 1 ? queries : 1), step, row, 1};
+    const int64_t step = width > 1 ? width : 1;
+    const int64_t row = step * (heads > 1 ? heads : 1), plane = step * (queries > 1 ? queries : 1);
+    const bool beside = heads_lie_beside(calls);
+    const int64_t strides[4] = {row * (queries > 1 ? queries : 1), beside ? step : plane, beside ? row : step, 1};
+    job.out_sample = (size_t)(row * queries);
+    job.out_head = (size_t)(beside ? step : plane);
+    job.out_next = (size_t)(beside ? row : step);
     const int64_t skipped = 4 - query->dims;
     void *out = NULL;
     if (torch.empty_strided(query->dims, sizes + skipped, strides + skipped, FLOAT32, CPU, 0, &out))
