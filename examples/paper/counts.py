@@ -217,9 +217,14 @@ OPERATION_CASES: tuple[tuple[str, int, int, int], ...] = (  # network, image siz
 @functools.lru_cache
 def operations(name: str, size: int, p: int, min_size: int) -> Operations:
     """Multiply-adds of a network for one image of ``size x size``, by its rule for dense figures."""
-    network = NETWORKS[name]
-    model = on_meta(network.build).to_empty(device="cpu").eval()  # numbers are never looked at
+    return operations_of(NETWORKS[name].build, NETWORKS[name].dense_rule, size, p, min_size)
+
+
+@functools.lru_cache
+def operations_of(build: Callable[[], nn.Module], rule: Rule, size: int, p: int, min_size: int) -> Operations:
+    """The same of any network, of the layers that a rule counts."""
+    model = on_meta(build).to_empty(device="cpu").eval()  # numbers are never looked at
     config = tbn.TilingConfig(p=p, min_size=min_size, alpha_source="W")
     rows = tbn.summary(tbn.transform(model, config), torch.empty(1, 3, size, size)).layers
-    counted = [row for row in rows if network.dense_rule.counts(row.name)]
+    counted = [row for row in rows if rule.counts(row.name)]
     return Operations(sum(row.macs or 0 for row in counted), sum(row.macs_tiled or 0 for row in counted))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +21,9 @@ import tbn_compiler as tbn
 from benchmarks import memory
 from paper import published
 from paper.committed import Committed, Run, seeds
-from paper.convnets import resnet18_cifar
-from paper.counts import NETWORKS, OPERATION_CASES, Rule, Stored, counted_bits, on_meta, operations
+from paper.convnets import resnet8, resnet18_cifar
+from paper.counts import NETWORKS, OPERATION_CASES, Rule, Stored, counted_bits, on_meta, operations, operations_of
+from paper.recipes import RECIPES
 from paper.runs import Record
 
 NO_RUN = "no run"
@@ -98,9 +100,17 @@ def _is_plain(run: Run) -> bool:
     return not run.tiling or (run.tiling["replicate"], run.tiling["latent"]) == ("repeat", "weight")
 
 
+def _is_ablation(run: Run) -> bool:
+    """Whether a run varies an option of its recipe's tiling, which Figures 7 and 8 show."""
+    if run.network != "tbn" or not _is_plain(run) or not isinstance(run.tiling["p"], int):
+        return False
+    usual = RECIPES[run.recipe].tiling({})
+    return any(run.tiling[name] != getattr(usual, name) for name in ("min_size", "alpha", "alpha_source"))
+
+
 def _experiment_rows(experiment: _Experiment, committed: Committed, numbers: _Runs) -> Iterator[list[str]]:
     name, recipe = experiment.network, experiment.recipe
-    left = [run for run in committed.runs if run.recipe == recipe]
+    left = [run for run in committed.runs if run.recipe == recipe and not _is_ablation(run)]
     network = NETWORKS.get(name)
     printed = {label: value for (of, label), value in published.ACCURACIES.items() if of == name}
     for stored, size, rule in network.figures() if network else ():
@@ -404,34 +414,49 @@ def figure6(committed: Committed) -> Reproduced:
     )
 
 
-_ABLATED = "resnet18-cifar10"
+@dataclass(frozen=True)
+class _Ablated:
+    """A network whose options are varied: how it is built, its recipe, and the lambdas that have a row in any case."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    recipe: str
+    lambdas: Sequence[int] = ()
+
+    def runs(self, committed: Committed, **tiling: Any) -> list[Run]:
+        """Its trainings at p = 4 with these options, as the paper trains."""
+        found = committed.of(self.recipe, "tbn", p=4, **tiling)
+        return [run for run in found if _is_plain(run) and not run.tiling["overrides"]]
+
+
+_ABLATED = (
+    _Ablated("ResNet18, CIFAR", resnet18_cifar, "resnet18-cifar10", (0, 36_864, 64_000, 150_000)),
+    _Ablated("ResNet8, CIFAR", resnet8, "resnet8-cifar10"),
+)
 _ABLATION_NOTE = (
     "Figures 7 and 8 are ablations of lambda, of scales from W against a second tensor A, and of one alpha against "
     "many. Which network they show, and which figure has what, is not known: here lambda is Figure 7, the scales are "
-    "Figure 8, both on ResNet18 for CIFAR at p = 4."
+    "Figure 8, on ResNet18 for CIFAR at p = 4, and on ResNet8, which is small enough for any machine."
 )
 
 
 def figure7(committed: Committed) -> Reproduced:
     """Ablation of lambda."""
     numbers = _Runs()
-    runs = [
-        run
-        for run in committed.of(_ABLATED, "tbn", p=4, alpha="tile", alpha_source="A")
-        if _is_plain(run) and not run.tiling["overrides"]
-    ]
-    tried = sorted({0, 36_864, 64_000, 150_000} | {run.tiling["min_size"] for run in runs})
     rows = []
-    for min_size in tried:
-        counted = counted_bits(resnet18_cifar, 4, Rule(min_size=min_size))
-        saving = operations("ResNet18, CIFAR", 32, 4, min_size).saving
-        cells = [f"{min_size:,}", NOT_AT_HAND, f"{counted / 1e6:.3f}", f"{saving:.2f}x"]
-        found = [run for run in runs if run.tiling["min_size"] == min_size]
-        rows += [[*cells, run.score, numbers.number(str(run))] for run in found] or [[*cells, NO_RUN, ""]]
-    header = ["lambda", "paper", "M-bit, counted", "operations, counted", "ours", "run"]
+    for network in _ABLATED:
+        runs = network.runs(committed, alpha="tile", alpha_source="A")
+        for min_size in sorted({*network.lambdas} | {run.tiling["min_size"] for run in runs}):
+            counted = counted_bits(network.build, 4, Rule(min_size=min_size))
+            rule = NETWORKS["ResNet18, CIFAR"].dense_rule
+            saving = operations_of(network.build, rule, 32, 4, min_size).saving
+            cells = [network.title, f"{min_size:,}", NOT_AT_HAND, f"{counted / 1e6:.3f}", f"{saving:.2f}x"]
+            found = [run for run in runs if run.tiling["min_size"] == min_size]
+            rows += [[*cells, run.score, numbers.number(str(run))] for run in found] or [[*cells, NO_RUN, ""]]
+    header = ["network", "lambda", "paper", "M-bit, counted", "operations, counted", "ours", "run"]
     return Reproduced(
         "Figure 7: ablation of lambda",
-        [Part(header, rows, ["paper", "ours"])],
+        [Part(header, rows, ["network", "paper", "ours"])],
         [_ABLATION_NOTE, "Sizes are of all weights; operations by the rule of Table 2."],
         numbers.texts,
     )
@@ -441,23 +466,19 @@ def figure8(committed: Committed) -> Reproduced:
     """Ablation of the scales."""
     numbers = _Runs()
     rows = []
-    for source, words in (("W", "W"), ("A", "W and A")):
-        for alpha, many in (("layer", "one a layer"), ("tile", "one a copy")):
-            config = tbn.TilingConfig.paper(p=4, alpha="layer" if alpha == "layer" else "tile")
-            alphas = tbn.summary(tbn.transform(on_meta(resnet18_cifar), config)).totals["alphas"]
-            found = [
-                run
-                for run in committed.of(
-                    _ABLATED, "tbn", p=4, alpha=alpha, alpha_source=source, min_size=config.min_size
-                )
-                if _is_plain(run) and not run.tiling["overrides"]
-            ]
-            cells = [words, many, f"{alphas}", NOT_AT_HAND]
-            rows += [[*cells, run.score, numbers.number(str(run))] for run in found] or [[*cells, NO_RUN, ""]]
-    header = ["trained", "alphas", "counted", "paper", "ours", "run"]
+    for network in _ABLATED:
+        for source, words in (("W", "W"), ("A", "W and A")):
+            for alpha, many in (("layer", "one a layer"), ("tile", "one a copy")):
+                min_size = RECIPES[network.recipe].tiling({}).min_size
+                config = tbn.TilingConfig.paper(p=4, alpha="tile" if alpha == "tile" else "layer", min_size=min_size)
+                alphas = tbn.summary(tbn.transform(on_meta(network.build), config)).totals["alphas"]
+                found = network.runs(committed, alpha=alpha, alpha_source=source, min_size=min_size)
+                cells = [network.title, words, many, f"{alphas}", NOT_AT_HAND]
+                rows += [[*cells, run.score, numbers.number(str(run))] for run in found] or [[*cells, NO_RUN, ""]]
+    header = ["network", "trained", "alphas", "counted", "paper", "ours", "run"]
     return Reproduced(
         "Figure 8: ablation of the scales",
-        [Part(header, rows, ["trained", "alphas", "paper", "ours"])],
+        [Part(header, rows, ["network", "trained", "alphas", "paper", "ours"])],
         [_ABLATION_NOTE],
         numbers.texts,
     )

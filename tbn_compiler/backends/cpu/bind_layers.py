@@ -34,13 +34,14 @@ from tbn_compiler.graph.calls import InferenceCall, attribute, tiled_call
 from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.layers import apply_view, parameter_view
 from tbn_compiler.graph.records import graph_parts
-from tbn_compiler.ops.calls import TensorCall
+from tbn_compiler.ops.calls import TensorCall, refuse_tangents
 from tbn_compiler.passes.base import copy_meta, remove_dead_nodes
 from tbn_compiler.passes.deployment import dtype, note_values, sizes
 from tbn_compiler.torch_private import (
     call_directly,
     differentiated,
     drop_input_checks,
+    forward_mode_is_active,
     mapped,
     shorten_size_guards,
     takes_tensors_only,
@@ -212,6 +213,8 @@ def _refuse_gradients(*inputs: Any) -> None:
         for value in inputs:
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 raise RuntimeError("a module that was bound has no gradients: differentiate the lowered one")
+    if forward_mode_is_active():
+        refuse_tangents("a module that was bound", inputs)
 
 
 def _tokens(layer: TensorCall, node: fx.Node) -> int | None:

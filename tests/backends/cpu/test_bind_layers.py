@@ -182,3 +182,11 @@ def test_what_cannot_be_bound() -> None:
         cpu.bind(tbn.transform(nn.Linear(24, 32), CONFIG), torch.ones(24))
     with pytest.raises(TBNError, match="does not run on example inputs"):
         cpu.bind(network(), torch.randn(3, 25))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # by the first torch.func.jvp
+def test_forward_mode_is_refused() -> None:
+    x = torch.randn(3, 24)
+    for fast in (cpu.bind(network(), x), cpu.bind(tbn.optimize(network(), x))):
+        with pytest.raises(NotImplementedError, match="a module that was bound has no forward derivative"):
+            torch.func.jvp(fast, (x,), (x,))
