@@ -61,7 +61,7 @@ def test_each_of_ours_says_where_it_is_from(program, committed, name):
     for run in found.runs:
         if run.startswith("`benchmarks/"):
             continue
-        assert re.fullmatch(r"`\S+`[^:]*: [A-Z].*; \d+ epochs.*; seeds? [\d, ]+; .*(torch \d|gcc).*", run), run
+        assert re.fullmatch(r"`\S+`[^:]*: [A-Za-z].*; \d+ epochs.*; seeds? [\d, ]+; .*(torch \d|gcc).*", run), run
     for part in range(len(found.parts)):
         for row in rows_of(found, part):
             if "run" in row and "ours" in row:
