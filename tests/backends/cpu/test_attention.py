@@ -114,6 +114,12 @@ def test_strides() -> None:
             assert torch.equal(attention(one, other, value), right)
     for one in forms(value):
         assert torch.equal(attention(query, key, one), right)
+    for one in forms(query):
+        meta = attention(one.to("meta"), key.to("meta"), value.to("meta"))
+        assert attention(one, key, value).stride() == meta.stride()
+    last = torch.randn(2, 16, 9, 3).permute(0, 3, 2, 1)  # heads are the neighbours in memory
+    meta = attention(last.to("meta"), key.to("meta"), value.to("meta"))
+    assert attention(last, key, value).stride() == meta.stride()
     for place in range(3):  # one float stands for all of a vector
         operands = [query, key, value]
         operands[place] = operands[place][..., :1].expand(2, 3, 9, 16)

@@ -85,7 +85,8 @@ static void begin(struct call *call, const uint64_t *stack, size_t size, enum tb
         if (!call->bytes) fail(call, why);
     }
     call->bound = call->bytes;
-    if (read_input(call)) fail(call, "tbn_cpu: the input must be float32 with at least one dimension: bound layers compute in float32");
+    if (read_input(call))
+        fail(call, "tbn_cpu: the input must be float32 with at least one dimension: bound layers compute in float32");
 }
 
 /* A new tensor, with the channels of images innermost if `last`. */
@@ -310,8 +311,9 @@ static struct tbn_mask mask_of(struct call *call, const struct tbn_attention *jo
 }
 
 /*
- * Whether the heads of one query lie beside each other in the result, or the queries of one head do. Like PyTorch's own, it lies
- * as queries do where these, keys and values have the same samples, heads and width; backends/cpu/attention.py knows too.
+ * Whether the heads of one query lie beside each other in the result, or the queries of one head do. Like PyTorch's
+ * own, it lies as queries do where these, keys and values have the same samples, heads and width;
+ * backends/cpu/attention.py has the same rule.
  */
 static bool heads_lie_beside(const struct call *calls) {
     const struct call *query = &calls[0], *value = &calls[2];
@@ -335,6 +337,7 @@ static void attend(uint64_t *stack, size_t count, bool causal) {
     if (query->dims < 3 || query->dims > 4 || query->dims != key->dims || query->dims != value->dims ||
         axis_size(query, 1) != axis_size(key, 1) || axis_size(key, 2) != axis_size(value, 2))
         fail(calls, "tbn_cpu::attention: the shapes of the inputs do not fit");
+    const bool beside = heads_lie_beside(calls); /* before a copy takes the place of an input */
     const struct tbn_vectors found[3] = {vectors(&calls[0]), vectors(&calls[1]), vectors(&calls[2])};
     struct tbn_attention job = {
         .samples = shared_size(calls, 4),
@@ -351,7 +354,6 @@ static void attend(uint64_t *stack, size_t count, bool causal) {
     const int64_t sizes[4] = {(int64_t)job.samples, heads, queries, width};
     const int64_t step = width > 1 ? width : 1;
     const int64_t row = step * (heads > 1 ? heads : 1), plane = step * (queries > 1 ? queries : 1);
-    const bool beside = heads_lie_beside(calls);
     const int64_t strides[4] = {row * (queries > 1 ? queries : 1), beside ? step : plane, beside ? row : step, 1};
     job.out_sample = (size_t)(row * queries);
     job.out_head = (size_t)(beside ? step : plane);
