@@ -37,12 +37,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-import openvino
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -152,6 +152,8 @@ def session(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
 
 def openvino_function(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
     """An ONNX file as a function of OpenVINO's, in the precision of the file."""
+    import openvino  # tables of results are made without it
+
     options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
 
@@ -320,7 +322,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="write no result file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    versions = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__}
+    versions = {"onnxruntime": onnxruntime.__version__, "openvino": version("openvino")}
     found = machine(threads=arguments.threads, **versions)
     costs = calls()
     print(calls_table(costs))

@@ -94,7 +94,7 @@ def test_each_compiler_gets_its_own_options(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(build_ext, "build_extension", lambda command, extension: None)
     command = script["BuildLibrary"](setuptools.Distribution())
     extension = setuptools.Extension("library", [])
-    for kind, options, link in (("unix", "OPTIONS", ["-pthread"]), ("msvc", "MSVC_OPTIONS", [])):
+    for kind, options, link in (("unix", "OPTIONS", ["-pthread", "-lm"]), ("msvc", "MSVC_OPTIONS", [])):
         command.compiler = SimpleNamespace(compiler_type=kind)
         command.build_extension(extension)
         assert tuple(extension.extra_compile_args) == script[options]
