@@ -216,7 +216,7 @@ def variants(
             if not one_call:
                 found[AHEAD[name]] = ahead_of_time(
                     cpu.bind(tbn.optimize(packed, x, activation=activation), stored=True), x
-                )  # type: ignore[arg-type]
+                )
     if one_call:
         batches = [torch.randn_like(x) for _ in range(4)]
         found[ONE_CALL] = cpu.bind(

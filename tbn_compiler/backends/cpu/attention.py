@@ -8,9 +8,9 @@ After::
 
     y = tbn_cpu.attention(q, k, v, 1.0, True, False)
 
-It has no tiles, but stands between tiled layers, and takes most of the time that they leave: PyTorch's own attention on
-a CPU multiplies at less than half the rate. Levels without such a kernel, dropout and other dtypes stay with PyTorch.
-What is added to scores, and masks of what is left out, go to ``tbn_cpu::masked_attention``.
+It has no tiles, but stands between tiled layers, and a network's time is in what they leave. Levels without such a
+kernel, dropout and other dtypes stay with PyTorch. What is added to scores, and masks of what is left out, go to
+``tbn_cpu::masked_attention``.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ After::
 
     y = layer_norm(tbn_cpu.dense(image.permute(0, 2, 4, 3, 5, 1)).flatten(3))
 
-Inductor makes one loop of the change of order and the norm's sums, element by element with a division each: for the
-patches of the paper's ViT that takes five times as long as a copy and a norm of its result.
+Inductor makes one loop of the change of order and the norm's sums, element by element with a division each, where a
+copy and a norm of its result are loops on vectors.
 """
 
 from __future__ import annotations

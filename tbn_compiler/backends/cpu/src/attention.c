@@ -14,9 +14,9 @@ struct call {
     const struct tbn_attention *job;
     const struct tbn_vectors *query, *key, *value;
     float *out;
-    size_t room;      /* bytes for one thread */
-    size_t parts, part; /* of a head; the queries of a part */
-    tbn_counter next; /* the next part to compute */
+    size_t room;        /* bytes for one thread */
+    size_t parts, part; /* parts of a head; queries of a part */
+    tbn_counter next;   /* the next part to compute */
 };
 
 static struct tbn_vectors of(const struct tbn_vectors *all, size_t sample, size_t head) {

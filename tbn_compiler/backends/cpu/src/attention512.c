@@ -16,7 +16,7 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-#include "transpose512.h"
+#include "common512.h"
 
 enum { LANES = 16, MAX_VECTORS = 4, QUERIES = 6 }; /* sums of 24 vectors, of 32 registers */
 
@@ -46,10 +46,6 @@ static size_t cut(const struct tbn_attention *job, void *base, struct room *room
 static size_t room_of(const struct tbn_attention *job) {
     struct room room;
     return cut(job, NULL, &room);
-}
-
-INLINE __mmask16 first_lanes(size_t count) {
-    return (__mmask16)(count >= LANES ? 0xffff : (1u << count) - 1);
 }
 
 TARGET static void pack_values(const struct tbn_attention *job, struct tbn_vectors values, const struct room *room) {
@@ -116,7 +112,7 @@ TARGET static void multiply(const float *const *rows, const float *matrix, size_
         multiply_block(rows, matrix + i, stride, depth, out + i, out_stride, 1);
 }
 
-/* exp of numbers that are 0 or less, to an ulp or two; a NaN stays one. */
+/* exp of numbers that are 0 or less; a NaN stays one. */
 INLINE __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-110.0f), x); /* below, e^x is 0, and its integer part would be none */
     const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);

@@ -14,7 +14,7 @@
 /* Keeps a value in a register: the compiler would load tables once for each use, and hoist shuffles out of order. */
 #define IN_REGISTER(value) __asm__("" : "+v"(value))
 
-#include "transpose512.h"
+#include "common512.h"
 
 enum { GROUP = 5, F32_GROUPS = 6, I16_GROUPS = 3, F32_ROWS = 16, I16_ROWS = 32, TABLE_F32 = 128, TABLE_I16 = 64 };
 enum { MAX_LANES = 4, MAX_BLOCKS = 4 };

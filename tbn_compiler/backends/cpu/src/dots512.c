@@ -11,7 +11,7 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi2")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-#include "transpose512.h"
+#include "common512.h"
 
 enum { FOURS = TBN_DOT_BYTES / 4 };
 
@@ -93,10 +93,6 @@ INLINE __m512i integers_of(__m512 x, enum tbn_activation activation, __m512 fact
     if (activation == TBN_INT8)
         x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(127.0f)), _mm512_set1_ps(-127.0f));
     return _mm512_cvt_roundps_epi32(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-
-INLINE __mmask16 first_lanes(size_t count) {
-    return count < 16 ? (__mmask16)((1u << count) - 1u) : (__mmask16)0xffff;
 }
 
 /* The bytes of floats in the low three of each lane: q + 2^23, the first limb on top. */

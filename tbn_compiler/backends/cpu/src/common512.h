@@ -1,11 +1,15 @@
-/* Transposes a block of floats. The including file defines INLINE for AVX-512. */
-#ifndef TBN_TRANSPOSE512_H
-#define TBN_TRANSPOSE512_H
+/* What files for AVX-512 share. The including file defines INLINE. */
+#ifndef TBN_COMMON512_H
+#define TBN_COMMON512_H
 
 /* The next loop is unrolled: its variables are registers. */
 #define UNROLL _Pragma("GCC unroll 16")
 
-/* Pairs of rows, then pairs of pairs, are interleaved within 16 bytes; then quarters of vectors change places. */
+INLINE __mmask16 first_lanes(size_t count) {
+    return count < 16 ? (__mmask16)((1u << count) - 1u) : (__mmask16)0xffff;
+}
+
+/* Transposes a block of floats. Pairs of rows, then pairs of pairs, are interleaved within 16 bytes; then quarters of vectors change places. */
 INLINE void transpose_block(const float *in, size_t in_stride, float *out, size_t out_stride) {
     __m512 a[TBN_BATCH], b[TBN_BATCH];
     UNROLL for (int i = 0; i < TBN_BATCH; i++)
