@@ -35,6 +35,9 @@ then has a group for each column group."""
 MIN_DOT_GROUP = 8
 """Fewest channels and filters of a group for products of bytes, which take 64 bytes and 16 filters at once."""
 
+MIN_FLOAT_FILTERS = 16
+"""Fewest different filters of a group for which tables of floats in memory beat PyTorch's convolution."""
+
 MAX_LIMB_WEIGHTS = {"avx512vnni": 512}
 """Most weights of an input channel, filters times places in the kernel, for which products of the three bytes of floats
 beat lookups, measured on 1x1 and 3x3 kernels of 32 to 1024 filters: tables cost the same for any number of them, and a
@@ -149,6 +152,8 @@ def multiplies_bytes(call: TensorCall) -> bool:
         return False
     if call.activation != "float":
         return True
+    if library.keeps_floats(level):
+        return product.rows // product.mixes >= MIN_FLOAT_FILTERS
     if product.groups > 1:
         return False  # groups share no input, but would share the power of two of their sample
     few = product.rows // product.mixes * places <= MAX_LIMB_WEIGHTS.get(level or "", math.inf)

@@ -18,7 +18,7 @@ products of bytes for integer activations and for float convolutions, by AMX til
 LEVEL_VARIABLE = "TBN_CPU_LEVEL"
 """Environment variable that names the level to use instead of the best; ``none`` turns the native kernels off."""
 
-INTERFACE = 10
+INTERFACE = 11
 """Version of the interface in ``src/tbn_cpu.h`` (``TBN_INTERFACE``)."""
 
 # One file for every Python: it is no extension module (setup.py).
@@ -155,6 +155,8 @@ _FUNCTIONS = {
     "tbn_conv_dots": (ctypes.c_int, _CONV),
     "tbn_dots_of": (_pointer, [_pointer]),
     "tbn_has_dots": (ctypes.c_int, [_pointer]),
+    "tbn_dots_by_rows": (ctypes.c_int, [_pointer]),
+    "tbn_dot_floats": (ctypes.c_int, [_pointer]),
     "tbn_has_attention": (ctypes.c_int, [_pointer]),
     "tbn_group": (_size, [_pointer, ctypes.c_int]),
     "tbn_pool_threads": (_size, []),
@@ -234,15 +236,26 @@ def level() -> str | None:
 @functools.cache
 def has_dots(name: str | None) -> bool:
     """Whether a level multiplies bytes (``struct tbn_dots``)."""
+    return _has(name, "tbn_has_dots")
+
+
+@functools.cache
+def keeps_floats(name: str | None) -> bool:
+    """Whether a level that multiplies bytes multiplies floats as they are as well, not as several bytes each."""
     library, _ = load()
-    return library is not None and name is not None and bool(library.tbn_has_dots(library.tbn_level(name.encode())))
+    as_they_are = 2
+    return has_dots(name) and library.tbn_dot_floats(library.tbn_level((name or "").encode())) == as_they_are
 
 
 def has_attention(name: str | None) -> bool:
     """Whether a level computes attention (``src/attention.h``)."""
+    return _has(name, "tbn_has_attention")
+
+
+def _has(name: str | None, function: str) -> bool:
     library, _ = load()
     return (
-        library is not None and name is not None and bool(library.tbn_has_attention(library.tbn_level(name.encode())))
+        library is not None and name is not None and bool(getattr(library, function)(library.tbn_level(name.encode())))
     )
 
 

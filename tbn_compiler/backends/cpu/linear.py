@@ -153,8 +153,8 @@ def _plan(entry: prepare.Prepared, call: TensorCall, product: TiledProduct, batc
 
     if dots:
         memory = [
-            entry.part(("dots", layout), lambda: prepare.pack_dots(runs())),
-            entry.part(("corrections", layout), lambda: prepare.dot_corrections(runs(), mixes)),
+            entry.part((level, "dots", layout), lambda: prepare.pack_dots(runs())),
+            entry.part((level, "corrections", layout), lambda: prepare.dot_corrections(runs(), mixes)),
         ]
     else:
         memory = [entry.part((level, layout, integer), lambda: prepare.pack(signs(), integer=integer))]

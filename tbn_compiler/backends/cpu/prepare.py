@@ -164,11 +164,13 @@ def pack_dots(runs: Tensor) -> np.ndarray:
     Args:
         runs: ``int8 [groups, rows, runs, bytes]``: the weights, +1 and -1, of runs of neighbouring bytes of an input.
     """
+    lib, _, kernels = native()
     groups, rows = runs.shape[:2]
     positive = F.pad(runs > 0, (0, -runs.shape[3] % DOT_BYTES))
     steps = positive.reshape(groups, rows, -1, DOT_BYTES // 4, 4)
     blocks = F.pad(steps, (0, 0, 0, 0, 0, 0, 0, -rows % DOT_ROWS)).unflatten(1, (-1, DOT_ROWS))
-    ordered = blocks.permute(0, 1, 3, 4, 2, 5).contiguous().numpy()
+    order = (0, 3, 1, 2, 4, 5) if lib.tbn_dots_by_rows(kernels) else (0, 1, 3, 4, 2, 5)
+    ordered = blocks.permute(order).contiguous().numpy()
     bits = np.packbits(ordered.reshape(-1), bitorder="little")
     out = _aligned(bits.nbytes)
     out[:] = bits
@@ -185,6 +187,9 @@ def dot_corrections(signs: Tensor, mixes: int) -> np.ndarray:
     Returns:
         ``int32 [groups, rows]``, after sums are mixed.
     """
+    lib, _, kernels = native()
+    if lib.tbn_dots_by_rows(kernels):
+        return np.zeros(signs.shape[:2], np.int32)
     sums = -DOT_ZERO * signs.flatten(2).sum(2, dtype=torch.float64)  # whole numbers
     if mixes > 1:
         sums = hadamard_matrix(mixes, sums) @ sums

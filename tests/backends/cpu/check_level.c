@@ -108,7 +108,7 @@ static int hadamard(size_t row, size_t column) {
 }
 
 /* Bits of rows of `steps` steps of weights in the order in which products read them; weights [group][row][step][byte]. */
-static uint8_t *dot_index(const int8_t *weights, size_t groups, size_t rows, size_t steps) {
+static uint8_t *dot_index(const struct tbn_kernels *kernels, const int8_t *weights, size_t groups, size_t rows, size_t steps) {
     const size_t blocks = (rows + TBN_DOT_ROWS - 1) / TBN_DOT_ROWS;
     uint8_t *index = memory(groups * blocks * steps * TBN_DOT_STEP / 8);
     memset(index, 0, groups * blocks * steps * TBN_DOT_STEP / 8);
@@ -116,14 +116,16 @@ static uint8_t *dot_index(const int8_t *weights, size_t groups, size_t rows, siz
         const size_t byte = i % TBN_DOT_BYTES, step = i / TBN_DOT_BYTES % steps;
         const size_t row = i / TBN_DOT_BYTES / steps % rows, group = i / TBN_DOT_BYTES / steps / rows;
         const size_t place = ((group * blocks + row / TBN_DOT_ROWS) * steps + step) * TBN_DOT_BYTES / 4 + byte / 4;
-        const size_t bit = (place * TBN_DOT_ROWS + row % TBN_DOT_ROWS) * 4 + byte % 4;
+        const size_t by_block = (place * TBN_DOT_ROWS + row % TBN_DOT_ROWS) * 4 + byte % 4;
+        const size_t by_row = ((group * steps + step) * blocks * TBN_DOT_ROWS + row) * TBN_DOT_BYTES + byte;
+        const size_t bit = tbn_dots_by_rows(kernels) ? by_row : by_block;
         index[bit / 8] = (uint8_t)(index[bit / 8] | (weights[i] > 0) << bit % 8);
     }
     return index;
 }
 
 /* What the zero of bytes adds to the sums of rows, taken off; [mixes][rows], mixed. */
-static int32_t *dot_corrections(const int8_t *bytes, size_t mixes, size_t rows, size_t row_bytes) {
+static int32_t *dot_corrections(const struct tbn_kernels *kernels, const int8_t *bytes, size_t mixes, size_t rows, size_t row_bytes) {
     int32_t *corrections = memory(mixes * rows * sizeof *corrections);
     for (size_t copy = 0; copy < mixes; copy++)
         for (size_t row = 0; row < rows; row++) {
@@ -131,7 +133,7 @@ static int32_t *dot_corrections(const int8_t *bytes, size_t mixes, size_t rows, 
             for (size_t mix = 0; mix < mixes; mix++)
                 for (size_t i = 0; i < row_bytes; i++)
                     sum += hadamard(copy, mix) * bytes[(mix * rows + row) * row_bytes + i];
-            corrections[copy * rows + row] = -TBN_DOT_ZERO * sum;
+            corrections[copy * rows + row] = tbn_dots_by_rows(kernels) ? 0 : -TBN_DOT_ZERO * sum;
         }
     return corrections;
 }
@@ -165,8 +167,8 @@ static int check_linear(const struct tbn_kernels *kernels, int activation) {
         for (size_t i = 0; i < rows * inputs; i++)
             spread[i / columns * row_bytes + i % columns] = signs[i];
         struct tbn_linear dots = layer;
-        uint8_t *order = dot_index(spread, mixes, rows, steps);
-        int32_t *corrections = dot_corrections(spread, mixes, rows, row_bytes);
+        uint8_t *order = dot_index(kernels, spread, mixes, rows, steps);
+        int32_t *corrections = dot_corrections(kernels, spread, mixes, rows, row_bytes);
         dots.index = order;
         dots.corrections = corrections;
         wrong += tbn_linear_dots(&dots, x, out, tokens, alpha, bias, scale_of_all, between(1, 3)) != TBN_OK;
@@ -215,8 +217,8 @@ static int conv_dots(struct tbn_conv *layer, const int8_t *signs, size_t group, 
                     signs[row * columns + (c / group * taps + tap) * group + c % group];
         }
     }
-    uint8_t *order = dot_index(bytes, mixes, rows, row_bytes / TBN_DOT_BYTES);
-    int32_t *corrections = dot_corrections(bytes, mixes, rows, row_bytes);
+    uint8_t *order = dot_index(layer->kernels, bytes, mixes, rows, row_bytes / TBN_DOT_BYTES);
+    int32_t *corrections = dot_corrections(layer->kernels, bytes, mixes, rows, row_bytes);
     struct tbn_conv dots = *layer;
     dots.index = order;
     dots.corrections = corrections;
@@ -264,7 +266,7 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
         make_special(x + sample * size, size);
     int wrong = 0;
     size_t position = 1, channel_step = plane; /* between outputs of one channel, and of one position */
-    if (tbn_has_dots(kernels) && random_below(2)) {
+    if (tbn_has_dots(kernels) && (integer || tbn_dot_floats(kernels)) && random_below(2)) {
         wrong += conv_dots(&layer, signs, group, x, out, samples, height, width, alpha, scale_of_all);
         if (layer.channels_last) {
             position = mixes * rows;

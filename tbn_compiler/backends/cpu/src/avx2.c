@@ -11,11 +11,10 @@
 #define TARGET __attribute__((target("avx2,bmi2")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
+#include "common256.h"
+
 /* Keeps a value in a register: the compiler would load tables once for each use, and hoist shuffles out of order. */
 #define IN_REGISTER(value) __asm__("" : "+x"(value))
-
-/* The next loop is unrolled: its variables are registers. */
-#define UNROLL _Pragma("GCC unroll 8")
 
 enum { F32_GROUP = 3, F32_GROUPS = 10, F32_ROWS = 8, I16_GROUP = 4, I16_GROUPS = 2, I16_ROWS = 32, TABLE = 32 };
 enum { MAX_LANES = 4, MAX_BLOCKS = 4 };
@@ -85,13 +84,6 @@ INLINE void lookup_block_f32(const struct tbn_lookup *job, const char *index, co
     UNROLL for (size_t lane = 0; lane < lanes; lane++)
         UNROLL for (size_t b = 0; b < blocks; b++)
             _mm256_storeu_ps(z + lane * job->z_stride + b * F32_ROWS, sum[lane][b]);
-}
-
-INLINE void store_i32(int32_t *z, __m128i sums16, int accumulate) {
-    __m256i sums = _mm256_cvtepi16_epi32(sums16);
-    if (accumulate)
-        sums = _mm256_add_epi32(sums, _mm256_loadu_si256((const __m256i *)(const void *)z));
-    _mm256_storeu_si256((__m256i *)(void *)z, sums);
 }
 
 /* Interleaving bytes works on halves: `sum` holds rows 0-7 and 16-23 first, and then rows 8-15 and 24-31. */
@@ -178,58 +170,6 @@ TARGET static void lookup_i16(const struct tbn_lookup *job) {
         lookup_lanes_i16(job, lane, 1);
 }
 
-typedef struct {
-    __m256 low, high;
-} batch;
-
-INLINE batch batch_zero(void) {
-    return (batch){_mm256_setzero_ps(), _mm256_setzero_ps()};
-}
-
-INLINE batch batch_load(const float *x) {
-    return (batch){_mm256_load_ps(x), _mm256_load_ps(x + 8)};
-}
-
-INLINE void batch_store(float *x, batch value) {
-    _mm256_store_ps(x, value.low);
-    _mm256_store_ps(x + 8, value.high);
-}
-
-INLINE batch batch_add(batch a, batch b) {
-    return (batch){_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
-}
-
-INLINE batch batch_subtract(batch a, batch b) {
-    return (batch){_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
-}
-
-/* Eight rows and columns: interleaved within 16 bytes in two steps, then halves of vectors change places. */
-INLINE void transpose_eight(const float *in, size_t in_stride, float *out, size_t out_stride) {
-    __m256 a[8], b[8];
-    UNROLL for (int i = 0; i < 8; i++)
-        a[i] = _mm256_loadu_ps(in + (size_t)i * in_stride);
-    UNROLL for (int i = 0; i < 8; i += 2) {
-        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-    }
-    UNROLL for (int i = 0; i < 8; i += 4) {
-        UNROLL for (int j = 0; j < 2; j++) {
-            a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
-            a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
-        }
-    }
-    UNROLL for (int j = 0; j < 4; j++) {
-        _mm256_storeu_ps(out + (size_t)j * out_stride, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
-        _mm256_storeu_ps(out + (size_t)(4 + j) * out_stride, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
-    }
-}
-
-INLINE void transpose_block(const float *in, size_t in_stride, float *out, size_t out_stride) {
-    for (size_t row = 0; row < TBN_BATCH; row += 8)
-        for (size_t column = 0; column < TBN_BATCH; column += 8)
-            transpose_eight(in + row * in_stride + column, in_stride, out + column * out_stride + row, out_stride);
-}
-
 #include "sums.h"
 
 TARGET static void mix_f32(float *z, size_t mixes, size_t count) {
@@ -264,7 +204,7 @@ TARGET static float quantize(const float *x, size_t count, int binary, const flo
 
 const struct tbn_kernels tbn_avx2 = {
     .name = "avx2",
-    .dots = NULL,
+    .dots = &tbn_dots_avx2,
     .attention = NULL,
     .f32 = {.rows = F32_ROWS, .word_bytes = 4, .groups = F32_GROUPS, .group = F32_GROUP, .table_bytes = TABLE},
     .i16 = {.rows = I16_ROWS, .word_bytes = 1, .groups = I16_GROUPS, .group = I16_GROUP, .table_bytes = TABLE},

@@ -9,9 +9,18 @@ TBN_INLINE void take_every(const uint8_t *bytes, size_t count, size_t mixes, uin
         out[i] = bytes[i * mixes];
 }
 
+/* The same of floats. */
+static void take_every_float(const uint8_t *bytes, size_t count, size_t mixes, uint8_t *restrict out) {
+    for (size_t i = 0; i < count; i++)
+        memcpy(out + i * sizeof(float), bytes + i * mixes * sizeof(float), sizeof(float));
+}
+
 /* Deals the bytes of one token or position out to its column groups, `count` each, which lie `apart` bytes apart. */
-static void deal_out(const uint8_t *bytes, size_t count, size_t mixes, uint8_t *out, size_t apart) {
-    for (size_t mix = 0; mix < mixes; mix++, out += apart)
+static void deal_out(const struct call *call, const uint8_t *bytes, size_t count, uint8_t *out, size_t apart) {
+    const size_t mixes = call->mixes;
+    for (size_t mix = 0; call->value_bytes > 1 && mix < mixes; mix++, out += apart)
+        take_every_float(bytes + mix * sizeof(float), count, mixes, out);
+    for (size_t mix = 0; call->value_bytes == 1 && mix < mixes; mix++, out += apart)
         switch (mixes) { /* numbers that the compiler knows make vectors */
         case 1: memcpy(out, bytes, count); break;
         case 2: take_every(bytes + mix, count, 2, out); break;
@@ -53,8 +62,8 @@ static void fill_row_of_planes(const struct call *call, const float *x, float fa
 static void fill_row(const struct call *call, const float *x, float factor, uint8_t *row) {
     const struct tbn_conv *layer = call->conv;
     const size_t images = call->groups * call->mixes, channels = images * layer->channels;
-    const size_t count = call->width * channels, apart = call->unfolded ? call->unfolded_bytes : call->limb_bytes;
-    if (images == 1 && call->unfolded_pixel == channels) {
+    const size_t size = call->value_bytes, count = call->width * channels, apart = call->unfolded ? call->unfolded_bytes : call->limb_bytes;
+    if (images == 1 && call->unfolded_pixel == channels * size) {
         call->dots->bytes(x, count, call->activation, factor, row, apart);
         return;
     }
@@ -62,13 +71,13 @@ static void fill_row(const struct call *call, const float *x, float factor, uint
     for (size_t limb = 0; limb < call->limbs; limb++, row += apart) {
         const uint8_t *whole = call->whole + limb * call->whole_bytes;
         if (images == 1) {
-            spread(whole, call->width, channels, row, call->unfolded_pixel);
+            spread(whole, call->width, channels * size, row, call->unfolded_pixel);
             continue;
         }
         const size_t group_channels = layer->channels * call->mixes;
         for (size_t i = 0; i < call->width * call->groups; i++) {
             const size_t group = i % call->groups;
-            deal_out(whole + i * group_channels, layer->channels, call->mixes,
+            deal_out(call, whole + i * group_channels * size, layer->channels,
                      row + group * call->mixes * call->unfolded_image + i / call->groups * call->unfolded_pixel,
                      call->unfolded_image);
         }
@@ -135,5 +144,5 @@ void tbn_fill_token(const struct call *call, size_t token) {
     uint8_t *out = call->bytes + token * call->pixel_bytes;
     call->dots->bytes(x, layer->inputs, call->activation, factor, call->mixes == 1 ? out : call->whole, 0);
     if (call->mixes > 1)
-        deal_out(call->whole, layer->inputs / call->mixes, call->mixes, out, call->image_bytes);
+        deal_out(call, call->whole, layer->inputs / call->mixes, out, call->image_bytes);
 }

@@ -8,7 +8,8 @@
  * one group, or a few tokens.
  *
  * Each limb of floats has images of its own, and its tiles stand behind those of the limb before: products do not know of
- * limbs, and weights are made bytes once for all. Samples that limbs do not stand for are looked up at the end.
+ * limbs, and weights are made bytes once for all. Samples that limbs do not stand for are looked up at the end. Levels that
+ * multiply floats as they are have images of floats, and what is said of bytes goes for these.
  */
 #include <math.h>
 #include <string.h>
@@ -22,9 +23,14 @@ enum { SUMS_BUDGET = 192 * 1024, TOKEN_TILES = 8 };
 /* Buffers of one thread. */
 struct buffers {
     const uint8_t **tiles; /* as struct tbn_dot has them, [limb] */
-    int8_t *weights; /* of two blocks */
-    int32_t *z;      /* [column group][limb][tile][input][row]; floats once limbs are put together */
+    int8_t *weights; /* room, as struct tbn_dot has it */
+    int32_t *z;      /* [column group][limb][tile][input][row]; floats once limbs are put together, or of floats as they are */
 };
+
+/* Whether inputs are floats as they are. */
+static int is_float(const struct call *call) {
+    return call->value_bytes == sizeof(float);
+}
 
 /* Sums of one column group in `tiles` tiles. */
 static size_t z_size(const struct call *call, size_t tiles) {
@@ -39,7 +45,7 @@ static size_t pointers(const struct call *call, size_t tiles) {
 static size_t take_buffers(const struct call *call, char *base, struct buffers *buffers) {
     struct tbn_scratch scratch = {base, 0};
     buffers->tiles = tbn_take(&scratch, call->limbs * pointers(call, call->tiles) * sizeof *buffers->tiles);
-    buffers->weights = tbn_take(&scratch, 2 * call->steps * TBN_DOT_STEP);
+    buffers->weights = tbn_take(&scratch, call->dots->room(call->steps, call->blocks));
     buffers->z = tbn_take(&scratch, call->mixes * z_size(call, call->limbs * call->tiles) * sizeof(int32_t));
     return scratch.used;
 }
@@ -87,11 +93,14 @@ static void multiply(const struct call *call, const struct buffers *buffers, con
         /* The last tile of a limb may not be filled, but all of it is mixed. */
         for (size_t limb = 1; call->mixes > 1 && limb <= call->limbs; limb++)
             memset(job.z + limb * z_size(call, tiles) - z_size(call, 1), 0, z_size(call, 1) * sizeof(int32_t));
-        call->dots->multiply(&job);
+        (is_float(call) ? call->dots->multiply_floats : call->dots->multiply)(&job);
         for (size_t i = 0; mix + 1 < call->mixes && i < pointers(call, count); i++)
             buffers->tiles[i] = moved(buffers->tiles[i], apart);
     }
-    call->kernels->mix_i32(buffers->z, call->mixes, z_mix);
+    if (is_float(call))
+        call->kernels->mix_f32((float *)(void *)buffers->z, call->mixes, z_mix);
+    else
+        call->kernels->mix_i32(buffers->z, call->mixes, z_mix);
     for (size_t mix = 0; call->limbs > 1 && mix < call->mixes; mix++)
         call->dots->combine(buffers->z + mix * z_mix, call->blocks * TBN_DOT_ROWS, z_size(call, tiles),
                             corrections + mix * call->rows, call->rows, tiles * TBN_DOT_INPUTS);
@@ -182,7 +191,7 @@ static void conv_band(const struct call *call, const struct buffers *buffers, si
             const size_t count = tbn_min(some, layer->channels_out - j);
             const int32_t *z = buffers->z + mix * z_size(call, call->limbs * tiles) + tile * TBN_DOT_INPUTS * z_row;
             const struct tbn_dot_finish finish = {
-                .correction = call->limbs > 1 ? NULL : corrections + mix * call->rows,
+                .correction = call->activation == TBN_FLOAT ? NULL : corrections + mix * call->rows,
                 .alpha = call->alphas + channel,
                 .bias = call->bias ? call->bias + channel : NULL,
                 .scales = call->scales + sample,
@@ -257,12 +266,12 @@ static void run(void *argument) {
     tbn_free(memory);
 }
 
-/* The steps of a run of `bytes` bytes, a multiple of 4, `at` bytes from an input; written unless `places` is NULL. */
-static size_t find_steps(size_t bytes, size_t at, struct tbn_dot_step *places) {
-    const size_t steps = tbn_ceil_divide(bytes, TBN_DOT_BYTES);
+/* The steps of a run of so many values, a multiple of 4, `at` bytes from an input; written unless `places` is NULL. */
+static size_t find_steps(const struct call *call, size_t values, size_t at, struct tbn_dot_step *places) {
+    const size_t steps = tbn_ceil_divide(values, TBN_DOT_BYTES);
     for (size_t i = 0; places && i < steps; i++) {
-        places[i].offset = at + i * TBN_DOT_BYTES;
-        places[i].fours = tbn_min(TBN_DOT_BYTES, bytes - i * TBN_DOT_BYTES) / 4;
+        places[i].offset = at + i * TBN_DOT_BYTES * call->value_bytes;
+        places[i].fours = tbn_min(TBN_DOT_BYTES, values - i * TBN_DOT_BYTES) / 4;
     }
     return steps;
 }
@@ -271,11 +280,11 @@ static size_t find_steps(size_t bytes, size_t at, struct tbn_dot_step *places) {
 static size_t conv_steps(const struct call *call, struct tbn_dot_step *places) {
     const struct tbn_conv *layer = call->conv;
     const size_t runs = layer->dilation[1] == 1 ? 1 : layer->kernel[1]; /* of a row */
-    const size_t bytes = layer->kernel[1] / runs * call->pixel_bytes;
+    const size_t values = layer->kernel[1] / runs * call->pixel_bytes / call->value_bytes;
     size_t steps = 0;
     for (size_t y = 0; y < (layer->folded ? 1 : layer->kernel[0]); y++)
         for (size_t x = 0; x < runs; x++)
-            steps += find_steps(bytes,
+            steps += find_steps(call, values,
                                 y * layer->dilation[0] * call->row_bytes + x * layer->dilation[1] * call->pixel_bytes,
                                 places ? places + steps : NULL);
     return steps;
@@ -310,10 +319,10 @@ static int look_up_sample(const struct call *call, size_t sample, size_t threads
     return status;
 }
 
-/* Looks up what limbs do not stand for, each sample on its own, so that no other one changes its result. */
+/* Looks up what limbs or sums of floats do not stand for, each sample on its own, so that no other one changes its result. */
 static int look_up(const struct call *call, size_t threads) {
     int status = TBN_OK;
-    for (size_t sample = 0; call->limbs > 1 && status == TBN_OK && sample < call->samples; sample++)
+    for (size_t sample = 0; call->activation == TBN_FLOAT && status == TBN_OK && sample < call->samples; sample++)
         if (isnan(call->scales[sample]))
             status = look_up_sample(call, sample, threads);
     return status;
@@ -362,7 +371,7 @@ static int compute(struct call *call, size_t threads, size_t outputs, size_t alp
             call->bytes = image;
     }
     for (size_t limb = 0; !given && limb < call->limbs; limb++) {
-        const int zero = limb ? 0 : TBN_DOT_ZERO;
+        const int zero = limb || is_float(call) ? 0 : TBN_DOT_ZERO;
         uint8_t *of_limb = call->bytes + limb * call->limb_bytes;
         if (folded) {
             memset(call->unfolded + limb * call->unfolded_bytes, zero, call->unfolded_bytes);
@@ -373,7 +382,7 @@ static int compute(struct call *call, size_t threads, size_t outputs, size_t alp
     if (call->conv)
         conv_steps(call, call->places);
     else
-        find_steps(call->pixel_bytes, 0, call->places);
+        find_steps(call, call->pixel_bytes, 0, call->places);
     for (size_t sample = 0; !given && sample < call->samples; sample++) {
         if (call->conv)
             tbn_make_images(call, sample);
@@ -394,7 +403,7 @@ int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, 
     struct call call = {
         .dots = layer->kernels->dots, .kernels = layer->kernels, .linear = layer, .x = x, .out = out, .alpha = alpha,
         .bias = bias, .scale = scale,
-        .activation = (enum tbn_activation)layer->activation, .limbs = 1,
+        .activation = (enum tbn_activation)layer->activation, .limbs = 1, .value_bytes = 1,
         .rows = layer->rows, .blocks = tbn_ceil_divide(layer->rows, TBN_DOT_ROWS), .groups = 1, .mixes = layer->mixes,
         .samples = tokens, .pixel_bytes = tbn_round_up(columns, TBN_DOT_BYTES),
     };
@@ -414,14 +423,16 @@ int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, 
 static int convolve(const struct tbn_conv *layer, const float *x, float *out, const struct tbn_conv_input *input,
                     const struct tbn_store *store, size_t samples, size_t height, size_t width, const float *alpha,
                     const float *bias, const float *scale, size_t threads) {
+    const int floats = layer->activation == TBN_FLOAT, as_they_are = floats && layer->kernels->dots->multiply_floats;
     struct call call = {
         .dots = layer->kernels->dots, .kernels = layer->kernels, .conv = layer, .x = x, .out = out, .store = store,
         .input = input, .alpha = alpha, .bias = bias, .scale = scale,
-        .activation = (enum tbn_activation)layer->activation, .limbs = layer->activation == TBN_FLOAT ? TBN_LIMBS : 1,
+        .activation = (enum tbn_activation)layer->activation, .limbs = floats && !as_they_are ? TBN_LIMBS : 1,
+        .value_bytes = as_they_are ? sizeof(float) : 1,
         .rows = layer->rows, .blocks = tbn_ceil_divide(layer->rows, TBN_DOT_ROWS), .groups = layer->groups,
         .mixes = layer->mixes, .samples = samples, .height = height, .width = width,
         .out_height = tbn_output_size(layer, 0, height), .out_width = tbn_output_size(layer, 1, width),
-        .unfolded_pixel = tbn_round_up(layer->channels, 4), .row_step = layer->folded ? 1 : layer->stride[0],
+        .unfolded_pixel = tbn_round_up(layer->channels, 4) * (as_they_are ? sizeof(float) : 1), .row_step = layer->folded ? 1 : layer->stride[0],
     };
     if (samples == 0)
         return TBN_OK;
@@ -446,10 +457,10 @@ static int convolve(const struct tbn_conv *layer, const float *x, float *out, co
     call.bands = tbn_ceil_divide(call.out_height, call.band_rows);
     call.tiles = band_tiles(&call, call.band_rows);
     call.units = samples * call.groups * call.bands;
-    const size_t slack = tbn_slack(layer, call.pixel_bytes);
+    const size_t slack = tbn_slack(layer, call.pixel_bytes, call.value_bytes);
     return compute(&call, threads, call.groups * layer->channels_out, layer->alpha_rows,
                    samples * call.groups * call.mixes, slack,
-                   layer->channels_last ? width * call.groups * layer->channels * call.mixes : 0);
+                   layer->channels_last ? width * call.groups * layer->channels * call.mixes * call.value_bytes : 0);
 }
 
 int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,

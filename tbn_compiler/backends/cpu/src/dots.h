@@ -51,6 +51,7 @@ struct call {
     const float *scale;  /* of all inputs, or NULL */
     enum tbn_activation activation;
     size_t limbs;        /* 1, or TBN_LIMBS */
+    size_t value_bytes;  /* of an input: 1, or those of a float as it is, of which all below speaks as bytes */
     /* Images [limb][sample][group][column group][height][width][channel], or [column group][token][column]. */
     uint8_t *bytes;
     size_t limb_bytes;
@@ -83,8 +84,9 @@ int tbn_conv_store(const struct tbn_conv *layer, const struct tbn_conv_input *in
 
 /* Bytes behind an image that products of `layer` may read: the last inputs of the last tile, and the last step of the last
    run, end there. */
-static inline size_t tbn_slack(const struct tbn_conv *layer, size_t pixel_bytes) {
-    return (TBN_DOT_INPUTS * layer->stride[1] + layer->kernel[1] * layer->dilation[1]) * pixel_bytes + TBN_DOT_BYTES;
+static inline size_t tbn_slack(const struct tbn_conv *layer, size_t pixel_bytes, size_t value_bytes) {
+    return (TBN_DOT_INPUTS * layer->stride[1] + layer->kernel[1] * layer->dilation[1]) * pixel_bytes +
+           TBN_DOT_BYTES * value_bytes;
 }
 
 #endif

@@ -18,6 +18,12 @@ enum { FOURS = TBN_DOT_BYTES / 4 };
 static void nothing(void) {
 }
 
+/* The weights of two blocks as bytes. */
+static size_t room(size_t steps, size_t blocks) {
+    (void)blocks;
+    return 2 * steps * TBN_DOT_STEP;
+}
+
 /* The weights of `blocks` blocks from `block` on as bytes. */
 INLINE void expand(const struct tbn_dot *job, size_t block, size_t blocks) {
     const __m512i plus = _mm512_set1_epi8(1), minus = _mm512_set1_epi8(-1), zero = _mm512_setzero_si512();
@@ -439,7 +445,7 @@ TARGET static void finish_by_rows(const struct tbn_dot_finish *job, const int32_
 }
 
 #define SHARED \
-    .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, .combine = combine, \
+    .room = room, .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, .combine = combine, \
     .finish_inputs = finish_inputs, .finish_rows = finish_by_rows, .store_inputs = store_inputs, \
     .max_bytes = max_bytes, .max_floats = max_floats
 

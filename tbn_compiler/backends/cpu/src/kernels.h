@@ -119,7 +119,7 @@ struct tbn_dot {
     size_t steps;
     const uint64_t *index; /* bits of the weights, set for +1: [block][step][TBN_DOT_BYTES / 4], a bit for each byte */
     size_t blocks;
-    int8_t *weights; /* room for those of two blocks as bytes */
+    int8_t *weights; /* room, for those of two blocks as bytes or for tables */
     int32_t *z;      /* [tile][TBN_DOT_INPUTS][blocks * TBN_DOT_ROWS] */
 };
 
@@ -149,14 +149,21 @@ struct tbn_dot_store {
 
 struct tbn_dots {
     int gathers;
+    int by_rows; /* bits of the weights: [step][row], those of a row in a word; and sums are of integers, not of bytes, so that
+                    nothing is taken off */
     /* A thread calls these before and after its products. */
     void (*begin)(void);
     void (*end)(void);
+    /* Bytes of room that a product takes, of so many steps and blocks. */
+    size_t (*room)(size_t steps, size_t blocks);
     void (*multiply)(const struct tbn_dot *job);
+    /* The same of floats in the place of bytes, and sums in floats; NULL: floats are limbs. */
+    void (*multiply_floats)(const struct tbn_dot *job);
     /* What stands for inputs: the scale, `*fixed` unless that is NULL or they stay floats, and the factor that makes them
-       integers, 0 where all of them become 0. The scale of floats is a NaN if they have to be looked up. */
+       integers, 0 where all of them become 0. The scale of floats is a NaN if they have to be looked up, and 1 if they stay
+       as they are. */
     float (*measure)(const float *x, size_t count, enum tbn_activation activation, const float *fixed, float *factor);
-    /* Limbs of floats lie `apart` bytes apart. */
+    /* Limbs of floats lie `apart` bytes apart; or floats stay as they are, 4 bytes each. */
     void (*bytes)(const float *x, size_t count, enum tbn_activation activation, float factor, uint8_t *out,
                   size_t apart);
     /* Bytes of `channels` planes `plane` elements apart, those of one position side by side, positions `stride` apart. */
@@ -213,7 +220,7 @@ extern const struct tbn_kernels tbn_portable;
 #if defined(TBN_X86)
 extern const struct tbn_kernels tbn_avx2;
 extern const struct tbn_kernels tbn_avx512, tbn_avx512vnni;
-extern const struct tbn_dots tbn_dots_vnni;
+extern const struct tbn_dots tbn_dots_avx2, tbn_dots_vnni;
 extern const struct tbn_attention_kernels tbn_attention_avx512;
 #if defined(TBN_AMX)
 extern const struct tbn_kernels tbn_avx512amx;

@@ -64,3 +64,11 @@ const struct tbn_dots *tbn_dots_of(const struct tbn_kernels *kernels) {
 int tbn_has_dots(const struct tbn_kernels *kernels) {
     return kernels->dots != NULL;
 }
+
+int tbn_dots_by_rows(const struct tbn_kernels *kernels) {
+    return kernels->dots && kernels->dots->by_rows;
+}
+
+int tbn_dot_floats(const struct tbn_kernels *kernels) {
+    return !kernels->dots ? 0 : kernels->dots->multiply_floats ? 2 : 1;
+}

@@ -71,7 +71,7 @@ static int find_sizes(const struct tbn_network *network, struct image *images) {
             *(axis ? &to->width : &to->height) = found;
         }
         if (step->kind == TBN_STEP_CONV)
-            from->slack = tbn_max(from->slack, tbn_slack(conv_of(step), network->values[step->input].channels));
+            from->slack = tbn_max(from->slack, tbn_slack(conv_of(step), network->values[step->input].channels, 1));
         if (step->added != TBN_NONE &&
             (images[step->added].height != to->height || images[step->added].width != to->width))
             return TBN_MISFIT;

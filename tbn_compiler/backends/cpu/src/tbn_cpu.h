@@ -8,7 +8,7 @@
 #include "kernels.h"
 
 /* Changes with anything below: a library left over from another version is not used. */
-enum { TBN_INTERFACE = 10 };
+enum { TBN_INTERFACE = 11 };
 
 TBN_EXPORT int tbn_interface(void);
 
@@ -102,8 +102,11 @@ TBN_EXPORT int tbn_linear_dots(const struct tbn_linear *layer, const float *x, f
 TBN_EXPORT int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
                              size_t width, const float *alpha, const float *bias, const float *scale, size_t threads);
 
-/* Whether kernels have `dots`. */
+/* Whether kernels have `dots`; whether these read the bits of weights by rows; and how they take floats: 0
+   not at all, 1 as limbs, 2 as they are. */
 TBN_EXPORT int tbn_has_dots(const struct tbn_kernels *kernels);
+TBN_EXPORT int tbn_dots_by_rows(const struct tbn_kernels *kernels);
+TBN_EXPORT int tbn_dot_floats(const struct tbn_kernels *kernels);
 
 /*
  * A layer with its operands, as the operators `tbn_cpu::linear` and `tbn_cpu::conv` take it: as the bytes of a tensor.

@@ -1,0 +1,213 @@
+/*
+ * Products of bytes on machines that have no instruction for them: the sums of four neighbouring bytes with every pattern of
+ * signs stand in tables in memory, those of a tile of inputs side by side, so that one load and addition is 4 products of
+ * TBN_DOT_INPUTS inputs. A row of weights is read as 4 bits a table.
+ *
+ * The including level defines `halves`, TBN_DOT_INPUTS integers of 16 bits, as one or more of its vectors; halves_zero,
+ * halves_load, halves_store, halves_add and halves_subtract for it; halves_keep, which the compiler does not see through;
+ * halves_widen, which writes or adds them to integers of 32 bits; spread_bytes, which puts what the bytes of the inputs of
+ * a tile stand for side by side, [byte][input], as halves, and spread_floats, the same with floats; `batch` and its functions
+ * as in sums.h; and transpose_block.
+ */
+#ifndef TBN_DOTS_TABLES_H
+#define TBN_DOTS_TABLES_H
+
+#include "generic.h"
+
+enum { FOURS = TBN_DOT_BYTES / 4, PATTERNS = 16, PAIR = 2 };
+
+/* Steps whose sums fit 16 bits: 4 x 64 x 127. */
+enum { NARROW_STEPS = 4 };
+
+/* The buffers of one multiplication. */
+struct tables {
+    int16_t *tables; /* [four][pattern][tile][input] */
+    int16_t *narrow; /* [row][tile][input] */
+    int32_t *wide;   /* the same */
+};
+
+TARGET static size_t table_room(size_t steps, size_t blocks) {
+    (void)steps;
+    return PAIR * TBN_DOT_INPUTS * (FOURS * PATTERNS * 2 + blocks * TBN_DOT_ROWS * (2 + 4));
+}
+
+/* The table of four bytes x [4][input] of one of `tiles` tiles; bit i of a pattern is the sign of x[i]. */
+INLINE void fill_table(const int16_t *x, int16_t *table, size_t tiles) {
+    const halves x0 = halves_load(x), x1 = halves_load(x + TBN_DOT_INPUTS), x2 = halves_load(x + 2 * TBN_DOT_INPUTS),
+                 x3 = halves_load(x + 3 * TBN_DOT_INPUTS);
+    const halves same = halves_add(x1, x0), differ = halves_subtract(x1, x0);
+    halves sums[8];
+    sums[7] = halves_add(x2, same);
+    sums[6] = halves_add(x2, differ);
+    sums[5] = halves_subtract(x2, differ);
+    sums[4] = halves_subtract(x2, same);
+    for (int i = 0; i < 4; i++)
+        sums[i] = halves_subtract(halves_zero(), sums[7 - i]);
+    for (size_t i = 0; i < 8; i++) {
+        halves_store(table + i * tiles * TBN_DOT_INPUTS, halves_subtract(sums[i], x3));
+        halves_store(table + (8 + i) * tiles * TBN_DOT_INPUTS, halves_add(sums[i], x3));
+    }
+}
+
+/* The tables of a step. */
+INLINE void fill_tables(const uint8_t *const *inputs, size_t offset, size_t fours, size_t tiles, int16_t *tables) {
+    for (size_t tile = 0; tile < tiles; tile++) {
+        _Alignas(TBN_ALIGN) int16_t x[TBN_DOT_BYTES * TBN_DOT_INPUTS];
+        spread_bytes(inputs + tile * TBN_DOT_INPUTS, offset, fours, x);
+        for (size_t four = 0; four < fours; four++)
+            fill_table(x + four * 4 * TBN_DOT_INPUTS, tables + (four * PATTERNS * tiles + tile) * TBN_DOT_INPUTS, tiles);
+    }
+}
+
+/* Adds what a row looks up. Bits are shifted to where they are the offset of an entry. */
+INLINE void look_up(uint64_t bits, const int16_t *tables, size_t fours, size_t tiles, halves *sum) {
+    const size_t entry = tiles * TBN_DOT_INPUTS * sizeof *tables, shift = tiles == 2 ? 6 : 5;
+    const char *table = (const char *)tables;
+    bits = bits << shift | bits >> (64 - shift);
+    for (size_t four = 0; four < fours; four++, table += PATTERNS * entry) {
+        const int16_t *found = (const int16_t *)(const void *)(table + (bits & (PATTERNS - 1) * entry));
+        bits = bits >> 4 | bits << 60;
+        for (size_t tile = 0; tile < tiles; tile++)
+            sum[tile] = halves_keep(halves_add(sum[tile], halves_load(found + tile * TBN_DOT_INPUTS)));
+        BITS_KEEP(bits);
+    }
+}
+
+/* All rows with the tables of one step; `first`, `last`: of the steps whose sums fit 16 bits; `adds` them to those before. */
+INLINE void add_rows(const uint64_t *bits, size_t rows, const struct tables *room, size_t fours, size_t tiles, int first,
+                     int last, int adds) {
+    int16_t *narrow = room->narrow;
+    int32_t *wide = room->wide;
+    for (size_t row = 0; row < rows; row++, narrow += tiles * TBN_DOT_INPUTS, wide += tiles * TBN_DOT_INPUTS) {
+        halves sum[PAIR];
+        for (size_t tile = 0; tile < tiles; tile++)
+            sum[tile] = first ? halves_zero() : halves_load(narrow + tile * TBN_DOT_INPUTS);
+        if (fours == FOURS)
+            look_up(bits[row], room->tables, FOURS, tiles, sum);
+        else
+            look_up(bits[row], room->tables, fours, tiles, sum);
+        for (size_t tile = 0; tile < tiles; tile++)
+            if (last)
+                halves_widen(wide + tile * TBN_DOT_INPUTS, sum[tile], adds);
+            else
+                halves_store(narrow + tile * TBN_DOT_INPUTS, sum[tile]);
+    }
+}
+
+/* `tiles` tiles of inputs. */
+INLINE void multiply_tiles(const struct tbn_dot *job, const uint8_t *const *inputs, size_t tiles, int32_t *z) {
+    const size_t rows = job->blocks * TBN_DOT_ROWS;
+    struct tables room;
+    room.tables = (int16_t *)(void *)job->weights;
+    room.narrow = room.tables + FOURS * PATTERNS * tiles * TBN_DOT_INPUTS;
+    room.wide = (int32_t *)(void *)(room.narrow + rows * tiles * TBN_DOT_INPUTS);
+    for (size_t step = 0; step < job->steps; step++) {
+        const size_t fours = job->places[step].fours;
+        const uint64_t *bits = job->index + step * rows;
+        const int first = step % NARROW_STEPS == 0, last = step % NARROW_STEPS == NARROW_STEPS - 1 || step + 1 == job->steps;
+        fill_tables(inputs, job->places[step].offset, fours, tiles, room.tables);
+        if (first && last)
+            add_rows(bits, rows, &room, fours, tiles, 1, 1, step >= NARROW_STEPS);
+        else if (first)
+            add_rows(bits, rows, &room, fours, tiles, 1, 0, 0);
+        else if (!last)
+            add_rows(bits, rows, &room, fours, tiles, 0, 0, 0);
+        else
+            add_rows(bits, rows, &room, fours, tiles, 0, 1, step >= NARROW_STEPS);
+    }
+    for (size_t tile = 0; tile < tiles; tile++)
+        for (size_t row = 0; row < rows; row += TBN_DOT_ROWS)
+            transpose_block((const float *)(const void *)(room.wide + (row * tiles + tile) * TBN_DOT_INPUTS),
+                            tiles * TBN_DOT_INPUTS, (float *)(void *)(z + tile * TBN_DOT_INPUTS * rows + row), rows);
+}
+
+/* Inputs of tiles; nobody reads what comes of those that take the place of none. */
+INLINE void find_inputs(const uint8_t *const *tiles, size_t count, const uint8_t **inputs) {
+    for (size_t i = 0; i < count; i++)
+        inputs[i] = tiles[i] ? tiles[i] : tiles[0];
+}
+
+TARGET static void multiply_tables(const struct tbn_dot *job) {
+    const size_t z_tile = TBN_DOT_INPUTS * job->blocks * TBN_DOT_ROWS;
+    const uint8_t *inputs[PAIR * TBN_DOT_INPUTS];
+    for (size_t tile = 0; tile < job->count; tile += PAIR) {
+        const size_t tiles = job->count - tile < PAIR ? 1 : PAIR;
+        find_inputs(job->tiles + tile * TBN_DOT_INPUTS, tiles * TBN_DOT_INPUTS, inputs);
+        if (tiles == PAIR)
+            multiply_tiles(job, inputs, PAIR, job->z + tile * z_tile);
+        else
+            multiply_tiles(job, inputs, 1, job->z + tile * z_tile);
+    }
+}
+
+/* Room for tables of floats, and for their sums. */
+INLINE float *float_sums(const struct tbn_dot *job) {
+    return (float *)(void *)job->weights + FOURS * PATTERNS * TBN_DOT_INPUTS;
+}
+
+/* The table of four floats x [4][input]. Numbers are finite: x0 - x0 is 0. */
+INLINE void fill_float_table(const float *x, float *table) {
+    const batch x0 = batch_load(x), x1 = batch_load(x + TBN_DOT_INPUTS), x2 = batch_load(x + 2 * TBN_DOT_INPUTS),
+                x3 = batch_load(x + 3 * TBN_DOT_INPUTS);
+    const batch same = batch_add(x1, x0), differ = batch_subtract(x1, x0);
+    batch sums[8];
+    sums[7] = batch_add(x2, same);
+    sums[6] = batch_add(x2, differ);
+    sums[5] = batch_subtract(x2, differ);
+    sums[4] = batch_subtract(x2, same);
+    for (int i = 0; i < 4; i++)
+        sums[i] = batch_subtract(batch_zero(), sums[7 - i]);
+    for (size_t i = 0; i < 8; i++) {
+        batch_store(table + i * TBN_DOT_INPUTS, batch_subtract(sums[i], x3));
+        batch_store(table + (8 + i) * TBN_DOT_INPUTS, batch_add(sums[i], x3));
+    }
+}
+
+/* As look_up. */
+INLINE batch look_up_floats(uint64_t bits, const float *tables, size_t fours, batch sum) {
+    const size_t entry = TBN_DOT_INPUTS * sizeof *tables;
+    const char *table = (const char *)tables;
+    bits = bits << 6 | bits >> 58;
+    for (size_t four = 0; four < fours; four++, table += PATTERNS * entry) {
+        const float *found = (const float *)(const void *)(table + (bits & (PATTERNS - 1) * entry));
+        bits = bits >> 4 | bits << 60;
+        sum = batch_add(sum, batch_load(found));
+        BITS_KEEP(bits);
+    }
+    return sum;
+}
+
+/* A tile of inputs. */
+INLINE void multiply_float_tile(const struct tbn_dot *job, const uint8_t *const *inputs, float *z) {
+    const size_t rows = job->blocks * TBN_DOT_ROWS;
+    float *tables = (float *)(void *)job->weights, *sums = float_sums(job);
+    for (size_t step = 0; step < job->steps; step++) {
+        _Alignas(TBN_ALIGN) float x[TBN_DOT_BYTES * TBN_DOT_INPUTS];
+        const size_t fours = job->places[step].fours;
+        const uint64_t *bits = job->index + step * rows;
+        spread_floats(inputs, job->places[step].offset, fours, x);
+        for (size_t four = 0; four < fours; four++)
+            fill_float_table(x + four * 4 * TBN_DOT_INPUTS, tables + four * PATTERNS * TBN_DOT_INPUTS);
+        for (size_t row = 0; row < rows; row++) {
+            batch sum = step ? batch_load(sums + row * TBN_DOT_INPUTS) : batch_zero();
+            if (fours == FOURS)
+                sum = look_up_floats(bits[row], tables, FOURS, sum);
+            else
+                sum = look_up_floats(bits[row], tables, fours, sum);
+            batch_store(sums + row * TBN_DOT_INPUTS, sum);
+        }
+    }
+    for (size_t row = 0; row < rows; row += TBN_DOT_ROWS)
+        transpose_block(sums + row * TBN_DOT_INPUTS, TBN_DOT_INPUTS, z + row, rows);
+}
+
+TARGET static void multiply_float_tables(const struct tbn_dot *job) {
+    const size_t z_tile = TBN_DOT_INPUTS * job->blocks * TBN_DOT_ROWS;
+    for (size_t tile = 0; tile < job->count; tile++) {
+        const uint8_t *inputs[TBN_DOT_INPUTS];
+        find_inputs(job->tiles + tile * TBN_DOT_INPUTS, TBN_DOT_INPUTS, inputs);
+        multiply_float_tile(job, inputs, (float *)(void *)(job->z + tile * z_tile));
+    }
+}
+
+#endif
