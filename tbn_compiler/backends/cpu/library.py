@@ -240,11 +240,23 @@ def has_dots(name: str | None) -> bool:
 
 
 @functools.cache
+def has_limbs(name: str | None) -> bool:
+    """Whether a level multiplies floats as several bytes each."""
+    return _dot_floats(name) == 1
+
+
+@functools.cache
 def keeps_floats(name: str | None) -> bool:
-    """Whether a level that multiplies bytes multiplies floats as they are as well, not as several bytes each."""
+    """Whether a level that multiplies bytes multiplies floats as they are as well."""
+    return _dot_floats(name) == 2
+
+
+def _dot_floats(name: str | None) -> int:
+    """What ``tbn_dot_floats`` says of a level."""
     library, _ = load()
-    as_they_are = 2
-    return has_dots(name) and library.tbn_dot_floats(library.tbn_level((name or "").encode())) == as_they_are
+    if library is None or name is None:
+        return 0
+    return int(library.tbn_dot_floats(library.tbn_level(name.encode())))
 
 
 def has_attention(name: str | None) -> bool:

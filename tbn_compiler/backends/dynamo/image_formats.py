@@ -1,6 +1,6 @@
 """Images in the ``channels_last`` format between convolutions whose kernels read and write them so.
 
-Convolutions of int8 activations that multiply bytes (``docs/cpu.md``) have the channels of a position side by side;
+Convolutions that multiply bytes, or floats as they are (``docs/cpu.md``), have the channels of a position side by side;
 images in planes are transposed on the way in and out. In a network of several, the values between them stay in that
 format: an image is brought into it before the first convolution, and back where anything but pooling and functions of
 each element reads it, so that whoever looks at strides finds those of the graph that was captured.
@@ -81,7 +81,10 @@ def _by_planes(node: fx.Node) -> bool | None:
 
 def _multiplies_bytes(gm: fx.GraphModule, node: fx.Node) -> bool:
     call = tiled_call(node)
-    if call is None or call.kind != "conv2d" or call.activation == "float" or not library.has_dots(library.level()):
+    level = library.level()
+    if call is None or call.kind != "conv2d" or not library.has_dots(level):
+        return False
+    if call.activation == "float" and not library.keeps_floats(level):
         return False
     tile = attribute(gm, call.arguments["tile"])
     return tile is not None and tile.device.type == "cpu" and call.groups == 1

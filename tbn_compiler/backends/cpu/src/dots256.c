@@ -38,7 +38,12 @@ INLINE halves halves_keep(halves value) {
     return value;
 }
 
-#define BITS_KEEP(bits) __asm__("" : "+r"(bits))
+INLINE batch batch_keep(batch value) {
+    __asm__("" : "+x"(value.low), "+x"(value.high));
+    return value;
+}
+
+#define REGISTER_KEEP(value) __asm__("" : "+r"(value))
 
 INLINE void halves_widen(int32_t *z, halves sums, int adds) {
     store_i32(z, _mm256_castsi256_si128(sums), adds);
@@ -100,6 +105,7 @@ INLINE void spread_floats(const uint8_t *const *inputs, size_t offset, size_t fo
 
 #include "dots_plain.h"
 #include "dots_tables.h"
+#include "float_tables.h"
 
 /* Eight integers of int8 from -127 to 127, as floats are rounded: halves to even. */
 INLINE __m256i integers_of(__m256 x, __m256 factor) {
@@ -159,17 +165,23 @@ INLINE __m256 stored(const struct tbn_dot_finish *job, const struct tbn_dot_stor
     return store->relu ? _mm256_max_ps(_mm256_setzero_ps(), value) : value;
 }
 
-/* As many rows as there are sixteens of them, as bytes alone; returns how many these are. */
+/* As many rows as there are sixteens of them; returns how many these are. */
 INLINE size_t store_sixteens(const struct tbn_dot_finish *job, const struct tbn_dot_store *store, const int32_t *z,
-                             size_t z_stride, size_t rows, size_t inputs, int rounds, int has_bias, int adds) {
+                             size_t z_stride, size_t rows, size_t inputs, int rounds, int has_bias, int adds, int keeps,
+                             int makes_bytes) {
     const size_t whole = rows - rows % 16;
     const __m256 factor = _mm256_set1_ps(store->factor);
     for (size_t i = 0; i < inputs; i++, z += z_stride)
         for (size_t row = 0; row < whole; row += 16) {
             const __m256 low = stored(job, store, z, row, i, rounds, has_bias, adds);
             const __m256 high = stored(job, store, z, row + 8, i, rounds, has_bias, adds);
-            _mm_storeu_si128((__m128i *)(void *)(store->bytes + i * store->bytes_step + row),
-                             bytes_of_integers(integers_of(low, factor), integers_of(high, factor)));
+            if (keeps) {
+                _mm256_storeu_ps(store->floats + i * store->floats_step + row, low);
+                _mm256_storeu_ps(store->floats + i * store->floats_step + row + 8, high);
+            }
+            if (makes_bytes)
+                _mm_storeu_si128((__m128i *)(void *)(store->bytes + i * store->bytes_step + row),
+                                 bytes_of_integers(integers_of(low, factor), integers_of(high, factor)));
         }
     return whole;
 }
@@ -194,15 +206,16 @@ static void store_rest(const struct tbn_dot_finish *job, const struct tbn_dot_st
 TARGET static void store_inputs256(const struct tbn_dot_finish *job, const struct tbn_dot_store *store, const int32_t *z,
                                    size_t z_stride, size_t rows, size_t inputs) {
     const int rounds = store->rounded_factor != 0.0f, adds = store->added ? 1 : store->added_bytes ? 2 : 0;
-    size_t done = 0;
-    if (store->bytes && !store->floats && job->bias) {
-        if (adds == 2 && rounds)
-            done = store_sixteens(job, store, z, z_stride, rows, inputs, 1, 1, 2);
-        else if (adds == 2)
-            done = store_sixteens(job, store, z, z_stride, rows, inputs, 0, 1, 2);
-        else if (adds == 0 && !rounds)
-            done = store_sixteens(job, store, z, z_stride, rows, inputs, 0, 1, 0);
-    }
+    const int keeps = store->floats != NULL, makes_bytes = store->bytes != NULL, has_bias = job->bias != NULL;
+    size_t done;
+    if (makes_bytes && !keeps && has_bias && adds == 2 && rounds)
+        done = store_sixteens(job, store, z, z_stride, rows, inputs, 1, 1, 2, 0, 1);
+    else if (makes_bytes && !keeps && has_bias && adds == 2)
+        done = store_sixteens(job, store, z, z_stride, rows, inputs, 0, 1, 2, 0, 1);
+    else if (makes_bytes && !keeps && has_bias && adds == 0 && !rounds)
+        done = store_sixteens(job, store, z, z_stride, rows, inputs, 0, 1, 0, 0, 1);
+    else
+        done = store_sixteens(job, store, z, z_stride, rows, inputs, rounds, has_bias, adds, keeps, makes_bytes);
     store_rest(job, store, z, z_stride, done, rows, inputs);
 }
 
@@ -225,11 +238,26 @@ TARGET static void finish_inputs256(const struct tbn_dot_finish *job, const int3
     finish_inputs(&rest, z + whole, z_stride, rows - whole, inputs, out + whole, step);
 }
 
+TARGET static void max_bytes256(const uint8_t *const *from, size_t taps, size_t count, uint8_t *out) {
+    size_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        __m256i largest = _mm256_setzero_si256();
+        for (size_t tap = 0; tap < taps; tap++)
+            largest = _mm256_max_epu8(largest, _mm256_loadu_si256((const __m256i *)(const void *)(from[tap] + i)));
+        _mm256_storeu_si256((__m256i *)(void *)(out + i), largest);
+    }
+    for (; i < count; i++) {
+        out[i] = 0;
+        for (size_t tap = 0; tap < taps; tap++)
+            out[i] = from[tap][i] > out[i] ? from[tap][i] : out[i];
+    }
+}
+
 const struct tbn_dots tbn_dots_avx2 = {
     .gathers = 1, .by_rows = 1, .begin = nothing, .end = nothing, .room = table_room, .multiply = multiply_tables,
     .multiply_floats = multiply_float_tables, .measure = measure, .bytes = bytes256, .bytes_of_planes = bytes_of_planes, .combine = NULL,
     .finish_inputs = finish_inputs256, .finish_rows = finish_by_rows, .store_inputs = store_inputs256,
-    .max_bytes = max_bytes, .max_floats = max_floats,
+    .max_bytes = max_bytes256, .max_floats = max_floats,
 };
 
 #endif

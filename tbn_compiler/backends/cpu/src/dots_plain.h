@@ -194,7 +194,7 @@ TARGET static void store_inputs(const struct tbn_dot_finish *job, const struct t
                   store->bytes != NULL);
 }
 
-TARGET static void max_bytes(const uint8_t *const *from, size_t taps, size_t count, uint8_t *restrict out) {
+INLINE void max_bytes(const uint8_t *const *from, size_t taps, size_t count, uint8_t *restrict out) {
     memset(out, 0, count);
     for (size_t tap = 0; tap < taps; tap++) {
         const uint8_t *restrict values = from[tap];

@@ -157,7 +157,8 @@ struct tbn_dots {
     /* Bytes of room that a product takes, of so many steps and blocks. */
     size_t (*room)(size_t steps, size_t blocks);
     void (*multiply)(const struct tbn_dot *job);
-    /* The same of floats in the place of bytes, and sums in floats; NULL: floats are limbs. */
+    /* The same of floats in the place of bytes, and sums in floats; NULL: floats are limbs, or with no
+       `combine` looked up. */
     void (*multiply_floats)(const struct tbn_dot *job);
     /* What stands for inputs: the scale, `*fixed` unless that is NULL or they stay floats, and the factor that makes them
        integers, 0 where all of them become 0. The scale of floats is a NaN if they have to be looked up, and 1 if they stay

@@ -70,5 +70,6 @@ int tbn_dots_by_rows(const struct tbn_kernels *kernels) {
 }
 
 int tbn_dot_floats(const struct tbn_kernels *kernels) {
-    return !kernels->dots ? 0 : kernels->dots->multiply_floats ? 2 : 1;
+    const struct tbn_dots *dots = kernels->dots;
+    return !dots ? 0 : dots->multiply_floats ? 2 : dots->combine ? 1 : 0;
 }

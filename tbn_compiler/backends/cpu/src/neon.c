@@ -12,6 +12,7 @@
 
 /* The next loop is unrolled: its variables are registers. */
 #define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL16 _Pragma("GCC unroll 16")
 
 enum { I16_GROUPS = 2, TABLE = 32, MAX_LANES = 2, MAX_BLOCKS = 2 };
 
@@ -93,9 +94,94 @@ static void lookup_i16(const struct tbn_lookup *job) {
         lookup_lanes_i16(job, lane, 1);
 }
 
+typedef struct {
+    int16x8_t low, high;
+} halves;
+
+INLINE halves halves_zero(void) {
+    return (halves){vdupq_n_s16(0), vdupq_n_s16(0)};
+}
+
+INLINE halves halves_load(const int16_t *x) {
+    return (halves){vld1q_s16(x), vld1q_s16(x + 8)};
+}
+
+INLINE void halves_store(int16_t *x, halves value) {
+    vst1q_s16(x, value.low);
+    vst1q_s16(x + 8, value.high);
+}
+
+INLINE halves halves_add(halves a, halves b) {
+    return (halves){vaddq_s16(a.low, b.low), vaddq_s16(a.high, b.high)};
+}
+
+INLINE halves halves_subtract(halves a, halves b) {
+    return (halves){vsubq_s16(a.low, b.low), vsubq_s16(a.high, b.high)};
+}
+
+INLINE halves halves_keep(halves value) {
+    __asm__("" : "+w"(value.low), "+w"(value.high));
+    return value;
+}
+
+#define REGISTER_KEEP(value) __asm__("" : "+r"(value))
+
+INLINE void halves_widen(int32_t *z, halves sums, int adds) {
+    store_i32(z, sums.low, adds);
+    store_i32(z + 8, sums.high, adds);
+}
+
+/* 16 x 16 bytes: pairs of rows change places, then pairs of pairs, and so on. */
+INLINE void transpose_bytes(uint8x16_t *rows) {
+    UNROLL16 for (int i = 0; i < 16; i += 2) {
+        const uint8x16_t a = rows[i], b = rows[i + 1];
+        rows[i] = vtrn1q_u8(a, b);
+        rows[i + 1] = vtrn2q_u8(a, b);
+    }
+    UNROLL16 for (int i = 0; i < 16; i += i % 2 ? 3 : 1) {
+        const uint16x8_t a = vreinterpretq_u16_u8(rows[i]), b = vreinterpretq_u16_u8(rows[i + 2]);
+        rows[i] = vreinterpretq_u8_u16(vtrn1q_u16(a, b));
+        rows[i + 2] = vreinterpretq_u8_u16(vtrn2q_u16(a, b));
+    }
+    UNROLL16 for (int i = 0; i < 16; i += i % 4 == 3 ? 5 : 1) {
+        const uint32x4_t a = vreinterpretq_u32_u8(rows[i]), b = vreinterpretq_u32_u8(rows[i + 4]);
+        rows[i] = vreinterpretq_u8_u32(vtrn1q_u32(a, b));
+        rows[i + 4] = vreinterpretq_u8_u32(vtrn2q_u32(a, b));
+    }
+    UNROLL16 for (int i = 0; i < 8; i++) {
+        const uint64x2_t a = vreinterpretq_u64_u8(rows[i]), b = vreinterpretq_u64_u8(rows[i + 8]);
+        rows[i] = vreinterpretq_u8_u64(vtrn1q_u64(a, b));
+        rows[i + 8] = vreinterpretq_u8_u64(vtrn2q_u64(a, b));
+    }
+}
+
+INLINE void spread_bytes(const uint8_t *const *inputs, size_t offset, size_t fours, int16_t *x) {
+    for (size_t four = 0; four < fours; four += 4, offset += 16) {
+        uint8x16_t bytes[16];
+        for (int i = 0; i < 16; i++)
+            bytes[i] = vld1q_u8(inputs[i] + offset);
+        transpose_bytes(bytes);
+        for (int i = 0; i < 16; i++, x += TBN_DOT_INPUTS) {
+            const int8x16_t integers = vreinterpretq_s8_u8(veorq_u8(bytes[i], vdupq_n_u8(TBN_DOT_ZERO)));
+            halves_store(x, (halves){vmovl_s8(vget_low_s8(integers)), vmovl_high_s8(integers)});
+        }
+    }
+}
+
+#include "dots_plain.h"
+#include "dots_tables.h"
+
+/* Floats are left to lookups, or PyTorch: their tables have no more to a vector than its products. */
+static const struct tbn_dots dots_neon = {
+    .gathers = 1, .by_rows = 1, .begin = nothing, .end = nothing, .room = table_room, .multiply = multiply_tables,
+    .multiply_floats = NULL, .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, .combine = NULL,
+    .finish_inputs = finish_inputs, .finish_rows = finish_by_rows, .store_inputs = store_inputs, .max_bytes = max_bytes,
+    .max_floats = max_floats,
+};
+
 const struct tbn_kernels tbn_neon = {
     .name = "neon",
-    .dots = NULL,
+    .dots = &dots_neon,
     .attention = NULL,
     .f32 = {.rows = ROWS, .word_bytes = 4, .groups = 8, .group = GROUP, .table_bytes = ENTRIES * sizeof(float)},
     .i16 = {.rows = ROWS, .word_bytes = 1, .groups = I16_GROUPS, .group = GROUP, .table_bytes = TABLE},

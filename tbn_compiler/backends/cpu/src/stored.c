@@ -114,8 +114,8 @@ static const void *restore(const unsigned char *source, const struct header *hea
     return body;
 }
 
-static const void *find(const struct restored *entry, const struct header *header) {
-    for (; entry; entry = entry->next)
+static const void *find(const struct restored *entry, const struct header *header, enum tbn_plan_kind kind) {
+    for (; entry && header->kind == kind; entry = entry->next)
         if (entry->source == header && !memcmp(&entry->header, header, sizeof *header)) return entry->plan;
     return NULL;
 }
@@ -127,11 +127,11 @@ const void *tbn_restore(const void *source, size_t size, size_t root, enum tbn_p
     if (size < sizeof *header || (uintptr_t)source % sizeof(uint64_t) || memcmp(header->magic, magic, sizeof magic))
         return NULL;
     tbn_pointer *chain = &chains[(uintptr_t)source / 64 % CHAINS];
-    const void *plan = find(tbn_get_pointer(chain), header);
+    const void *plan = find(tbn_get_pointer(chain), header, kind);
     if (plan) return plan;
     tbn_acquire(&lock);
     struct restored *first = tbn_get_pointer(chain);
-    plan = find(first, header);
+    plan = find(first, header, kind);
     if (!plan && (plan = restore(source, header, size, root, kind, why))) {
         struct restored *entry = malloc(sizeof *entry);
         if (entry) { /* kept until the process ends, as models are */
