@@ -205,7 +205,7 @@ TARGET static float quantize(const float *x, size_t count, int binary, const flo
 const struct tbn_kernels tbn_avx2 = {
     .name = "avx2",
     .dots = &tbn_dots_avx2,
-    .attention = NULL,
+    .attention = &tbn_attention_avx2,
     .f32 = {.rows = F32_ROWS, .word_bytes = 4, .groups = F32_GROUPS, .group = F32_GROUP, .table_bytes = TABLE},
     .i16 = {.rows = I16_ROWS, .word_bytes = 1, .groups = I16_GROUPS, .group = I16_GROUP, .table_bytes = TABLE},
     .tables_f32 = tables_f32,

@@ -222,7 +222,7 @@ extern const struct tbn_kernels tbn_portable;
 extern const struct tbn_kernels tbn_avx2;
 extern const struct tbn_kernels tbn_avx512, tbn_avx512vnni;
 extern const struct tbn_dots tbn_dots_avx2, tbn_dots_vnni;
-extern const struct tbn_attention_kernels tbn_attention_avx512;
+extern const struct tbn_attention_kernels tbn_attention_avx2, tbn_attention_avx512;
 #if defined(TBN_AMX)
 extern const struct tbn_kernels tbn_avx512amx;
 extern const struct tbn_dots tbn_dots_amx;

@@ -34,7 +34,8 @@ static const struct tbn_kernels *find(const char *name) {
         return &tbn_avx512vnni;
     if (strcmp(name, "avx512") == 0 && avx512)
         return &tbn_avx512;
-    if (strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"))
+    if (strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("bmi2"))
         return &tbn_avx2;
     return NULL;
 }

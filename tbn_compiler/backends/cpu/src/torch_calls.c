@@ -329,6 +329,7 @@ static void attend(uint64_t *stack, size_t count, bool causal) {
     struct call calls[4];
     const struct call *query = &calls[0], *key = &calls[1], *value = &calls[2];
     const struct tbn_kernels *kernels = tbn_level("avx512");
+    kernels = kernels ? kernels : tbn_level("avx2");
     const bool by_width = stack[count + 1] & 1;
     double scale;
     memcpy(&scale, &stack[count], sizeof scale);
