@@ -20,6 +20,7 @@ in eager mode.
 
     python -m benchmarks.end_to_end               # prints a table, writes benchmarks/results/end_to_end.json
     python -m benchmarks.end_to_end --model mlp   # measures one network again, and puts it in its place
+    python -m benchmarks.end_to_end --results benchmarks/results/end_to_end_avx2.json   # of a machine without AVX-512
 
 It needs the extras ``onnx`` and ``benchmarks``.
 
@@ -319,11 +320,12 @@ def main() -> int:
     parser.add_argument("--p", type=int, default=4, help="copies of each tile (default 4)")
     parser.add_argument("--turns", type=int, default=100, help="default 100")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
+    parser.add_argument("--results", type=Path, default=RESULT, help=f"default {RESULT.name}, beside the other results")
     parser.add_argument("--dry-run", action="store_true", help="write no result file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     versions = {"onnxruntime": onnxruntime.__version__, "openvino": version("openvino")}
-    found = machine(threads=arguments.threads, **versions)
+    found = machine(threads=arguments.threads, level=cpu.info().level, **versions)
     costs = calls()
     print(calls_table(costs))
     rows = []
@@ -332,11 +334,11 @@ def main() -> int:
         rows.append(measure(name, arguments.p, arguments.turns))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         if not arguments.dry_run:
-            RESULT.parent.mkdir(exist_ok=True)
-            merged = with_rows(RESULT, found, rows, lambda row: row["model"])
+            arguments.results.parent.mkdir(exist_ok=True)
+            merged = with_rows(arguments.results, found, rows, lambda row: row["model"])
             merged.sort(key=lambda row: list(MODELS).index(row["model"]))
             result = {"machine": found, "calls_us": costs, "rows": merged}
-            RESULT.write_text(json.dumps(result, indent=2) + "\n")
+            arguments.results.write_text(json.dumps(result, indent=2) + "\n")
     print(table(rows))
     return 0
 

@@ -179,6 +179,8 @@ def documents() -> dict[Path, dict[str, Callable[[], str]]]:
         ROOT / "docs" / "compile.md": {
             "machine": lambda: machine(read("end_to_end")),
             "end to end": lambda: end_to_end.table(read("end_to_end")["rows"]),
+            "machine avx2": lambda: machine(read("end_to_end_avx2")),
+            "end to end avx2": lambda: end_to_end.table(read("end_to_end_avx2")["rows"]),
         },
         ROOT / "docs" / "mcu.md": {
             "tflm": lambda: tflm.table(read("tflm")["rows"], read("mcu")["cases"]),

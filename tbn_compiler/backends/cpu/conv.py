@@ -154,7 +154,9 @@ def multiplies_bytes(call: TensorCall) -> bool:
         return True
     if library.keeps_floats(level):
         return product.rows // product.mixes >= MIN_FLOAT_FILTERS
-    if product.groups > 1 or not library.has_limbs(level):
+    if not library.has_limbs(level):
+        return False
+    if product.groups > 1:
         return False  # groups share no input, but would share the power of two of their sample
     few = product.rows // product.mixes * places <= MAX_LIMB_WEIGHTS.get(level or "", math.inf)
     return channels * places <= MAX_LIMB_INPUTS and (few or _reason_against_lookups(call) is not None)

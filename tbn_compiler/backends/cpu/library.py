@@ -156,7 +156,8 @@ _FUNCTIONS = {
     "tbn_dots_of": (_pointer, [_pointer]),
     "tbn_has_dots": (ctypes.c_int, [_pointer]),
     "tbn_dots_by_rows": (ctypes.c_int, [_pointer]),
-    "tbn_dot_floats": (ctypes.c_int, [_pointer]),
+    "tbn_has_limbs": (ctypes.c_int, [_pointer]),
+    "tbn_keeps_floats": (ctypes.c_int, [_pointer]),
     "tbn_has_attention": (ctypes.c_int, [_pointer]),
     "tbn_group": (_size, [_pointer, ctypes.c_int]),
     "tbn_pool_threads": (_size, []),
@@ -242,21 +243,13 @@ def has_dots(name: str | None) -> bool:
 @functools.cache
 def has_limbs(name: str | None) -> bool:
     """Whether a level multiplies floats as several bytes each."""
-    return _dot_floats(name) == 1
+    return _has(name, "tbn_has_limbs")
 
 
 @functools.cache
 def keeps_floats(name: str | None) -> bool:
     """Whether a level that multiplies bytes multiplies floats as they are as well."""
-    return _dot_floats(name) == 2
-
-
-def _dot_floats(name: str | None) -> int:
-    """What ``tbn_dot_floats`` says of a level."""
-    library, _ = load()
-    if library is None or name is None:
-        return 0
-    return int(library.tbn_dot_floats(library.tbn_level(name.encode())))
+    return _has(name, "tbn_keeps_floats")
 
 
 def has_attention(name: str | None) -> bool:

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from tbn_compiler.backends.cpu import library
-from tbn_compiler.graph.calls import attribute, tiled_call
+from tbn_compiler.backends.cpu import conv, library
+from tbn_compiler.graph.calls import InferenceCall, attribute, tiled_call
 from tbn_compiler.graph.operations import VIEWS, bind, node_name
+from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.passes.base import copy_meta
 from tbn_compiler.torch_private import OpOverload, operator_schema
 
@@ -82,12 +83,21 @@ def _by_planes(node: fx.Node) -> bool | None:
 def _multiplies_bytes(gm: fx.GraphModule, node: fx.Node) -> bool:
     call = tiled_call(node)
     level = library.level()
-    if call is None or call.kind != "conv2d" or not library.has_dots(level):
-        return False
-    if call.activation == "float" and not library.keeps_floats(level):
+    if call is None or call.kind != "conv2d" or call.groups > 1 or not library.has_dots(level):
         return False
     tile = attribute(gm, call.arguments["tile"])
-    return tile is not None and tile.device.type == "cpu" and call.groups == 1
+    if tile is None or tile.device.type != "cpu":
+        return False
+    return call.activation != "float" or (library.keeps_floats(level) and _multiplies_floats(gm, call))
+
+
+def _multiplies_floats(gm: fx.GraphModule, call: InferenceCall) -> bool:
+    """Whether a layer has enough different filters."""
+    found = {name: attribute(gm, value) for name, value in call.arguments.items() if isinstance(value, fx.Node)}
+    found["input"] = torch.empty(0, device="meta")
+    if any(value is None for value in found.values()):
+        return False
+    return conv.multiplies_bytes(TensorCall(call.operator, {**call.arguments, **found}))
 
 
 def _keeps(node: fx.Node, images: dict[fx.Node, None]) -> bool:

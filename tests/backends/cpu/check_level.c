@@ -125,7 +125,8 @@ static uint8_t *dot_index(const struct tbn_kernels *kernels, const int8_t *weigh
 }
 
 /* What the zero of bytes adds to the sums of rows, taken off; [mixes][rows], mixed. */
-static int32_t *dot_corrections(const struct tbn_kernels *kernels, const int8_t *bytes, size_t mixes, size_t rows, size_t row_bytes) {
+static int32_t *dot_corrections(const struct tbn_kernels *kernels, const int8_t *bytes, size_t mixes, size_t rows,
+                                size_t row_bytes) {
     int32_t *corrections = memory(mixes * rows * sizeof *corrections);
     for (size_t copy = 0; copy < mixes; copy++)
         for (size_t row = 0; row < rows; row++) {
@@ -266,7 +267,7 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
         make_special(x + sample * size, size);
     int wrong = 0;
     size_t position = 1, channel_step = plane; /* between outputs of one channel, and of one position */
-    if (tbn_has_dots(kernels) && (integer || tbn_dot_floats(kernels)) && random_below(2)) {
+    if (tbn_has_dots(kernels) && (integer || tbn_has_limbs(kernels) || tbn_keeps_floats(kernels)) && random_below(2)) {
         wrong += conv_dots(&layer, signs, group, x, out, samples, height, width, alpha, scale_of_all);
         if (layer.channels_last) {
             position = mixes * rows;

@@ -334,8 +334,7 @@ def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rows wider than" in reasons(best, (4, 8, 3), size=20000)
     for level in set(AVAILABLE) & set(conv.MIN_FILTERS):
         few = reasons(level, (8, 8, 3, 3))
-        limbs = library.has_dots(level) and not library.keeps_floats(level)
-        assert few == "" if limbs else "different filters in a group" in few
+        assert few == "" if library.has_limbs(level) else "different filters in a group" in few
         assert reasons(level, (128, 8, 3, 3)) == ""
 
 

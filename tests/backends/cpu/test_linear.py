@@ -23,7 +23,7 @@ tbn = torch.ops.tbn
 AVAILABLE = cpu.info().available
 levels = pytest.mark.parametrize("level", AVAILABLE)
 # Float kernels of those that multiply bytes are those of avx512.
-float_levels = pytest.mark.parametrize("level", [level for level in AVAILABLE if not library.has_dots(level)])
+float_levels = pytest.mark.parametrize("level", [level for level in AVAILABLE if not library.has_limbs(level)])
 
 # 11 to 17: tables in registers, both, and tables in memory.
 TOKENS = [0, 1, 3, 4, 5, 11, 12, 15, 16, 17, 37]

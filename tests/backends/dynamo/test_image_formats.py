@@ -1,4 +1,4 @@
-"""Networks of int8 convolutions with images in the ``channels_last`` format between them, and nowhere else."""
+"""Networks of convolutions, most of int8, with images in the ``channels_last`` format between them, nowhere else."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch import Tensor, fx, nn
 
 import tbn_compiler as tbn
 from tbn_compiler.backends import cpu
+from tbn_compiler.backends.cpu import library
 from tbn_compiler.backends.dynamo import compile_graph, image_formats
 from tbn_compiler.graph.calls import tiled_call
 from tests import oracle
 
 CONFIG = tbn.TilingConfig(p=2, min_size=0)
+CHOSEN = image_formats._multiplies_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +97,25 @@ def test_every_level(level: str, eager_graphs: list[fx.GraphModule]) -> None:
 
 def test_inductor(graphs: list[fx.GraphModule]) -> None:
     assert compare(Classifier(), graphs) == [torch.channels_last, torch.contiguous_format]
+
+
+@pytest.mark.parametrize("filters", [64, 8])
+@pytest.mark.parametrize("level", cpu.info().available)
+def test_floats_where_the_kernels_multiply_them_as_they_are(
+    level: str, filters: int, eager_graphs: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few filters are left to PyTorch, in planes."""
+    monkeypatch.setattr(image_formats, "_multiplies_bytes", CHOSEN)
+    net = nn.Sequential(nn.Conv2d(3, filters, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(filters, filters, 3)).eval()
+    packed = tbn.lower(tbn.transform(net, CONFIG))
+    x = torch.randn(2, 3, 12, 12)
+    with cpu.use_level(level), torch.no_grad():
+        found = torch.compile(packed, backend=compile_graph)(x)
+        expected = packed(x)
+    oracle.assert_close(found, expected, 1e-5)
+    assert found.stride() == expected.stride()
+    converted = [node for gm in eager_graphs for node in gm.graph.nodes if node.target == "contiguous"]
+    assert len(converted) == (2 if library.keeps_floats(level) and filters == 64 else 0)
 
 
 def test_what_depends_on_strides_reads_planes(eager_graphs: list[fx.GraphModule]) -> None:

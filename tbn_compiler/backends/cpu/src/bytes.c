@@ -15,19 +15,23 @@ static void take_every_float(const uint8_t *bytes, size_t count, size_t mixes, u
         memcpy(out + i * sizeof(float), bytes + i * mixes * sizeof(float), sizeof(float));
 }
 
-/* Deals the bytes of one token or position out to its column groups, `count` each, which lie `apart` bytes apart. */
-static void deal_out(const struct call *call, const uint8_t *bytes, size_t count, uint8_t *out, size_t apart) {
-    const size_t mixes = call->mixes;
-    for (size_t mix = 0; call->value_bytes > 1 && mix < mixes; mix++, out += apart)
-        take_every_float(bytes + mix * sizeof(float), count, mixes, out);
-    for (size_t mix = 0; call->value_bytes == 1 && mix < mixes; mix++, out += apart)
-        switch (mixes) { /* numbers that the compiler knows make vectors */
-        case 1: memcpy(out, bytes, count); break;
-        case 2: take_every(bytes + mix, count, 2, out); break;
-        case 4: take_every(bytes + mix, count, 4, out); break;
-        case 8: take_every(bytes + mix, count, 8, out); break;
-        default: take_every(bytes + mix, count, mixes, out);
-        }
+/* Deals the values of one token or position out to its column groups, `count` each, which lie `apart` bytes apart. */
+static void deal_out(const struct call *call, const uint8_t *values, size_t count, uint8_t *out, size_t apart) {
+    const size_t mixes = call->mixes, size = call->value_bytes;
+    for (size_t mix = 0; mix < mixes; mix++, out += apart) {
+        const uint8_t *from = values + mix * size;
+        if (mixes == 1)
+            memcpy(out, from, count * size);
+        else if (size > 1)
+            take_every_float(from, count, mixes, out);
+        else
+            switch (mixes) { /* numbers that the compiler knows make vectors */
+            case 2: take_every(from, count, 2, out); break;
+            case 4: take_every(from, count, 4, out); break;
+            case 8: take_every(from, count, 8, out); break;
+            default: take_every(from, count, mixes, out);
+            }
+    }
 }
 
 /* `size` neighbouring bytes of each of `count` pixels, `pixel` bytes apart. */
@@ -62,7 +66,8 @@ static void fill_row_of_planes(const struct call *call, const float *x, float fa
 static void fill_row(const struct call *call, const float *x, float factor, uint8_t *row) {
     const struct tbn_conv *layer = call->conv;
     const size_t images = call->groups * call->mixes, channels = images * layer->channels;
-    const size_t size = call->value_bytes, count = call->width * channels, apart = call->unfolded ? call->unfolded_bytes : call->limb_bytes;
+    const size_t size = call->value_bytes, count = call->width * channels;
+    const size_t apart = call->unfolded ? call->unfolded_bytes : call->limb_bytes;
     if (images == 1 && call->unfolded_pixel == channels * size) {
         call->dots->bytes(x, count, call->activation, factor, row, apart);
         return;

@@ -432,7 +432,8 @@ static int convolve(const struct tbn_conv *layer, const float *x, float *out, co
         .rows = layer->rows, .blocks = tbn_ceil_divide(layer->rows, TBN_DOT_ROWS), .groups = layer->groups,
         .mixes = layer->mixes, .samples = samples, .height = height, .width = width,
         .out_height = tbn_output_size(layer, 0, height), .out_width = tbn_output_size(layer, 1, width),
-        .unfolded_pixel = tbn_round_up(layer->channels, 4) * (as_they_are ? sizeof(float) : 1), .row_step = layer->folded ? 1 : layer->stride[0],
+        .unfolded_pixel = tbn_round_up(layer->channels, 4) * (as_they_are ? sizeof(float) : 1),
+        .row_step = layer->folded ? 1 : layer->stride[0],
     };
     if (samples == 0)
         return TBN_OK;

@@ -1,4 +1,4 @@
-/* Products of bytes on AVX2 machines: by tables in memory, which beat vpmaddubsw from some 32 rows on. */
+/* Products of bytes, and of floats as they are, on AVX2 machines: by tables in memory. */
 #include "generic.h"
 
 #if defined(TBN_X86)
@@ -73,9 +73,9 @@ INLINE void transpose_words(const uint8_t *const *inputs, size_t offset, __m256i
 
 /* Byte `byte` of each word to the low half of the word, or to its upper half, and zeros beside it. */
 INLINE __m256i byte_of(__m256i words, int byte, int upper) {
-    const char none = (char)0x80, a = (char)byte, b = (char)(4 + byte), c = (char)(8 + byte), d = (char)(12 + byte);
-    const __m128i order = upper ? _mm_setr_epi8(none, none, a, none, none, none, b, none, none, none, c, none, none, none, d, none)
-                                : _mm_setr_epi8(a, none, none, none, b, none, none, none, c, none, none, none, d, none, none, none);
+    const char no = (char)0x80, a = (char)byte, b = (char)(4 + byte), c = (char)(8 + byte), d = (char)(12 + byte);
+    const __m128i order = upper ? _mm_setr_epi8(no, no, a, no, no, no, b, no, no, no, c, no, no, no, d, no)
+                                : _mm_setr_epi8(a, no, no, no, b, no, no, no, c, no, no, no, d, no, no, no);
     return _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(order));
 }
 
@@ -255,8 +255,8 @@ TARGET static void max_bytes256(const uint8_t *const *from, size_t taps, size_t 
 
 const struct tbn_dots tbn_dots_avx2 = {
     .gathers = 1, .by_rows = 1, .begin = nothing, .end = nothing, .room = table_room, .multiply = multiply_tables,
-    .multiply_floats = multiply_float_tables, .measure = measure, .bytes = bytes256, .bytes_of_planes = bytes_of_planes, .combine = NULL,
-    .finish_inputs = finish_inputs256, .finish_rows = finish_by_rows, .store_inputs = store_inputs256,
+    .multiply_floats = multiply_float_tables, .measure = measure, .bytes = bytes256, .bytes_of_planes = bytes_of_planes,
+    .combine = NULL, .finish_inputs = finish_inputs256, .finish_rows = finish_by_rows, .store_inputs = store_inputs256,
     .max_bytes = max_bytes256, .max_floats = max_floats,
 };
 

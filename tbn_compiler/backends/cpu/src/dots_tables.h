@@ -30,23 +30,26 @@ TARGET static size_t table_room(size_t steps, size_t blocks) {
     return PAIR * TBN_DOT_INPUTS * (FOURS * PATTERNS * 2 + blocks * TBN_DOT_ROWS * (2 + 4));
 }
 
-/* The table of four bytes x [4][input] of one of `tiles` tiles; bit i of a pattern is the sign of x[i]. */
-INLINE void fill_table(const int16_t *x, int16_t *table, size_t tiles) {
-    const halves x0 = halves_load(x), x1 = halves_load(x + TBN_DOT_INPUTS), x2 = halves_load(x + 2 * TBN_DOT_INPUTS),
-                 x3 = halves_load(x + 3 * TBN_DOT_INPUTS);
-    const halves same = halves_add(x1, x0), differ = halves_subtract(x1, x0);
-    halves sums[8];
-    sums[7] = halves_add(x2, same);
-    sums[6] = halves_add(x2, differ);
-    sums[5] = halves_subtract(x2, differ);
-    sums[4] = halves_subtract(x2, same);
-    for (int i = 0; i < 4; i++)
-        sums[i] = halves_subtract(halves_zero(), sums[7 - i]);
-    for (size_t i = 0; i < 8; i++) {
-        halves_store(table + i * tiles * TBN_DOT_INPUTS, halves_subtract(sums[i], x3));
-        halves_store(table + (8 + i) * tiles * TBN_DOT_INPUTS, halves_add(sums[i], x3));
+/* The table of four values x [4][input] of one of `tiles` tiles; bit i of a pattern is the sign of x[i]. */
+#define TBN_FILL_TABLE(name, type, vector)                                                                   \
+    INLINE void name(const type *x, type *table, size_t tiles) {                                             \
+        const vector x0 = vector##_load(x), x1 = vector##_load(x + TBN_DOT_INPUTS);                          \
+        const vector x2 = vector##_load(x + 2 * TBN_DOT_INPUTS), x3 = vector##_load(x + 3 * TBN_DOT_INPUTS); \
+        const vector same = vector##_add(x1, x0), differ = vector##_subtract(x1, x0);                        \
+        vector sums[8];                                                                                      \
+        sums[7] = vector##_add(x2, same);                                                                    \
+        sums[6] = vector##_add(x2, differ);                                                                  \
+        sums[5] = vector##_subtract(x2, differ);                                                             \
+        sums[4] = vector##_subtract(x2, same);                                                               \
+        for (int i = 0; i < 4; i++)                                                                          \
+            sums[i] = vector##_subtract(vector##_zero(), sums[7 - i]);                                       \
+        for (size_t i = 0; i < 8; i++) {                                                                     \
+            vector##_store(table + i * tiles * TBN_DOT_INPUTS, vector##_subtract(sums[i], x3));              \
+            vector##_store(table + (8 + i) * tiles * TBN_DOT_INPUTS, vector##_add(sums[i], x3));             \
+        }                                                                                                    \
     }
-}
+
+TBN_FILL_TABLE(fill_table, int16_t, halves)
 
 /* The tables of a step. */
 INLINE void fill_tables(const uint8_t *const *inputs, size_t offset, size_t fours, size_t tiles, int16_t *tables) {

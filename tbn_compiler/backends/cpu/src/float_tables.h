@@ -12,23 +12,7 @@ INLINE float *float_sums(const struct tbn_dot *job) {
     return (float *)(void *)job->weights + FOURS * PATTERNS * TBN_DOT_INPUTS;
 }
 
-/* The table of four floats x [4][input]. Numbers are finite: x0 - x0 is 0. */
-INLINE void fill_float_table(const float *x, float *table) {
-    const batch x0 = batch_load(x), x1 = batch_load(x + TBN_DOT_INPUTS), x2 = batch_load(x + 2 * TBN_DOT_INPUTS),
-                x3 = batch_load(x + 3 * TBN_DOT_INPUTS);
-    const batch same = batch_add(x1, x0), differ = batch_subtract(x1, x0);
-    batch sums[8];
-    sums[7] = batch_add(x2, same);
-    sums[6] = batch_add(x2, differ);
-    sums[5] = batch_subtract(x2, differ);
-    sums[4] = batch_subtract(x2, same);
-    for (int i = 0; i < 4; i++)
-        sums[i] = batch_subtract(batch_zero(), sums[7 - i]);
-    for (size_t i = 0; i < 8; i++) {
-        batch_store(table + i * TBN_DOT_INPUTS, batch_subtract(sums[i], x3));
-        batch_store(table + (8 + i) * TBN_DOT_INPUTS, batch_add(sums[i], x3));
-    }
-}
+TBN_FILL_TABLE(fill_float_table, float, batch)
 
 /* What a row looks up in the next table, added to a sum. */
 INLINE batch add_entry(uint64_t *bits, const char **table, batch sum) {
@@ -64,7 +48,7 @@ INLINE void multiply_float_tile(const struct tbn_dot *job, const uint8_t *const 
         const uint64_t *bits = job->index + step * rows;
         spread_floats(inputs, job->places[step].offset, fours, x);
         for (size_t four = 0; four < fours; four++)
-            fill_float_table(x + four * 4 * TBN_DOT_INPUTS, tables + four * PATTERNS * TBN_DOT_INPUTS);
+            fill_float_table(x + four * 4 * TBN_DOT_INPUTS, tables + four * PATTERNS * TBN_DOT_INPUTS, 1);
         for (size_t row = 0; row < rows; row++) {
             batch sum = step ? batch_load(sums + row * TBN_DOT_INPUTS) : batch_zero();
             if (fours == FOURS)

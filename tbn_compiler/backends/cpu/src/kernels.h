@@ -77,14 +77,15 @@ struct tbn_finish {
 };
 
 /*
- * Products of bytes: machines that multiply four or more bytes an instruction need no tables for integer activations.
- * Inputs are bytes, the integer plus 128, and meet rows of weights +1 and -1; what the 128 add to a sum is a number of
- * the row, and taken off when the row is finished. A tile is TBN_DOT_INPUTS inputs (tokens or positions), a step is
- * TBN_DOT_BYTES neighbouring bytes of each, a block is TBN_DOT_ROWS rows. Weights are stored as bits and made bytes for
- * two blocks at a time, which all tiles meet. Levels differ in what a tile is: where they `gather`, its inputs lie
- * anywhere, and there are none past the last one; else they lie at equal distances, so that a tile ends with the row of
- * an image, and inputs may lie past the last one. Bytes of a step may lie past those that count, whose weights are made
- * 0. There is memory to read, and nobody reads what comes of it.
+ * Products of bytes. Inputs are bytes, the integer plus 128, and meet rows of weights +1 and -1. A tile is TBN_DOT_INPUTS
+ * inputs (tokens or positions), a step is TBN_DOT_BYTES neighbouring bytes of each, a block is TBN_DOT_ROWS rows. Levels
+ * differ in what a tile is: where they `gather`, its inputs lie anywhere, and there are none past the last one; else they lie
+ * at equal distances, so that a tile ends with the row of an image, and inputs may lie past the last one. Bytes of a step may
+ * lie past those that count, and have no part in the sums. There is memory to read, and nobody reads what comes of it.
+ *
+ * Machines that multiply four or more bytes an instruction need no tables: weights are stored as bits and made bytes for two
+ * blocks at a time, which all tiles meet, and what the 128 add to a sum is a number of the row, and taken off when the row is
+ * finished. Others have tables in memory, and read the bits `by_rows` (dots_tables.h).
  *
  * Floats become integers of 24 bits, q = x / scale with a power of two for each sample, and these three bytes (limbs):
  * q + 2^23 = 2^16 * limb 0 + 2^8 * limb 1 + limb 2. Their zeros are TBN_DOT_ZERO, 0 and 0, so that only the sums
@@ -117,9 +118,10 @@ struct tbn_dot {
     size_t stride;               /* bytes between the inputs of a tile that is not gathered */
     const struct tbn_dot_step *places;
     size_t steps;
-    const uint64_t *index; /* bits of the weights, set for +1: [block][step][TBN_DOT_BYTES / 4], a bit for each byte */
+    const uint64_t *index; /* bits of the weights, set for +1: [block][step][TBN_DOT_BYTES / 4], a bit for each byte, or
+                              `by_rows` */
     size_t blocks;
-    int8_t *weights; /* room, for those of two blocks as bytes or for tables */
+    int8_t *weights; /* room for those of two blocks as bytes, or for tables */
     int32_t *z;      /* [tile][TBN_DOT_INPUTS][blocks * TBN_DOT_ROWS] */
 };
 

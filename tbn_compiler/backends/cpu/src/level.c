@@ -70,7 +70,10 @@ int tbn_dots_by_rows(const struct tbn_kernels *kernels) {
     return kernels->dots && kernels->dots->by_rows;
 }
 
-int tbn_dot_floats(const struct tbn_kernels *kernels) {
-    const struct tbn_dots *dots = kernels->dots;
-    return !dots ? 0 : dots->multiply_floats ? 2 : dots->combine ? 1 : 0;
+int tbn_has_limbs(const struct tbn_kernels *kernels) {
+    return kernels->dots && kernels->dots->combine;
+}
+
+int tbn_keeps_floats(const struct tbn_kernels *kernels) {
+    return kernels->dots && kernels->dots->multiply_floats;
 }

@@ -115,7 +115,8 @@ static const void *restore(const unsigned char *source, const struct header *hea
 }
 
 static const void *find(const struct restored *entry, const struct header *header, enum tbn_plan_kind kind) {
-    for (; entry && header->kind == kind; entry = entry->next)
+    if (header->kind != kind) return NULL;
+    for (; entry; entry = entry->next)
         if (entry->source == header && !memcmp(&entry->header, header, sizeof *header)) return entry->plan;
     return NULL;
 }

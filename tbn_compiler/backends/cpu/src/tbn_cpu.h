@@ -95,18 +95,19 @@ TBN_EXPORT int tbn_conv(const struct tbn_conv *layer, const float *x, float *out
  * kernel][channel], if its dilation along a row is 1, and else for each place in the kernel, [channel]. In a `folded`
  * layer they are [column of the kernel][row][channel] for the whole kernel, or else [row][channel] for each of its
  * columns. Channels are filled up to a multiple of 4, a token's bytes to whole steps; bits that fill up are those of
- * weights that inputs of 0 meet, and corrections know them.
+ * weights that inputs of 0 meet, and corrections, zeros where bits lie by rows, know them.
  */
 TBN_EXPORT int tbn_linear_dots(const struct tbn_linear *layer, const float *x, float *out, size_t tokens,
                                const float *alpha, const float *bias, const float *scale, size_t threads);
 TBN_EXPORT int tbn_conv_dots(const struct tbn_conv *layer, const float *x, float *out, size_t samples, size_t height,
                              size_t width, const float *alpha, const float *bias, const float *scale, size_t threads);
 
-/* Whether kernels have `dots`; whether these read the bits of weights by rows; and how they take floats: 0
-   not at all, 1 as limbs, 2 as they are. */
+/* Whether kernels have `dots`; whether these read the bits of weights by rows; and whether they take floats, as limbs or as
+   they are. */
 TBN_EXPORT int tbn_has_dots(const struct tbn_kernels *kernels);
 TBN_EXPORT int tbn_dots_by_rows(const struct tbn_kernels *kernels);
-TBN_EXPORT int tbn_dot_floats(const struct tbn_kernels *kernels);
+TBN_EXPORT int tbn_has_limbs(const struct tbn_kernels *kernels);
+TBN_EXPORT int tbn_keeps_floats(const struct tbn_kernels *kernels);
 
 /*
  * A layer with its operands, as the operators `tbn_cpu::linear` and `tbn_cpu::conv` take it: as the bytes of a tensor.
