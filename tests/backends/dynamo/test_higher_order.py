@@ -241,7 +241,8 @@ def test_equals_eager(kind: type[nn.Module], lowered: bool, eager_graphs: list[f
 @pytest.mark.parametrize("kind", [Flex, Recurrence, VmapAround, CondAround, NestedRegion])
 def test_compiles_by_inductor(kind: type[nn.Module], graphs: list[fx.GraphModule]) -> None:
     module = tbn.lower(tiled(kind()))
-    equal(compiled(module, fullgraph=True), module, torch.randn(SHAPE))
+    # Inductor's flex attention for AVX2 reads memory that nobody wrote where there are fewer than 32 positions.
+    equal(compiled(module, fullgraph=True), module, torch.randn(2, 32, 64))
     assert len(graphs) == 1
 
 
