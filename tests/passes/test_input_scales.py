@@ -68,6 +68,7 @@ def test_converted_latents_keep_it() -> None:
 
 
 def test_compiled_on_the_way(inductor: None) -> None:
+    torch.compiler.reset()  # what other tests compiled of the same code counts towards Dynamo's limit
     qat, x = trained("int8"), inputs()
     with torch.no_grad():
         compiled = torch.compile(qat, backend="tbn")
