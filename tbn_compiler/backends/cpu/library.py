@@ -234,19 +234,16 @@ def level() -> str | None:
     return _choice.get()
 
 
-@functools.cache
 def has_dots(name: str | None) -> bool:
     """Whether a level multiplies bytes (``struct tbn_dots``)."""
     return _has(name, "tbn_has_dots")
 
 
-@functools.cache
 def has_limbs(name: str | None) -> bool:
     """Whether a level multiplies floats as several bytes each."""
     return _has(name, "tbn_has_limbs")
 
 
-@functools.cache
 def keeps_floats(name: str | None) -> bool:
     """Whether a level that multiplies bytes multiplies floats as they are as well."""
     return _has(name, "tbn_keeps_floats")
@@ -257,6 +254,7 @@ def has_attention(name: str | None) -> bool:
     return _has(name, "tbn_has_attention")
 
 
+@functools.cache
 def _has(name: str | None, function: str) -> bool:
     library, _ = load()
     return (

@@ -83,19 +83,19 @@ INLINE __m256 power_of_two(__m256i n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
 }
 
-/* exp of numbers that are 0 or less; a NaN stays one. */
-INLINE vector exponential(vector x) {
-    x = _mm256_max_ps(_mm256_set1_ps(-110.0f), x); /* below, e^x is 0, and its integer part would be none */
-    const __m256i n = _mm256_cvtps_epi32(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)));
-    const __m256 whole = _mm256_cvtepi32_ps(n);
-    __m256 r = _mm256_fnmadd_ps(whole, _mm256_set1_ps(0x1.62e4p-1f), x); /* ln 2 in two parts */
-    r = _mm256_fnmadd_ps(whole, _mm256_set1_ps(0x1.7f7d1cp-20f), r);
-    __m256 y = _mm256_set1_ps(1.0f / 5040);
-    const float coefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    UNROLL for (int i = 0; i < 7; i++)
-        y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(coefficients[i]));
-    const __m256i half = _mm256_srai_epi32(n, 1); /* 2^n may be denormal */
-    return _mm256_mul_ps(_mm256_mul_ps(y, power_of_two(half)), power_of_two(_mm256_sub_epi32(n, half)));
+INLINE vector nearest(vector a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+/* c - a * b */
+INLINE vector subtract_product(vector a, vector b, vector c) {
+    return _mm256_fnmadd_ps(a, b, c);
+}
+
+/* a * 2^n for a whole n from -252 to 254, in two steps: 2^n may be denormal. */
+INLINE vector times_power(vector a, vector n) {
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    return _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
 }
 
 INLINE void transpose_lanes(const float *in, size_t in_stride, float *out, size_t out_stride) {

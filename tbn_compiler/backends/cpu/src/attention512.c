@@ -69,17 +69,18 @@ INLINE float sum_of(vector a) {
     return _mm512_reduce_add_ps(a);
 }
 
-/* exp of numbers that are 0 or less; a NaN stays one. */
-INLINE __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-110.0f), x); /* below, e^x is 0, and its integer part would be none */
-    const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0x1.62e4p-1f), x); /* ln 2 in two parts */
-    r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0x1.7f7d1cp-20f), r);
-    __m512 y = _mm512_set1_ps(1.0f / 5040);
-    const float coefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    UNROLL for (int i = 0; i < 7; i++)
-        y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(coefficients[i]));
-    return _mm512_scalef_ps(y, whole);
+INLINE vector nearest(vector a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT);
+}
+
+/* c - a * b */
+INLINE vector subtract_product(vector a, vector b, vector c) {
+    return _mm512_fnmadd_ps(a, b, c);
+}
+
+/* a * 2^n for a whole n. */
+INLINE vector times_power(vector a, vector n) {
+    return _mm512_scalef_ps(a, n);
 }
 
 INLINE void transpose_lanes(const float *in, size_t in_stride, float *out, size_t out_stride) {

@@ -104,6 +104,19 @@ TARGET static void multiply(const float *const *rows, const float *matrix, size_
         multiply_block(rows, matrix + i, stride, depth, out + i, out_stride, 1);
 }
 
+/* exp of numbers that are 0 or less; a NaN stays one. */
+INLINE vector exponential(vector x) {
+    x = larger_of(same(-110.0f), x, first_lanes(LANES)); /* below, e^x is 0, and its integer part would be none */
+    const vector whole = nearest(times(x, same(1.44269504f)));
+    vector r = subtract_product(whole, same(0x1.62e4p-1f), x); /* ln 2 in two parts */
+    r = subtract_product(whole, same(0x1.7f7d1cp-20f), r);
+    vector y = same(1.0f / 5040);
+    const float coefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    UNROLL for (int i = 0; i < 7; i++)
+        y = multiply_add(y, r, same(coefficients[i]));
+    return times_power(y, whole);
+}
+
 /* Scores become exponentials of what they are less than the largest, in place, and zeros from `count` on; their sum. */
 TARGET static float weigh(float *scores, size_t count, size_t padded, float scale, const float *added, size_t step) {
     const vector factor = same(scale);

@@ -209,7 +209,7 @@ TARGET static void max_floats(const float *const *from, size_t taps, size_t coun
     for (size_t tap = 0; tap < taps; tap++) {
         const float *restrict values = from[tap];
         for (size_t i = 0; i < count; i++)
-            out[i] = values[i] < out[i] ? out[i] : values[i]; /* a NaN is taken, and number after it */
+            out[i] = values[i] < out[i] ? out[i] : values[i]; /* a NaN is taken, and a number after it */
     }
 }
 

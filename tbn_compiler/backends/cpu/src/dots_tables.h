@@ -31,22 +31,16 @@ TARGET static size_t table_room(size_t steps, size_t blocks) {
 }
 
 /* The table of four values x [4][input] of one of `tiles` tiles; bit i of a pattern is the sign of x[i]. */
-#define TBN_FILL_TABLE(name, type, vector)                                                                   \
-    INLINE void name(const type *x, type *table, size_t tiles) {                                             \
-        const vector x0 = vector##_load(x), x1 = vector##_load(x + TBN_DOT_INPUTS);                          \
-        const vector x2 = vector##_load(x + 2 * TBN_DOT_INPUTS), x3 = vector##_load(x + 3 * TBN_DOT_INPUTS); \
-        const vector same = vector##_add(x1, x0), differ = vector##_subtract(x1, x0);                        \
-        vector sums[8];                                                                                      \
-        sums[7] = vector##_add(x2, same);                                                                    \
-        sums[6] = vector##_add(x2, differ);                                                                  \
-        sums[5] = vector##_subtract(x2, differ);                                                             \
-        sums[4] = vector##_subtract(x2, same);                                                               \
-        for (int i = 0; i < 4; i++)                                                                          \
-            sums[i] = vector##_subtract(vector##_zero(), sums[7 - i]);                                       \
-        for (size_t i = 0; i < 8; i++) {                                                                     \
-            vector##_store(table + i * tiles * TBN_DOT_INPUTS, vector##_subtract(sums[i], x3));              \
-            vector##_store(table + (8 + i) * tiles * TBN_DOT_INPUTS, vector##_add(sums[i], x3));             \
-        }                                                                                                    \
+#define TBN_FILL_TABLE(name, type, vector)                                                         \
+    TBN_SUMS_OF_THREE(name##_of_three, type, vector, TBN_DOT_INPUTS)                               \
+    INLINE void name(const type *x, type *table, size_t tiles) {                                   \
+        const vector last = vector##_load(x + 3 * TBN_DOT_INPUTS);                                 \
+        vector sums[8];                                                                            \
+        name##_of_three(x, sums);                                                                  \
+        for (size_t i = 0; i < 8; i++) {                                                           \
+            vector##_store(table + i * tiles * TBN_DOT_INPUTS, vector##_subtract(sums[i], last));  \
+            vector##_store(table + (8 + i) * tiles * TBN_DOT_INPUTS, vector##_add(sums[i], last)); \
+        }                                                                                          \
     }
 
 TBN_FILL_TABLE(fill_table, int16_t, halves)

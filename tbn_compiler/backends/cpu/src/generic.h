@@ -66,6 +66,23 @@ TBN_INLINE void finish_channel(const float *z, size_t count, float alpha, float 
 TBN_MIX(mix_floats, float)
 TBN_MIX(mix_integers, int32_t)
 
+/*
+ * The sums of three vectors, `stride` elements apart, with every pattern of signs; bit i of the pattern is the sign of the
+ * i-th. The including level defines `vector` and vector_load, vector_zero, vector_add and vector_subtract of that name.
+ */
+#define TBN_SUMS_OF_THREE(name, type, vector, stride)                                                               \
+    INLINE void name(const type *x, vector *sums) {                                                                 \
+        const vector x0 = vector##_load(x), x1 = vector##_load(x + (stride)), x2 = vector##_load(x + 2 * (stride)); \
+        const vector same = vector##_add(x1, x0), differ = vector##_subtract(x1, x0);                               \
+        const vector zero = vector##_zero(); /* x0 - x0 is not zero where x0 is infinite */                         \
+        sums[7] = vector##_add(x2, same);                                                                           \
+        sums[6] = vector##_add(x2, differ);                                                                         \
+        sums[5] = vector##_subtract(x2, differ);                                                                    \
+        sums[4] = vector##_subtract(x2, same);                                                                      \
+        for (int i = 0; i < 4; i++)                                                                                 \
+            sums[i] = vector##_subtract(zero, sums[7 - i]);                                                         \
+    }
+
 /* An int8 value, not outside [-127, 127]. Adding and subtracting 1.5 * 2^23 rounds to an integer, half to even. */
 TBN_INLINE int16_t int8_value(float x) {
     const float shift = 12582912.0f;

@@ -171,7 +171,7 @@ INLINE void spread_bytes(const uint8_t *const *inputs, size_t offset, size_t fou
 #include "dots_plain.h"
 #include "dots_tables.h"
 
-/* Floats are left to lookups, or PyTorch: their tables have no more to a vector than its products. */
+/* Floats are left to lookups, or PyTorch: no machine has timed their tables. */
 static const struct tbn_dots dots_neon = {
     .gathers = 1, .by_rows = 1, .begin = nothing, .end = nothing, .room = table_room, .multiply = multiply_tables,
     .multiply_floats = NULL, .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, .combine = NULL,

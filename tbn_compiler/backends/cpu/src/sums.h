@@ -6,18 +6,7 @@
  */
 #include <string.h>
 
-/* The sums of three inputs with every pattern of signs; bit i of the pattern is the sign of x[i]. */
-INLINE void sums_of_three(const float *x, batch *sums) {
-    const batch x0 = batch_load(x), x1 = batch_load(x + TBN_BATCH), x2 = batch_load(x + 2 * TBN_BATCH);
-    const batch same = batch_add(x1, x0), differ = batch_subtract(x1, x0);
-    const batch zero = batch_zero(); /* x0 - x0 is not zero where x0 is infinite */
-    sums[7] = batch_add(x2, same);
-    sums[6] = batch_add(x2, differ);
-    sums[5] = batch_subtract(x2, differ);
-    sums[4] = batch_subtract(x2, same);
-    for (int i = 0; i < 4; i++)
-        sums[i] = batch_subtract(zero, sums[7 - i]);
-}
+TBN_SUMS_OF_THREE(sums_of_three, float, batch, TBN_BATCH)
 
 /* The table of six inputs: every sum of the upper three plus every sum of the lower three. */
 INLINE void sums_table(const float *x, float *table) {
