@@ -5,19 +5,22 @@ full-precision tile has no sign to step over and gets its true gradient. ``tbn::
 usual; its alpha gradient reaches the source through ``d mean|A| / dA = sign(A) / count``. The inference operators
 pass gradients to input, alpha and bias, so that other parts of a network can train around packed layers; the
 stored tile is constant.
+
+``torch.func`` and forward-mode differentiation see PyTorch's own operators, which compute the same. ``torch.vmap``
+hands an operator that has no other rule one sample at a time.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from tbn_compiler.ops.calls import OPERATORS, Operator, TiledCall, convolution_gradients
-from tbn_compiler.ops.reference import decode, dense_weight, fold_replicas
+from tbn_compiler.ops.reference import compute, decode, dense_weight, fold_replicas
 from tbn_compiler.ops.schemas import LIBRARY, make_layout
 from tbn_compiler.tiling import TileLayout, tile_vector
 from tbn_compiler.torch_private import below_autograd, forward_mode_is_active, functorch_is_active, untraced
@@ -108,11 +111,14 @@ def _scale(bits: Tensor, source: Tensor, num_alphas: int, *, p_in: int = 1) -> T
 
 
 def _each(name: str) -> Callable[..., tuple[Tensor, int]]:
-    """The rule of ``torch.vmap`` for an operator on weights: one after the other, as they are few."""
+    """The rule of ``torch.vmap`` for an operator on weights: one after the other, as they are few.
+
+    A list among the arguments has a list of dimensions.
+    """
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **options: Any) -> tuple[Tensor, int]:
         calls = (
-            [value if dim is None else value.select(dim, index) for value, dim in zip(args, in_dims, strict=True)]
+            [value.select(d, index) if isinstance(d, int) else value for value, d in zip(args, in_dims, strict=True)]
             for index in range(info.batch_size)
         )
         op = getattr(torch.ops.tbn, name).default
@@ -121,16 +127,28 @@ def _each(name: str) -> Callable[..., tuple[Tensor, int]]:
     return rule
 
 
-def _unpack_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    tile, alpha, shape, p = inputs
-    options = keyword_only_inputs
-    ctx.layout = make_layout(shape, p, **options)
-    ctx.save_for_backward(tile, alpha)
+class _Unpack(torch.autograd.Function):
+    """The gradient of ``tbn::unpack``."""
+
+    @staticmethod
+    def forward(ctx: Any, options: dict[str, Any], tile: Tensor, alpha: Tensor, shape: list[int], p: int) -> Tensor:
+        ctx.layout = make_layout(shape, p, **options)
+        ctx.save_for_backward(tile, alpha)
+        return _below_autograd("unpack", tile, alpha, shape, p, **options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        tile, alpha = ctx.saved_tensors
+        return None, None, _alpha_gradient(ctx.layout, grad, tile, alpha), None, None
 
 
-def _unpack_backward(ctx: Any, grad: Tensor) -> Grads:
-    tile, alpha = ctx.saved_tensors
-    return None, _alpha_gradient(ctx.layout, grad, tile, alpha), None, None
+def _unpack(tile: Tensor, alpha: Tensor, shape: list[int], p: int, **options: Any) -> Tensor:
+    if functorch_is_active() or forward_mode_is_active():
+        return dense_weight(tile, alpha, make_layout(shape, p, **options), alpha.dtype)
+    if torch.is_grad_enabled() and alpha.requires_grad:
+        result: Tensor = _Unpack.apply(options, tile, alpha, shape, p)  # type: ignore[no-untyped-call]
+        return result
+    return _below_autograd("unpack", tile, alpha, shape, p, **options)
 
 
 def _alpha_gradient(layout: TileLayout, grad_dense: Tensor, tile: Tensor, alpha: Tensor) -> Tensor:
@@ -139,40 +157,82 @@ def _alpha_gradient(layout: TileLayout, grad_dense: Tensor, tile: Tensor, alpha:
     return layout.alpha_groups(grad_dense * bits, alpha.numel()).sum((1, 3)).reshape(-1).to(alpha.dtype)
 
 
-def _inference_setup(
-    operator: Operator, ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
-) -> None:
-    """Keep what the gradient of an inference operator needs."""
-    call = operator.bind(inputs, keyword_only_inputs)
-    ctx.call = call.without_tensors()
-    ctx.bias_dtype = None if call.bias is None else call.bias.dtype
-    ctx.save_for_backward(call.input, call.tile, call.alpha, call.input_alpha)
+class _Inference(torch.autograd.Function):
+    """The gradient of an inference operator."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, options: dict[str, Any], *inputs: Any) -> Tensor:
+        call = operator.bind(inputs, options)
+        ctx.call = call.without_tensors()
+        ctx.bias_dtype = None if call.bias is None else call.bias.dtype
+        ctx.save_for_backward(call.input, call.tile, call.alpha, call.input_alpha)
+        return _below_autograd(operator.name, *inputs, **options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        call: TiledCall = ctx.call
+        if call.activation != "float" or call.epilogue != "none":
+            raise RuntimeError(_NO_GRADIENT.format(call.activation, call.epilogue))
+        input, tile, alpha, input_alpha = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]  # without those left out
+        needs = dict(zip(call.operator.positional, needed, strict=False))
+        dense = dense_weight(tile, alpha, call.layout, grad.dtype)
+        used = dense if input_alpha is None else fold_replicas(dense, input_alpha)  # the weight that the input sees
+        wanted = (needs["input"], needs["alpha"] or needs.get("input_alpha", False), needs["bias"])
+        layer = convolution_gradients if call.dims else _linear_backward
+        grad_input, grad_used, grad_bias = layer(call, grad, input, used, wanted)
+        grads = {"input": grad_input, "bias": None if grad_bias is None else grad_bias.to(ctx.bias_dtype)}
+        if grad_used is not None:
+            grad_dense = grad_used
+            if input_alpha is not None:
+                blocks = dense.unflatten(1, (input_alpha.numel(), -1)) * grad_used.unsqueeze(1)
+                grads["input_alpha"] = blocks.transpose(0, 1).flatten(1).sum(1).to(input_alpha.dtype)
+                scale = input_alpha.to(grad_used.dtype).view(-1, *[1] * (grad_used.dim() - 1))
+                grad_dense = (grad_used.unsqueeze(1) * scale).flatten(1, 2)
+            grads["alpha"] = _alpha_gradient(call.layout, grad_dense, tile, alpha)
+        return (None, None, *(grads.get(name) for name, _ in zip(call.operator.positional, needed, strict=False)))
 
 
-def _inference_backward(ctx: Any, grad: Tensor) -> Grads:
-    call: TiledCall = ctx.call
-    if call.activation != "float" or call.epilogue != "none":
-        raise RuntimeError(
-            f"tbn operators have no gradient with activation={call.activation!r}, epilogue={call.epilogue!r}: these "
-            "forms are for inference; train around the lowered module instead"
-        )
-    input, tile, alpha, input_alpha = ctx.saved_tensors
-    needs = dict(zip(call.operator.positional, ctx.needs_input_grad, strict=False))  # without those left out
-    dense = dense_weight(tile, alpha, call.layout, grad.dtype)
-    used = dense if input_alpha is None else fold_replicas(dense, input_alpha)  # the weight that the input sees
-    wanted = (needs["input"], needs["alpha"] or needs.get("input_alpha", False), needs["bias"])
-    layer = convolution_gradients if call.dims else _linear_backward
-    grad_input, grad_used, grad_bias = layer(call, grad, input, used, wanted)
-    grads = {"input": grad_input, "bias": None if grad_bias is None else grad_bias.to(ctx.bias_dtype)}
-    if grad_used is not None:
-        grad_dense = grad_used
-        if input_alpha is not None:
-            blocks = dense.unflatten(1, (input_alpha.numel(), -1)) * grad_used.unsqueeze(1)
-            grads["input_alpha"] = blocks.transpose(0, 1).flatten(1).sum(1).to(input_alpha.dtype)
-            scale = input_alpha.to(grad_used.dtype).view(-1, *[1] * (grad_used.dim() - 1))
-            grad_dense = (grad_used.unsqueeze(1) * scale).flatten(1, 2)
-        grads["alpha"] = _alpha_gradient(call.layout, grad_dense, tile, alpha)
-    return tuple(grads.get(name) for name in call.operator.positional)
+_NO_GRADIENT = (
+    "tbn operators have no gradient with activation={!r}, epilogue={!r}: these forms are for inference; train around "
+    "the lowered module instead"
+)
+
+
+def _inference(operator: Operator) -> Callable[..., Tensor]:
+    """The kernel that records the gradient of an inference operator."""
+
+    def kernel(*args: Any, **options: Any) -> Tensor:
+        recorded = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args)
+        if functorch_is_active() or forward_mode_is_active():
+            call = operator.bind(args, options)
+            if call.activation == "float":
+                return compute(call.checked())
+            if recorded or any(isinstance(value, Tensor) and unpack_dual(value).tangent is not None for value in args):
+                raise RuntimeError(_NO_GRADIENT.format(call.activation, call.epilogue))
+        elif recorded:
+            result: Tensor = _Inference.apply(operator, options, *args)  # type: ignore[no-untyped-call]
+            return result
+        return _below_autograd(operator.name, *args, **options)
+
+    return kernel
+
+
+def _mapped(operator: Operator) -> Callable[..., tuple[Tensor, int]]:
+    """The rule of ``torch.vmap`` for an inference operator: inputs of one layer become one input of more samples."""
+    each = _each(operator.name)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, int]:
+        if in_dims[0] is None or any(isinstance(dim, int) for dim in in_dims[1:]):
+            return each(info, in_dims, input, *args, **options)
+        inputs = input.movedim(in_dims[0], 0)
+        outer = inputs.shape[: -1 - operator.dims]
+        if operator.dims:
+            inputs = inputs.reshape(-1, *inputs.shape[len(outer) :])
+        out = operator.overload(inputs, *args, **options)
+        return out.reshape(*outer, *out.shape[1:]) if operator.dims else out, 0
+
+    return rule
 
 
 def _linear_backward(
@@ -188,16 +248,10 @@ def _linear_backward(
 
 
 def register() -> None:
-    """Register the gradient formulas."""
-    formulas: dict[str, tuple[Any, Any]] = {
-        "unpack": (_unpack_backward, _unpack_setup),
-        **{
-            name: (_inference_backward, functools.partial(_inference_setup, operator))
-            for name, operator in OPERATORS.items()
-        },
-    }
-    for op, (backward, setup) in formulas.items():
-        torch.library.register_autograd(f"tbn::{op}", backward, setup_context=setup, lib=LIBRARY)
-    for name, kernel in (("tile", _tile), ("scale", _scale)):
+    """Register the gradient formulas, and the rules of ``torch.vmap``."""
+    for name, kernel in (("tile", _tile), ("scale", _scale), ("unpack", _unpack)):
         LIBRARY.impl(name, untraced(kernel), "Autograd")
         torch.library.register_vmap(f"tbn::{name}", _each(name), lib=LIBRARY)
+    for name, operator in OPERATORS.items():
+        LIBRARY.impl(name, untraced(_inference(operator)), "Autograd")
+        torch.library.register_vmap(f"tbn::{name}", _mapped(operator), lib=LIBRARY)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from tbn_compiler.ops.schemas import (
     ACTIVATIONS,
@@ -33,7 +32,7 @@ from tbn_compiler.ops.schemas import (
     make_layout,
 )
 from tbn_compiler.tiling import TiledProduct, TileLayout
-from tbn_compiler.torch_private import OpOverload, forward_mode_is_active, operator_schema, untraced
+from tbn_compiler.torch_private import OpOverload, operator_schema, untraced
 
 _make_product = functools.lru_cache(maxsize=1024)(TiledProduct)
 
@@ -498,26 +497,7 @@ def register_kernel(operator: Operator, kernel: Callable[..., Tensor], key: str)
         TypeError: the kernel has other arguments than the operator's schema, or in another order.
     """
     check_signature(operator, kernel)
-
-    def without_tangents(*args: Any, **options: Any) -> Tensor:
-        if forward_mode_is_active():
-            refuse_tangents(f"tbn::{operator.name}", args)
-        return kernel(*args, **options)
-
-    LIBRARY.impl(operator.name, untraced(without_tangents), key)
-
-
-def refuse_tangents(name: str, values: Iterable[Any]) -> None:
-    """Raise where forward-mode differentiation reaches a kernel, which would give a result without a tangent: zeros.
-
-    Raises:
-        NotImplementedError: a tensor among ``values`` has a tangent.
-    """
-    if any(isinstance(value, Tensor) and unpack_dual(value).tangent is not None for value in values):
-        raise NotImplementedError(
-            f"{name} has no forward derivative (torch.func.jvp, jacfwd): differentiate it backwards (vjp, jacrev), "
-            "or the model before it is lowered"
-        )
+    LIBRARY.impl(operator.name, untraced(kernel), key)
 
 
 def check_signature(operator: Operator, kernel: Callable[..., Tensor]) -> None:

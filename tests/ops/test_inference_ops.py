@@ -12,16 +12,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 
-import tbn_compiler
 from tbn_compiler.backends import cpu
 from tests import oracle
 
 tbn = torch.ops.tbn
-CONFIG = tbn_compiler.TilingConfig(p=4, min_size=0)
 CONVS: dict[int, tuple[Any, Any]] = {1: (tbn.conv1d, F.conv1d), 2: (tbn.conv2d, F.conv2d), 3: (tbn.conv3d, F.conv3d)}
 
 
@@ -398,16 +395,3 @@ def test_input_of_the_wrong_width_is_refused_whatever_its_width() -> None:
 def test_conv_kernel_larger_than_input_fails_while_tracing() -> None:
     with FakeTensorMode(), pytest.raises(RuntimeError, match=r"kernel \[3, 3\] does not fit the input \[1, 4, 2, 5\]"):
         tbn.conv2d(torch.zeros(1, 4, 2, 5), bits(9), torch.ones(1), None, 4, 8, [3, 3], 4)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # by PyTorch itself
-def test_forward_mode_is_refused() -> None:
-    """A kernel's result has no tangent: the derivative would be 0."""
-    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8))
-    packed, x = tbn_compiler.lower(tbn_compiler.transform(model, CONFIG)), torch.randn(3, 24)
-    for module in (packed, tbn_compiler.optimize(packed, x)):
-        with torch.no_grad(), forward_ad.dual_level():
-            with pytest.raises(NotImplementedError, match="tbn::linear has no forward derivative"):
-                module(forward_ad.make_dual(x, x))
-            factor = forward_ad.make_dual(torch.ones(()), torch.ones(()))  # what does not depend on it stays
-            assert torch.equal(forward_ad.unpack_dual(module(x) * factor).tangent, module(x))

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from tbn_compiler.backends.cpu import bound
 from tbn_compiler.backends.cpu.attention import bind_attention
@@ -34,7 +35,7 @@ from tbn_compiler.graph.calls import InferenceCall, attribute, tiled_call
 from tbn_compiler.graph.copying import share_tensors_copy
 from tbn_compiler.graph.layers import apply_view, parameter_view
 from tbn_compiler.graph.records import graph_parts
-from tbn_compiler.ops.calls import TensorCall, refuse_tangents
+from tbn_compiler.ops.calls import TensorCall
 from tbn_compiler.passes.base import copy_meta, remove_dead_nodes
 from tbn_compiler.passes.deployment import dtype, note_values, sizes
 from tbn_compiler.torch_private import (
@@ -213,8 +214,10 @@ def _refuse_gradients(*inputs: Any) -> None:
         for value in inputs:
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 raise RuntimeError("a module that was bound has no gradients: differentiate the lowered one")
-    if forward_mode_is_active():
-        refuse_tangents("a module that was bound", inputs)
+    if forward_mode_is_active() and any(
+        isinstance(value, torch.Tensor) and unpack_dual(value).tangent is not None for value in inputs
+    ):
+        raise RuntimeError("a module that was bound has no forward derivative: differentiate the lowered one")
 
 
 def _tokens(layer: TensorCall, node: fx.Node) -> int | None:
