@@ -239,7 +239,8 @@ static int conv_dots(struct tbn_conv *layer, const int8_t *signs, size_t group, 
 static int check_conv(const struct tbn_kernels *kernels, int activation) {
     const int integer = activation != TBN_FLOAT;
     const size_t group = tbn_group(kernels, integer), rows = between(1, 70), mixes = some_mixes();
-    const size_t channels = between(1, 40) / mixes + 1; /* of a column group */
+    /* Of a column group; tables of pixels are shared from TBN_DOT_BYTES on. */
+    const size_t channels = random_below(3) ? between(1, 40) / mixes + 1 : TBN_DOT_BYTES;
     const size_t height = between(6, 12), width = between(6, 20), samples = between(1, 2);
     struct tbn_conv layer = {
         .kernels = kernels, .groups = 1, .channels = channels, .channels_out = mixes * rows, .rows = rows,

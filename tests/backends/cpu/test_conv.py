@@ -218,6 +218,55 @@ def test_kernels_of_few_channels(name: str, last: bool, hadamard: bool, level: s
     assert torch.equal(got, reference.KERNELS["conv2d"](*arguments, **options))
 
 
+# samples, channels of a group, filters of a group and copy, size, geometry; groups in the end
+SHARED: dict[str, tuple[int, int, int, tuple[int, int], dict[str, Any], int]] = {
+    "blocks that do not fit": (1, 64, 16, (13, 11), {"padding": 1}, 1),
+    "more blocks than lanes": (1, 64, 48, (30, 29), {"padding": 1}, 1),
+    "a lane for each sample": (35, 64, 32, (5, 4), {"padding": 1}, 1),
+    "samples of several blocks": (3, 128, 24, (14, 14), {"padding": 1}, 1),
+    "stride": (2, 64, 32, (15, 17), {"padding": 1, "stride": 2}, 1),
+    "stride beyond the kernel": (2, 64, 32, (19, 23), {"stride": (4, 3)}, 1),
+    "dilation": (2, 64, 32, (16, 15), {"padding": 2, "dilation": (2, 3)}, 1),
+    "both": (2, 64, 32, (21, 17), {"padding": 2, "dilation": (2, 1), "stride": (1, 2)}, 1),
+    "groups": (2, 64, 16, (12, 12), {"padding": 1}, 2),
+    "one row": (9, 64, 32, (3, 40), {}, 1),
+}
+
+
+@every_level
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("activation", ["float", "int8", "binary"])
+@pytest.mark.parametrize("name", SHARED)
+def test_pixels_that_share_their_tables(name: str, activation: str, hadamard: bool, level: str) -> None:
+    """Whole steps of channels: results are the reference's, whatever the threads and the other samples are."""
+    samples, channels, filters, (height, width), geometry, groups = SHARED[name]
+    p = 2
+    inputs, outputs = channels * groups * (p if hadamard else 1), filters * groups * p
+    tile, alpha, _ = operands((outputs, inputs // groups, 3, 3), p, p)
+    x = exact_input(samples, inputs, height, width)
+    names = ("stride", "padding", "dilation")
+    sizes = {key: np.broadcast_to(geometry[key], 2).tolist() for key in names if key in geometry}
+    options = {**sizes, "groups": groups, "activation": activation, "hadamard": hadamard}
+
+    def run(x: Tensor) -> Tensor:
+        result: Tensor = tbn.conv2d(x, tile, alpha, None, inputs, outputs, [3, 3], p, **options)
+        return result
+
+    expected = reference.KERNELS["conv2d"](x, tile, alpha, None, inputs, outputs, [3, 3], p, **options)
+    last = x.contiguous(memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    with cpu.use_level(level):
+        found = run(x)
+        oracle.assert_close(found, expected, 1e-5)
+        assert torch.equal(run(last), found)
+        assert torch.equal(torch.cat([run(sample) for sample in x.split(1)]), found)
+        try:
+            torch.set_num_threads(3)
+            assert torch.equal(run(x), found)
+        finally:
+            torch.set_num_threads(threads)
+
+
 @every_level
 @pytest.mark.parametrize("epilogue", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_epilogues(epilogue: str, level: str) -> None:

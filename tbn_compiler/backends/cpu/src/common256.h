@@ -4,6 +4,7 @@
 
 /* The next loop is unrolled: its variables are registers. */
 #define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL16 _Pragma("GCC unroll 16")
 
 INLINE void store_i32(int32_t *z, __m128i sums16, int accumulate) {
     __m256i sums = _mm256_cvtepi16_epi32(sums16);

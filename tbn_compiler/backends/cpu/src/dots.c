@@ -132,10 +132,10 @@ static float factor_of(float scale) {
 }
 
 /* Results of `count` rows and of `inputs` neighbouring positions, for a network. Bytes end with a row of their image. */
-static void store_positions(const struct call *call, const struct tbn_dot_finish *finish, const int32_t *z, size_t count,
-                            size_t inputs, size_t sample, size_t position, size_t channel) {
+static void store_positions(const struct call *call, const struct tbn_dot_finish *finish, const int32_t *z, size_t z_input,
+                            size_t count, size_t inputs, size_t sample, size_t position, size_t channel) {
     const struct tbn_store *store = call->store;
-    const size_t channels = call->groups * call->conv->channels_out, z_row = call->blocks * TBN_DOT_ROWS;
+    const size_t channels = call->groups * call->conv->channels_out;
     const size_t plane = call->out_height * call->out_width;
     while (inputs) {
         const size_t y = position / call->out_width, x = position % call->out_width;
@@ -159,10 +159,40 @@ static void store_positions(const struct call *call, const struct tbn_dot_finish
             job.bytes = tbn_pixel(&store->bytes, sample, y, x) + channel;
             job.bytes_step = store->bytes.pixel;
         }
-        call->dots->store_inputs(finish, &job, z, z_row, count, some);
+        call->dots->store_inputs(finish, &job, z, z_input, count, some);
         inputs -= some;
         position += some;
-        z += some * z_row;
+        z += some * z_input;
+    }
+}
+
+void tbn_finish_positions(const struct call *call, const int32_t *z, size_t z_input, size_t z_mix, size_t sample, size_t group,
+                          size_t position, size_t inputs) {
+    const struct tbn_conv *layer = call->conv;
+    const int32_t *corrections = layer->corrections + group * call->mixes * call->rows;
+    const size_t channels = call->groups * layer->channels_out, plane = call->out_height * call->out_width;
+    /* Channels that are finished at once: those of a copy, or of all copies where sums change places for planes. */
+    const int planes = !call->store && !layer->channels_last;
+    const size_t some = planes && call->mixes == 1 ? layer->channels_out : call->rows;
+    for (size_t j = 0; j < layer->channels_out; j += some) {
+        const size_t channel = group * layer->channels_out + j, mix = call->mixes > 1 ? j / call->rows : 0;
+        const size_t count = tbn_min(some, layer->channels_out - j);
+        const int32_t *sums = z + mix * z_mix;
+        const struct tbn_dot_finish finish = {
+            .correction = call->activation == TBN_FLOAT ? NULL : corrections + mix * call->rows,
+            .alpha = call->alphas + channel,
+            .bias = call->bias ? call->bias + channel : NULL,
+            .scales = call->scales + sample,
+            .relu = layer->relu,
+        };
+        if (call->store)
+            store_positions(call, &finish, sums, z_input, count, inputs, sample, position, channel);
+        else if (layer->channels_last)
+            call->dots->finish_inputs(&finish, sums, z_input, count, inputs,
+                                      call->out + (sample * plane + position) * channels + channel, channels);
+        else
+            call->dots->finish_rows(&finish, sums, z_input, call->rows, count, inputs,
+                                    call->out + (sample * channels + channel) * plane + position, plane);
     }
 }
 
@@ -178,35 +208,12 @@ static void conv_band(const struct call *call, const struct buffers *buffers, si
     const int32_t *corrections = layer->corrections + group * call->mixes * call->rows;
     find_limbs(call, buffers, tiles);
     multiply(call, buffers, layer->index, corrections, group, tiles, stride, call->image_bytes);
-    const size_t channels = call->groups * layer->channels_out, plane = call->out_height * call->out_width;
-    /* Channels that are finished at once: those of a copy, or of all copies where sums change places for planes. */
-    const int planes = !call->store && !layer->channels_last;
-    const size_t some = planes && call->mixes == 1 ? layer->channels_out : call->rows;
     for (size_t tile = 0; tile < tiles; tile++) {
         const size_t x = (gathers ? tile : tile % row_tiles) * TBN_DOT_INPUTS; /* from the band, or its row, on */
         const size_t first = (first_row + (gathers ? 0 : tile / row_tiles)) * call->out_width;
         const size_t inputs = tbn_min(TBN_DOT_INPUTS, (gathers ? rows : 1) * call->out_width - x);
-        for (size_t j = 0; j < layer->channels_out; j += some) {
-            const size_t channel = group * layer->channels_out + j, mix = call->mixes > 1 ? j / call->rows : 0;
-            const size_t count = tbn_min(some, layer->channels_out - j);
-            const int32_t *z = buffers->z + mix * z_size(call, call->limbs * tiles) + tile * TBN_DOT_INPUTS * z_row;
-            const struct tbn_dot_finish finish = {
-                .correction = call->activation == TBN_FLOAT ? NULL : corrections + mix * call->rows,
-                .alpha = call->alphas + channel,
-                .bias = call->bias ? call->bias + channel : NULL,
-                .scales = call->scales + sample,
-                .relu = layer->relu,
-            };
-            const size_t position = first + x;
-            if (call->store)
-                store_positions(call, &finish, z, count, inputs, sample, position, channel);
-            else if (layer->channels_last)
-                call->dots->finish_inputs(&finish, z, z_row, count, inputs,
-                                          call->out + (sample * plane + position) * channels + channel, channels);
-            else
-                call->dots->finish_rows(&finish, z, z_row, call->rows, count, inputs,
-                                        call->out + (sample * channels + channel) * plane + position, plane);
-        }
+        tbn_finish_positions(call, buffers->z + tile * TBN_DOT_INPUTS * z_row, z_row, z_size(call, call->limbs * tiles), sample,
+                             group, first + x, inputs);
     }
 }
 
@@ -240,9 +247,25 @@ static void linear_tokens(const struct call *call, const struct buffers *buffers
         }
 }
 
+/* Units of blocks whose pixels share their tables. */
+static void run_shared(struct call *call) {
+    char *memory = tbn_allocate(tbn_sharing_room(call));
+    if (!memory)
+        return; /* the units are left to the other threads, or remain */
+    call->dots->begin();
+    for (size_t unit; (unit = tbn_take_number(&call->next)) < call->units;)
+        tbn_share(call, memory, unit);
+    call->dots->end();
+    tbn_free(memory);
+}
+
 static void run(void *argument) {
     struct call *call = argument;
     struct buffers buffers;
+    if (call->sharing) {
+        run_shared(call);
+        return;
+    }
     char *memory = tbn_allocate(tbn_max(take_buffers(call, NULL, &buffers), TBN_ALIGN));
     if (!memory)
         return; /* the units are left to the other threads, or remain */
@@ -458,6 +481,7 @@ static int convolve(const struct tbn_conv *layer, const float *x, float *out, co
     call.bands = tbn_ceil_divide(call.out_height, call.band_rows);
     call.tiles = band_tiles(&call, call.band_rows);
     call.units = samples * call.groups * call.bands;
+    tbn_plan_sharing(&call, threads);
     const size_t slack = tbn_slack(layer, call.pixel_bytes, call.value_bytes);
     return compute(&call, threads, call.groups * layer->channels_out, layer->alpha_rows,
                    samples * call.groups * call.mixes, slack,

@@ -69,6 +69,8 @@ struct call {
     size_t unfolded_bytes;                      /* of a limb */
     size_t unfolded_row, unfolded_image, unfolded_pixel; /* their bytes; those above where nothing is folded */
     size_t units, bands, band_rows, tiles;      /* tiles: the most of a unit */
+    const struct tbn_dot_sharing *sharing;      /* NULL: results are computed by bands */
+    size_t block[2], block_count[2];            /* of a sample: height and width of blocks, and how many there are */
     tbn_counter next;
 };
 
@@ -77,6 +79,17 @@ struct call {
 void tbn_make_images(const struct call *call, size_t sample);
 void tbn_fold_image(const struct call *call, const uint8_t *from, uint8_t *to);
 void tbn_fill_token(const struct call *call, size_t token);
+
+/* shared.c: decides whether the tables of a pixel serve all places of the kernel, and divides the results into blocks for it;
+   the memory that a thread takes; computes the blocks of a unit. */
+void tbn_plan_sharing(struct call *call, size_t threads);
+size_t tbn_sharing_room(const struct call *call);
+void tbn_share(const struct call *call, char *memory, size_t unit);
+
+/* Finishes the results of neighbouring positions of one sample and group, whose sums lie `z_input` elements apart, and those of
+   its column groups `z_mix`. */
+void tbn_finish_positions(const struct call *call, const int32_t *z, size_t z_input, size_t z_mix, size_t sample, size_t group,
+                          size_t position, size_t inputs);
 
 /* A convolution of int8 in a network. */
 int tbn_conv_store(const struct tbn_conv *layer, const struct tbn_conv_input *input, const struct tbn_store *store,

@@ -43,6 +43,12 @@ INLINE batch batch_keep(batch value) {
     return value;
 }
 
+/* Distances are parts of instructions here; an address that two of them share would take one of its own. */
+INLINE batch batch_add_at(batch sum, const char *from, size_t apart) {
+    return (batch){_mm256_add_ps(sum.low, _mm256_load_ps((const float *)(const void *)(from + apart))),
+                   _mm256_add_ps(sum.high, _mm256_load_ps((const float *)(const void *)(from + apart + 32)))};
+}
+
 #define REGISTER_KEEP(value) __asm__("" : "+r"(value))
 
 INLINE void halves_widen(int32_t *z, halves sums, int adds) {
@@ -255,7 +261,7 @@ TARGET static void max_bytes256(const uint8_t *const *from, size_t taps, size_t 
 
 const struct tbn_dots tbn_dots_avx2 = {
     .gathers = 1, .by_rows = 1, .begin = nothing, .end = nothing, .room = table_room, .multiply = multiply_tables,
-    .multiply_floats = multiply_float_tables, .measure = measure, .bytes = bytes256, .bytes_of_planes = bytes_of_planes,
+    .multiply_floats = multiply_float_tables, .sharing = &shared_tables, .sharing_floats = &shared_float_tables, .measure = measure, .bytes = bytes256, .bytes_of_planes = bytes_of_planes,
     .combine = NULL, .finish_inputs = finish_inputs256, .finish_rows = finish_by_rows, .store_inputs = store_inputs256,
     .max_bytes = max_bytes256, .max_floats = max_floats,
 };

@@ -13,7 +13,8 @@
 
 #include "generic.h"
 
-enum { FOURS = TBN_DOT_BYTES / 4, PATTERNS = 16, PAIR = 2 };
+/* LOOKED_UP: rows at a time. */
+enum { FOURS = TBN_DOT_BYTES / 4, PATTERNS = 16, PAIR = 2, LOOKED_UP = 2 };
 
 /* Steps whose sums fit 16 bits: 4 x 64 x 127. */
 enum { NARROW_STEPS = 4 };
@@ -55,18 +56,29 @@ INLINE void fill_tables(const uint8_t *const *inputs, size_t offset, size_t four
     }
 }
 
-/* Adds what a row looks up. Bits are shifted to where they are the offset of an entry. */
-INLINE void look_up(uint64_t bits, const int16_t *tables, size_t fours, size_t tiles, halves *sum) {
+/* The offset of what a row looks up in the table of four `four`: its bits lie there once they are turned by 4 * four. Each is
+   turned on its own, so that none waits for the one before. */
+INLINE size_t entry_at(uint64_t bits, size_t four, size_t entry) {
+    const size_t by = 4 * four;
+    uint64_t at = (bits >> by | bits << (64 - by) % 64) & (PATTERNS - 1) * entry;
+    REGISTER_KEEP(at);
+    return at;
+}
+
+/* Adds what LOOKED_UP rows look up: their additions go side by side. */
+INLINE void look_up(const uint64_t *rows, const int16_t *tables, size_t fours, size_t tiles, halves sums[][PAIR]) {
     const size_t entry = tiles * TBN_DOT_INPUTS * sizeof *tables, shift = tiles == 2 ? 6 : 5;
     const char *table = (const char *)tables;
-    bits = bits << shift | bits >> (64 - shift);
-    for (size_t four = 0; four < fours; four++, table += PATTERNS * entry) {
-        const int16_t *found = (const int16_t *)(const void *)(table + (bits & (PATTERNS - 1) * entry));
-        bits = bits >> 4 | bits << 60;
-        for (size_t tile = 0; tile < tiles; tile++)
-            sum[tile] = halves_keep(halves_add(sum[tile], halves_load(found + tile * TBN_DOT_INPUTS)));
-        REGISTER_KEEP(bits);
-    }
+    uint64_t bits[LOOKED_UP];
+    for (size_t row = 0; row < LOOKED_UP; row++)
+        bits[row] = rows[row] << shift | rows[row] >> (64 - shift);
+    UNROLL16 for (size_t four = 0; four < fours; four++)
+        for (size_t row = 0; row < LOOKED_UP; row++) {
+            const char *found = table + entry_at(bits[row], four, entry) + four * PATTERNS * entry;
+            for (size_t tile = 0; tile < tiles; tile++)
+                sums[row][tile] = halves_keep(halves_add(
+                    sums[row][tile], halves_load((const int16_t *)(const void *)found + tile * TBN_DOT_INPUTS)));
+        }
 }
 
 /* All rows with the tables of one step; `first`, `last`: of the steps whose sums fit 16 bits; `adds` them to those before. */
@@ -74,20 +86,45 @@ INLINE void add_rows(const uint64_t *bits, size_t rows, const struct tables *roo
                      int last, int adds) {
     int16_t *narrow = room->narrow;
     int32_t *wide = room->wide;
-    for (size_t row = 0; row < rows; row++, narrow += tiles * TBN_DOT_INPUTS, wide += tiles * TBN_DOT_INPUTS) {
-        halves sum[PAIR];
-        for (size_t tile = 0; tile < tiles; tile++)
-            sum[tile] = first ? halves_zero() : halves_load(narrow + tile * TBN_DOT_INPUTS);
+    const size_t apart = tiles * TBN_DOT_INPUTS;
+    for (size_t row = 0; row < rows; row += LOOKED_UP, narrow += LOOKED_UP * apart, wide += LOOKED_UP * apart) {
+        halves sums[LOOKED_UP][PAIR];
+        for (size_t i = 0; i < LOOKED_UP; i++)
+            for (size_t tile = 0; tile < tiles; tile++)
+                sums[i][tile] = first ? halves_zero() : halves_load(narrow + i * apart + tile * TBN_DOT_INPUTS);
         if (fours == FOURS)
-            look_up(bits[row], room->tables, FOURS, tiles, sum);
+            look_up(bits + row, room->tables, FOURS, tiles, sums);
         else
-            look_up(bits[row], room->tables, fours, tiles, sum);
-        for (size_t tile = 0; tile < tiles; tile++)
-            if (last)
-                halves_widen(wide + tile * TBN_DOT_INPUTS, sum[tile], adds);
-            else
-                halves_store(narrow + tile * TBN_DOT_INPUTS, sum[tile]);
+            look_up(bits + row, room->tables, fours, tiles, sums);
+        for (size_t i = 0; i < LOOKED_UP; i++)
+            for (size_t tile = 0; tile < tiles; tile++)
+                if (last)
+                    halves_widen(wide + i * apart + tile * TBN_DOT_INPUTS, sums[i][tile], adds);
+                else
+                    halves_store(narrow + i * apart + tile * TBN_DOT_INPUTS, sums[i][tile]);
     }
+}
+
+/* All rows with the tables of step `step` of `steps`. */
+INLINE void add_step(const uint64_t *bits, size_t rows, const struct tables *room, size_t fours, size_t tiles, size_t step,
+                     size_t steps) {
+    const int first = step % NARROW_STEPS == 0, last = step % NARROW_STEPS == NARROW_STEPS - 1 || step + 1 == steps;
+    if (first && last)
+        add_rows(bits, rows, room, fours, tiles, 1, 1, step >= NARROW_STEPS);
+    else if (first)
+        add_rows(bits, rows, room, fours, tiles, 1, 0, 0);
+    else if (!last)
+        add_rows(bits, rows, room, fours, tiles, 0, 0, 0);
+    else
+        add_rows(bits, rows, room, fours, tiles, 0, 1, step >= NARROW_STEPS);
+}
+
+/* [row][tile][input] -> [tile][input][row] */
+INLINE void take_wide(const int32_t *wide, size_t rows, size_t tiles, int32_t *z) {
+    for (size_t tile = 0; tile < tiles; tile++)
+        for (size_t row = 0; row < rows; row += TBN_DOT_ROWS)
+            transpose_block((const float *)(const void *)(wide + (row * tiles + tile) * TBN_DOT_INPUTS),
+                            tiles * TBN_DOT_INPUTS, (float *)(void *)(z + tile * TBN_DOT_INPUTS * rows + row), rows);
 }
 
 /* `tiles` tiles of inputs. */
@@ -99,22 +136,10 @@ INLINE void multiply_tiles(const struct tbn_dot *job, const uint8_t *const *inpu
     room.wide = (int32_t *)(void *)(room.narrow + rows * tiles * TBN_DOT_INPUTS);
     for (size_t step = 0; step < job->steps; step++) {
         const size_t fours = job->places[step].fours;
-        const uint64_t *bits = job->index + step * rows;
-        const int first = step % NARROW_STEPS == 0, last = step % NARROW_STEPS == NARROW_STEPS - 1 || step + 1 == job->steps;
         fill_tables(inputs, job->places[step].offset, fours, tiles, room.tables);
-        if (first && last)
-            add_rows(bits, rows, &room, fours, tiles, 1, 1, step >= NARROW_STEPS);
-        else if (first)
-            add_rows(bits, rows, &room, fours, tiles, 1, 0, 0);
-        else if (!last)
-            add_rows(bits, rows, &room, fours, tiles, 0, 0, 0);
-        else
-            add_rows(bits, rows, &room, fours, tiles, 0, 1, step >= NARROW_STEPS);
+        add_step(job->index + step * rows, rows, &room, fours, tiles, step, job->steps);
     }
-    for (size_t tile = 0; tile < tiles; tile++)
-        for (size_t row = 0; row < rows; row += TBN_DOT_ROWS)
-            transpose_block((const float *)(const void *)(room.wide + (row * tiles + tile) * TBN_DOT_INPUTS),
-                            tiles * TBN_DOT_INPUTS, (float *)(void *)(z + tile * TBN_DOT_INPUTS * rows + row), rows);
+    take_wide(room.wide, rows, tiles, z);
 }
 
 /* Inputs of tiles; nobody reads what comes of those that take the place of none. */
@@ -135,5 +160,32 @@ TARGET static void multiply_tables(const struct tbn_dot *job) {
             multiply_tiles(job, inputs, 1, job->z + tile * z_tile);
     }
 }
+
+/* Sums of a position: narrow ones of all rows, and wide ones behind them. */
+TARGET static void add_pixel(const struct tbn_dot_pixel *job) {
+    struct tables room = {.tables = (int16_t *)(void *)job->tables};
+    for (size_t run = 0; run < job->runs; run++) {
+        fill_tables(job->inputs, run * TBN_DOT_BYTES, FOURS, PAIR, room.tables);
+        for (size_t i = 0; i < job->count; i++) {
+            const size_t step = job->visits[i].step + run;
+            room.narrow = (int16_t *)(void *)job->visits[i].sums;
+            room.wide = (int32_t *)(void *)(room.narrow + job->rows * PAIR * TBN_DOT_INPUTS);
+            add_step(job->index + step * job->rows, job->rows, &room, FOURS, PAIR, step, job->steps);
+        }
+    }
+}
+
+TARGET static void take_pixel(const char *sums, size_t rows, int32_t *z) {
+    const int16_t *narrow = (const int16_t *)(const void *)sums;
+    take_wide((const int32_t *)(const void *)(narrow + rows * PAIR * TBN_DOT_INPUTS), rows, PAIR, z);
+}
+
+static const struct tbn_dot_sharing shared_tables = {
+    .lanes = PAIR * TBN_DOT_INPUTS,
+    .table_bytes = FOURS * PATTERNS * PAIR * TBN_DOT_INPUTS * sizeof(int16_t),
+    .sum_bytes = PAIR * TBN_DOT_INPUTS * (sizeof(int16_t) + sizeof(int32_t)),
+    .add = add_pixel,
+    .take = take_pixel,
+};
 
 #endif

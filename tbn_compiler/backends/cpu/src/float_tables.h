@@ -1,6 +1,7 @@
 /*
  * Products of floats as they are by tables in memory, as dots_tables.h has them of bytes. The including level defines `batch`
- * and its functions as for sums.h; batch_keep, as halves_keep; and spread_floats, as spread_bytes.
+ * and its functions as for sums.h; batch_keep, as halves_keep; batch_add_at, which adds the batch that lies some bytes behind
+ * an address; and spread_floats, as spread_bytes.
  */
 #ifndef TBN_FLOAT_TABLES_H
 #define TBN_FLOAT_TABLES_H
@@ -14,28 +15,57 @@ INLINE float *float_sums(const struct tbn_dot *job) {
 
 TBN_FILL_TABLE(fill_float_table, float, batch)
 
-/* What a row looks up in the next table, added to a sum. */
-INLINE batch add_entry(uint64_t *bits, const char **table, batch sum) {
-    const size_t entry = TBN_DOT_INPUTS * sizeof(float);
-    const char *found = *table + (*bits & (PATTERNS - 1) * entry);
-    *bits = *bits >> 4 | *bits << 60;
-    *table += PATTERNS * entry;
-    REGISTER_KEEP(*bits);
-    return batch_keep(batch_add(sum, batch_load((const float *)(const void *)found)));
+/* What a row looks up in the table of four `four`, added to a sum. */
+INLINE batch add_entry(uint64_t bits, const float *tables, size_t four, batch sum) {
+    const size_t entry = TBN_DOT_INPUTS * sizeof *tables;
+    return batch_keep(batch_add_at(sum, (const char *)tables + entry_at(bits, four, entry), four * PATTERNS * entry));
 }
 
-/* As look_up. Additions of floats take their time: two sums go side by side. */
-INLINE batch look_up_floats(uint64_t bits, const float *tables, size_t fours, batch sum) {
-    const char *table = (const char *)tables;
-    batch other = batch_zero();
-    bits = bits << 6 | bits >> 58;
-    for (size_t four = 0; four + 2 <= fours; four += 2) {
-        sum = add_entry(&bits, &table, sum);
-        other = add_entry(&bits, &table, other);
+/* As look_up. Additions of floats take their time: each row has two sums side by side. */
+INLINE void look_up_floats(const uint64_t *rows, const float *tables, size_t fours, batch *sums) {
+    batch other[LOOKED_UP];
+    uint64_t bits[LOOKED_UP];
+    for (size_t row = 0; row < LOOKED_UP; row++) {
+        bits[row] = rows[row] << 6 | rows[row] >> 58;
+        other[row] = batch_zero();
     }
-    if (fours % 2)
-        sum = add_entry(&bits, &table, sum);
-    return batch_add(sum, other);
+    UNROLL16 for (size_t four = 0; four < fours; four++)
+        for (size_t row = 0; row < LOOKED_UP; row++)
+            if (four % 2)
+                other[row] = add_entry(bits[row], tables, four, other[row]);
+            else
+                sums[row] = add_entry(bits[row], tables, four, sums[row]);
+    for (size_t row = 0; row < LOOKED_UP; row++)
+        sums[row] = batch_add(sums[row], other[row]);
+}
+
+/* The tables of a step. */
+INLINE void fill_float_tables(const uint8_t *const *inputs, size_t offset, size_t fours, float *tables) {
+    _Alignas(TBN_ALIGN) float x[TBN_DOT_BYTES * TBN_DOT_INPUTS];
+    spread_floats(inputs, offset, fours, x);
+    for (size_t four = 0; four < fours; four++)
+        fill_float_table(x + four * 4 * TBN_DOT_INPUTS, tables + four * PATTERNS * TBN_DOT_INPUTS, 1);
+}
+
+/* All rows with the tables of a step. */
+INLINE void add_float_rows(const uint64_t *bits, size_t rows, const float *tables, size_t fours, int first, float *sums) {
+    for (size_t row = 0; row < rows; row += LOOKED_UP, sums += LOOKED_UP * TBN_DOT_INPUTS) {
+        batch found[LOOKED_UP];
+        for (size_t i = 0; i < LOOKED_UP; i++)
+            found[i] = first ? batch_zero() : batch_load(sums + i * TBN_DOT_INPUTS);
+        if (fours == FOURS)
+            look_up_floats(bits + row, tables, FOURS, found);
+        else
+            look_up_floats(bits + row, tables, fours, found);
+        for (size_t i = 0; i < LOOKED_UP; i++)
+            batch_store(sums + i * TBN_DOT_INPUTS, found[i]);
+    }
+}
+
+/* [row][input] -> [input][row] */
+INLINE void take_floats(const float *sums, size_t rows, float *z) {
+    for (size_t row = 0; row < rows; row += TBN_DOT_ROWS)
+        transpose_block(sums + row * TBN_DOT_INPUTS, TBN_DOT_INPUTS, z + row, rows);
 }
 
 /* A tile of inputs. */
@@ -43,23 +73,11 @@ INLINE void multiply_float_tile(const struct tbn_dot *job, const uint8_t *const 
     const size_t rows = job->blocks * TBN_DOT_ROWS;
     float *tables = (float *)(void *)job->weights, *sums = float_sums(job);
     for (size_t step = 0; step < job->steps; step++) {
-        _Alignas(TBN_ALIGN) float x[TBN_DOT_BYTES * TBN_DOT_INPUTS];
         const size_t fours = job->places[step].fours;
-        const uint64_t *bits = job->index + step * rows;
-        spread_floats(inputs, job->places[step].offset, fours, x);
-        for (size_t four = 0; four < fours; four++)
-            fill_float_table(x + four * 4 * TBN_DOT_INPUTS, tables + four * PATTERNS * TBN_DOT_INPUTS, 1);
-        for (size_t row = 0; row < rows; row++) {
-            batch sum = step ? batch_load(sums + row * TBN_DOT_INPUTS) : batch_zero();
-            if (fours == FOURS)
-                sum = look_up_floats(bits[row], tables, FOURS, sum);
-            else
-                sum = look_up_floats(bits[row], tables, fours, sum);
-            batch_store(sums + row * TBN_DOT_INPUTS, sum);
-        }
+        fill_float_tables(inputs, job->places[step].offset, fours, tables);
+        add_float_rows(job->index + step * rows, rows, tables, fours, step == 0, sums);
     }
-    for (size_t row = 0; row < rows; row += TBN_DOT_ROWS)
-        transpose_block(sums + row * TBN_DOT_INPUTS, TBN_DOT_INPUTS, z + row, rows);
+    take_floats(sums, rows, z);
 }
 
 TARGET static void multiply_float_tables(const struct tbn_dot *job) {
@@ -70,5 +88,29 @@ TARGET static void multiply_float_tables(const struct tbn_dot *job) {
         multiply_float_tile(job, inputs, (float *)(void *)(job->z + tile * z_tile));
     }
 }
+
+TARGET static void add_float_pixel(const struct tbn_dot_pixel *job) {
+    float *tables = (float *)(void *)job->tables;
+    for (size_t run = 0; run < job->runs; run++) {
+        fill_float_tables(job->inputs, run * TBN_DOT_BYTES * sizeof(float), FOURS, tables);
+        for (size_t i = 0; i < job->count; i++) {
+            const size_t step = job->visits[i].step + run;
+            add_float_rows(job->index + step * job->rows, job->rows, tables, FOURS, step == 0,
+                           (float *)(void *)job->visits[i].sums);
+        }
+    }
+}
+
+TARGET static void take_float_pixel(const char *sums, size_t rows, int32_t *z) {
+    take_floats((const float *)(const void *)sums, rows, (float *)(void *)z);
+}
+
+static const struct tbn_dot_sharing shared_float_tables = {
+    .lanes = TBN_DOT_INPUTS,
+    .table_bytes = FOURS * PATTERNS * TBN_DOT_INPUTS * sizeof(float),
+    .sum_bytes = TBN_DOT_INPUTS * sizeof(float),
+    .add = add_float_pixel,
+    .take = take_float_pixel,
+};
 
 #endif

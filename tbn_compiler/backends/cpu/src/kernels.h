@@ -149,6 +149,34 @@ struct tbn_dot_store {
     float factor;
 };
 
+/*
+ * A pixel that several places of a kernel meet, in as many blocks of a convolution's results as there are lanes: its tables
+ * are made once, and serve all of them. A visit is one place of the kernel, for one position of the blocks.
+ */
+struct tbn_dot_visit {
+    size_t step; /* the first of the place */
+    char *sums;  /* of the position; a first step writes them */
+};
+
+struct tbn_dot_pixel {
+    const uint8_t *const *inputs; /* of all lanes */
+    size_t runs;                  /* steps of a place, all of TBN_DOT_BYTES */
+    const struct tbn_dot_visit *visits;
+    size_t count;
+    const uint64_t *index; /* of all steps, `by_rows` */
+    size_t rows, steps;    /* rows: a multiple of TBN_DOT_ROWS */
+    char *tables;          /* room */
+};
+
+struct tbn_dot_sharing {
+    size_t lanes;       /* a multiple of TBN_DOT_INPUTS */
+    size_t table_bytes; /* of room */
+    size_t sum_bytes;   /* of a row and a position */
+    void (*add)(const struct tbn_dot_pixel *job);
+    /* The sums of a position: [lane][row]. */
+    void (*take)(const char *sums, size_t rows, int32_t *z);
+};
+
 struct tbn_dots {
     int gathers;
     int by_rows; /* bits of the weights: [step][row], those of a row in a word; and sums are of integers, not of bytes, so that
@@ -162,6 +190,7 @@ struct tbn_dots {
     /* The same of floats in the place of bytes, and sums in floats; NULL: floats are limbs, or with no
        `combine` looked up. */
     void (*multiply_floats)(const struct tbn_dot *job);
+    const struct tbn_dot_sharing *sharing, *sharing_floats; /* of bytes and of floats as they are; NULL: there is none */
     /* What stands for inputs: the scale, `*fixed` unless that is NULL or they stay floats, and the factor that makes them
        integers, 0 where all of them become 0. The scale of floats is a NaN if they have to be looked up, and 1 if they stay
        as they are. */
