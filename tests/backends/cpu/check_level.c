@@ -240,7 +240,7 @@ static int check_conv(const struct tbn_kernels *kernels, int activation) {
     const int integer = activation != TBN_FLOAT;
     const size_t group = tbn_group(kernels, integer), rows = between(1, 70), mixes = some_mixes();
     /* Of a column group; tables of pixels are shared from TBN_DOT_BYTES on. */
-    const size_t channels = random_below(3) ? between(1, 40) / mixes + 1 : TBN_DOT_BYTES;
+    const size_t channels = mixes > 2 || random_below(4) ? between(1, 40) / mixes + 1 : TBN_DOT_BYTES;
     const size_t height = between(6, 12), width = between(6, 20), samples = between(1, 2);
     struct tbn_conv layer = {
         .kernels = kernels, .groups = 1, .channels = channels, .channels_out = mixes * rows, .rows = rows,

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "dots.h"
+#include "pool.h"
 
 /* A value in one call: its sizes and where it is. */
 struct image {
@@ -177,20 +178,26 @@ static void finish_pooled(const struct tbn_step *step, size_t channels, float *v
         values[i] = values[i] < 0.0f ? 0.0f : values[i];
 }
 
-static int run_max_pool(const struct run *run, const struct tbn_step *step) {
+/* Rows of the results of a pooling: what its threads share. */
+struct pooling {
+    const struct run *run;
+    const struct tbn_step *step;
+    tbn_counter next;
+};
+
+/* One row of results; `taps`, `pooled_floats`: room for the values of a window, and for one result. */
+static void pool_row(const struct pooling *pooling, size_t unit, const void **taps, float *pooled_floats) {
+    const struct run *run = pooling->run;
+    const struct tbn_step *step = pooling->step;
     const struct image *from = &run->images[step->input], *to = &run->images[step->output];
     const struct tbn_value *value = &run->network->values[step->output];
     const struct tbn_dots *dots = run->network->dots;
-    const size_t channels = value->channels, plane = from->height * from->width, out_plane = to->height * to->width;
-    const size_t most = step->kernel[0] * step->kernel[1];
-    const void **taps = malloc(most * sizeof *taps + channels * sizeof(float));
-    if (!taps)
-        return TBN_OUT_OF_MEMORY;
-    float *pooled_floats = (float *)(void *)(taps + most);
-    for (size_t position = 0; position < run->samples * out_plane; position++) {
-        const size_t sample = position / out_plane, y = position % out_plane / to->width, x = position % to->width;
-        size_t count = 0, first_y, last_y, first_x, last_x;
-        window(step, 0, y, from->height, &first_y, &last_y);
+    const size_t channels = value->channels, plane = from->height * from->width;
+    const size_t sample = unit / to->height, y = unit % to->height;
+    size_t first_y, last_y;
+    window(step, 0, y, from->height, &first_y, &last_y);
+    for (size_t x = 0; x < to->width; x++) {
+        size_t count = 0, first_x, last_x;
         window(step, 1, x, from->width, &first_x, &last_x);
         for (size_t i = first_y; i < last_y; i++)
             for (size_t j = first_x; j < last_x; j++) {
@@ -206,14 +213,36 @@ static int run_max_pool(const struct run *run, const struct tbn_step *step) {
             dots->max_bytes((const uint8_t *const *)taps, count, channels, bytes);
             continue;
         }
-        float *floats = to->floats ? to->floats + position * channels : pooled_floats;
+        float *floats = to->floats ? to->floats + (unit * to->width + x) * channels : pooled_floats;
         dots->max_floats((const float *const *)taps, count, channels, floats);
         finish_pooled(step, channels, floats);
         if (bytes)
             dots->bytes(floats, channels, TBN_INT8, 1.0f / value->scale, bytes, 0);
     }
+}
+
+static size_t pooling_rows(const struct pooling *pooling) {
+    return pooling->run->samples * pooling->run->images[pooling->step->output].height;
+}
+
+static void pool_rows(void *argument) {
+    struct pooling *pooling = argument;
+    const struct tbn_step *step = pooling->step;
+    const size_t most = step->kernel[0] * step->kernel[1], units = pooling_rows(pooling);
+    const size_t channels = pooling->run->network->values[step->output].channels;
+    const void **taps = malloc(most * sizeof *taps + channels * sizeof(float));
+    if (!taps)
+        return; /* the rows are left to the other threads, or remain */
+    for (size_t unit; (unit = tbn_take_number(&pooling->next)) < units;)
+        pool_row(pooling, unit, taps, (float *)(void *)(taps + most));
     free(taps);
-    return TBN_OK;
+}
+
+static int run_max_pool(const struct run *run, const struct tbn_step *step) {
+    struct pooling pooling = {.run = run, .step = step};
+    const size_t rows = pooling_rows(&pooling);
+    tbn_parallel(tbn_min(run->threads, rows), pool_rows, &pooling);
+    return tbn_taken(&pooling.next) < rows ? TBN_OUT_OF_MEMORY : TBN_OK;
 }
 
 /* Means over all positions: of floats in double, of bytes from the sums of their integers. */
