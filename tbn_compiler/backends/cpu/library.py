@@ -18,7 +18,7 @@ products of bytes for integer activations and for float convolutions, by AMX til
 LEVEL_VARIABLE = "TBN_CPU_LEVEL"
 """Environment variable that names the level to use instead of the best; ``none`` turns the native kernels off."""
 
-INTERFACE = 11
+INTERFACE = 12
 """Version of the interface in ``src/tbn_cpu.h`` (``TBN_INTERFACE``)."""
 
 # One file for every Python: it is no extension module (setup.py).

@@ -360,7 +360,7 @@ int main(int count, char **arguments) {
         return 2;
     }
     int wrong = 0;
-    for (int i = 0; i < 20; i++)
+    for (int i = 0; i < 16; i++)
         for (int activation = TBN_FLOAT; activation <= TBN_BINARY; activation++)
             wrong += check_linear(kernels, activation) + check_conv(kernels, activation);
     for (int i = 0; i < 40 && tbn_has_attention(kernels); i++)

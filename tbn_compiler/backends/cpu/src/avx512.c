@@ -223,6 +223,18 @@ INLINE batch batch_subtract(batch a, batch b) {
     return _mm512_sub_ps(a, b);
 }
 
+INLINE batch batch_add_at(batch sum, const char *from, size_t apart) {
+    return batch_add(sum, batch_load((const float *)(const void *)(from + apart)));
+}
+
+INLINE batch batch_keep(batch value) {
+    __asm__("" : "+v"(value));
+    return value;
+}
+
+/* Counted: a store a cycle makes tables, and two loads look up. */
+#define ROWS_OF_SIXES 160
+
 #include "sums.h"
 
 TARGET static void mix_f32(float *z, size_t mixes, size_t count) {

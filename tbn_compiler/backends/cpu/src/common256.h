@@ -4,7 +4,9 @@
 
 /* The next loop is unrolled: its variables are registers. */
 #define UNROLL _Pragma("GCC unroll 8")
-#define UNROLL16 _Pragma("GCC unroll 16")
+#define TBN_UNROLL16 _Pragma("GCC unroll 16")
+
+#define REGISTER_KEEP(value) __asm__("" : "+r"(value))
 
 INLINE void store_i32(int32_t *z, __m128i sums16, int accumulate) {
     __m256i sums = _mm256_cvtepi16_epi32(sums16);
@@ -63,6 +65,17 @@ INLINE batch batch_add(batch a, batch b) {
 
 INLINE batch batch_subtract(batch a, batch b) {
     return (batch){_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+}
+
+INLINE batch batch_keep(batch value) {
+    __asm__("" : "+x"(value.low), "+x"(value.high));
+    return value;
+}
+
+/* Distances are parts of instructions here; an address that two of them share would take one of its own. */
+INLINE batch batch_add_at(batch sum, const char *from, size_t apart) {
+    return (batch){_mm256_add_ps(sum.low, _mm256_load_ps((const float *)(const void *)(from + apart))),
+                   _mm256_add_ps(sum.high, _mm256_load_ps((const float *)(const void *)(from + apart + 32)))};
 }
 
 #endif

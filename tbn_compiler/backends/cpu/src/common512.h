@@ -4,6 +4,9 @@
 
 /* The next loop is unrolled: its variables are registers. */
 #define UNROLL _Pragma("GCC unroll 16")
+#define TBN_UNROLL16 UNROLL
+
+#define REGISTER_KEEP(value) __asm__("" : "+r"(value))
 
 INLINE __mmask16 first_lanes(size_t count) {
     return count < 16 ? (__mmask16)((1u << count) - 1u) : (__mmask16)0xffff;

@@ -38,19 +38,6 @@ INLINE halves halves_keep(halves value) {
     return value;
 }
 
-INLINE batch batch_keep(batch value) {
-    __asm__("" : "+x"(value.low), "+x"(value.high));
-    return value;
-}
-
-/* Distances are parts of instructions here; an address that two of them share would take one of its own. */
-INLINE batch batch_add_at(batch sum, const char *from, size_t apart) {
-    return (batch){_mm256_add_ps(sum.low, _mm256_load_ps((const float *)(const void *)(from + apart))),
-                   _mm256_add_ps(sum.high, _mm256_load_ps((const float *)(const void *)(from + apart + 32)))};
-}
-
-#define REGISTER_KEEP(value) __asm__("" : "+r"(value))
-
 INLINE void halves_widen(int32_t *z, halves sums, int adds) {
     store_i32(z, _mm256_castsi256_si128(sums), adds);
     store_i32(z + 8, _mm256_extracti128_si256(sums, 1), adds);

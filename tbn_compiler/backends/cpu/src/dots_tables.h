@@ -4,17 +4,16 @@
  * TBN_DOT_INPUTS inputs. A row of weights is read as 4 bits a table.
  *
  * The including level defines `halves`, TBN_DOT_INPUTS integers of 16 bits, as one or more of its vectors; halves_zero,
- * halves_load, halves_store, halves_add and halves_subtract for it; halves_keep and REGISTER_KEEP, for which a value stays as
- * it is and compilers do not know it; halves_widen, which writes or adds halves to integers of 32 bits; spread_bytes, which
+ * halves_load, halves_store, halves_add and halves_subtract for it; halves_keep, as REGISTER_KEEP; what tables.h needs; halves_widen, which writes or adds halves to integers of 32 bits; spread_bytes, which
  * puts what the bytes of the inputs of a tile stand for side by side, [byte][input], as halves; and transpose_block.
  */
 #ifndef TBN_DOTS_TABLES_H
 #define TBN_DOTS_TABLES_H
 
-#include "generic.h"
+#include "tables.h"
 
 /* LOOKED_UP: rows at a time. */
-enum { FOURS = TBN_DOT_BYTES / 4, PATTERNS = 16, PAIR = 2, LOOKED_UP = 2 };
+enum { FOURS = TBN_DOT_BYTES / 4, PAIR = 2, LOOKED_UP = 2 };
 
 /* Steps whose sums fit 16 bits: 4 x 64 x 127. */
 enum { NARROW_STEPS = 4 };
@@ -31,20 +30,7 @@ TARGET static size_t table_room(size_t steps, size_t blocks) {
     return PAIR * TBN_DOT_INPUTS * (FOURS * PATTERNS * 2 + blocks * TBN_DOT_ROWS * (2 + 4));
 }
 
-/* The table of four values x [4][input] of one of `tiles` tiles; bit i of a pattern is the sign of x[i]. */
-#define TBN_FILL_TABLE(name, type, vector)                                                         \
-    TBN_SUMS_OF_THREE(name##_of_three, type, vector, TBN_DOT_INPUTS)                               \
-    INLINE void name(const type *x, type *table, size_t tiles) {                                   \
-        const vector last = vector##_load(x + 3 * TBN_DOT_INPUTS);                                 \
-        vector sums[8];                                                                            \
-        name##_of_three(x, sums);                                                                  \
-        for (size_t i = 0; i < 8; i++) {                                                           \
-            vector##_store(table + i * tiles * TBN_DOT_INPUTS, vector##_subtract(sums[i], last));  \
-            vector##_store(table + (8 + i) * tiles * TBN_DOT_INPUTS, vector##_add(sums[i], last)); \
-        }                                                                                          \
-    }
-
-TBN_FILL_TABLE(fill_table, int16_t, halves)
+TBN_FILL_TABLE(fill_table, int16_t, halves, TBN_DOT_INPUTS)
 
 /* The tables of a step. */
 INLINE void fill_tables(const uint8_t *const *inputs, size_t offset, size_t fours, size_t tiles, int16_t *tables) {
@@ -56,25 +42,16 @@ INLINE void fill_tables(const uint8_t *const *inputs, size_t offset, size_t four
     }
 }
 
-/* The offset of what a row looks up in the table of four `four`: its bits lie there once they are turned by 4 * four. Each is
-   turned on its own, so that none waits for the one before. */
-INLINE size_t entry_at(uint64_t bits, size_t four, size_t entry) {
-    const size_t by = 4 * four;
-    uint64_t at = (bits >> by | bits << (64 - by) % 64) & (PATTERNS - 1) * entry;
-    REGISTER_KEEP(at);
-    return at;
-}
-
 /* Adds what LOOKED_UP rows look up: their additions go side by side. */
 INLINE void look_up(const uint64_t *rows, const int16_t *tables, size_t fours, size_t tiles, halves sums[][PAIR]) {
     const size_t entry = tiles * TBN_DOT_INPUTS * sizeof *tables, shift = tiles == 2 ? 6 : 5;
     const char *table = (const char *)tables;
     uint64_t bits[LOOKED_UP];
     for (size_t row = 0; row < LOOKED_UP; row++)
-        bits[row] = rows[row] << shift | rows[row] >> (64 - shift);
-    UNROLL16 for (size_t four = 0; four < fours; four++)
+        bits[row] = turned(rows[row], shift);
+    TBN_UNROLL16 for (size_t four = 0; four < fours; four++)
         for (size_t row = 0; row < LOOKED_UP; row++) {
-            const char *found = table + entry_at(bits[row], four, entry) + four * PATTERNS * entry;
+            const char *found = table + entry_at(bits[row], four, 4, entry) + four * PATTERNS * entry;
             for (size_t tile = 0; tile < tiles; tile++)
                 sums[row][tile] = halves_keep(halves_add(
                     sums[row][tile], halves_load((const int16_t *)(const void *)found + tile * TBN_DOT_INPUTS)));

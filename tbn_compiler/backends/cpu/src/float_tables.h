@@ -13,12 +13,12 @@ INLINE float *float_sums(const struct tbn_dot *job) {
     return (float *)(void *)job->weights + FOURS * PATTERNS * TBN_DOT_INPUTS;
 }
 
-TBN_FILL_TABLE(fill_float_table, float, batch)
+TBN_FILL_TABLE(fill_float_table, float, batch, TBN_DOT_INPUTS)
 
 /* What a row looks up in the table of four `four`, added to a sum. */
 INLINE batch add_entry(uint64_t bits, const float *tables, size_t four, batch sum) {
     const size_t entry = TBN_DOT_INPUTS * sizeof *tables;
-    return batch_keep(batch_add_at(sum, (const char *)tables + entry_at(bits, four, entry), four * PATTERNS * entry));
+    return batch_keep(batch_add_at(sum, (const char *)tables + entry_at(bits, four, 4, entry), four * PATTERNS * entry));
 }
 
 /* As look_up. Additions of floats take their time: each row has two sums side by side. */
@@ -26,10 +26,10 @@ INLINE void look_up_floats(const uint64_t *rows, const float *tables, size_t fou
     batch other[LOOKED_UP];
     uint64_t bits[LOOKED_UP];
     for (size_t row = 0; row < LOOKED_UP; row++) {
-        bits[row] = rows[row] << 6 | rows[row] >> 58;
+        bits[row] = turned(rows[row], 6);
         other[row] = batch_zero();
     }
-    UNROLL16 for (size_t four = 0; four < fours; four++)
+    TBN_UNROLL16 for (size_t four = 0; four < fours; four++)
         for (size_t row = 0; row < LOOKED_UP; row++)
             if (four % 2)
                 other[row] = add_entry(bits[row], tables, four, other[row]);

@@ -48,20 +48,19 @@ struct tbn_lookup {
     int accumulate;          /* add to z instead of writing it */
 };
 
-/* Tables in memory, a batch side by side: each entry is a vector of TBN_BATCH tokens. */
-enum { TBN_BATCH = 16, TBN_SUMS_GROUP = 6, TBN_SUMS_GROUPS = 8, TBN_SUMS_INPUTS = TBN_SUMS_GROUP * TBN_SUMS_GROUPS };
-enum { TBN_SUMS_TABLE_BYTES = (1 << TBN_SUMS_GROUP) * TBN_BATCH * 4 };
+/* Tables in memory, a batch side by side: each entry is a vector of TBN_BATCH tokens. A pass is TBN_SUMS_INPUTS inputs, whose
+   signs a row has in a word, and which make tables of four or of six. */
+enum { TBN_BATCH = 16, TBN_SUMS_INPUTS = 48, TBN_SUMS_TABLES_BYTES = TBN_SUMS_INPUTS / 6 * 64 * TBN_BATCH * 4 };
 
-/* out[token][row] = sum over passes and groups of a table entry */
+/* out[token][row] = sum over passes and tables of an entry */
 struct tbn_sums {
-    const uint16_t *index; /* [pass][row][group]: byte offsets into the group's table */
-    size_t index_stride;   /* elements between passes */
+    const uint64_t *index; /* [pass][row]: bits set for +1 */
+    size_t index_stride;   /* words between passes */
     size_t rows;
     size_t inputs;
     const float *x; /* [tokens][inputs] */
     size_t tokens;  /* at most TBN_BATCH */
-    void *tables;      /* room for TBN_SUMS_GROUPS tables */
-    const float *zero; /* TBN_BATCH zeros */
+    void *tables;      /* room of TBN_SUMS_TABLES_BYTES */
     float *z;          /* room for [rows][TBN_BATCH] */
     float *out;        /* [tokens][rows] */
 };

@@ -78,7 +78,7 @@ static size_t take_buffers(const struct call *call, char *base, struct buffers *
         z = layer->mixes * rows * LOOKUP_TOKENS * sizeof(float);
     }
     if (call->sums_blocks) {
-        tables = tbn_max(tables, TBN_SUMS_GROUPS * TBN_SUMS_TABLE_BYTES);
+        tables = tbn_max(tables, TBN_SUMS_TABLES_BYTES);
         z = tbn_max(z, layer->rows * TBN_BATCH * sizeof(float));
     }
     buffers->tables = tbn_take(&scratch, tables);
@@ -288,22 +288,20 @@ static void lookup_part(const struct call *call, const struct buffers *buffers, 
 /* Rows [first, last) of up to TBN_BATCH tokens. */
 static void sums_part(const struct call *call, const struct buffers *buffers, size_t token, size_t first, size_t last) {
     const struct tbn_linear *layer = call->layer;
-    static _Alignas(TBN_ALIGN) const float zero[TBN_BATCH] = {0};
     const size_t tokens = tbn_min(TBN_BATCH, call->sums_tokens - token), rows = last - first;
     const size_t group_stride = tokens * rows;
-    const size_t group_entries = tbn_ceil_divide(call->columns, TBN_SUMS_INPUTS) * layer->rows * TBN_SUMS_GROUPS;
+    const size_t group_words = tbn_ceil_divide(call->columns, TBN_SUMS_INPUTS) * layer->rows;
     if (layer->mixes > 1)
         deal_out(call, token, tokens, buffers->apart);
     for (size_t group = 0; group < layer->mixes; group++) {
         const struct tbn_sums job = {
-            .index = (const uint16_t *)layer->sums_index + group * group_entries + first * TBN_SUMS_GROUPS,
-            .index_stride = layer->rows * TBN_SUMS_GROUPS,
+            .index = (const uint64_t *)layer->sums_index + group * group_words + first,
+            .index_stride = layer->rows,
             .rows = rows,
             .inputs = call->columns,
             .x = inputs_of(call, buffers, token, 0, tokens, group),
             .tokens = tokens,
             .tables = buffers->tables,
-            .zero = zero,
             .z = buffers->z,
             .out = buffers->rows + group * group_stride,
         };

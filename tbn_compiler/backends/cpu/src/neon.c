@@ -124,7 +124,7 @@ INLINE halves halves_keep(halves value) {
     return value;
 }
 
-#define REGISTER_KEEP(value) __asm__("" : "+r"(value))
+
 
 INLINE void halves_widen(int32_t *z, halves sums, int adds) {
     store_i32(z, sums.low, adds);

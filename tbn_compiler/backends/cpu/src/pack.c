@@ -56,14 +56,15 @@ void tbn_pack(const struct tbn_kernels *kernels, int integer, const int8_t *sign
 }
 
 size_t tbn_pack_sums_bytes(size_t rows, size_t columns) {
-    return ceil_divide(columns, TBN_SUMS_INPUTS) * rows * TBN_SUMS_GROUPS * sizeof(uint16_t);
+    return ceil_divide(columns, TBN_SUMS_INPUTS) * rows * sizeof(uint64_t);
 }
 
 void tbn_pack_sums(const int8_t *signs, size_t rows, size_t columns, void *index) {
-    uint16_t *out = index;
+    uint64_t *out = index;
     for (size_t first = 0; first < columns; first += TBN_SUMS_INPUTS)
-        for (size_t row = 0; row < rows; row++)
-            for (size_t k = 0; k < TBN_SUMS_GROUPS; k++)
-                *out++ = (uint16_t)(entry_of(signs + row * columns, first + k * TBN_SUMS_GROUP, columns, TBN_SUMS_GROUP) *
-                                    TBN_BATCH * sizeof(float));
+        for (size_t row = 0; row < rows; row++, out++) {
+            *out = 0;
+            for (size_t i = 0; i < TBN_SUMS_INPUTS; i += 8)
+                *out |= (uint64_t)entry_of(signs + row * columns, first + i, columns, 8) << i;
+        }
 }

@@ -10,6 +10,15 @@
 #define TARGET
 #define INLINE TBN_INLINE
 
+#if defined(TBN_GNU_C)
+#define REGISTER_KEEP(value) __asm__("" : "+r"(value))
+#define TBN_UNROLL16 _Pragma("GCC unroll 16")
+#else
+#define REGISTER_KEEP(value) (void)(value)
+#define TBN_UNROLL16
+#endif
+#define ROWS_OF_SIXES SIZE_MAX
+
 enum { ROWS = 16, GROUP = 4, ENTRIES = 1 << GROUP };
 
 static void tables_f32(const float *x, size_t stride, size_t count, void *tables, size_t table_stride) {
@@ -83,6 +92,14 @@ INLINE batch batch_subtract(batch a, batch b) {
     for (int i = 0; i < PARTS; i++)
         a.parts[i] -= b.parts[i];
     return a;
+}
+
+INLINE batch batch_add_at(batch sum, const char *from, size_t apart) {
+    return batch_add(sum, batch_load((const float *)(const void *)(from + apart)));
+}
+
+INLINE batch batch_keep(batch value) {
+    return value;
 }
 
 INLINE void transpose_block(const float *in, size_t in_stride, float *out, size_t out_stride) {

@@ -1,36 +1,27 @@
 /*
- * "Four Russians" with the batch across the vector: tables for a few groups of inputs in memory, then all rows, then
- * the next groups. The including level defines `batch`, one value of TBN_BATCH tokens, as one or more of its vectors,
- * batch_zero, batch_load, batch_store, batch_add and batch_subtract for it, and transpose_block, which writes the
- * transpose of a TBN_BATCH x TBN_BATCH block.
+ * "Four Russians" with the batch across the vector: tables for a few inputs in memory, then all rows, then the next inputs. The
+ * including level defines `batch`, one value of TBN_BATCH tokens, as one or more of its vectors, batch_zero, batch_load,
+ * batch_store, batch_add and batch_subtract for it; batch_add_at, which adds the batch that lies some bytes behind an address;
+ * batch_keep, as REGISTER_KEEP;
+ * transpose_block, which writes the transpose of a TBN_BATCH x TBN_BATCH block; what tables.h needs; and ROWS_OF_SIXES, from
+ * which number of rows on tables of six inputs are worth making. They take the whole first-level cache where it has 32 KiB.
  */
 #include <string.h>
 
-TBN_SUMS_OF_THREE(sums_of_three, float, batch, TBN_BATCH)
+#include "tables.h"
+
+enum { SUMS_ENTRY = TBN_BATCH * sizeof(float), SUMS_SHIFT = 6 };
+
+TBN_FILL_TABLE(fours_table, float, batch, TBN_BATCH)
 
 /* The table of six inputs: every sum of the upper three plus every sum of the lower three. */
-INLINE void sums_table(const float *x, float *table) {
+INLINE void sixes_table(const float *x, float *table) {
     batch low[8], high[8];
-    sums_of_three(x, low);
-    sums_of_three(x + 3 * TBN_BATCH, high);
+    fours_table_of_three(x, low);
+    fours_table_of_three(x + 3 * TBN_BATCH, high);
     for (int h = 0; h < 8; h++)
         for (int l = 0; l < 8; l++)
             batch_store(table + (h * 8 + l) * TBN_BATCH, batch_add(high[h], low[l]));
-}
-
-/* Adds the entries that one row looks up in four tables. The offsets come in one load: loads are the bottleneck. */
-INLINE batch add_four(batch sum, const uint16_t *index, const char *tables) {
-    uint64_t offsets;
-    memcpy(&offsets, index, sizeof offsets);
-    for (int k = 0; k < 4; k++) {
-#if defined(TBN_LITTLE_ENDIAN)
-        const size_t offset = (uint16_t)(offsets >> (16 * k));
-#else
-        const size_t offset = index[k];
-#endif
-        sum = batch_add(sum, batch_load((const float *)(const void *)(tables + k * TBN_SUMS_TABLE_BYTES + offset)));
-    }
-    return sum;
 }
 
 /* out[column][row] = in[row][column], block by block as far as whole blocks go. */
@@ -53,21 +44,53 @@ INLINE void transpose_inputs(const struct tbn_sums *job, size_t first, float *x)
     transpose(job->x + first, job->inputs, job->tokens, inputs, x, TBN_BATCH);
 }
 
-TARGET static void sums(const struct tbn_sums *job) {
-    const uint16_t *index = job->index;
+/* Adds what `count` rows look up in the tables of a pass, of `width` inputs each; `first`: to nothing. Additions of floats take
+   their time: each row has two sums side by side. */
+INLINE void add_pass(const uint64_t *index, const char *tables, size_t width, size_t count, int first, float *z) {
+    batch even[2], odd[2];
+    uint64_t bits[2];
+    for (size_t row = 0; row < count; row++) {
+        bits[row] = turned(index[row], SUMS_SHIFT);
+        even[row] = first ? batch_zero() : batch_load(z + row * TBN_BATCH);
+        odd[row] = batch_zero();
+    }
+    TBN_UNROLL16 for (size_t table = 0; table < TBN_SUMS_INPUTS / width; table++) {
+        const size_t apart = (table << width) * SUMS_ENTRY;
+        for (size_t row = 0; row < count; row++) {
+            const char *found = tables + entry_at(bits[row], table, width, SUMS_ENTRY);
+            if (table % 2)
+                odd[row] = batch_keep(batch_add_at(odd[row], found, apart));
+            else
+                even[row] = batch_keep(batch_add_at(even[row], found, apart));
+        }
+    }
+    for (size_t row = 0; row < count; row++)
+        batch_store(z + row * TBN_BATCH, batch_add(even[row], odd[row]));
+}
+
+INLINE void sums_of(const struct tbn_sums *job, size_t width) {
+    const uint64_t *index = job->index;
+    float *tables = job->tables;
     for (size_t first = 0; first < job->inputs; first += TBN_SUMS_INPUTS, index += job->index_stride) {
         _Alignas(TBN_ALIGN) float x[TBN_SUMS_INPUTS * TBN_BATCH];
         transpose_inputs(job, first, x);
-        char *tables = job->tables;
-        for (size_t k = 0; k < TBN_SUMS_GROUPS; k++)
-            sums_table(x + k * TBN_SUMS_GROUP * TBN_BATCH, (float *)(void *)(tables + k * TBN_SUMS_TABLE_BYTES));
-        for (size_t row = 0; row < job->rows; row++) {
-            float *z = job->z + row * TBN_BATCH;
-            const uint16_t *entries = index + row * TBN_SUMS_GROUPS;
-            batch sum = batch_load(first ? z : job->zero);
-            sum = add_four(sum, entries, tables);
-            batch_store(z, add_four(sum, entries + 4, tables + 4 * TBN_SUMS_TABLE_BYTES));
-        }
+        for (size_t table = 0; table < TBN_SUMS_INPUTS / width; table++)
+            if (width == 4)
+                fours_table(x + table * 4 * TBN_BATCH, tables + table * PATTERNS * TBN_BATCH, 1);
+            else
+                sixes_table(x + table * 6 * TBN_BATCH, tables + table * 64 * TBN_BATCH);
+        size_t row = 0;
+        for (; row + 2 <= job->rows; row += 2)
+            add_pass(index + row, (const char *)tables, width, 2, first == 0, job->z + row * TBN_BATCH);
+        if (row < job->rows)
+            add_pass(index + row, (const char *)tables, width, 1, first == 0, job->z + row * TBN_BATCH);
     }
     transpose(job->z, TBN_BATCH, job->rows, job->tokens, job->out, job->rows);
+}
+
+TARGET static void sums(const struct tbn_sums *job) {
+    if (job->rows < ROWS_OF_SIXES)
+        sums_of(job, 4);
+    else
+        sums_of(job, 6);
 }
