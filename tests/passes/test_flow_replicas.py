@@ -470,12 +470,13 @@ OPTIONS = st.fixed_dictionaries(
 ).filter(lambda options: isinstance(options["p"], int) or options["replicate"] == "repeat")
 
 
+@settings(max_examples=40)
 @given(networks(), OPTIONS)
 def test_random_networks(network: tuple[nn.Sequential, tuple[int, ...]], options: dict[str, Any]) -> None:
     check_savings(network, oracle.whole_graph, options)
 
 
-@settings(max_examples=20)  # torch.export is slow
+@settings(max_examples=12)  # torch.export is slow
 @given(networks(), OPTIONS)
 def test_random_networks_exported(network: tuple[nn.Sequential, tuple[int, ...]], options: dict[str, Any]) -> None:
     check_savings(network, tbn.transform, options)
