@@ -116,6 +116,7 @@ def summary(cpu: Result, compiled: Result) -> str:
         "ONNX Runtime int8": "ONNX Runtime int8",
         "OpenVINO float": "OpenVINO float32",
         "OpenVINO int8": "OpenVINO int8",
+        "OpenVINO int8, NNCF": "OpenVINO int8",
     }
     for row in compiled["rows"]:
         peer = end_to_end.fastest(row)
