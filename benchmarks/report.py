@@ -36,12 +36,6 @@ def machine(result: Result) -> str:
     return f"Measured on {found['cpu']}, {found['cores']} cores{level}, with {versions}, on {found['date']}."
 
 
-def machines(operators: Result, networks: Result) -> str:
-    """The machines of operators and of whole networks, which may have been measured on two."""
-    first, second = (machine(result).removeprefix("Measured ") for result in (operators, networks))
-    return f"Operators measured {first} Whole networks measured {second}"
-
-
 def cpu_linear(result: Result) -> str:
     """Linear layers against every peer: medians in microseconds."""
     names = list(result["linear"][0]["us"])
@@ -90,8 +84,8 @@ def cpu_goals(result: Result) -> str:
     return markdown(header, rows, left=header[:3])
 
 
-def summary(cpu: Result, compiled: Result) -> str:
-    """The figures of the README: one row a claim."""
+def summary(cpu: Result) -> str:
+    """Operators in the README: one row a claim."""
     by_case = {(row["out"], row["in"], row["batch"]): row["us"] for row in cpu["linear"] if row["threads"] == 1}
     rows = []
     for batch in (1, 64):
@@ -109,24 +103,33 @@ def summary(cpu: Result, compiled: Result) -> str:
             [f"convolution 3 x 3, {row['channels']} channels, {row['size']} x {row['size']}", "PyTorch float32"]
             + [f"{us['fp32'] / us[name]:.1f}x" for name in ("tiled fp32", "tiled int8")]
         )
-    peers = {
-        "float": "`torch.compile` of the float model",
-        "float, ahead of time": "AOTInductor of the float model",
-        "ONNX Runtime float": "ONNX Runtime float32",
-        "ONNX Runtime int8": "ONNX Runtime int8",
-        "OpenVINO float": "OpenVINO float32",
-        "OpenVINO int8": "OpenVINO int8",
-        "OpenVINO int8, NNCF": "OpenVINO int8",
-    }
-    for row in compiled["rows"]:
-        peer = end_to_end.fastest(row)
-        ratios = [
-            f"{row[peer]['median_ms'] / row[name]['median_ms']:.1f}x"
-            for name in (end_to_end.fastest(row, end_to_end.FLOATS), end_to_end.fastest_int8(row))
-        ]
-        rows.append([f"whole network: {row['title']}", f"{peers[peer]}, its fastest peer", *ratios])
     header = ["p = 4, one thread", "against", "float32 activations", "int8 activations"]
     return markdown(header, rows, left=header[:2])
+
+
+PEERS = {
+    "float": "`torch.compile`",
+    "float, ahead of time": "AOTInductor",
+    "ONNX Runtime float": "ONNX Runtime float32",
+    "ONNX Runtime int8": "ONNX Runtime int8",
+    "OpenVINO float": "OpenVINO float32",
+    "OpenVINO int8": "OpenVINO int8",
+    "OpenVINO int8, NNCF": "OpenVINO int8",
+}
+
+
+def networks(*results: tuple[str, Result]) -> str:
+    """Whole networks in the README: how much faster than the fastest peer of any precision, on each machine."""
+    header = ["p = 4, one thread"]
+    cells: dict[str, list[str]] = {}
+    for machine, result in results:
+        header += [f"{machine}: its fastest peer", "float32 activations", "int8 activations"]
+        for row in result["rows"]:
+            peer = end_to_end.fastest(row)
+            tiled = (end_to_end.fastest(row, end_to_end.FLOATS), end_to_end.fastest_int8(row))
+            ratios = [f"{row[peer]['median_ms'] / row[name]['median_ms']:.1f}x" for name in tiled]
+            cells.setdefault(row["title"], []).extend([PEERS[peer], *ratios])
+    return markdown(header, [[title, *found] for title, found in cells.items()], left=(header[0], header[1], header[4]))
 
 
 def microcontrollers(result: Result) -> str:
@@ -164,8 +167,9 @@ def documents() -> dict[Path, dict[str, Callable[[], str]]]:
     """What is filled in where: texts by their marks, by document."""
     return {
         ROOT / "README.md": {
-            "speed": lambda: summary(read("cpu"), read("end_to_end")),
-            "machine": lambda: machines(read("cpu"), read("end_to_end")),
+            "speed": lambda: summary(read("cpu")),
+            "machine": lambda: machine(read("cpu")),
+            "networks": lambda: networks(("AVX-512", read("end_to_end")), ("AVX2", read("end_to_end_avx2"))),
             "gpu": lambda: gpu_linear(read("gpu")),
             "mcu": lambda: microcontrollers(read("mcu")),
         },
