@@ -3,11 +3,13 @@
 ``tbn::tile`` is straight-through (Eq. 6): the gradient of ``B`` reaches ``W`` unchanged, element by element. A
 full-precision tile has no sign to step over and gets its true gradient. ``tbn::scale`` is differentiated as
 usual; its alpha gradient reaches the source through ``d mean|A| / dA = sign(A) / count``. The inference operators
-pass gradients to input, alpha and bias, so that other parts of a network can train around packed layers; the
+pass gradients to input, alphas and bias, so that other parts of a network can train around packed layers; the
 stored tile is constant.
 
-``torch.func`` and forward-mode differentiation see PyTorch's own operators, which compute the same. ``torch.vmap``
-hands an operator that has no other rule one sample at a time.
+``torch.func`` sees PyTorch's own operators where it differentiates, which compute the same; forward-mode
+differentiation without it is refused by the inference operators, as compiled code would drop what comes of it.
+``torch.vmap`` hands operators one sample at a time, but for layers whose input alone is mapped, to which all samples
+are one input.
 """
 
 from __future__ import annotations
@@ -21,9 +23,15 @@ from torch.autograd.forward_ad import unpack_dual
 
 from tbn_compiler.ops.calls import OPERATORS, Operator, TiledCall, convolution_gradients
 from tbn_compiler.ops.reference import compute, decode, dense_weight, fold_replicas
-from tbn_compiler.ops.schemas import LIBRARY, make_layout
+from tbn_compiler.ops.schemas import LIBRARY, make_layout, unpack_layout
 from tbn_compiler.tiling import TileLayout, tile_vector
-from tbn_compiler.torch_private import below_autograd, forward_mode_is_active, functorch_is_active, untraced
+from tbn_compiler.torch_private import (
+    below_autograd,
+    compiling_fake_mode,
+    forward_mode_is_active,
+    functorch_is_active,
+    untraced,
+)
 
 Grads = tuple[Tensor | None, ...]
 
@@ -111,7 +119,7 @@ def _scale(bits: Tensor, source: Tensor, num_alphas: int, *, p_in: int = 1) -> T
 
 
 def _each(name: str) -> Callable[..., tuple[Tensor, int]]:
-    """The rule of ``torch.vmap`` for an operator on weights: one after the other, as they are few.
+    """A rule of ``torch.vmap`` for any operator: one sample after the other, as weights are few.
 
     A list among the arguments has a list of dimensions.
     """
@@ -142,9 +150,21 @@ class _Unpack(torch.autograd.Function):
         return None, None, _alpha_gradient(ctx.layout, grad, tile, alpha), None, None
 
 
-def _unpack(tile: Tensor, alpha: Tensor, shape: list[int], p: int, **options: Any) -> Tensor:
+def _unpack(
+    tile: Tensor,
+    alpha: Tensor,
+    shape: list[int],
+    p: int,
+    *,
+    p_in: int = 1,
+    shift: int = 0,
+    batch: int = 1,
+    hadamard: bool = False,
+) -> Tensor:
     if functorch_is_active() or forward_mode_is_active():
-        return dense_weight(tile, alpha, make_layout(shape, p, **options), alpha.dtype)
+        layout = unpack_layout(tile, alpha, shape, p, p_in, shift, batch, hadamard)
+        return dense_weight(tile.detach(), alpha, layout, alpha.dtype)
+    options = {"p_in": p_in, "shift": shift, "batch": batch, "hadamard": hadamard}
     if torch.is_grad_enabled() and alpha.requires_grad:
         result: Tensor = _Unpack.apply(options, tile, alpha, shape, p)  # type: ignore[no-untyped-call]
         return result
@@ -186,9 +206,11 @@ class _Inference(torch.autograd.Function):
             grad_dense = grad_used
             if input_alpha is not None:
                 blocks = dense.unflatten(1, (input_alpha.numel(), -1)) * grad_used.unsqueeze(1)
-                grads["input_alpha"] = blocks.transpose(0, 1).flatten(1).sum(1).to(input_alpha.dtype)
+                grads["input_alpha"] = (
+                    blocks.transpose(0, 1).reshape(input_alpha.numel(), -1).sum(1).to(input_alpha.dtype)
+                )
                 scale = input_alpha.to(grad_used.dtype).view(-1, *[1] * (grad_used.dim() - 1))
-                grad_dense = (grad_used.unsqueeze(1) * scale).flatten(1, 2)
+                grad_dense = (grad_used.unsqueeze(1) * scale).reshape(dense.shape)
             grads["alpha"] = _alpha_gradient(call.layout, grad_dense, tile, alpha)
         return (None, None, *(grads.get(name) for name, _ in zip(call.operator.positional, needed, strict=False)))
 
@@ -203,13 +225,22 @@ def _inference(operator: Operator) -> Callable[..., Tensor]:
     """The kernel that records the gradient of an inference operator."""
 
     def kernel(*args: Any, **options: Any) -> Tensor:
-        recorded = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args)
-        if functorch_is_active() or forward_mode_is_active():
-            call = operator.bind(args, options)
-            if call.activation == "float":
-                return compute(call.checked())
-            if recorded or any(isinstance(value, Tensor) and unpack_dual(value).tangent is not None for value in args):
-                raise RuntimeError(_NO_GRADIENT.format(call.activation, call.epilogue))
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        recorded = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
+        forward = forward_mode_is_active() and any(unpack_dual(value).tangent is not None for value in tensors)
+        if functorch_is_active():
+            # What Dynamo traces does not say whether a transform differentiates it.
+            differentiated = recorded or forward
+            if differentiated or compiling_fake_mode() is not None:
+                call = operator.bind(args, options)
+                if call.activation == "float":
+                    return compute(call.checked().replaced(tile=call.tile.detach()))
+                if differentiated:
+                    raise RuntimeError(_NO_GRADIENT.format(call.activation, call.epilogue))
+        elif forward:
+            raise NotImplementedError(
+                f"tbn::{operator.name} has no forward derivative but in torch.func (jvp, jacfwd): use these"
+            )
         elif recorded:
             result: Tensor = _Inference.apply(operator, options, *args)  # type: ignore[no-untyped-call]
             return result
@@ -219,18 +250,26 @@ def _inference(operator: Operator) -> Callable[..., Tensor]:
 
 
 def _mapped(operator: Operator) -> Callable[..., tuple[Tensor, int]]:
-    """The rule of ``torch.vmap`` for an inference operator: inputs of one layer become one input of more samples."""
+    """The rule of ``torch.vmap`` for an inference operator: inputs of one layer become one input of more samples.
+
+    Where an operand other than the input is mapped, too, the samples are computed one after the other.
+    """
     each = _each(operator.name)
 
     def rule(info: Any, in_dims: tuple[Any, ...], input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, int]:
-        if in_dims[0] is None or any(isinstance(dim, int) for dim in in_dims[1:]):
+        outer = input.dim() - 1 - operator.dims
+        fits = outer in (1, 2) if operator.dims else outer > 0  # if not, the operator says what is wrong
+        if in_dims[0] is None or any(isinstance(dim, int) for dim in in_dims[1:]) or not fits:
             return each(info, in_dims, input, *args, **options)
         inputs = input.movedim(in_dims[0], 0)
-        outer = inputs.shape[: -1 - operator.dims]
-        if operator.dims:
-            inputs = inputs.reshape(-1, *inputs.shape[len(outer) :])
-        out = operator.overload(inputs, *args, **options)
-        return out.reshape(*outer, *out.shape[1:]) if operator.dims else out, 0
+        if not operator.dims or outer == 1:
+            return operator.overload(inputs, *args, **options), 0
+        out = operator.overload(inputs.flatten(0, 1), *args, **options)
+        size = (inputs.shape[0], inputs.shape[1], *out.shape[1:])
+        if compiling_fake_mode() is None:
+            return out.reshape(size), 0
+        # A view that divides the samples again leaves Inductor without their number where that is symbolic.
+        return out.as_strided(size, (inputs.shape[1] * out.stride(0), *out.stride())), 0
 
     return rule
 

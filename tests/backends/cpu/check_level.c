@@ -141,7 +141,8 @@ static int32_t *dot_corrections(const struct tbn_kernels *kernels, const int8_t 
 
 static int check_linear(const struct tbn_kernels *kernels, int activation) {
     const size_t mixes = some_mixes(), columns = between(1, 600) / mixes + 1, inputs = columns * mixes;
-    const size_t rows = between(1, 150), copies = mixes > 1 ? mixes : between(1, 3), tokens = between(0, 40);
+    const size_t rows = random_below(4) ? between(1, 150) : between(160, 170);
+    const size_t copies = mixes > 1 ? mixes : between(1, 3), tokens = between(0, 40);
     const size_t outputs = rows * copies;
     int8_t *signs = random_signs(rows * inputs); /* [column group][row][column] */
     float *x = random_floats(tokens * inputs), *alpha = random_floats(outputs), *bias = random_floats(outputs);

@@ -143,6 +143,24 @@ def test_rounding_stays_within_the_bound_of_the_summation(tokens: int, level: st
     assert float((got - exact).abs().max()) < 1e-3
 
 
+@float_levels
+def test_threads_and_other_tokens_change_no_bit(level: str) -> None:
+    """Also where a thread's share of the rows is below what a layer has to have for larger tables."""
+    tile, alpha, _ = operands(320, 480, 1, 1)
+    x = torch.randn(32, 480)
+    threads = torch.get_num_threads()
+    with cpu.use_level(level):
+        found = tbn.linear(x, tile, alpha, None, 480, 320, 1)
+        assert torch.equal(tbn.linear(x[:16], tile, alpha, None, 480, 320, 1), found[:16])
+        try:
+            for count in (2, 3):
+                torch.set_num_threads(count)
+                for tokens in (16, 32):
+                    assert torch.equal(tbn.linear(x[:tokens], tile, alpha, None, 480, 320, 1), found[:tokens])
+        finally:
+            torch.set_num_threads(threads)
+
+
 @levels
 @pytest.mark.parametrize("epilogue", ["relu", "gelu", "gelu_tanh", "silu"])
 @pytest.mark.parametrize("activation", ["float", "int8"])

@@ -5,7 +5,7 @@
  * a position meets lies in a few runs of neighbouring bytes, at the same distances from the position: nothing is
  * unrolled. Images of few channels may be folded: all rows that an output row meets stand in one, the bytes of a column
  * one behind the other, for which the kernel has a height of 1. A unit of work is a band of output rows of one sample and
- * one group, or a few tokens.
+ * one group, a set of blocks of results (shared.c), or a few tokens.
  *
  * Each limb of floats has images of its own, and its tiles stand behind those of the limb before: products do not know of
  * limbs, and weights are made bytes once for all. Samples that limbs do not stand for are looked up at the end. Levels that

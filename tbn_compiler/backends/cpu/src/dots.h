@@ -68,7 +68,7 @@ struct call {
     uint8_t *unfolded;                          /* [limb]: the images of one sample before they are folded, or NULL */
     size_t unfolded_bytes;                      /* of a limb */
     size_t unfolded_row, unfolded_image, unfolded_pixel; /* their bytes; those above where nothing is folded */
-    size_t units, bands, band_rows, tiles;      /* tiles: the most of a unit */
+    size_t units, bands, band_rows, tiles;      /* tiles: the most of a unit; these three are not those of blocks */
     const struct tbn_dot_sharing *sharing;      /* NULL: results are computed by bands */
     size_t block[2], block_count[2];            /* of a sample: height and width of blocks, and how many there are */
     tbn_counter next;

@@ -248,7 +248,8 @@ TARGET static void max_bytes256(const uint8_t *const *from, size_t taps, size_t 
 
 const struct tbn_dots tbn_dots_avx2 = {
     .gathers = 1, .by_rows = 1, .begin = nothing, .end = nothing, .room = table_room, .multiply = multiply_tables,
-    .multiply_floats = multiply_float_tables, .sharing = &shared_tables, .sharing_floats = &shared_float_tables, .measure = measure, .bytes = bytes256, .bytes_of_planes = bytes_of_planes,
+    .multiply_floats = multiply_float_tables, .sharing = &shared_tables, .sharing_floats = &shared_float_tables,
+    .measure = measure, .bytes = bytes256, .bytes_of_planes = bytes_of_planes,
     .combine = NULL, .finish_inputs = finish_inputs256, .finish_rows = finish_by_rows, .store_inputs = store_inputs256,
     .max_bytes = max_bytes256, .max_floats = max_floats,
 };

@@ -4,7 +4,8 @@
  * TBN_DOT_INPUTS inputs. A row of weights is read as 4 bits a table.
  *
  * The including level defines `halves`, TBN_DOT_INPUTS integers of 16 bits, as one or more of its vectors; halves_zero,
- * halves_load, halves_store, halves_add and halves_subtract for it; halves_keep, as REGISTER_KEEP; what tables.h needs; halves_widen, which writes or adds halves to integers of 32 bits; spread_bytes, which
+ * halves_load, halves_store, halves_add and halves_subtract for it; halves_keep, as REGISTER_KEEP; what tables.h needs;
+ * halves_widen, which writes or adds halves to integers of 32 bits; spread_bytes, which
  * puts what the bytes of the inputs of a tile stand for side by side, [byte][input], as halves; and transpose_block.
  */
 #ifndef TBN_DOTS_TABLES_H

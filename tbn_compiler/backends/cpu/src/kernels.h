@@ -56,6 +56,7 @@ enum { TBN_BATCH = 16, TBN_SUMS_INPUTS = 48, TBN_SUMS_TABLES_BYTES = TBN_SUMS_IN
 struct tbn_sums {
     const uint64_t *index; /* [pass][row]: bits set for +1 */
     size_t index_stride;   /* words between passes */
+    size_t layer_rows;     /* of the whole layer, by which tables are chosen: threads change no bit */
     size_t rows;
     size_t inputs;
     const float *x; /* [tokens][inputs] */
@@ -170,7 +171,7 @@ struct tbn_dot_pixel {
 struct tbn_dot_sharing {
     size_t lanes;       /* a multiple of TBN_DOT_INPUTS */
     size_t table_bytes; /* of room */
-    size_t sum_bytes;   /* of a row and a position */
+    size_t sum_bytes;   /* of a row and a position, in all lanes */
     void (*add)(const struct tbn_dot_pixel *job);
     /* The sums of a position: [lane][row]. */
     void (*take)(const char *sums, size_t rows, int32_t *z);

@@ -297,6 +297,7 @@ static void sums_part(const struct call *call, const struct buffers *buffers, si
         const struct tbn_sums job = {
             .index = (const uint64_t *)layer->sums_index + group * group_words + first,
             .index_stride = layer->rows,
+            .layer_rows = layer->rows,
             .rows = rows,
             .inputs = call->columns,
             .x = inputs_of(call, buffers, token, 0, tokens, group),

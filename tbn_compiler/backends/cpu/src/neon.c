@@ -124,8 +124,6 @@ INLINE halves halves_keep(halves value) {
     return value;
 }
 
-
-
 INLINE void halves_widen(int32_t *z, halves sums, int adds) {
     store_i32(z, sums.low, adds);
     store_i32(z + 8, sums.high, adds);
@@ -174,7 +172,8 @@ INLINE void spread_bytes(const uint8_t *const *inputs, size_t offset, size_t fou
 /* Floats are left to lookups, or PyTorch: no machine has timed their tables. */
 static const struct tbn_dots dots_neon = {
     .gathers = 1, .by_rows = 1, .begin = nothing, .end = nothing, .room = table_room, .multiply = multiply_tables,
-    .multiply_floats = NULL, .sharing = &shared_tables, .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, .combine = NULL,
+    .multiply_floats = NULL, .sharing = &shared_tables,
+    .measure = measure, .bytes = bytes, .bytes_of_planes = bytes_of_planes, .combine = NULL,
     .finish_inputs = finish_inputs, .finish_rows = finish_by_rows, .store_inputs = store_inputs, .max_bytes = max_bytes,
     .max_floats = max_floats,
 };

@@ -17,7 +17,7 @@
 #define REGISTER_KEEP(value) (void)(value)
 #define TBN_UNROLL16
 #endif
-#define ROWS_OF_SIXES SIZE_MAX
+#define ROWS_OF_SIXES 160
 
 enum { ROWS = 16, GROUP = 4, ENTRIES = 1 << GROUP };
 

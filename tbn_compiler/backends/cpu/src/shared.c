@@ -12,19 +12,31 @@
 
 #include "dots.h"
 
-/* Rows that could be looked up while the tables of a step are made, and how much longer a row takes, in percent, whose sums are
-   not in the first-level cache: measured. */
-enum { TABLE_ROWS = 40, FAR_SUMS = 110 };
+/* Rows that could be looked up while the tables of a step are made; and what a row takes whose sums are not in the first-level
+   cache, in percent of another, along with what has to be gained: measured. */
+enum { TABLE_ROWS = 40, FAR_SUMS = 120 };
 
 /* What the sums of a thread may take: of the second-level cache, along with the rest. */
 enum { SUMS_BUDGET = 256 * 1024 };
 
+/* A place of the kernel that meets a pixel for a position, along one axis. */
+struct hit {
+    size_t place, position;
+};
+
+/* Hits of the pixels of a block along one axis, one pixel behind the other; the first of each pixel, and the end. */
+struct hits {
+    struct hit *hits;
+    size_t *first;
+};
+
 /* Buffers of one thread. */
 struct buffers {
     const uint8_t **lanes, **inputs; /* where the pixels of each block begin, and one of them */
+    struct hits hits[2];
     struct tbn_dot_visit *visits;
     char *tables;
-    char *sums; /* [column group][row of positions][position][row] */
+    char *sums; /* [column group][row of positions][position], each as struct tbn_dot_sharing has them */
     int32_t *z; /* [column group][position][lane][row] */
 };
 
@@ -60,6 +72,11 @@ static size_t take_buffers(const struct call *call, char *base, struct buffers *
     const size_t places = call->conv->kernel[0] * call->conv->kernel[1], lanes = call->sharing->lanes;
     buffers->lanes = tbn_take(&scratch, lanes * sizeof *buffers->lanes);
     buffers->inputs = tbn_take(&scratch, lanes * sizeof *buffers->inputs);
+    for (int axis = 0; axis < 2; axis++) {
+        const size_t hits = call->conv->kernel[axis] * call->block[axis];
+        buffers->hits[axis].hits = tbn_take(&scratch, hits * sizeof(struct hit));
+        buffers->hits[axis].first = tbn_take(&scratch, (met(call->conv, axis, call->block[axis]) + 1) * sizeof(size_t));
+    }
     buffers->visits = tbn_take(&scratch, places * sizeof *buffers->visits);
     buffers->tables = tbn_take(&scratch, call->sharing->table_bytes);
     buffers->sums = tbn_take(&scratch, kept_bytes(call, call->block));
@@ -79,7 +96,8 @@ static size_t smaller(size_t whole, size_t size) {
 
 /* Units of blocks of one size. */
 static size_t units_of(const struct call *call, const size_t *block) {
-    const size_t blocks = call->samples * tbn_ceil_divide(call->out_height, block[0]) * tbn_ceil_divide(call->out_width, block[1]);
+    const size_t blocks =
+        call->samples * tbn_ceil_divide(call->out_height, block[0]) * tbn_ceil_divide(call->out_width, block[1]);
     return call->groups * tbn_ceil_divide(blocks, call->sharing->lanes);
 }
 
@@ -144,22 +162,37 @@ static struct block find_block(const struct call *call, size_t number) {
     return block;
 }
 
-/* The places of the kernel that meet the pixel (y, x) of a block, with the sums of its column group. */
-static size_t find_visits(const struct call *call, size_t y, size_t x, size_t runs, char *sums, struct tbn_dot_visit *visits) {
+static void find_hits(const struct call *call, int axis, const struct hits *found) {
     const struct tbn_conv *layer = call->conv;
+    const size_t pixels = met(layer, axis, call->block[axis]);
+    size_t *const first = found->first, begin = 0;
+    memset(first, 0, (pixels + 1) * sizeof *first);
+    for (size_t position = 0; position < call->block[axis]; position++)
+        for (size_t place = 0; place < layer->kernel[axis]; place++)
+            first[position * layer->stride[axis] + place * layer->dilation[axis]]++;
+    for (size_t pixel = 0; pixel <= pixels; pixel++) { /* from the number of a pixel's hits to where they end */
+        begin += first[pixel];
+        first[pixel] = begin;
+    }
+    for (size_t position = call->block[axis]; position-- > 0;)
+        for (size_t place = 0; place < layer->kernel[axis]; place++) {
+            const size_t pixel = position * layer->stride[axis] + place * layer->dilation[axis];
+            found->hits[--first[pixel]] = (struct hit){place, position};
+        }
+}
+
+/* The places of the kernel that meet the pixel (y, x) of a block, with the sums of its column group. */
+static size_t find_visits(const struct call *call, const struct buffers *buffers, size_t y, size_t x, size_t runs, char *sums) {
     const size_t kept = kept_rows(call, call->block[0]), bytes = position_bytes(call);
+    const struct hits *rows = &buffers->hits[0], *columns = &buffers->hits[1];
     size_t count = 0;
-    for (size_t i = 0; i < layer->kernel[0] && i * layer->dilation[0] <= y; i++) {
-        const size_t above = y - i * layer->dilation[0];
-        if (above % layer->stride[0] || above / layer->stride[0] >= call->block[0])
-            continue;
-        char *row = sums + above / layer->stride[0] % kept * call->block[1] * bytes;
-        for (size_t j = 0; j < layer->kernel[1] && j * layer->dilation[1] <= x; j++) {
-            const size_t before = x - j * layer->dilation[1];
-            if (before % layer->stride[1] || before / layer->stride[1] >= call->block[1])
-                continue;
-            visits[count].step = (i * layer->kernel[1] + j) * runs;
-            visits[count++].sums = row + before / layer->stride[1] * bytes;
+    for (size_t i = rows->first[y]; i < rows->first[y + 1]; i++) {
+        const struct hit *row = &rows->hits[i];
+        char *of_row = sums + row->position % kept * call->block[1] * bytes;
+        for (size_t j = columns->first[x]; j < columns->first[x + 1]; j++) {
+            const struct hit *column = &columns->hits[j];
+            buffers->visits[count].step = (row->place * call->conv->kernel[1] + column->place) * runs;
+            buffers->visits[count++].sums = of_row + column->position * bytes;
         }
     }
     return count;
@@ -199,6 +232,8 @@ void tbn_share(const struct call *call, char *memory, size_t unit) {
     const uint64_t *index = (const uint64_t *)(const void *)layer->index + group * call->mixes * index_size;
     struct buffers buffers;
     take_buffers(call, memory, &buffers);
+    for (int axis = 0; axis < 2; axis++)
+        find_hits(call, axis, &buffers.hits[axis]);
     for (size_t lane = 0; lane < all; lane++) { /* nobody reads what comes of lanes without a block */
         const struct block block = find_block(call, first + tbn_min(lane, lanes - 1));
         buffers.lanes[lane] = call->bytes + (block.sample * call->groups + group) * call->mixes * call->image_bytes +
@@ -212,7 +247,7 @@ void tbn_share(const struct call *call, char *memory, size_t unit) {
         for (size_t x = 0; x < width; x++)
             for (size_t mix = 0; mix < call->mixes; mix++) {
                 const size_t at = mix * call->image_bytes + y * call->row_bytes + x * call->pixel_bytes;
-                job.count = find_visits(call, y, x, runs, buffers.sums + mix * sums_mix, buffers.visits);
+                job.count = find_visits(call, &buffers, y, x, runs, buffers.sums + mix * sums_mix);
                 if (job.count == 0)
                     continue;
                 for (size_t lane = 0; lane < all; lane++)

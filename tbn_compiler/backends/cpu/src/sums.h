@@ -1,10 +1,10 @@
 /*
  * "Four Russians" with the batch across the vector: tables for a few inputs in memory, then all rows, then the next inputs. The
  * including level defines `batch`, one value of TBN_BATCH tokens, as one or more of its vectors, batch_zero, batch_load,
- * batch_store, batch_add and batch_subtract for it; batch_add_at, which adds the batch that lies some bytes behind an address;
- * batch_keep, as REGISTER_KEEP;
- * transpose_block, which writes the transpose of a TBN_BATCH x TBN_BATCH block; what tables.h needs; and ROWS_OF_SIXES, from
- * which number of rows on tables of six inputs are worth making. They take the whole first-level cache where it has 32 KiB.
+ * batch_store, batch_add and batch_subtract for it; batch_add_at, which adds the batch that lies some bytes behind an
+ * address; batch_keep, as REGISTER_KEEP; transpose_block, which writes the transpose of a TBN_BATCH x TBN_BATCH block; what
+ * tables.h needs; and ROWS_OF_SIXES, from which number of rows of a layer on tables of six inputs are worth making. They
+ * take all of a first-level cache of 32 KiB.
  */
 #include <string.h>
 
@@ -89,7 +89,7 @@ INLINE void sums_of(const struct tbn_sums *job, size_t width) {
 }
 
 TARGET static void sums(const struct tbn_sums *job) {
-    if (job->rows < ROWS_OF_SIXES)
+    if (job->layer_rows < ROWS_OF_SIXES)
         sums_of(job, 4);
     else
         sums_of(job, 6);
