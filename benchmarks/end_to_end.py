@@ -25,7 +25,7 @@ that, the tiled result is compared with the lowered module in eager mode.
 
 It needs the extras ``onnx`` and ``benchmarks``.
 
-Takes about a quarter of an hour, most of which is compiling.
+Takes about half an hour, most of which is compiling and quantising.
 """
 
 from __future__ import annotations

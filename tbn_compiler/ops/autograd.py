@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from tbn_compiler.ops.calls import OPERATORS, Operator, TiledCall, convolution_gradients
-from tbn_compiler.ops.reference import compute, decode, dense_weight, fold_replicas
-from tbn_compiler.ops.schemas import LIBRARY, make_layout, unpack_layout
+from tbn_compiler.ops.reference import compute, decode, dense_weight, fold_replicas, unpack
+from tbn_compiler.ops.schemas import LIBRARY, make_layout
 from tbn_compiler.tiling import TileLayout, tile_vector
 from tbn_compiler.torch_private import (
     below_autograd,
@@ -150,21 +150,9 @@ class _Unpack(torch.autograd.Function):
         return None, None, _alpha_gradient(ctx.layout, grad, tile, alpha), None, None
 
 
-def _unpack(
-    tile: Tensor,
-    alpha: Tensor,
-    shape: list[int],
-    p: int,
-    *,
-    p_in: int = 1,
-    shift: int = 0,
-    batch: int = 1,
-    hadamard: bool = False,
-) -> Tensor:
+def _unpack(tile: Tensor, alpha: Tensor, shape: list[int], p: int, **options: Any) -> Tensor:
     if functorch_is_active() or forward_mode_is_active():
-        layout = unpack_layout(tile, alpha, shape, p, p_in, shift, batch, hadamard)
-        return dense_weight(tile.detach(), alpha, layout, alpha.dtype)
-    options = {"p_in": p_in, "shift": shift, "batch": batch, "hadamard": hadamard}
+        return unpack(tile.detach(), alpha, shape, p, **options)
     if torch.is_grad_enabled() and alpha.requires_grad:
         result: Tensor = _Unpack.apply(options, tile, alpha, shape, p)  # type: ignore[no-untyped-call]
         return result

@@ -217,7 +217,7 @@ def _refuse_gradients(*inputs: Any) -> None:
     if forward_mode_is_active() and any(
         isinstance(value, torch.Tensor) and unpack_dual(value).tangent is not None for value in inputs
     ):
-        raise RuntimeError("a module that was bound has no forward derivative: differentiate the lowered one")
+        raise NotImplementedError("a module that was bound has no forward derivative: differentiate the lowered one")
 
 
 def _tokens(layer: TensorCall, node: fx.Node) -> int | None:

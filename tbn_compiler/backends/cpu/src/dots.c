@@ -27,11 +27,6 @@ struct buffers {
     int32_t *z;      /* [column group][limb][tile][input][row]; floats once limbs are put together, or of floats as they are */
 };
 
-/* Whether inputs are floats as they are. */
-static int is_float(const struct call *call) {
-    return call->value_bytes == sizeof(float);
-}
-
 /* Sums of one column group in `tiles` tiles. */
 static size_t z_size(const struct call *call, size_t tiles) {
     return tiles * TBN_DOT_INPUTS * call->blocks * TBN_DOT_ROWS;
@@ -93,14 +88,11 @@ static void multiply(const struct call *call, const struct buffers *buffers, con
         /* The last tile of a limb may not be filled, but all of it is mixed. */
         for (size_t limb = 1; call->mixes > 1 && limb <= call->limbs; limb++)
             memset(job.z + limb * z_size(call, tiles) - z_size(call, 1), 0, z_size(call, 1) * sizeof(int32_t));
-        (is_float(call) ? call->dots->multiply_floats : call->dots->multiply)(&job);
+        (tbn_takes_floats(call) ? call->dots->multiply_floats : call->dots->multiply)(&job);
         for (size_t i = 0; mix + 1 < call->mixes && i < pointers(call, count); i++)
             buffers->tiles[i] = moved(buffers->tiles[i], apart);
     }
-    if (is_float(call))
-        call->kernels->mix_f32((float *)(void *)buffers->z, call->mixes, z_mix);
-    else
-        call->kernels->mix_i32(buffers->z, call->mixes, z_mix);
+    tbn_mix(call, buffers->z, z_mix);
     for (size_t mix = 0; call->limbs > 1 && mix < call->mixes; mix++)
         call->dots->combine(buffers->z + mix * z_mix, call->blocks * TBN_DOT_ROWS, z_size(call, tiles),
                             corrections + mix * call->rows, call->rows, tiles * TBN_DOT_INPUTS);
@@ -394,7 +386,7 @@ static int compute(struct call *call, size_t threads, size_t outputs, size_t alp
             call->bytes = image;
     }
     for (size_t limb = 0; !given && limb < call->limbs; limb++) {
-        const int zero = limb || is_float(call) ? 0 : TBN_DOT_ZERO;
+        const int zero = limb || tbn_takes_floats(call) ? 0 : TBN_DOT_ZERO;
         uint8_t *of_limb = call->bytes + limb * call->limb_bytes;
         if (folded) {
             memset(call->unfolded + limb * call->unfolded_bytes, zero, call->unfolded_bytes);

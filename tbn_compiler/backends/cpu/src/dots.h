@@ -80,6 +80,24 @@ void tbn_make_images(const struct call *call, size_t sample);
 void tbn_fold_image(const struct call *call, const uint8_t *from, uint8_t *to);
 void tbn_fill_token(const struct call *call, size_t token);
 
+/* Pixels from the first place of a kernel to its last one, along one axis. */
+static inline size_t tbn_reach(const struct tbn_conv *layer, int axis) {
+    return layer->dilation[axis] * (layer->kernel[axis] - 1);
+}
+
+/* Whether inputs are floats as they are. */
+static inline int tbn_takes_floats(const struct call *call) {
+    return call->value_bytes == sizeof(float);
+}
+
+/* Mixes the sums of column groups, `count` of each. */
+static inline void tbn_mix(const struct call *call, int32_t *z, size_t count) {
+    if (tbn_takes_floats(call))
+        call->kernels->mix_f32((float *)(void *)z, call->mixes, count);
+    else
+        call->kernels->mix_i32(z, call->mixes, count);
+}
+
 /* shared.c: decides whether the tables of a pixel serve all places of the kernel, and divides the results into blocks for it;
    the memory that a thread takes; computes the blocks of a unit. */
 void tbn_plan_sharing(struct call *call, size_t threads);

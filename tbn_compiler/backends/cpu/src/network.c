@@ -35,10 +35,6 @@ static size_t pooled(const struct tbn_step *step, int axis, size_t size) {
     return (size + 2 * step->padding[axis] - step->kernel[axis]) / step->stride[axis] + 1;
 }
 
-static size_t reach(const struct tbn_conv *layer, int axis) {
-    return layer->dilation[axis] * (layer->kernel[axis] - 1);
-}
-
 static const struct tbn_conv *conv_of(const struct tbn_step *step) {
     return step->layer->forms[0].layer;
 }
@@ -58,7 +54,7 @@ static int find_sizes(const struct tbn_network *network, struct image *images) {
             size_t found = 1;
             if (step->kind == TBN_STEP_CONV) {
                 const struct tbn_conv *layer = conv_of(step);
-                if (size == 0 || size + 2 * layer->padding[axis] <= reach(layer, axis))
+                if (size == 0 || size + 2 * layer->padding[axis] <= tbn_reach(layer, axis))
                     return TBN_MISFIT;
                 found = tbn_output_size(layer, axis, size);
             } else if (step->kind == TBN_STEP_MAX_POOL) {

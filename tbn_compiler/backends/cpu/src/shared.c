@@ -12,8 +12,8 @@
 
 #include "dots.h"
 
-/* Rows that could be looked up while the tables of a step are made; and what a row takes whose sums are not in the first-level
-   cache, in percent of another, along with what has to be gained: measured. */
+/* Rows that could be looked up while the tables of a step are made, counted for AVX2; and what a row takes whose sums are not in
+   the first-level cache, in percent of another, with a margin for what is not counted. */
 enum { TABLE_ROWS = 40, FAR_SUMS = 120 };
 
 /* What the sums of a thread may take: of the second-level cache, along with the rest. */
@@ -44,18 +44,14 @@ static size_t rows_of(const struct call *call) {
     return call->blocks * TBN_DOT_ROWS;
 }
 
-static size_t reach(const struct tbn_conv *layer, int axis) {
-    return layer->dilation[axis] * (layer->kernel[axis] - 1);
-}
-
 /* Pixels that `size` positions meet, along one axis. */
 static size_t met(const struct tbn_conv *layer, int axis, size_t size) {
-    return (size - 1) * layer->stride[axis] + reach(layer, axis) + 1;
+    return (size - 1) * layer->stride[axis] + tbn_reach(layer, axis) + 1;
 }
 
 /* Rows of positions that a row of pixels belongs to, or that come before the last of these is finished. */
 static size_t kept_rows(const struct call *call, size_t height) {
-    return tbn_min(height, reach(call->conv, 0) / call->conv->stride[0] + 1);
+    return tbn_min(height, tbn_reach(call->conv, 0) / call->conv->stride[0] + 1);
 }
 
 /* Sums of a position in all lanes. */
@@ -118,7 +114,7 @@ static size_t cost_of_bands(const struct call *call, size_t threads) {
 void tbn_plan_sharing(struct call *call, size_t threads) {
     const struct tbn_conv *layer = call->conv;
     const size_t values = call->pixel_bytes / call->value_bytes;
-    const struct tbn_dot_sharing *sharing = call->activation == TBN_FLOAT ? call->dots->sharing_floats : call->dots->sharing;
+    const struct tbn_dot_sharing *sharing = tbn_takes_floats(call) ? call->dots->sharing_floats : call->dots->sharing;
     if (!sharing || layer->folded || call->limbs > 1 || values % TBN_DOT_BYTES || layer->kernel[0] * layer->kernel[1] == 1)
         return;
     call->sharing = sharing;
@@ -207,10 +203,7 @@ static void finish_row(const struct call *call, const struct buffers *buffers, s
         for (size_t x = 0; x < call->block[1]; x++)
             call->sharing->take(buffers->sums + ((mix * kept + row % kept) * call->block[1] + x) * bytes, rows,
                                 buffers->z + mix * z_mix + x * z_position);
-    if (call->activation == TBN_FLOAT)
-        call->kernels->mix_f32((float *)(void *)buffers->z, call->mixes, z_mix);
-    else
-        call->kernels->mix_i32(buffers->z, call->mixes, z_mix);
+    tbn_mix(call, buffers->z, z_mix);
     for (size_t lane = 0; lane < lanes; lane++) {
         const struct block block = find_block(call, first + lane);
         if (row < block.skipped[0])
@@ -255,7 +248,7 @@ void tbn_share(const struct call *call, char *memory, size_t unit) {
                 job.index = index + mix * index_size;
                 call->sharing->add(&job);
             }
-        const size_t last = reach(layer, 0);
+        const size_t last = tbn_reach(layer, 0);
         if (y >= last && (y - last) % layer->stride[0] == 0)
             finish_row(call, &buffers, first, lanes, group, (y - last) / layer->stride[0]);
     }
